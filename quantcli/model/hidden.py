@@ -1,0 +1,110 @@
+"""Hidden states between two decoder blocks, kept in memory while small and in a mapped file when large."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quantcli.errors import ModelError
+from quantcli.model.writer import replacing
+
+MEMORY_LIMIT = 1 << 30
+"""Bytes of hidden states (one generation) that stay in memory; above it they live in a memory-mapped file, of which one
+batch at a time is resident."""
+
+
+class HiddenCache:
+    """The hidden states of every batch, one generation a block boundary.
+
+    `get(i)` reads batch i as it enters the current block; `put(i, x)` sets it as it leaves; `commit(k)` makes what was
+    put the input of block k and writes it to the folder, so that an interrupted run goes on from there. At most two
+    generations exist at a time. Batches are [samples, tokens, width], all of one dtype.
+    """
+
+    def __init__(self, folder: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, limit: int = MEMORY_LIMIT):
+        self.folder = folder
+        self.shapes = [tuple(shape) for shape in shapes]
+        self.dtype = dtype
+        sizes = [int(np.prod(shape)) * dtype.itemsize for shape in self.shapes]
+        self.offsets = [0, *np.cumsum(sizes).tolist()]
+        self.mapped = self.offsets[-1] > limit
+        self.memory: list[Tensor | None] = [None] * len(self.shapes)
+        self.position = -1
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def get(self, index: int) -> Tensor:
+        held = self.memory[index]
+        return self._read(self._file(self.position), index) if held is None else held
+
+    def put(self, index: int, value: Tensor) -> None:
+        value = value.detach().to("cpu", self.dtype)
+        if tuple(value.shape) != self.shapes[index]:
+            raise ModelError(f"a decoder block turned hidden states {self.shapes[index]} into {tuple(value.shape)}.",
+                             "Its architecture is not supported.")  # fmt: skip
+        if not self.mapped:
+            self.memory[index] = value
+            return
+        target = self._staging()
+        if not target.exists():
+            with target.open("wb") as file:
+                file.truncate(self.offsets[-1])
+        # Mapped for one batch only: pages of a mapping count as resident memory while it lives.
+        view = np.memmap(target, np.uint8, "r+", self.offsets[index], (self.offsets[index + 1] - self.offsets[index],))
+        view[:] = value.contiguous().view(-1).view(torch.uint8).numpy()
+        view.flush()
+
+    def commit(self, position: int) -> None:
+        """What was put becomes the input of block `position`, on disk too."""
+        if self.mapped:
+            self._staging().replace(self._file(position))
+        else:
+            with replacing(self._file(position)) as temporary, temporary.open("wb") as file:
+                for value in self.memory:
+                    assert value is not None, "every batch is put before a commit"
+                    file.write(memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()))
+        with replacing(self.folder / "hidden.json") as temporary:
+            temporary.write_text(json.dumps(self._description()))
+        self.position = position
+        for file_ in self.folder.glob("hidden-*.bin"):
+            if file_ != self._file(position):
+                file_.unlink()
+
+    def resume(self) -> int | None:
+        """The block boundary at which an earlier run stopped, or None if nothing usable is there."""
+        description = self.folder / "hidden.json"
+        files = sorted(self.folder.glob("hidden-*.bin"))
+        if not files or not description.is_file() or json.loads(description.read_text()) != self._description():
+            return None
+        if files[-1].stat().st_size != self.offsets[-1]:
+            return None
+        self.position = int(files[-1].stem.split("-")[1])
+        if not self.mapped:
+            self.memory = [self._read(files[-1], i).clone() for i in range(len(self.shapes))]
+        return self.position
+
+    def clear(self) -> None:
+        """Remove the files of this cache and the folder, if nothing else is in it."""
+        for file in [*self.folder.glob("hidden-*.bin"), *self.folder.glob("*.part"), self.folder / "hidden.json"]:
+            file.unlink(missing_ok=True)
+        self.memory = [None] * len(self.shapes)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _read(self, file: Path, index: int) -> Tensor:
+        start, end = self.offsets[index], self.offsets[index + 1]
+        view = np.memmap(file, np.uint8, "c", start, (end - start,))
+        return torch.from_numpy(view).view(self.dtype).view(self.shapes[index])
+
+    def _file(self, position: int) -> Path:
+        return self.folder / f"hidden-{position:05d}.bin"
+
+    def _staging(self) -> Path:
+        return self.folder / "next.part"
+
+    def _description(self) -> dict[str, object]:
+        return {"shapes": [list(shape) for shape in self.shapes], "dtype": str(self.dtype)}

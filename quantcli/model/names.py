@@ -1,0 +1,105 @@
+"""From checkpoint names to module parameters, by the conversion tables of transformers itself.
+
+Most tensors are stored under the name of the parameter that holds them. Some families rename them, join experts into
+one 3-D parameter, or leave the base model's prefix out; transformers keeps that knowledge as data, which is used here so
+that a model family needs no code of ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from quantcli.errors import ModelError
+
+
+@dataclass
+class ParameterSource:
+    """Which checkpoint tensors make one or several parameters.
+
+    `targets` are parameter names, `tensors` checkpoint names. Without a converter there is one of each and the tensor is
+    the parameter.
+    """
+
+    targets: tuple[str, ...]
+    tensors: list[str] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
+    converter: Any = None
+
+    def assemble(self, model: nn.Module, read: Callable[[Iterable[str]], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Parameter values, from a function that reads checkpoint tensors by name."""
+        values = read(self.tensors)
+        if self.converter is None:
+            return {self.targets[0]: values[self.tensors[0]]}
+        converter = copy.deepcopy(self.converter)
+        for tensor, pattern in zip(self.tensors, self.patterns, strict=True):
+            converter.add_tensor(self.targets[0], tensor, pattern, values[tensor])
+        made = converter.convert(self.targets[0], model=model, config=getattr(model, "config", None))
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def map_parameters(model: nn.Module, checkpoint_names: Iterable[str]) -> tuple[dict[str, ParameterSource], list[str]]:
+    """(parameter name → its source, checkpoint names that no parameter takes).
+
+    Tied parameters share the source of the tensor that the checkpoint holds. Raises ModelError when a parameter has no
+    source, since a model with random weights in it is worth nothing.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    state = model.state_dict()
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix = getattr(model, "base_model_prefix", None)
+
+    joined: dict[str, ParameterSource] = {}
+    sources: dict[str, ParameterSource] = {}
+    unused: list[str] = []
+    for name in sorted(checkpoint_names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = name, None
+        if target not in state:
+            unused.append(name)
+        elif pattern is None:
+            sources[target] = ParameterSource((target,), [name])
+        else:
+            source = joined.setdefault(target, _converted(target, by_pattern[pattern]))
+            source.tensors.append(name)
+            source.patterns.append(pattern)
+    for source in joined.values():
+        sources |= dict.fromkeys(source.targets, source)
+    _share_tied(model, sources)
+    missing = [name for name in state if name not in sources]
+    if missing:
+        raise ModelError(f"the checkpoint lacks {missing[0]} ({len(missing)} of {len(state)} parameters are missing).",
+                         "It belongs to another architecture, or is incomplete.")  # fmt: skip
+    return sources, unused
+
+
+def _converted(target: str, converter: Any) -> ParameterSource:
+    first, *others = converter.target_patterns
+    return ParameterSource((target, *(target.replace(first, other) for other in others)), converter=converter)
+
+
+def _share_tied(model: nn.Module, sources: dict[str, ParameterSource]) -> None:
+    holders: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        holders[id(parameter)].append(name)
+    pairs = list((getattr(model, "all_tied_weights_keys", None) or {}).items())
+    pairs += [(a, b) for names in holders.values() for a in names for b in names if a != b]
+    for one, other in pairs + [(b, a) for a, b in pairs]:
+        if one not in sources and other in sources:
+            sources[one] = sources[other]

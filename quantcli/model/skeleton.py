@@ -1,0 +1,184 @@
+"""A transformers causal language model without its weights, and the means to fill one part of it at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.errors import ModelError
+from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.model.names import ParameterSource, map_parameters
+from quantcli.model.structure import Structure
+
+Override = Callable[[str, Tensor], Tensor]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+class Skeleton:
+    """A causal LM whose parameters are on the meta device until `resident` fills them from the checkpoint.
+
+    Buffers (rotary tables and the like) are real, because the model computes them from its configuration.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        structure: Structure,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.directory = directory
+        self.structure = structure
+        self.device = torch.device(device)
+        self.config = load_config(directory, trust_remote_code=trust_remote_code)
+        self.dtype = resolve_dtype(self.config, dtype)
+        self.checkpoint = Checkpoint(directory)
+        with _parameters_on_meta():
+            self.model = build_model(self.config, self.dtype, trust_remote_code)
+        self.model.eval().requires_grad_(False)
+        self.sources, self.unused_tensors = map_parameters(self.model, self.checkpoint.entries)
+        self.blocks = [block.name for block in structure.blocks]
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(name, buffer.to(self.device), name not in module._non_persistent_buffers_set)
+
+    def module(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path)
+
+    def parameter_names(self, path: str) -> list[str]:
+        """Names, from the root, of the parameters and stored buffers below `path`."""
+        return [f"{path}.{name}" for name in self.module(path).state_dict()]
+
+    def outer_names(self) -> list[str]:
+        """Names of everything that belongs to no decoder block."""
+        inside = tuple(f"{block}." for block in self.blocks)
+        return [name for name in self.model.state_dict() if not name.startswith(inside)]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameter values on the CPU in the dtype that the model computes in (norms kept in float32 stay so)."""
+        state = self.model.state_dict()
+        values: dict[str, Tensor] = {}
+        wanted = list(names)
+        sources: dict[int, ParameterSource] = {id(self.sources[name]): self.sources[name] for name in wanted}
+        made = {key: source.assemble(self.model, self.checkpoint.read) for key, source in sources.items()}
+        for name in wanted:
+            parts = made[id(self.sources[name])]
+            value = parts[name] if name in parts else next(iter(parts.values()))
+            if tuple(value.shape) != tuple(state[name].shape):
+                raise ModelError(f"{name} has shape {tuple(value.shape)} in the checkpoint and {tuple(state[name].shape)} "
+                                 "in the model.", "Check that config.json belongs to these weights.")  # fmt: skip
+            values[name] = value.to(state[name].dtype)
+        return values
+
+    @contextmanager
+    def resident(self, names: Iterable[str], override: Override | None = None) -> Iterator[None]:
+        """Fill the named parameters for the duration of the body, then let them go.
+
+        `override(name, value)` may replace a value, for instance by its quantized counterpart.
+        """
+        values = self.read(names)
+        held: list[tuple[nn.Module, str, Tensor]] = []
+        try:
+            for name in list(values):
+                value = values.pop(name)
+                path, _, leaf = name.rpartition(".")
+                owner = self.module(path)
+                table = owner._parameters if leaf in owner._parameters else owner._buffers
+                held.append((owner, leaf, table[leaf]))  # type: ignore[arg-type]
+                value = (override(name, value) if override else value).to(self.device)
+                table[leaf] = nn.Parameter(value, requires_grad=False) if table is owner._parameters else value
+            yield
+        finally:
+            for owner, leaf, empty in held:
+                (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = empty  # type: ignore[assignment]
+
+
+def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model directory. Raises ModelError for an unknown architecture or code that is not trusted."""
+    from transformers import AutoConfig
+
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{directory} holds no config.json.", "model.path must be a Hugging Face model directory.")
+    content = read_json(path)
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as error:
+        kind = content.get("model_type", "missing")
+        if "auto_map" in content and not trust_remote_code:
+            raise ModelError(f"{path}: model_type {kind!r} needs code from the checkpoint.",
+                             "Read that code, then set model.trust_remote_code: true.") from error  # fmt: skip
+        raise ModelError(f"{path}: model_type {kind!r} is not an architecture that this transformers knows.",
+                         "Upgrade transformers, or check the file.") from error  # fmt: skip
+    if getattr(config, "quantization_config", None) is not None:
+        method = content.get("quantization_config", {}).get("quant_method", "some method")
+        raise ModelError(f"{directory} is already quantized ({method}).", "Start from the float model.")
+    return config.get_text_config(decoder=True) if not _is_causal(config) else config
+
+
+def _is_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", {}) or {})
+
+
+def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
+    """The dtype to compute in: what the recipe says, else what the checkpoint declares, else float32."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    declared = getattr(config, "dtype", None)
+    declared = DTYPES.get(declared) if isinstance(declared, str) else declared
+    return declared if isinstance(declared, torch.dtype) else torch.float32
+
+
+def build_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
+    """A causal LM with undefined parameters. Raises ModelError when no causal LM class exists for the configuration."""
+    from transformers.initialization import no_init_weights
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with no_init_weights():
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            # The class itself rather than the Auto factory, which imports every task's machinery.
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+        from transformers import AutoModelForCausalLM
+
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise ModelError(f"model_type {config.model_type!r} has no causal language model in transformers.",
+                             "quantcli handles decoder-only language models.") from error  # fmt: skip
+
+
+def find_blocks(model: nn.Module, config: Any) -> list[str]:
+    """Paths of the decoder blocks: the outermost ModuleList of `num_hidden_layers` modules, else the heaviest list."""
+    depth = getattr(config, "num_hidden_layers", None)
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__} has no list of decoder blocks.", "Its architecture is not supported.")
+    matching = [entry for entry in lists if len(entry[1]) == depth]
+    path, found = max(matching or lists, key=lambda e: (-e[0].count("."), sum(p.numel() for p in e[1].parameters())))
+    return [f"{path}.{i}" for i in range(len(found))]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters that are created inside go to the meta device; buffers, which `torch.device("meta")` would lose, do not."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None and parameter.device.type != "meta":
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

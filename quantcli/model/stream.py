@@ -1,0 +1,163 @@
+"""Running a decoder one block at a time.
+
+What a block needs beside hidden states (rotary tables, masks, which differ between sliding and full attention) comes
+from the model's own forward: it is run once a batch with recorders in the place of the blocks. No architecture is named
+here, so the code follows transformers as it changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.errors import ModelError
+from quantcli.model.skeleton import Override, Skeleton
+
+HEAD_BYTES = 64 << 20
+"""Bound on the float32 logits that exist at a time; the head runs on as many positions as fit."""
+
+
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
+    pass
+
+
+class BlockStream:
+    """A float (or, through overrides, quantized) forward pass whose blocks are resident one at a time.
+
+    `batches` are token ids [samples, tokens], without padding. Call `start` first; then, for each block, `block` to
+    make it resident and `run` for every batch; then `logits`.
+    """
+
+    def __init__(self, skeleton: Skeleton, batches: Sequence[Tensor]) -> None:
+        self.skeleton = skeleton
+        self.batches = list(batches)
+        self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        self._pool: list[Tensor] = []
+        embedding = skeleton.model.get_input_embeddings()  # type: ignore[operator]
+        head = skeleton.model.get_output_embeddings()  # type: ignore[operator]
+        self._embedding = embedding
+        self._embedding_names = _names_of(skeleton.model, embedding)
+        self._head_names = _names_of(skeleton.model, head) if head is not None else []
+
+    @torch.inference_mode()
+    def start(self) -> Iterator[Tensor]:
+        """Embed every batch, yielding the hidden states that enter the first block, and record the blocks' arguments."""
+        self._calls = []
+        names = [n for n in self.skeleton.outer_names() if n not in self._head_names]
+        with self.skeleton.resident(names):
+            for batch in self.batches:
+                recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+                with self._recording(recorded):
+                    try:
+                        self.skeleton.model(input_ids=batch.to(self.skeleton.device), use_cache=False)
+                    except _Stop:
+                        pass
+                if len(recorded) != len(self.skeleton.blocks):
+                    raise ModelError(f"{type(self.skeleton.model).__name__} calls {len(recorded)} of its "
+                                     f"{len(self.skeleton.blocks)} decoder blocks in a forward pass.",
+                                     "Its architecture is not supported.")  # fmt: skip
+                self._calls.append([(self._shared(args), self._shared(kwargs)) for _, args, kwargs in recorded])
+                yield recorded[0][0]
+
+    @contextmanager
+    def block(self, index: int, override: Override | None = None) -> Iterator[nn.Module]:
+        """The block with its weights (replaced by `override` where given), for the duration of the body."""
+        path = self.skeleton.blocks[index]
+        with self.skeleton.resident(self.skeleton.parameter_names(path), override):
+            yield self.skeleton.module(path)
+
+    @torch.inference_mode()
+    def run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Hidden states after block `index`, which must be resident."""
+        args, kwargs = self._calls[batch][index]
+        output = self.skeleton.module(self.skeleton.blocks[index])(hidden.to(self.skeleton.device), *args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Everything after the last block, resident for the duration of the body."""
+        names = [n for n in self.skeleton.outer_names() if n not in self._embedding_names or n in self._head_names]
+        with self.skeleton.resident(names):
+            yield
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(positions, float32 logits [samples, positions, vocabulary]) of hidden states that left the last block.
+
+        The model's own forward runs with the given states in the place of the last block's output, so final norm,
+        scaling and soft-capping are the model's. In pieces, because logits are large; each position is independent.
+        """
+        samples, tokens, _ = hidden.shape
+        config = self.skeleton.config
+        step = max(1, HEAD_BYTES // (4 * samples * int(config.vocab_size)))
+        blocks = [self.skeleton.module(path) for path in self.skeleton.blocks]
+        for begin in range(0, tokens, step):
+            piece = hidden[:, begin : begin + step].to(self.skeleton.device)
+            inputs = torch.zeros(
+                samples, piece.shape[1], self._embedding.embedding_dim, dtype=piece.dtype, device=piece.device
+            )
+            # a chain of blocks that hand on the given states, whatever the embedding made of `inputs`
+            with _forwards(blocks, lambda *_, _piece=piece, **__: _piece, self.skeleton.structure.tuple_output):
+                output = self.skeleton.model(inputs_embeds=inputs, use_cache=False)
+            yield slice(begin, begin + piece.shape[1]), output.logits.float()
+
+    @contextmanager
+    def _recording(self, recorded: list[Any]) -> Iterator[None]:
+        blocks = [self.skeleton.module(path) for path in self.skeleton.blocks]
+
+        def record(index: int, *args: Any, **kwargs: Any) -> Tensor:
+            args, kwargs, hidden = _without_hidden(args, kwargs)
+            recorded.append((hidden, args, kwargs))
+            if index == len(blocks) - 1:
+                raise _Stop
+            return hidden
+
+        with _forwards(blocks, record, self.skeleton.structure.tuple_output):
+            yield
+
+    def _shared(self, value: Any) -> Any:
+        """The same structure with equal tensors stored once: tables and masks repeat from batch to batch."""
+        if isinstance(value, Tensor):
+            for known in self._pool:
+                if known is value or (known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)):
+                    return known
+            self._pool.append(value)
+            return value
+        if isinstance(value, dict):
+            return {key: self._shared(item) for key, item in value.items()}
+        if type(value) in (tuple, list):
+            return type(value)(self._shared(item) for item in value)
+        return value
+
+
+@contextmanager
+def _forwards(blocks: Sequence[nn.Module], replacement: Callable[..., Tensor], as_tuple: bool) -> Iterator[None]:
+    """`replacement(index, …)` in the place of each block's forward, in the form that the model expects."""
+
+    def call(index: int, *args: Any, **kwargs: Any) -> Any:
+        hidden = replacement(index, *args, **kwargs)
+        return (hidden,) if as_tuple else hidden
+
+    try:
+        for index, block in enumerate(blocks):
+            block.forward = lambda *a, _i=index, **k: call(_i, *a, **k)  # type: ignore[method-assign]
+        yield
+    finally:
+        for block in blocks:
+            block.__dict__.pop("forward", None)
+
+
+def _without_hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    if args:
+        return args[1:], kwargs, args[0]
+    kwargs = dict(kwargs)
+    return (), kwargs, kwargs.pop("hidden_states")
+
+
+def _names_of(model: nn.Module, module: nn.Module) -> list[str]:
+    path = next(name for name, candidate in model.named_modules() if candidate is module)
+    return [f"{path}.{name}" for name in module.state_dict()]

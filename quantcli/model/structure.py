@@ -1,0 +1,113 @@
+"""The structure of a decoder: plain data, without torch, so that it can be kept and planned with.
+
+It is found by `quantcli.model.discovery` from one watched forward, never from a table of architectures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer: `y = x Wᵀ + b`, W [out_features, in_features]; `transposed` if it is stored as [in, out]."""
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: bool = False
+    transposed: bool = False
+
+    @property
+    def weights(self) -> int:
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class Producer:
+    """The module whose output channels are, up to a scale a channel, the input channels of some linears.
+
+    kind `norm`: its output is the very tensor (`weight_offset` is 1 for norms that multiply by 1 + w). kind `linear`:
+    its output reaches the input through operations that keep channels apart (v to o through attention, up to down
+    through a product). Scaling through it must still be checked numerically.
+    """
+
+    name: str
+    kind: Literal["norm", "linear"]
+    weight_offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """One activation tensor and the linears that read it. Named after its first reader."""
+
+    linears: tuple[str, ...]
+    width: int
+    producer: Producer | None = None
+
+    @property
+    def name(self) -> str:
+        return self.linears[0]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder block. `fused`: linears that serving engines join into one (same input, same parent: q/k/v, gate/up).
+
+    `experts` names 3-D parameters that hold many experts' weights at once.
+    """
+
+    name: str
+    linears: tuple[Linear, ...]
+    inputs: tuple[SharedInput, ...]
+    fused: tuple[tuple[str, ...], ...]
+    experts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A whole model. `parameters` maps every stored parameter to its shape, tied ones once; `head` is the output linear;
+    `tuple_output` says that blocks return a tuple whose first item is the hidden states."""
+
+    architecture: str
+    dtype: str
+    blocks: tuple[Block, ...]
+    parameters: dict[str, tuple[int, ...]]
+    head: str | None
+    tied: bool
+    vocabulary: int
+    width: int
+    tuple_output: bool = False
+
+    def linears(self) -> Iterator[Linear]:
+        for block in self.blocks:
+            yield from block.linears
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Structure:
+        return cls(
+            **{
+                **content,
+                "blocks": tuple(_block(block) for block in content["blocks"]),
+                "parameters": {name: tuple(shape) for name, shape in content["parameters"].items()},
+            }
+        )
+
+
+def _block(content: dict[str, Any]) -> Block:
+    inputs = tuple(
+        SharedInput(tuple(i["linears"]), i["width"], Producer(**i["producer"]) if i["producer"] else None)
+        for i in content["inputs"]
+    )
+    return Block(
+        content["name"],
+        tuple(Linear(**linear) for linear in content["linears"]),
+        inputs,
+        tuple(tuple(group) for group in content["fused"]),
+        tuple(content["experts"]),
+    )

@@ -1,0 +1,55 @@
+"""The structure of a model, remembered between runs so that a plan needs no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+from quantcli.model.structure import Structure
+
+LAYOUT = 1
+"""Raised when `Structure` or its discovery changes, so that remembered ones are found anew."""
+
+
+def find_structure(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> Structure:
+    """`discovery.discover`, remembered by the content of config.json and the versions of transformers and torch.
+
+    The structure depends on nothing else. It is kept under $XDG_CACHE_HOME/quantcli (a few kB a block; safe to delete). Models
+    that bring code of their own are not remembered, since the code may change.
+    """
+    config = directory / "config.json"
+    cache = None
+    if config.is_file() and not trust_remote_code:
+        cache = _folder() / f"{_key(config.read_bytes(), dtype)}.json"
+        try:
+            return Structure.from_json(json.loads(cache.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # absent or damaged: found anew below
+    from quantcli.model.discovery import discover
+
+    structure = discover(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+    if cache is not None:
+        _remember(cache, structure)
+    return structure
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantcli" / "structures"
+
+
+def _key(config: bytes, dtype: str) -> str:
+    versions = [importlib.metadata.version(name) for name in ("transformers", "torch")]
+    return hashlib.sha256(config + json.dumps([LAYOUT, dtype, *versions]).encode()).hexdigest()[:32]
+
+
+def _remember(cache: Path, structure: Structure) -> None:
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_suffix(f".{os.getpid()}.part")
+        temporary.write_text(json.dumps(structure.to_json()), encoding="utf-8")
+        temporary.replace(cache)
+    except OSError:
+        pass  # a read-only home only costs the next plan two seconds

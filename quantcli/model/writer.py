@@ -1,0 +1,124 @@
+"""Writing safetensors files tensor by tensor, so that a shard need not fit in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from quantcli.model.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME
+
+DTYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to be written: what it will be, known before it exists."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[DTYPE_NAMES[self.dtype]]
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` when the body ends well and disappears when it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(
+    path: Path, planned: Sequence[PlannedTensor], produce: Callable[[str], Tensor], metadata: dict[str, str]
+) -> str:
+    """Write the planned tensors and return the sha256 of the file.
+
+    `produce(name)` is asked for one tensor at a time, in the order of `planned`, and each is let go before the next is
+    asked for. The file appears under its name only when complete. Format: https://github.com/huggingface/safetensors#format.
+    Raises ValueError if what is produced differs from the plan.
+    """
+    digest = sha256()
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        _put(file, digest.update, _header(planned, metadata))
+        for expected in planned:
+            tensor = produce(expected.name)
+            if PlannedTensor(expected.name, tensor.dtype, tuple(tensor.shape)) != expected:
+                raise ValueError(f"{path}: {tensor.dtype} {tuple(tensor.shape)} was planned as {expected}")
+            _put(file, digest.update, memoryview(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _put(file: IO[bytes], digest: Callable[[bytes | memoryview], None], data: bytes | memoryview) -> None:
+    file.write(data)
+    digest(data)
+
+
+def _header(planned: Sequence[PlannedTensor], metadata: dict[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for tensor in planned:
+        end = offset + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def split_shards(planned: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
+    """Consecutive runs of tensors of at most `limit` bytes each (a tensor above it gets a shard of its own).
+
+    Inside a shard, tensors whose size is no multiple of 8 bytes come last, wide elements first: every tensor then starts
+    at a multiple of its element size, which readers that map the file rely on.
+    """
+    shards: list[list[PlannedTensor]] = [[]]
+    size = 0
+    for tensor in planned:
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return [sorted(shard, key=lambda t: (t.nbytes % 8 != 0, -t.dtype.itemsize * (t.nbytes % 8 != 0))) for shard in shards]
+
+
+def shard_names(count: int) -> list[str]:
+    """File names as transformers and the serving engines expect them."""
+    if count == 1:
+        return [SINGLE_NAME]
+    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
+def write_index(directory: Path, shards: Sequence[Sequence[PlannedTensor]]) -> None:
+    """The index that maps each tensor to its shard; nothing for a single file."""
+    if len(shards) == 1:
+        return
+    names = shard_names(len(shards))
+    content = {
+        "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard)},
+        "weight_map": {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard},
+    }
+    with replacing(directory / INDEX_NAME) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
