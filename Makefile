@@ -55,11 +55,11 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED) $(MODEL)
 	$(BIN)/pytest -m slow --timeout 1200
 
-# vLLM pins versions of its own. A torchvision built for another torch breaks its import, and no text model needs it.
+# vLLM pins versions of its own. A torchvision built for another torch breaks its import; no text model needs it.
 $(VLLM_VENV)/.installed:
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install "$(VLLM)"
-	$(VLLM_VENV)/bin/python -c "import torchvision" 2>/dev/null || \
+	$(VLLM_VENV)/bin/python -c "import torchvision, torchaudio" 2>/dev/null || \
 	    $(VLLM_VENV)/bin/pip uninstall --yes torchvision torchaudio
 	touch $@
 
