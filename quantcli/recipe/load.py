@@ -1,0 +1,110 @@
+"""From a recipe file, a shipped recipe's name or a mapping to a validated recipe, with command-line overrides."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from quantcli.errors import RecipeError
+from quantcli.recipe.document import Document, dump_yaml, mapping_document, parse_yaml, read_document
+from quantcli.recipe.explain import recipe_error
+from quantcli.recipe.schema import Recipe
+from quantcli.recipe.shipped import expanded, shipped_path
+
+_PATHS = (("model", "path"), ("calibration", "path"), ("evaluate", "perplexity", "path"), ("output",))
+
+
+def load_recipe(
+    source: str | Path | Mapping[str, object],
+    overrides: Sequence[str] = (),
+    *,
+    model: str | None = None,
+    output: str | None = None,
+    device: str | None = None,
+) -> Recipe:
+    """Read, override and validate a recipe.
+
+    `source` is a file, the name of a shipped recipe, or a mapping. `overrides` are `a.b.c=VALUE` with VALUE in YAML;
+    `model`, `output` and `device` then set model.path, output and model.device. Relative paths in a user's file are
+    taken from its directory; those in options, shipped recipes and mappings from the current directory. The recipe
+    holds absolute paths, except that a model.path which is no local path stays a hub name.
+
+    Raises RecipeError for anything wrong, with file and line, key and remedy.
+    """
+    document = _open(source)
+    for override in overrides:
+        _override(document, override)
+    for option, keys, value in (
+        ("--model", ("model", "path"), model),
+        ("--output", ("output",), output),
+        ("--device", ("model", "device"), device),
+    ):
+        if value is not None:
+            document.set(keys, value, option)
+    if document.data.get("model") is None:
+        document.data["model"] = {}  # so that what is missing is model.path
+    if document.data.get("quantize", ...) is None:
+        del document.data["quantize"]  # null is as good as absent, and it is required
+    _resolve_paths(document)
+    try:
+        return Recipe.model_validate(document.data)
+    except ValidationError as error:
+        raise recipe_error(error, document) from None
+
+
+def resolved_yaml(recipe: Recipe) -> str:
+    """The recipe as YAML with every default filled in. Loading it gives an equal recipe."""
+    return dump_yaml(recipe.model_dump(mode="json"))
+
+
+def _open(source: str | Path | Mapping[str, object]) -> Document:
+    if isinstance(source, Mapping):
+        return mapping_document(source, Path.cwd())
+    path = expanded(source)
+    if path.is_file():
+        return read_document(path, path.absolute().parent)
+    name = str(source)
+    if isinstance(source, Path) or os.sep in name or path.suffix in (".yaml", ".yml"):
+        raise RecipeError(
+            f"{name}: no such recipe file.", "Check the path, or name a shipped recipe: quantcli recipes list."
+        )
+    return read_document(shipped_path(name), Path.cwd())
+
+
+def _override(document: Document, override: str) -> None:
+    option = f"--set {override}"
+    dotted_keys, equals, text = override.partition("=")
+    keys = tuple(key.strip() for key in dotted_keys.split("."))
+    if not equals or not all(keys):
+        raise RecipeError(f"{option}: is no KEY=VALUE.", "Write it as --set quantize.weights.bits=4.")
+    value, _ = parse_yaml(text, lambda _: option)
+    document.set(keys, value, option)
+
+
+def _resolve_paths(document: Document) -> None:
+    for keys in _PATHS:
+        text = document.get(keys)
+        if not isinstance(text, str) or not text:
+            continue
+        base = Path.cwd() if document.from_command_line(keys) else document.base
+        path = _absolute(base, text)
+        if keys == ("model", "path") and not _is_local_model(text, path):
+            continue
+        document.get(keys[:-1])[keys[-1]] = path
+
+
+def _is_local_model(text: str, path: str) -> bool:
+    # A hub name is "name" or "org/name"; with more slashes it can only be a path, even one that does not exist.
+    looks_local = text.startswith(("/", "./", "../", "~")) or text in (".", "..") or text.endswith(".gguf")
+    return looks_local or text.rstrip("/").count("/") > 1 or Path(path).exists()
+
+
+def _absolute(base: Path, text: str) -> str:
+    path = base / expanded(text)
+    if ".." in path.parts:
+        # A link before ".." is followed first, as the system does; a link at the end keeps its name.
+        path = path.resolve() if path.name == ".." else path.parent.resolve() / path.name
+    return str(path)
