@@ -1,1 +1,1 @@
-"""Evaluation: what an exported checkpoint is worth, measured on text that calibration did not see."""
+"""What quantization costs: perplexity, divergence from the float model, and agreement with it."""

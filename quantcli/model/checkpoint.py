@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -97,12 +99,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` when the body ends well and disappears when it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _weight_files(directory: Path) -> list[Path]:
     index, single = directory / INDEX_NAME, directory / SINGLE_NAME
     if index.is_file():
         names = set(_weight_map(index).values())
         files = [_inside(directory, name, index) for name in sorted(names)]
-        missing = [file.name for file in files if not file.is_file()]
+        missing = [file.name for file in files if not os.path.isfile(file)]  # False, too, for an impossible name
         if missing:
             raise ModelError(f"{index} names {missing[0]}, which is not there ({len(missing)} missing).",
                              "Download the checkpoint again.")  # fmt: skip

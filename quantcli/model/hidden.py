@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError
-from quantcli.model.writer import replacing
+from quantcli.model.checkpoint import replacing
 
 MEMORY_LIMIT = 1 << 30
-"""Bytes of hidden states (one generation) that stay in memory; above it they live in a memory-mapped file, of which one
-batch at a time is resident."""
+"""Bytes of hidden states (one generation; two exist while a block runs) that stay in memory; above it they live in a
+memory-mapped file, of which one batch at a time is resident."""
 
 
 class HiddenCache:
@@ -34,6 +34,7 @@ class HiddenCache:
         self.offsets = [0, *np.cumsum(sizes).tolist()]
         self.mapped = self.offsets[-1] > limit
         self.memory: list[Tensor | None] = [None] * len(self.shapes)
+        self.staged = list(self.memory)
         self.position = -1
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -47,16 +48,16 @@ class HiddenCache:
             raise ModelError(f"a decoder block turned hidden states {self.shapes[index]} into {tuple(value.shape)}.",
                              "Its architecture is not supported.")  # fmt: skip
         if not self.mapped:
-            self.memory[index] = value
+            self.staged[index] = value
             return
         target = self._staging()
-        if not target.exists():
+        if not target.exists() or target.stat().st_size != self.offsets[-1]:
             with target.open("wb") as file:
                 file.truncate(self.offsets[-1])
-        # Mapped for one batch only: pages of a mapping count as resident memory while it lives.
-        view = np.memmap(target, np.uint8, "r+", self.offsets[index], (self.offsets[index + 1] - self.offsets[index],))
-        view[:] = value.contiguous().view(-1).view(torch.uint8).numpy()
-        view.flush()
+        # Written, not mapped: a full disk is then an error and not a signal that kills the process.
+        with target.open("r+b") as file:
+            file.seek(self.offsets[index])
+            file.write(_bytes(value))
 
     def commit(self, position: int) -> None:
         """What was put becomes the input of block `position`, on disk too."""
@@ -64,27 +65,29 @@ class HiddenCache:
             self._staging().replace(self._file(position))
         else:
             with replacing(self._file(position)) as temporary, temporary.open("wb") as file:
-                for value in self.memory:
+                for value in self.staged:
                     assert value is not None, "every batch is put before a commit"
-                    file.write(memoryview(value.contiguous().view(-1).view(torch.uint8).numpy()))
+                    file.write(_bytes(value))
+            self.memory, self.staged = self.staged, [None] * len(self.shapes)
         with replacing(self.folder / "hidden.json") as temporary:
-            temporary.write_text(json.dumps(self._description()))
+            temporary.write_text(json.dumps(self._description(position)))
         self.position = position
-        for file_ in self.folder.glob("hidden-*.bin"):
-            if file_ != self._file(position):
-                file_.unlink()
+        for other in set(self.folder.glob("hidden-*.bin")) - {self._file(position)}:
+            other.unlink()
 
     def resume(self) -> int | None:
         """The block boundary at which an earlier run stopped, or None if nothing usable is there."""
-        description = self.folder / "hidden.json"
-        files = sorted(self.folder.glob("hidden-*.bin"))
-        if not files or not description.is_file() or json.loads(description.read_text()) != self._description():
+        try:
+            content = json.loads((self.folder / "hidden.json").read_text())
+            position = int(content["position"])
+            usable = content == self._description(position) and self._file(position).stat().st_size == self.offsets[-1]
+        except (OSError, ValueError, TypeError, KeyError):
             return None
-        if files[-1].stat().st_size != self.offsets[-1]:
+        if not usable:
             return None
-        self.position = int(files[-1].stem.split("-")[1])
+        self.position = position
         if not self.mapped:
-            self.memory = [self._read(files[-1], i).clone() for i in range(len(self.shapes))]
+            self.memory = [self._read(self._file(position), i).clone() for i in range(len(self.shapes))]
         return self.position
 
     def clear(self) -> None:
@@ -92,6 +95,7 @@ class HiddenCache:
         for file in [*self.folder.glob("hidden-*.bin"), *self.folder.glob("*.part"), self.folder / "hidden.json"]:
             file.unlink(missing_ok=True)
         self.memory = [None] * len(self.shapes)
+        self.staged = [None] * len(self.shapes)
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()
 
@@ -106,5 +110,9 @@ class HiddenCache:
     def _staging(self) -> Path:
         return self.folder / "next.part"
 
-    def _description(self) -> dict[str, object]:
-        return {"shapes": [list(shape) for shape in self.shapes], "dtype": str(self.dtype)}
+    def _description(self, position: int) -> dict[str, object]:
+        return {"position": position, "shapes": [list(shape) for shape in self.shapes], "dtype": str(self.dtype)}
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return memoryview(value.contiguous().view(-1).view(torch.uint8).numpy())

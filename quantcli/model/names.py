@@ -11,11 +11,13 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from quantcli.errors import ModelError
+from quantcli.model.structure import Structure
 
 
 @dataclass
@@ -39,7 +41,11 @@ class ParameterSource:
         converter = copy.deepcopy(self.converter)
         for tensor, pattern in zip(self.tensors, self.patterns, strict=True):
             converter.add_tensor(self.targets[0], tensor, pattern, values[tensor])
-        made = converter.convert(self.targets[0], model=model, config=getattr(model, "config", None))
+        try:
+            made = converter.convert(self.targets[0], model=model, config=getattr(model, "config", None))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ModelError(f"{self.targets[0]} cannot be put together from {len(self.tensors)} tensors: {error}.",
+                             "One of them is missing or has another shape; download the checkpoint again.") from error  # fmt: skip
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
@@ -103,3 +109,26 @@ def _share_tied(model: nn.Module, sources: dict[str, ParameterSource]) -> None:
     for one, other in pairs + [(b, a) for a, b in pairs]:
         if one not in sources and other in sources:
             sources[one] = sources[other]
+
+
+def weight_tensors(
+    directory: Path, structure: Structure, entries: Iterable[str], *, trust_remote_code: bool = False
+) -> dict[str, str]:
+    """Checkpoint name of the weight of every linear. Raises ModelError for one that is stored joined with others.
+
+    Almost always it is the linear's own name plus `.weight`; only otherwise is the model built to ask transformers.
+    """
+    present = set(entries)
+    names = {linear.name: f"{linear.name}.weight" for linear in structure.linears()}
+    if all(name in present for name in names.values()):
+        return names
+    from quantcli.model.skeleton import Skeleton
+
+    skeleton = Skeleton(directory, structure, trust_remote_code=trust_remote_code)
+    for module, weight in names.items():
+        source = skeleton.sources[weight]
+        if source.converter is not None:
+            raise ModelError(f"{module} is stored joined with other weights in this checkpoint.",
+                             "Save it once with transformers' save_pretrained and use that.")  # fmt: skip
+        names[module] = source.tensors[0]
+    return names

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from quantcli.errors import ModelError
-from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
 from quantcli.model.names import ParameterSource, map_parameters
 from quantcli.model.structure import Structure
 
-Override = Callable[[str, Tensor], Tensor]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+
+class TensorSource(Protocol):
+    """What a skeleton is filled from: tensors by the names of a float checkpoint."""
+
+    entries: dict[str, TensorEntry]
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]: ...
 
 
 class Skeleton:
     """A causal LM whose parameters are on the meta device until `resident` fills them from the checkpoint.
 
-    Buffers (rotary tables and the like) are real, because the model computes them from its configuration.
+    `checkpoint` takes the place of the weights in `directory`, for instance a quantized checkpoint that is read as a float
+    one. Buffers (rotary tables and the like) are real, because the model computes them from its configuration.
     """
 
     def __init__(
@@ -33,16 +42,18 @@ class Skeleton:
         dtype: str = "auto",
         device: str = "cpu",
         trust_remote_code: bool = False,
+        checkpoint: TensorSource | None = None,
     ) -> None:
         self.directory = directory
         self.structure = structure
         self.device = torch.device(device)
         self.config = load_config(directory, trust_remote_code=trust_remote_code)
         self.dtype = resolve_dtype(self.config, dtype)
-        self.checkpoint = Checkpoint(directory)
+        self.checkpoint: TensorSource = Checkpoint(directory) if checkpoint is None else checkpoint
         with _parameters_on_meta():
             self.model = build_model(self.config, self.dtype, trust_remote_code)
         self.model.eval().requires_grad_(False)
+        _keep_float32(self.model, self.dtype)
         self.sources, self.unused_tensors = map_parameters(self.model, self.checkpoint.entries)
         self.blocks = [block.name for block in structure.blocks]
         for module in self.model.modules():
@@ -78,11 +89,8 @@ class Skeleton:
         return values
 
     @contextmanager
-    def resident(self, names: Iterable[str], override: Override | None = None) -> Iterator[None]:
-        """Fill the named parameters for the duration of the body, then let them go.
-
-        `override(name, value)` may replace a value, for instance by its quantized counterpart.
-        """
+    def resident(self, names: Iterable[str]) -> Iterator[None]:
+        """Fill the named parameters for the duration of the body, then let them go."""
         values = self.read(names)
         held: list[tuple[nn.Module, str, Tensor]] = []
         try:
@@ -92,7 +100,7 @@ class Skeleton:
                 owner = self.module(path)
                 table = owner._parameters if leaf in owner._parameters else owner._buffers
                 held.append((owner, leaf, table[leaf]))  # type: ignore[arg-type]
-                value = (override(name, value) if override else value).to(self.device)
+                value = value.to(self.device)
                 table[leaf] = nn.Parameter(value, requires_grad=False) if table is owner._parameters else value
             yield
         finally:
@@ -102,7 +110,7 @@ class Skeleton:
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model directory. Raises ModelError for an unknown architecture or code that is not trusted."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = directory / "config.json"
     if not path.is_file():
@@ -110,16 +118,18 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     content = read_json(path)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, KeyError, OSError, ImportError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever a configuration class raises, the file is at fault
         kind = content.get("model_type", "missing")
         if "auto_map" in content and not trust_remote_code:
             raise ModelError(f"{path}: model_type {kind!r} needs code from the checkpoint.",
                              "Read that code, then set model.trust_remote_code: true.") from error  # fmt: skip
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            raise ModelError(f"{path}: {_one_line(error)}.", "Check that value, or download the file again.") from error
         raise ModelError(f"{path}: model_type {kind!r} is not an architecture that this transformers knows.",
                          "Upgrade transformers, or check the file.") from error  # fmt: skip
-    if getattr(config, "quantization_config", None) is not None:
-        method = content.get("quantization_config", {}).get("quant_method", "some method")
-        raise ModelError(f"{directory} is already quantized ({method}).", "Start from the float model.")
+    if "quantization_config" in content:
+        # what the weights are stored as is the readers' business; the architecture is the float model's
+        del config.quantization_config
     return config.get_text_config(decoder=True) if not _is_causal(config) else config
 
 
@@ -144,16 +154,25 @@ def build_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     with no_init_weights():
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            # The class itself rather than the Auto factory, which imports every task's machinery.
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
-        from transformers import AutoModelForCausalLM
-
         try:
+            if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+                # The class itself rather than the Auto factory, which imports every task's machinery.
+                return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+            from transformers import AutoModelForCausalLM
+
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
-        except ValueError as error:
+        except MemoryError:
+            raise
+        except Exception as error:
+            if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or trust_remote_code:
+                raise ModelError(f"config.json describes no {config.model_type} that can be built: {_one_line(error)}.",
+                                 "Check that file, or download it again.") from error  # fmt: skip
             raise ModelError(f"model_type {config.model_type!r} has no causal language model in transformers.",
                              "quantcli handles decoder-only language models.") from error  # fmt: skip
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
 
 
 def find_blocks(model: nn.Module, config: Any) -> list[str]:
@@ -165,6 +184,20 @@ def find_blocks(model: nn.Module, config: Any) -> list[str]:
     matching = [entry for entry in lists if len(entry[1]) == depth]
     path, found = max(matching or lists, key=lambda e: (-e[0].count("."), sum(p.numel() for p in e[1].parameters())))
     return [f"{path}.{i}" for i in range(len(found))]
+
+
+def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
+    """What a family keeps in float32 whatever the dtype, such as DeepSeek's routing bias: `from_pretrained` heeds it,
+    building a model from its configuration does not."""
+    patterns = [re.compile(glob.replace("*", ".*")) for glob in model._get_dtype_plan(dtype)]  # type: ignore[operator]
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and any(pattern.search(name) for pattern in patterns):
+            path, _, leaf = name.rpartition(".")
+            owner = model.get_submodule(path)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(value.float(), requires_grad=False)
+            else:
+                owner._buffers[leaf] = value.float()
 
 
 @contextmanager

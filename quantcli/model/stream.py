@@ -7,7 +7,7 @@ here, so the code follows transformers as it changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import ModelError
-from quantcli.model.skeleton import Override, Skeleton
+from quantcli.model.skeleton import Skeleton
 
 HEAD_BYTES = 64 << 20
 """Bound on the float32 logits that exist at a time; the head runs on as many positions as fit."""
@@ -26,7 +26,7 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
 
 
 class BlockStream:
-    """A float (or, through overrides, quantized) forward pass whose blocks are resident one at a time.
+    """A forward pass whose blocks are resident one at a time.
 
     `batches` are token ids [samples, tokens], without padding. Call `start` first; then, for each block, `block` to
     make it resident and `run` for every batch; then `logits`.
@@ -42,6 +42,10 @@ class BlockStream:
         self._embedding = embedding
         self._embedding_names = _names_of(skeleton.model, embedding)
         self._head_names = _names_of(skeleton.model, head) if head is not None else []
+
+    def hidden_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the hidden states between blocks, which may be wider or narrower than the embedding (OPT)."""
+        return [(*batch.shape, int(self.skeleton.config.hidden_size)) for batch in self.batches]
 
     @torch.inference_mode()
     def start(self) -> Iterator[Tensor]:
@@ -64,10 +68,10 @@ class BlockStream:
                 yield recorded[0][0]
 
     @contextmanager
-    def block(self, index: int, override: Override | None = None) -> Iterator[nn.Module]:
-        """The block with its weights (replaced by `override` where given), for the duration of the body."""
+    def block(self, index: int, left_out: Collection[str] = ()) -> Iterator[nn.Module]:
+        """The block with its weights, for the duration of the body; `left_out` names parameters that it will not use."""
         path = self.skeleton.blocks[index]
-        with self.skeleton.resident(self.skeleton.parameter_names(path), override):
+        with self.skeleton.resident(n for n in self.skeleton.parameter_names(path) if n not in left_out):
             yield self.skeleton.module(path)
 
     @torch.inference_mode()

@@ -26,7 +26,7 @@ def find_structure(directory: Path, *, dtype: str = "auto", trust_remote_code: b
         cache = _folder() / f"{_key(config.read_bytes(), dtype)}.json"
         try:
             return Structure.from_json(json.loads(cache.read_text(encoding="utf-8")))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             pass  # absent or damaged: found anew below
     from quantcli.model.discovery import discover
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
@@ -16,7 +14,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from quantcli.model.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME
+from quantcli.model.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, replacing
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -35,17 +33,6 @@ class PlannedTensor:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * DTYPE_BYTES[DTYPE_NAMES[self.dtype]]
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the body ends well and disappears when it does not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_safetensors(

@@ -1,0 +1,237 @@
+"""The command line: parses, calls the pipeline, shows what comes back. Nothing heavy is imported until a command needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from quantcli.errors import OutputError, QuantcliError
+
+app = typer.Typer(
+    name="quantcli",
+    help="Quantize a language model as a recipe says, export it for serving engines, and measure what it cost.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+recipes_app = typer.Typer(help="The shipped recipes: list, show, copy.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeatable.")]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Model directory, .gguf file or hub name.")]
+OutputOption = Annotated[str | None, typer.Option("--output", help="Run directory.")]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda[:n] or npu[:n].")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, no messages; errors only.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Every event, and a traceback for every error.")]
+
+
+def main() -> None:
+    """Entry point: runs a command and maps errors to exit statuses."""
+    # Set before torch or transformers is imported: no process here needs their progress bars or forked tokenizers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    verbose = "--verbose" in sys.argv
+    try:
+        # not standalone: click would turn an interrupt into exit status 1
+        _leave(app(standalone_mode=False) or 0)
+    except (KeyboardInterrupt, click.Abort):
+        _complain("Interrupted. The same command goes on where it stopped.")
+        _leave(130)
+    except click.ClickException as error:
+        error.show()
+        _leave(error.exit_code)
+    except QuantcliError as error:
+        if verbose:
+            _traceback()
+        _complain(str(error))
+        _leave(error.exit_code)
+    except Exception as error:
+        if verbose:
+            _traceback()
+        _complain(f"Internal error: {type(error).__name__}: {error}. --verbose shows where.")
+        _leave(1)
+
+
+def _leave(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # interpreter shutdown with torch loaded takes longer than the message
+
+
+def _complain(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
+
+
+def _run(
+    stage: str | None,
+    recipe: str,
+    overrides: list[str] | None,
+    model: str | None,
+    output: str | None,
+    device: str | None,
+    as_json: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    from quantcli import console
+    from quantcli.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or (), model=model, output=output, device=device)
+    with console.progress(quiet=quiet, verbose=verbose) as listener:
+        from quantcli.pipeline.engine import run_recipe
+
+        result = run_recipe(loaded, until=stage, listener=listener)
+    if as_json:
+        _print_json(result.to_json())
+    elif not quiet:
+        console.show_result(result)
+
+
+def _stage_command(stage: str | None) -> Callable[..., None]:
+    def command(
+        recipe: RecipeArgument,
+        overrides: SetOption = None,
+        model: ModelOption = None,
+        output: OutputOption = None,
+        device: DeviceOption = None,
+        as_json: JsonOption = False,
+        quiet: QuietOption = False,
+        verbose: VerboseOption = False,
+    ) -> None:
+        _run(stage, recipe, overrides, model, output, device, as_json, quiet, verbose)
+
+    return command
+
+
+app.command("run", help="All stages, in order; what is up to date is skipped.")(_stage_command(None))
+app.command("calibrate", help="Observe activations on calibration text.")(_stage_command("calibrate"))
+app.command("quantize", help="Find codes and scales, after what comes before is up to date.")(_stage_command("quantize"))
+app.command("export", help="Write the checkpoints, after what comes before is up to date.")(_stage_command("export"))
+app.command("eval-ppl", help="Perplexity of the float model and of the export.")(_stage_command("eval-ppl"))
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """What would happen, without reading weights: schemes, sizes, memory, time, and engines that load the result."""
+    from quantcli import console
+    from quantcli.recipe import load_recipe
+
+    # a plan writes nothing, so it needs no place to write to
+    loaded = load_recipe(recipe, overrides or (), model=model, output=output or _default_output(recipe), device=device)
+    from quantcli.pipeline.engine import plan_recipe
+
+    found = plan_recipe(loaded)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        console.show_plan(found, verbose=verbose)
+
+
+def _default_output(recipe: str) -> str | None:
+    return None if Path(recipe).is_file() else "runs"
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run directory or an exported checkpoint.")],
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Re-read an exported checkpoint with an independent reader and check it against the store it was written from."""
+    from quantcli import console
+    from quantcli.pipeline.verify import verify_path
+
+    found = verify_path(path)
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_facts(f"{path} is in order", found)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model, a checkpoint or a run directory.")],
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Say what a model, a checkpoint or a run directory is."""
+    from quantcli import console
+    from quantcli.pipeline.inspect import inspect_path
+
+    found = inspect_path(path)
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_facts(str(path), found)
+
+
+@app.command()
+def schema() -> None:
+    """JSON schema of a recipe, for editors."""
+    from quantcli.recipe import json_schema
+
+    _print_json(json_schema())
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """Names of the shipped recipes, and when to use each."""
+    from quantcli import console
+    from quantcli.recipe import shipped_description, shipped_names
+
+    console.show_facts("Shipped recipes", {name: shipped_description(name).splitlines()[0] for name in shipped_names()})
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")]) -> None:
+    """Print a shipped recipe."""
+    from quantcli.recipe import shipped_path
+
+    typer.echo(shipped_path(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    destination: Annotated[Path, typer.Argument(help="A file or a directory.")] = Path("."),
+) -> None:
+    """Copy a shipped recipe, to be edited. An existing file is not overwritten."""
+    from quantcli.recipe import copy_shipped
+
+    try:
+        typer.echo(f"Wrote {copy_shipped(name, destination)}.")
+    except OSError as error:
+        raise OutputError(f"{destination} cannot be written: {error.strerror}.", "Choose another place.") from error
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2))
+
+
+if __name__ == "__main__":
+    main()

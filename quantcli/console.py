@@ -1,0 +1,148 @@
+"""What a person sees: progress while a run works, and tables when it is done. Progress goes to standard error."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from quantcli.report.outcome import outcome_rows, scheme_rows
+
+if TYPE_CHECKING:
+    from quantcli.pipeline.context import Listener
+    from quantcli.pipeline.engine import RunResult
+    from quantcli.pipeline.plan import Plan
+
+_TITLES = {
+    "check": "Checking that the float model is sane",
+    "calibrate": "Observing activations",
+    "quantize": "Quantizing",
+    "export": "Writing checkpoints",
+    "verify": "Reading the export back",
+    "eval-ppl": "Scoring",
+}
+
+
+@contextmanager
+def progress(*, quiet: bool, verbose: bool) -> Iterator[Listener | None]:
+    """A listener that shows events: bars on a terminal, plain lines elsewhere, nothing when quiet."""
+    if quiet:
+        yield None
+        return
+    console = Console(stderr=True)
+    if console.is_terminal and not verbose:
+        with _bars(console) as listener:
+            yield listener
+    else:
+        yield _lines(console, verbose)
+
+
+@contextmanager
+def _bars(console: Console) -> Iterator[Listener]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def listen(event: dict[str, Any]) -> None:
+            if event["event"] == "block":
+                key = " ".join(filter(None, (_TITLES[event["stage"]], event.get("model"))))
+                if key not in tasks:
+                    tasks[key] = bars.add_task(key, total=event["of"], rate="")
+                bars.update(tasks[key], completed=event["index"] + 1, rate=f"{event['seconds']:.1f} s a block")
+            elif (text := _sentence(event)) is not None:
+                console.print(text, markup=False, highlight=False)
+
+        yield listen
+
+
+def _lines(console: Console, verbose: bool) -> Listener:
+    last = time.monotonic()
+
+    def listen(event: dict[str, Any]) -> None:
+        nonlocal last
+        text = _sentence(event)
+        if text is None and event["event"] == "block":
+            final = event["index"] + 1 == event["of"]
+            if final or verbose or time.monotonic() - last > 10:
+                model = f" ({event['model']})" if "model" in event else ""
+                text = f"  block {event['index'] + 1} of {event['of']}{model}, {event['seconds']:.1f} s"
+                last = time.monotonic()
+        if text is None and verbose:
+            text = "  " + " ".join(f"{key}={value}" for key, value in event.items() if key != "stage")
+        if text is not None:
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    return listen
+
+
+def _sentence(event: dict[str, Any]) -> str | None:
+    match event["event"]:
+        case "started":
+            return _TITLES.get(event["stage"], event["stage"])
+        case "reused":
+            return f"{_TITLES.get(event['stage'], event['stage'])}: up to date"
+        case "tokens":
+            return f"  {event['tokens']} tokens in {event['samples']} sequences"
+        case "sanity":
+            return f"  perplexity {event['perplexity']:.4g}, {event['tokens_per_word']:.2f} tokens a word"
+        case "warning" | "note":
+            return f"  {event['event'].capitalize()}: {event['text']}"
+        case "plan":
+            return "\n".join([f"{event['linears']} linears to quantize, {event['kept']} stay in float", *event["notes"]])
+        case "verified":
+            return f"  {event['linears']} linears and {event['other_tensors']} other tensors are as they should be"
+    return None
+
+
+def show_result(result: RunResult) -> None:
+    """The outcome table of a run, and the next step."""
+    console = Console()
+    table = Table(title=f"{result.path}", title_justify="left", show_header=False)
+    for label, value in outcome_rows(result.plan.to_json(), result.to_json()):
+        table.add_row(label, value)
+    console.print(table)
+    for export in result.to_json()["exports"]:
+        console.print(f"Serve it: vllm serve {export}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_plan(plan: Plan, *, verbose: bool) -> None:
+    """What a recipe would do. Linears of like name and scheme share a row; --verbose lists each."""
+    console = Console()
+    table = Table(title=f"{plan.structure.architecture} in {plan.model}", title_justify="left")
+    for heading in ("linears", "count", "shape", "scheme", "why"):
+        table.add_column(heading, overflow="fold")
+    for row in scheme_rows(plan.to_json()["linears"], every=verbose):
+        table.add_row(*row)
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+    show_facts("", {
+        "size": f"{plan.size_before / 1e9:.3f} GB → {plan.size_after / 1e9:.3f} GB "
+                f"({plan.size_after / plan.size_before - 1:+.0%}), {plan.bits_per_weight:.2f} bits a quantized weight",
+        "peak memory": f"about {plan.estimate.memory / 1e9:.1f} GB",
+        "time": f"about {plan.estimate.seconds:.0f} s, with {plan.estimate.tokens} tokens run through the model",
+        "disk": f"about {plan.estimate.disk / 1e9:.2f} GB",
+        **{v.engine: ("loads it: " if v.loads else "does not load it: ") + v.note for v in plan.engines},
+    })  # fmt: skip
+
+
+def show_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """A two-column table."""
+    table = Table(title=title or None, title_justify="left", show_header=False)
+    table.add_column(overflow="fold", no_wrap=False)
+    table.add_column(overflow="fold")
+    for label, value in facts.items():
+        table.add_row(str(label), str(value))
+    Console().print(table)

@@ -1,0 +1,108 @@
+"""The neutral store: integer codes and scales of every quantized linear, one safetensors file a decoder block.
+
+The quantize stage writes it, exporters read it, and nothing in it depends on how the codes were found. Tensors of linear X:
+
+    X.codes              int8 [out, in]     codes q in the signed domain of their bits
+    X.scale              [out, groups], [out, 1] or [1, 1], in the dtype that the checkpoint will hold
+    X.zero_point         int8, shape of the scale; asymmetric weights only
+    X.input_scale        float32 [1]; static activations only
+    X.input_zero_point   int8 [1]; static asymmetric activations only
+
+manifest.json names the scheme of each quantized linear and the reason of each that stays in float.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from quantcli.errors import ModelError
+from quantcli.model.checkpoint import read_json, replacing
+from quantcli.model.writer import PlannedTensor, split_shards, write_safetensors
+from quantcli.quant.grid import QuantizedWeight
+from quantcli.quant.scheme import Scheme
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """What a checkpoint holds of a quantized linear. Input scale float32 [1], input zero point int8 [1]."""
+
+    weight: QuantizedWeight
+    input_scale: Tensor | None = None
+    input_zero_point: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {
+            "codes": self.weight.codes,
+            "scale": self.weight.scale,
+            "zero_point": self.weight.zero_point,
+            "input_scale": self.input_scale,
+            "input_zero_point": self.input_zero_point,
+        }
+        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+
+def block_file(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:05d}.safetensors"
+
+
+def write_block(folder: Path, index: int, linears: Mapping[str, StoredLinear]) -> str:
+    """Write the linears of one block; returns the sha256 of the file."""
+    tensors = {f"{name}.{part}": t for name, stored in linears.items() for part, t in stored.tensors().items()}
+    planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    (shard,) = split_shards(planned, 1 << 62)
+    return write_safetensors(block_file(folder, index), shard, tensors.__getitem__, {"format": "quantcli-store"})
+
+
+def write_manifest(folder: Path, dtype: str, schemes: Mapping[str, tuple[int, Scheme]], kept: Mapping[str, str]) -> None:
+    """`schemes` maps a linear to (block, scheme), `kept` a float linear to the reason; `dtype` is the model's."""
+    content = {
+        "version": 1,
+        "dtype": dtype,
+        "quantized": {name: {"block": block, **scheme.to_json()} for name, (block, scheme) in schemes.items()},
+        "float": dict(kept),
+    }
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+class Store:
+    """A finished store, read linear by linear."""
+
+    def __init__(self, folder: Path) -> None:
+        content: dict[str, Any] = read_json(folder / MANIFEST)
+        self.folder = folder
+        self.dtype: str = content["dtype"]
+        self.kept: dict[str, str] = content["float"]
+        self.blocks: dict[str, int] = {}
+        self.schemes: dict[str, Scheme] = {}
+        for name, entry in content["quantized"].items():
+            self.blocks[name] = entry.pop("block")
+            self.schemes[name] = Scheme(**entry)
+
+    def read(self, name: str) -> StoredLinear:
+        """The stored codes and scales of one linear."""
+        from safetensors import SafetensorError, safe_open
+
+        file = block_file(self.folder, self.blocks[name])
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = set(opened.keys())
+                parts = {
+                    part: opened.get_tensor(f"{name}.{part}")
+                    for part in ("codes", "scale", "zero_point", "input_scale", "input_zero_point")
+                    if f"{name}.{part}" in names
+                }
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} cannot be read: {error}.", "Delete it and run again.") from error
+        weight = QuantizedWeight(parts["codes"], parts["scale"], parts.get("zero_point"))
+        return StoredLinear(weight, parts.get("input_scale"), parts.get("input_zero_point"))
+
+

@@ -1,0 +1,90 @@
+"""What a stage is given, and what a stage is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from quantcli.model.structure import Linear
+from quantcli.pipeline.plan import Plan
+from quantcli.pipeline.rundir import RunDirectory, StageFolder
+from quantcli.recipe.schema import Recipe
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Context:
+    """Everything that a stage reads: the recipe, the plan, and the folders of the stages before it."""
+
+    recipe: Recipe
+    model: Path
+    plan: Plan
+    run: RunDirectory
+    device: str
+    listener: Listener | None = None
+    stage: str = ""
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def emit(self, kind: str, **facts: Any) -> None:
+        """Record an event in events.jsonl and show it to whoever listens."""
+        event = {"event": kind, "stage": self.stage, **facts}
+        self.run.append_event(event)
+        if self.listener is not None:
+            self.listener(event)
+
+    def folder(self, stage: str) -> Path:
+        return self.run.path / stage
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        return {linear.name: linear for linear in self.plan.structure.linears()}
+
+    @property
+    def blocks(self) -> int:
+        return len(self.plan.structure.blocks)
+
+    def tokenizer(self) -> Any:
+        """The model's tokenizer. Raises ModelError when there is none."""
+        from transformers import AutoTokenizer
+
+        from quantcli.errors import ModelError
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.model, trust_remote_code=self.recipe.model.trust_remote_code, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise ModelError(f"{self.model} has no usable tokenizer: {str(error).splitlines()[0]}.",
+                             "Put the tokenizer's files beside the weights.") from error  # fmt: skip
+
+    def skeleton(self) -> Any:
+        """The float model without its weights."""
+        from quantcli.model.skeleton import Skeleton
+
+        section = self.recipe.model
+        return Skeleton(
+            self.model,
+            self.plan.structure,
+            dtype=section.dtype,
+            device=self.device,
+            trust_remote_code=section.trust_remote_code,
+        )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the pipeline.
+
+    `wanted` says whether a recipe calls for it; `after` names the stages whose files it reads; `identity` is what of the
+    recipe and the data its files depend on beside those; `run` does the work and records every file it finishes.
+    """
+
+    name: str
+    after: tuple[str, ...]
+    wanted: Callable[[Recipe], bool]
+    identity: Callable[[Context], dict[str, Any]]
+    run: Callable[[Context, StageFolder], None]

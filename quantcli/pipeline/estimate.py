@@ -1,0 +1,69 @@
+"""Memory, disk and time that a run is expected to take. Estimates, to be printed as such."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from math import prod
+
+from quantcli.model.structure import Structure
+from quantcli.recipe.schema import Recipe
+
+# Resident memory of Python with torch and transformers loaded; measured on Linux, CPU build (BENCHMARKS.md).
+BASE_MEMORY = 420 << 20
+HIDDEN_LIMIT = 1 << 30  # model.hidden.MEMORY_LIMIT
+HEAD_MEMORY = 5 * (64 << 20)  # logits of both models and their logarithms, model.stream.HEAD_BYTES at a time
+# Nanoseconds a weight on one core of 2024, by weight method.
+SECONDS_A_WEIGHT = {"minmax": 1e-9, "mse": 60e-9}
+SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed
+START = 6.0  # imports and the first look at a model
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of peak memory, bytes of disk, seconds, and tokens run through the model."""
+
+    memory: int
+    disk: int
+    seconds: float
+    tokens: int
+
+
+def estimate(recipe: Recipe, structure: Structure, size_after: int) -> Estimate:
+    """A model of the run: one block and the activations in memory; two operations a weight and token in time."""
+    width = 2 if structure.dtype != "float32" else 4
+    block_weights = max(sum(linear.weights for linear in block.linears) for block in structure.blocks)
+    inside = {f"{block.name}." for block in structure.blocks}
+    outer = sum(
+        prod(shape) * width for name, shape in structure.parameters.items() if not any(name.startswith(b) for b in inside)
+    )
+    linear_weights = sum(linear.weights for linear in structure.linears())
+    calibration = recipe.calibration
+    observed = calibration.samples * calibration.sequence_length if calibration and _observes(recipe) else 0
+    perplexity = recipe.evaluate.perplexity if recipe.evaluate else None
+    scored = (perplexity.windows or 300) * perplexity.sequence_length if perplexity else 0
+    memory = BASE_MEMORY + block_weights * (width + 2)
+    if observed or scored:
+        hidden = min(max(observed, 2 * scored) * structure.width * width, 2 * HIDDEN_LIMIT)
+        memory += max(outer + HEAD_MEMORY * bool(scored), block_weights * width * (2 if scored else 1)) + 2 * hidden
+    tokens = observed + 2 * scored
+    seconds = START + SECONDS_A_WEIGHT[recipe.quantize.weights.method] * linear_weights + SECONDS_A_BYTE * size_after
+    if tokens:
+        seconds += 2.0 * tokens * (linear_weights + structure.width * structure.vocabulary * (scored > 0)) / _rate()
+    disk = size_after + linear_weights + tokens * structure.width * width
+    return Estimate(int(memory), int(disk), round(seconds, 1), tokens)
+
+
+def _observes(recipe: Recipe) -> bool:
+    return recipe.quantize.activations.bits == 8 or recipe.quantize.weights.importance != "none"
+
+
+def _rate() -> float:
+    """Operations a second of this machine in a float32 matrix product, measured in some hundredths of a second."""
+    import numpy as np
+
+    a = np.ones((768, 768), np.float32)
+    a @ a
+    start = time.perf_counter()
+    a @ a
+    return float(2 * 768**3 / (time.perf_counter() - start))

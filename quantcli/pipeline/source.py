@@ -1,0 +1,67 @@
+"""Where the model of a recipe lies: a directory, a .gguf file that is converted once, or a name on the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from quantcli.errors import ModelError
+from quantcli.recipe.schema import ModelSection
+
+CONFIGURATION_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
+
+
+def locate_model(section: ModelSection, *, weights: bool = True) -> Path:
+    """A local model directory. With `weights=False` a hub model is fetched without them, which is enough for a plan.
+
+    A .gguf file is converted once into $XDG_CACHE_HOME/quantcli/models, keyed by its size, time and first megabyte. Raises
+    ModelError when there is no such model.
+    """
+    path = Path(section.path)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix == ".gguf":
+            return _converted(path, "bfloat16" if section.dtype == "auto" else section.dtype)
+        raise ModelError(f"{path} is neither a model directory nor a .gguf file.", "Name the directory that it is in.")
+    if path.is_absolute() or path.suffix == ".gguf" or section.path.count("/") != 1:
+        raise ModelError(f"There is no model at {path}.", "Check model.path; relative paths start at the recipe's file.")
+    return _from_hub(section.path, section.revision, weights)
+
+
+def _converted(file: Path, dtype: str) -> Path:
+    import torch
+
+    from quantcli.model.gguf import convert_gguf
+
+    status = file.stat()
+    with file.open("rb") as opened:
+        key = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns} {dtype}".encode() + opened.read(1 << 20))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantcli" / "models"
+    destination = cache / f"{file.stem}-{key.hexdigest()[:16]}"
+    if not destination.is_dir():
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        convert_gguf(file, destination, getattr(torch, dtype))
+    return destination
+
+
+def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = CONFIGURATION_FILES + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(f"There is no directory {name}, and the hub gives no such model: {str(error).splitlines()[0]}",
+                         "Check the name, the network, and `hf auth login` for gated models.") from error  # fmt: skip
+
+
+def model_identity(directory: Path) -> dict[str, object]:
+    """What tells one state of a model directory from another: names, sizes and times of its files.
+
+    Times stand in for contents, as with make: hashing the weights of a 70B model would cost minutes on every run.
+    """
+    files = sorted(file for file in directory.iterdir() if file.is_file())
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

@@ -1,0 +1,96 @@
+"""check: is the float model sane? A broken tokenizer or damaged weights show on a few hundred tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from quantcli.errors import ModelError
+from quantcli.pipeline.batches import batched, data_identity, texts_of
+from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.plan import needs_calibration
+from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.recipe.schema import CalibrationSection, PerplexitySection, Recipe
+
+TOKENS = 512
+# Ordinary text has 1.2 to 2 tokens a word; one token a character gives more than 5. A sane model's perplexity on prose is below
+# 100; a model that reads through a wrong tokenizer is at thousands.
+MOST_TOKENS_A_WORD = 4.0
+HIGHEST_PERPLEXITY = 1000.0
+
+
+def _section(recipe: Recipe) -> CalibrationSection | PerplexitySection | None:
+    """The text that the model will be run on; None when it is not run at all."""
+    if recipe.calibration is not None and needs_calibration(recipe):
+        return recipe.calibration
+    return recipe.evaluate.perplexity if recipe.evaluate else None
+
+
+def _wanted(recipe: Recipe) -> bool:
+    return recipe.model.sanity_check != "off" and _section(recipe) is not None
+
+
+def _identity(context: Context) -> dict[str, Any]:
+    section = _section(context.recipe)
+    assert section is not None
+    return {"text": data_identity(section)["text"], "mode": context.recipe.model.sanity_check,
+            "dtype": context.recipe.model.dtype, "device": context.device}  # fmt: skip
+
+
+def run(context: Context, folder: StageFolder) -> None:
+    """Perplexity and tokens a word of the float model on the first tokens of the text. Raises ModelError if absurd."""
+    from quantcli.calibration.tokens import tokenize
+
+    section = _section(context.recipe)
+    assert section is not None
+    tokenizer = context.tokenizer()
+    found = tokenize(tokenizer, texts_of(section), samples=1, sequence_length=TOKENS, packing="packed", seed=0)
+    vocabulary = context.plan.structure.vocabulary
+    highest = max(max(sample) for sample in found.samples)
+    if highest >= vocabulary:
+        raise ModelError(f"The tokenizer gives token {highest}, and the model knows {vocabulary}.",
+                         "The tokenizer belongs to another model.")  # fmt: skip
+    if found.tokens_per_word > MOST_TOKENS_A_WORD:
+        _report(context, f"The tokenizer cuts this text into {found.tokens_per_word:.1f} tokens a word; sane ones need 1 to 2. "
+                "It was probably converted wrongly.")  # fmt: skip
+    perplexity = _perplexity(context, found.samples)
+    if not perplexity < HIGHEST_PERPLEXITY:
+        _report(context, f"The float model's perplexity on the first {found.tokens} tokens is {perplexity:.0f}, where a sane "
+                "model is below 100. Its tokenizer or its weights are probably broken.")  # fmt: skip
+    result = {
+        "tokens": found.tokens,
+        "tokens_per_word": round(found.tokens_per_word, 3),
+        "perplexity": float(f"{perplexity:.6g}") if math.isfinite(perplexity) else None,
+    }
+    context.emit("sanity", **result)
+    write_json(folder.path / "sanity.json", result)
+    folder.add(folder.path / "sanity.json")
+
+
+def _report(context: Context, problem: str) -> None:
+    if context.recipe.model.sanity_check == "stop":
+        raise ModelError(problem, "If it is meant to be so, set model.sanity_check: warn.")
+    context.emit("warning", text=problem)
+
+
+def _perplexity(context: Context, samples: list[list[int]]) -> float:
+    from torch.nn.functional import cross_entropy
+
+    from quantcli.model.stream import BlockStream
+
+    (batch,) = batched(samples)
+    stream = BlockStream(context.skeleton(), [batch])
+    (hidden,) = stream.start()
+    for index in range(context.blocks):
+        with stream.block(index):
+            hidden = stream.run(index, 0, hidden)
+    total = 0.0
+    with stream.head():
+        for positions, logits in stream.logits(hidden[:, :-1]):
+            labels = batch[0, 1:][positions].to(logits.device)
+            total += cross_entropy(logits[0], labels, reduction="sum").item()
+    mean = total / (batch.shape[1] - 1)
+    return math.exp(mean) if mean < 700 and not math.isnan(mean) else math.inf
+
+
+STAGE = Stage("check", (), _wanted, _identity, run)

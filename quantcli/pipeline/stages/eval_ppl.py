@@ -1,0 +1,153 @@
+"""eval-ppl: perplexity of the float model and of the exported checkpoint on the same tokens, in one streamed pass."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from quantcli.pipeline.batches import batched, data_identity, texts_of
+from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from quantcli.evaluation.protocols import EvaluationText
+    from quantcli.evaluation.scores import WindowScores
+    from quantcli.formats.reader import QuantizedCheckpoint
+    from quantcli.model.hidden import HiddenCache
+    from quantcli.model.stream import BlockStream
+
+RESULTS = "results.json"
+
+
+def _wanted(recipe: Recipe) -> bool:
+    return recipe.evaluate is not None and recipe.evaluate.perplexity is not None
+
+
+def _identity(context: Context) -> dict[str, Any]:
+    assert context.recipe.evaluate is not None and context.recipe.evaluate.perplexity is not None
+    return {"perplexity": data_identity(context.recipe.evaluate.perplexity), "dtype": context.recipe.model.dtype,
+            "device": context.device}  # fmt: skip
+
+
+def run(context: Context, folder: StageFolder) -> None:
+    """Writes results.json. Reads the weights from the export, through its reader, never from the store."""
+    from quantcli.evaluation.protocols import evaluation_windows
+    from quantcli.evaluation.scores import summarize
+    from quantcli.formats.reader import QuantizedCheckpoint
+    from quantcli.model.hidden import HiddenCache
+    from quantcli.model.skeleton import Skeleton
+    from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.stages.export import float_source
+
+    assert context.recipe.evaluate is not None and context.recipe.export is not None
+    section = context.recipe.evaluate.perplexity
+    assert section is not None
+    text = evaluation_windows(
+        texts_of(section), context.tokenizer(), section.protocol, section.sequence_length, section.windows
+    )
+    context.emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=section.protocol)
+    batches = batched(text.windows)
+    form = context.recipe.export.formats[0]
+    exported = QuantizedCheckpoint(context.folder("export") / form, context.linears, float_source(context).weights)
+    quantized = Skeleton(
+        context.model,
+        context.plan.structure,
+        dtype=exported.dtype,
+        device=context.device,
+        trust_remote_code=context.recipe.model.trust_remote_code,
+        checkpoint=exported,
+    )
+    streams = {"float": BlockStream(context.skeleton(), batches), "quantized": BlockStream(quantized, batches)}
+    caches = {
+        name: HiddenCache(folder.path / f"hidden-{name}", stream.hidden_shapes(), stream.skeleton.dtype)
+        for name, stream in streams.items()
+    }
+    for name, stream in streams.items():
+        _advance(context, name, stream, caches[name], exported if name == "quantized" else None)
+    scores = summarize(_score(streams, caches, text, batches), quantized=True)
+    result = {
+        "protocol": text.protocol,
+        "description": text.description,
+        "sequence_length": section.sequence_length,
+        "checkpoint": form,
+        **{key: _number(value) for key, value in asdict(scores).items()},
+    }
+    context.emit("perplexity", **{key: value for key, value in result.items() if key != "per_window"})
+    write_json(folder.path / RESULTS, result)
+    folder.add(folder.path / RESULTS)
+    for cache in caches.values():
+        cache.clear()
+
+
+def _advance(
+    context: Context, name: str, stream: BlockStream, cache: HiddenCache, exported: QuantizedCheckpoint | None
+) -> None:
+    """Carry the hidden states of one model through all its blocks, going on where an interrupted run stopped."""
+    done = cache.resume()
+    for index, hidden in enumerate(stream.start()):
+        if done is None:
+            cache.put(index, hidden)
+    if done is None:
+        cache.commit(0)
+    for index in range(done or 0, context.blocks):
+        started = time.perf_counter()
+        with _block(stream, index, exported):
+            for batch in range(len(stream.batches)):
+                cache.put(batch, stream.run(index, batch, cache.get(batch)))
+        cache.commit(index + 1)
+        seconds = round(time.perf_counter() - started, 3)
+        context.emit("block", index=index, of=context.blocks, model=name, seconds=seconds)
+
+
+@contextmanager
+def _block(stream: BlockStream, index: int, exported: QuantizedCheckpoint | None) -> Iterator[None]:
+    """A resident block; of a quantized model, with its int8 linears computing as an engine does."""
+    from quantcli.evaluation.simulate import Int8Weights, simulated
+
+    path = stream.skeleton.blocks[index]
+    int8: dict[str, Int8Weights] = {}
+    for name, scheme in exported.schemes.items() if exported else ():
+        if scheme.activations != "none" and name.startswith(f"{path}."):
+            assert exported is not None
+            stored = exported.read_linear(name)
+            parts = (stored.weight.codes, stored.weight.scale.float(), stored.input_scale, stored.input_zero_point)
+            on_device = [None if part is None else part.to(stream.skeleton.device) for part in parts]
+            int8[name.removeprefix(f"{path}.")] = Int8Weights(*on_device)  # type: ignore[arg-type]
+    left_out = {f"{path}.{name}.weight" for name in int8}
+    with stream.block(index, left_out=left_out) as module, simulated(module, int8):
+        yield
+
+
+def _score(
+    streams: dict[str, BlockStream], caches: dict[str, HiddenCache], text: EvaluationText, batches: list[Any]
+) -> list[WindowScores]:
+    """Per-window scores from the hidden states that left the last blocks."""
+    from quantcli.evaluation.scores import WindowScores
+
+    scores = []
+    with streams["float"].head(), streams["quantized"].head():
+        for index, batch in enumerate(batches):
+            hidden = {name: cache.get(index) for name, cache in caches.items()}
+            for sample in range(batch.shape[0]):
+                window = WindowScores()
+                both = [streams[name].logits(hidden[name][sample : sample + 1, :-1]) for name in ("float", "quantized")]
+                for (positions, of_float), (_, of_quantized) in zip(*both, strict=True):
+                    labels = batch[sample, 1:][positions].to(of_float.device)
+                    window.add(of_float[0], of_quantized[0], labels, text.masked_token)
+                scores.append(window)
+    return scores
+
+
+def _number(value: Any) -> Any:
+    """JSON has no NaN or infinity."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+STAGE = Stage("eval-ppl", ("verify", "check"), _wanted, _identity, run)

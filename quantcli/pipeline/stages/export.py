@@ -1,0 +1,49 @@
+"""export: write the checkpoints that serving engines load, from the store and the float checkpoint."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.rundir import StageFolder
+
+if TYPE_CHECKING:
+    from quantcli.formats.export import Source
+
+
+def _identity(context: Context) -> dict[str, Any]:
+    assert context.recipe.export is not None
+    return {"formats": list(context.recipe.export.formats), "dtype": context.recipe.model.dtype}
+
+
+def float_source(context: Context) -> Source:
+    """The float checkpoint that everything but the quantized linears comes from."""
+    import torch
+
+    from quantcli.formats.export import Source
+    from quantcli.model.checkpoint import Checkpoint
+    from quantcli.model.names import weight_tensors
+
+    checkpoint = Checkpoint(context.model)
+    section = context.recipe.model
+    weights = weight_tensors(
+        context.model, context.plan.structure, checkpoint.entries, trust_remote_code=section.trust_remote_code
+    )
+    return Source(checkpoint, weights, None if section.dtype == "auto" else getattr(torch, section.dtype))
+
+
+def run(context: Context, folder: StageFolder) -> None:
+    """Writes one folder a format, each ready to serve."""
+    from quantcli.formats.export import export_checkpoint
+    from quantcli.formats.store import Store
+    from quantcli.formats.table import FORMATS
+
+    assert context.recipe.export is not None
+    store, source = Store(context.folder("quantize")), float_source(context)
+    for name in context.recipe.export.formats:
+        for file, digest in export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears):
+            folder.add(file, digest)
+            context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
+
+
+STAGE = Stage("export", ("quantize",), lambda recipe: recipe.export is not None, _identity, run)

@@ -1,0 +1,33 @@
+"""verify: read every export back with an independent reader and check it against the store."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.stages.export import float_source
+
+
+def _identity(context: Context) -> dict[str, Any]:
+    return {}
+
+
+def run(context: Context, folder: StageFolder) -> None:
+    """Writes verified.json. Raises VerificationError for the first difference."""
+    from quantcli.formats.store import Store
+    from quantcli.formats.verify import verify_checkpoint
+
+    assert context.recipe.export is not None
+    store, source = Store(context.folder("quantize")), float_source(context)
+    found = {}
+    for name in context.recipe.export.formats:
+        export = context.folder("export") / name
+        found[name] = asdict(verify_checkpoint(export, store, source.checkpoint, source.weights, source.cast))
+        context.emit("verified", format=name, **found[name])
+    write_json(folder.path / "verified.json", found)
+    folder.add(folder.path / "verified.json")
+
+
+STAGE = Stage("verify", ("export",), lambda recipe: recipe.export is not None, _identity, run)

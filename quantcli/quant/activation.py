@@ -1,0 +1,112 @@
+"""8-bit activations: their scales, their codes, and the exact integer product of a linear layer."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+QMIN, QMAX = -128, 127
+
+# |sum (x - z) w| <= 255 * 128 * in has to stay below 2^31 for an int32 accumulator.
+_INT32_MAX_IN_FEATURES = (2**31 - 1) // (255 * 128)
+# The CUDA kernel behind torch._int_mm takes more than 16 rows and widths that are multiples of 8.
+_CUDA_MIN_ROWS, _CUDA_MULTIPLE = 17, 8
+
+
+def static_parameters(minimum: float, maximum: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scale (float32 [1]) and zero point (int8 [1]) of a tensor whose values were seen in [minimum, maximum].
+
+    Symmetric: s = max(|min|, |max|) / 127, z = 0. Asymmetric, with 0 in the range: s = (max - min) / 255,
+    z = clamp(round(-min / s) - 128, -128, 127). A range of zero gives s = 1. Raises ValueError unless
+    minimum <= maximum, both finite.
+    """
+    if not (math.isfinite(minimum) and math.isfinite(maximum) and minimum <= maximum):
+        raise ValueError(f"activation range [{minimum}, {maximum}] is not a finite interval")
+    low, high = torch.tensor([min(minimum, 0.0)]), torch.tensor([max(maximum, 0.0)])
+    scale = torch.maximum(-low, high) / QMAX if symmetric else high / 255 - low / 255
+    scale = _usable(scale)
+    zero = torch.zeros_like(scale) if symmetric else ((-low / scale).round() + QMIN).clamp(QMIN, QMAX)
+    return scale, zero.to(torch.int8)
+
+
+def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """clamp(round(x / s) + z, -128, 127) in float32, ties to even: int8 in the shape of x (any float dtype)."""
+    codes = (x.float() / scale).round_().add_(zero_point.float())
+    return codes.clamp_(QMIN, QMAX).to(torch.int8)
+
+
+def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric codes (int8, shape of x) with one scale a token: s = max|x| / 127 over the last dimension, float32
+    [..., 1]; a token of zeros gets s = 1. The rule of vLLM's dynamic per-token kernels."""
+    values = x.float()
+    scale = _usable(torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True)) / QMAX)
+    return (values / scale).round_().clamp_(QMIN, QMAX).to(torch.int8), scale
+
+
+def int8_linear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: int | None,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = (Xq Wq^T - z_x rowsum(Wq)) * s_x * s_w + bias: [tokens, out] in `dtype`.
+
+    x_codes int8 [tokens, in]; x_scale float32 [1] or [tokens, 1]; weight_codes int8 [out, in]; weight_scale [out, 1] or
+    [1, 1]; bias [out] or None. The integers in the brackets are exact; they are scaled in float32 and rounded once.
+    """
+    product = _integer_product(x_codes, weight_codes)
+    if x_zero_point:
+        product -= x_zero_point * weight_codes.sum(1, dtype=product.dtype)
+    y = product.to(torch.float32).mul_(x_scale * weight_scale.float().view(1, -1))
+    if bias is not None:
+        y += bias.float()
+    return y.to(dtype)
+
+
+def _integer_product(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
+    """Xq Wq^T without any rounding: int32, or int64 for inputs too wide for int32."""
+    in_features = x_codes.shape[1]
+    if in_features <= _INT32_MAX_IN_FEATURES and _int_mm_takes(x_codes, weight_codes):
+        return torch._int_mm(x_codes, weight_codes.t())
+    # Sums of products of 8-bit integers stay far below 2^53, so float64 holds each of them exactly.
+    product = x_codes.double() @ weight_codes.double().t()
+    return product.to(torch.int32 if in_features <= _INT32_MAX_IN_FEATURES else torch.int64)
+
+
+def _int_mm_takes(x_codes: Tensor, weight_codes: Tensor) -> bool:
+    tokens, in_features = x_codes.shape
+    # With one input channel the CPU kernel of torch 2.13 misreads the strides and returns wrong numbers.
+    if tokens == 0 or in_features < 2:
+        return False
+    if x_codes.device.type == "cuda":
+        widths_fit = in_features % _CUDA_MULTIPLE == 0 and weight_codes.shape[0] % _CUDA_MULTIPLE == 0
+        return tokens >= _CUDA_MIN_ROWS and widths_fit and _int_mm_is_exact("cuda")
+    return x_codes.device.type == "cpu" and _int_mm_is_exact("cpu")
+
+
+@cache
+def _int_mm_is_exact(device: str) -> bool:
+    """Whether the integer product is available here and keeps all bits.
+
+    CPUs without VNNI add pairs of products in 16 bits, which saturates for large codes; those largest codes are tried.
+    """
+    for value in (QMIN, QMAX):
+        codes = torch.full((32, 256), value, dtype=torch.int8, device=device)
+        try:
+            product = torch._int_mm(codes, codes.t())
+        except (RuntimeError, NotImplementedError):
+            return False
+        if not bool((product == 256 * value * value).all()):
+            return False
+    return True
+
+
+def _usable(scale: Tensor) -> Tensor:
+    """Zero ranges get scale 1; scales too small for a normal float32 get the smallest one."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale.clamp(min=torch.finfo(torch.float32).tiny))

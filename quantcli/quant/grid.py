@@ -1,0 +1,173 @@
+"""Integer grids for weights: which codes exist, how scales lie over a matrix, and the way to codes and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_GROUP_SIZE = 16
+
+# Quantizing one weight takes six to ten elementwise passes. Over a whole matrix each pass would go through main memory;
+# in pieces of 1 MB of float32 a thread, the passes after the first find the piece in the core's second-level cache
+# (measured on two cores: 1.0 ns a weight instead of 2.0). An accelerator wants few large launches instead.
+_CPU_ELEMENTS_PER_THREAD = 1 << 18
+_DEVICE_ELEMENTS = 1 << 25
+
+
+@dataclass(frozen=True)
+class WeightGrid:
+    """A signed integer grid q in [-2^(b-1), 2^(b-1)-1] with w ~ (q - z) * s, and how many weights share one (s, z).
+
+    Asymmetric zero points live in the same signed domain as the codes; a symmetric grid has z = 0. Raises ValueError
+    for bits outside 2..8, an unknown granularity or scale dtype, or a group size without (or missing with) "group".
+    """
+
+    bits: int
+    symmetric: bool = True
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+    group_size: int | None = None
+    scale_dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits must be in 2..8, got {self.bits}")
+        if self.granularity not in ("tensor", "channel", "group"):
+            raise ValueError(f"granularity must be tensor, channel or group, got {self.granularity!r}")
+        if self.granularity == "group" and (self.group_size is None or self.group_size < 1):
+            raise ValueError(f"granularity group needs a positive group_size, got {self.group_size}")
+        if self.granularity != "group" and self.group_size is not None:
+            raise ValueError(f"group_size {self.group_size} has no meaning with granularity {self.granularity}")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise ValueError(f"scale_dtype must be float32, bfloat16 or float16, got {self.scale_dtype}")
+
+    @property
+    def qmin(self) -> int:
+        return -(1 << (self.bits - 1))
+
+    @property
+    def qmax(self) -> int:
+        return (1 << (self.bits - 1)) - 1
+
+
+class QuantizedWeight(NamedTuple):
+    """Codes int8 [out, in]; scale [out, groups] ([1, 1] for tensor, [out, 1] for channel) in the grid's scale dtype;
+    zero_point int8 of the scale's shape, or None on a symmetric grid."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+
+def quantize_codes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: WeightGrid) -> Tensor:
+    """q = clamp(round(w / s) + z, qmin, qmax) in float32, ties to even: int8 [out, in].
+
+    weight [out, in] of any float dtype; scale and zero_point [out, groups], [out, 1] or [1, 1].
+    """
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for rows, block in float_blocks(weight, scale.shape[1]):
+        zero = None if zero_point is None else row_slice(zero_point, rows).float().unsqueeze(-1)
+        round_to_codes_(block, row_slice(scale, rows).float().unsqueeze(-1), zero, grid)
+        codes[rows].view(block.shape).copy_(block)
+    return codes
+
+
+def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(q - z) * s in float32, rounded once to `dtype`: [out, in]."""
+    codes, scale, zero_point = quantized
+    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for rows, block in float_blocks(codes, scale.shape[1]):
+        if zero_point is not None:
+            block.sub_(row_slice(zero_point, rows).float().unsqueeze(-1))
+        block.mul_(row_slice(scale, rows).float().unsqueeze(-1))
+        values[rows].view(block.shape).copy_(block)
+    return values
+
+
+def dividing_group_size(in_features: Iterable[int] | int, requested: int) -> int:
+    """The group size that fits every given input width: `requested` if it divides them all, otherwise the largest power
+    of two that is at most `requested`, at least 16, and divides them all (576 with 128 gives 64).
+
+    Raises ValueError, naming the width that stands in the way, when there is none.
+    """
+    widths = [in_features] if isinstance(in_features, int) else list(in_features)
+    if requested < 1:
+        raise ValueError(f"group size must be positive, got {requested}")
+    if all(width % requested == 0 for width in widths):
+        return requested
+    size = 1 << (requested.bit_length() - 1)
+    while size >= MIN_GROUP_SIZE:
+        if all(width % size == 0 for width in widths):
+            return size
+        size //= 2
+    smallest = min(requested, MIN_GROUP_SIZE)
+    culprit = next(width for width in widths if width % smallest)
+    raise ValueError(
+        f"no group size from {MIN_GROUP_SIZE} to {requested} fits: it would have to be {requested} or a power of two "
+        f"that divides the input width {culprit}"
+    )
+
+
+def group_count(in_features: int, grid: WeightGrid) -> int:
+    """Scales along one row. Raises ValueError if the grid's group size does not divide `in_features`."""
+    if grid.group_size is None:
+        return 1
+    if in_features % grid.group_size:
+        raise ValueError(f"group size {grid.group_size} does not divide the input width {in_features}")
+    return in_features // grid.group_size
+
+
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 scale as the checkpoint will hold it, still in float32: rounded to `dtype`, never zero, never infinite.
+
+    Zero (a group of zero weights) becomes 1; what underflows becomes the smallest normal number of `dtype`, what
+    overflows its largest, each with its sign.
+    """
+    info = torch.finfo(dtype)
+    rounded = scale.clamp(-info.max, info.max).to(dtype).float()
+    rounded = torch.where(rounded == 0, torch.full_like(scale, info.tiny).copysign_(scale), rounded)
+    return rounded.masked_fill_(scale == 0, 1.0)
+
+
+def round_to_codes_(block: Tensor, scale: Tensor, zero: Tensor | None, grid: WeightGrid) -> Tensor:
+    """In place on float32 [rows, groups, size]: clamp(round(w / s) + z, qmin, qmax); scale and zero [rows, groups, 1].
+
+    It divides rather than multiplying by 1 / s: the extra rounding of the reciprocal would move codes at ties.
+    """
+    block.div_(scale).round_()
+    if zero is not None:
+        block.add_(zero)
+    return block.clamp_(grid.qmin, grid.qmax)
+
+
+def row_runs(matrix: Tensor) -> Iterator[slice]:
+    """The matrix's rows in cache-sized runs, of equal length but for the last."""
+    out_features, in_features = matrix.shape
+    elements = _DEVICE_ELEMENTS
+    if matrix.device.type == "cpu":
+        elements = _CPU_ELEMENTS_PER_THREAD * torch.get_num_threads()
+    step = max(1, elements // max(1, in_features))
+    for start in range(0, out_features, step):
+        yield slice(start, min(start + step, out_features))
+
+
+def float_blocks(matrix: Tensor, groups: int) -> Iterator[tuple[slice, Tensor]]:
+    """The matrix by `row_runs`: (rows, float32 [rows, groups, size]).
+
+    Each block is scratch for the caller to overwrite; the next one reuses its memory.
+    """
+    scratch: Tensor | None = None
+    for rows in row_runs(matrix):
+        count = rows.stop - rows.start
+        if scratch is None:
+            scratch = torch.empty(count, matrix.shape[1], dtype=torch.float32, device=matrix.device)
+        yield rows, scratch[:count].copy_(matrix[rows]).view(count, groups, -1)
+
+
+def row_slice(values: Tensor, rows: slice) -> Tensor:
+    """The rows' scales or zero points; a per-tensor value ([1, 1]) belongs to every row."""
+    return values if values.shape[0] == 1 else values[rows]

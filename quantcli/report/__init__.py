@@ -1,0 +1,1 @@
+"""What a run came to, as rows that a terminal or a page can show."""

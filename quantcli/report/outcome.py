@@ -1,0 +1,58 @@
+"""The outcome of a run and the schemes of a plan, as rows of text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+
+def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(label, value): what got which scheme, size and perplexity before and after, time, memory, files."""
+    counts: dict[str, int] = {}
+    for linear in plan["linears"]:
+        counts[linear["scheme"]] = counts.get(linear["scheme"], 0) + 1
+    yield "schemes", ", ".join(f"{count} linears {scheme}" for scheme, count in counts.items())
+    for note in plan["notes"]:
+        yield "note", note
+    before, after = result["size_before"], result["size_after"]
+    yield "size", f"{before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before - 1:+.1%})"
+    if scores := result["perplexity"]:
+        yield from _score_rows(scores)
+    stages = result["stages"]
+    times = [f"{name} {'up to date' if r.get('reused') else format(r['seconds'], '.1f') + ' s'}" for name, r in stages.items()]
+    yield "time", ", ".join(times)
+    yield "peak memory", f"{result['peak_memory'] / 1e9:.2f} GB"
+    for export in result["exports"]:
+        yield "checkpoint", export
+
+
+def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    plain, quantized = scores["float_model"], scores["quantized"]
+    yield (
+        "perplexity",
+        f"{_with_error(plain)} → {_with_error(quantized)} "
+        f"({_number(scores['increase'], '+.2%')} ± {_number(scores['increase_error'], '.2%')})",
+    )
+    yield "KL divergence", f"{_number(scores['kl_divergence'], '.4f')} ± {_number(scores['kl_error'], '.4f')} nats a token"
+    yield "same top token", f"{_number(scores['agreement'], '.1%')}"
+    yield "protocol", f"{scores['protocol']}, {scores['windows']} windows of {scores['sequence_length']}, {scores['tokens']} tokens"
+
+
+def _with_error(perplexity: Mapping[str, Any]) -> str:
+    return f"{_number(perplexity['value'], '.3f')} ± {_number(perplexity['error'], '.3f')}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "undefined" if value is None else format(value, form)
+
+
+def scheme_rows(linears: Iterable[Mapping[str, Any]], *, every: bool = False) -> Iterator[tuple[str, str, str, str, str]]:
+    """(name, count, shape, scheme, reason) of linears; those that differ only in their block number share a row."""
+    groups: dict[tuple[str, str, str, str], list[str]] = {}
+    for linear in linears:
+        name = linear["name"] if every else re.sub(r"\.\d+\.", ".*.", linear["name"])
+        shape = f"{linear['shape'][0]} × {linear['shape'][1]}"
+        groups.setdefault((name, shape, linear["scheme"], linear["reason"]), []).append(linear["name"])
+    for (name, shape, scheme, reason), names in groups.items():
+        yield name, str(len(names)), shape, scheme, reason
