@@ -78,7 +78,7 @@ def _search(
     for trial_scale, trial_zero in _trials(low, high, scale, grid):
         scale, zero, loss = _better(pieces, h, grid, scratch, (scale, zero, loss), (trial_scale, trial_zero))
     for _ in range(REFITS):
-        for shift in (0,):
+        for shift in (0,) if zero is None else (0, -1, 1):
             trial_zero = None if zero is None else (zero + shift).clamp_(grid.qmin, grid.qmax)
             trial_scale = _refitted_scale(pieces, scale, trial_zero, h, grid, scratch)
             scale, zero, loss = _better(pieces, h, grid, scratch, (scale, zero, loss), (trial_scale, trial_zero))
