@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantcli.quant import activation
+from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_static, static_parameters
+
+finite = st.floats(-1e4, 1e4, width=32)
+
+
+def test_asymmetric_parameters_of_the_ascend_integer_quantizer() -> None:
+    scale, zero = static_parameters(-3.0, 5.0, symmetric=False)
+    assert scale.item() == pytest.approx(8 / 255)
+    assert zero.tolist() == [-32]
+    scale, zero = static_parameters(1.0, 5.0, symmetric=False)  # the range is widened to hold 0
+    assert scale.item() == pytest.approx(5 / 255)
+    assert zero.tolist() == [-128]
+    scale, zero = static_parameters(-4.0, -1.0, symmetric=False)
+    assert scale.item() == pytest.approx(4 / 255)
+    assert zero.tolist() == [127]
+
+
+@given(finite, finite, st.booleans())
+def test_static_codes_hold_the_range_and_zero_exactly(a: float, b: float, symmetric: bool) -> None:
+    low, high = min(a, b), max(a, b)
+    scale, zero = static_parameters(low, high, symmetric)
+    assert scale.dtype == torch.float32
+    assert zero.dtype == torch.int8
+    assert scale.shape == zero.shape == (1,)
+    x = torch.linspace(low, high, 50)
+    codes = quantize_static(x, scale, zero)
+    values = (codes.double() - zero.double()) * scale.double()
+    # The zero point is rounded, so that an end of the range may lie up to half a step outside the grid.
+    assert float((values - x.double()).abs().max()) <= float(scale) * (1.0 + 1e-3)
+    assert quantize_static(torch.zeros(1), scale, zero).tolist() == zero.tolist()
+    if symmetric:
+        assert zero.item() == 0
+
+
+def test_static_codes_saturate_and_round_to_even() -> None:
+    x = torch.tensor([-1e9, -129.0, 0.5, 1.5, 200.0, 1e9], dtype=torch.float64)
+    codes = quantize_static(x, torch.tensor([1.0]), torch.tensor([3], dtype=torch.int8))
+    assert codes.tolist() == [-128, -126, 3, 5, 127, 127]
+
+
+def test_static_range_of_zero_and_nonsense() -> None:
+    for symmetric in (True, False):
+        assert static_parameters(0.0, 0.0, symmetric)[0].tolist() == [1.0]
+    for low, high in ((1.0, 0.0), (math.nan, 1.0), (0.0, math.inf)):
+        with pytest.raises(ValueError, match="range"):
+            static_parameters(low, high, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_per_token_codes_follow_the_formula(dtype: torch.dtype) -> None:
+    x = (torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    x[0, 0] = 0
+    codes, scale = quantize_per_token(x)
+    assert scale.shape == (2, 5, 1)
+    assert scale.dtype == torch.float32
+    for token, token_codes, s in zip(x.view(10, 24), codes.view(10, 24), scale.flatten(), strict=True):
+        largest = max(abs(v) for v in token.tolist())
+        assert float(s) == pytest.approx(largest / 127 if largest else 1.0, rel=1e-6)
+        ideal = token.double() / float(s)
+        assert float((ideal - token_codes.double()).abs().max()) <= 0.5 + 1e-5
+
+
+@given(
+    st.sampled_from([0, 1, 2, 7, 16, 17, 40]),
+    st.sampled_from([1, 2, 3, 31, 64, 130]),
+    st.sampled_from([1, 2, 9, 16, 48]),
+    st.sampled_from([None, 0, -128, 5, 127]),
+    st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=200)
+def test_linear_is_exact(tokens: int, width: int, out: int, zero: int | None, seed: int) -> None:
+    """With scales of one and float64 output the result is the int64 product of numpy."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
+    w = torch.randint(-128, 128, (out, width), dtype=torch.int8, generator=generator)
+    y = int8_linear(x, torch.ones(1), zero, w, torch.ones(out, 1), None, torch.float64)
+    expected = (x.numpy().astype(np.int64) - (zero or 0)) @ w.numpy().astype(np.int64).T
+    assert np.array_equal(y.numpy(), expected)
+
+
+@pytest.mark.parametrize(("x_code", "w_code", "zero"), [(-128, -128, 127), (127, -128, -128), (127, 127, -128)])
+@pytest.mark.parametrize("int_mm", [True, False])
+def test_linear_keeps_the_largest_sums(
+    x_code: int, w_code: int, zero: int, int_mm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No accumulator saturates or wraps, on either path, on both sides of the width that int32 can hold."""
+    if not int_mm:
+        monkeypatch.setattr(activation, "_int_mm_is_exact", lambda device: False)
+    for width in (4096, activation._INT32_MAX_IN_FEATURES, activation._INT32_MAX_IN_FEATURES + 1, 200_000):
+        x = torch.full((2, width), x_code, dtype=torch.int8)
+        w = torch.full((3, width), w_code, dtype=torch.int8)
+        y = int8_linear(x, torch.ones(1), zero, w, torch.ones(1, 1), None, torch.float64)
+        expected = np.float32(width * (x_code - zero) * w_code)
+        assert bool((y == float(expected)).all())
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear_matches_the_product_of_the_dequantized(per_token: bool, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(-128, 128, (20, 96), dtype=torch.int8, generator=generator)
+    w = torch.randint(-128, 128, (32, 96), dtype=torch.int8, generator=generator)
+    x_scale = torch.rand((20, 1) if per_token else (1,), generator=generator) + 0.01
+    w_scale = torch.randn(32, 1, generator=generator)  # a scale may be negative
+    bias = torch.randn(32, generator=generator)
+    zero = None if per_token else -7
+    y = int8_linear(x, x_scale, zero, w, w_scale, bias, dtype)
+    exact = ((x.double() - (zero or 0)) * x_scale.double()) @ (w.double() * w_scale.double()).T + bias.double()
+    assert y.dtype == dtype
+    # A few float32 roundings, and one to the output's dtype.
+    allowed = exact.abs() * torch.finfo(dtype).eps / 2 + exact.abs().amax() * 1e-6
+    assert bool(((y.double() - exact).abs() <= allowed).all())
