@@ -173,13 +173,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def norm_offset(norm: nn.Module) -> float:
-    """1.0 for a norm that multiplies by 1 + w (Gemma), 0.0 for one that multiplies by w: with w = 0 only one is silent."""
+    """1.0 for a norm that multiplies by 1 + w (Gemma), 0.0 for one that multiplies by w, which w = 0 silences."""
     probe = copy.deepcopy(norm).to_empty(device="cpu").float()
     with torch.no_grad():
         for parameter in probe.parameters():
             parameter.zero_()
-        width = probe.weight.shape[0]  # type: ignore[union-attr, index]
-        output = probe(torch.linspace(-1.0, 2.0, int(width)).view(1, 1, -1))
+        width = probe.get_parameter("weight").shape[0]
+        output = probe(torch.linspace(-1.0, 2.0, width).view(1, 1, -1))
     return 1.0 if output.abs().max() > 0 else 0.0
 
 
@@ -223,7 +223,7 @@ def _watch_blocks(model: nn.Module, paths: list[str], wanted: set[str]) -> tuple
         try:
             with torch.no_grad(), follower:
                 model(input_ids=tokens, use_cache=False)
-        except Exception as error:  # noqa: BLE001 - whatever a model's code raises, it cannot be followed
+        except Exception as error:  # whatever a model's code raises, it cannot be followed
             raise ModelError(f"{type(model).__name__} cannot be followed without its weights: {error}.",
                              "Its architecture is not supported yet.") from error  # fmt: skip
         finally:
@@ -254,7 +254,7 @@ def _through(model: nn.Module, paths: list[str], wanted: set[str]) -> Iterator[l
     others = [model.get_submodule(path) for path in paths if path not in wanted]
     try:
         for block in others:
-            block.forward = forward  # type: ignore[method-assign]
+            block.__dict__["forward"] = forward
         yield as_tuple
     finally:
         handle.remove()

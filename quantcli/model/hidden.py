@@ -115,4 +115,4 @@ class HiddenCache:
 
 
 def _bytes(value: Tensor) -> memoryview:
-    return memoryview(value.contiguous().view(-1).view(torch.uint8).numpy())
+    return value.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -1,8 +1,8 @@
 """From checkpoint names to module parameters, by the conversion tables of transformers itself.
 
 Most tensors are stored under the name of the parameter that holds them. Some families rename them, join experts into
-one 3-D parameter, or leave the base model's prefix out; transformers keeps that knowledge as data, which is used here so
-that a model family needs no code of ours.
+one 3-D parameter, or leave the base model's prefix out; transformers keeps that knowledge as data, which is used here
+so that a model family needs no code of ours.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from quantcli.model.structure import Structure
 class ParameterSource:
     """Which checkpoint tensors make one or several parameters.
 
-    `targets` are parameter names, `tensors` checkpoint names. Without a converter there is one of each and the tensor is
-    the parameter.
+    `targets` are parameter names, `tensors` checkpoint names. Without a converter there is one of each and the tensor
+    is the parameter.
     """
 
     targets: tuple[str, ...]
@@ -44,8 +44,9 @@ class ParameterSource:
         try:
             made = converter.convert(self.targets[0], model=model, config=getattr(model, "config", None))
         except (RuntimeError, ValueError, IndexError) as error:
-            raise ModelError(f"{self.targets[0]} cannot be put together from {len(self.tensors)} tensors: {error}.",
-                             "One of them is missing or has another shape; download the checkpoint again.") from error  # fmt: skip
+            count = len(self.tensors)
+            raise ModelError(f"{self.targets[0]} cannot be put together from {count} tensors: {error}.",
+                             "One is missing or misshapen; download the checkpoint again.") from error  # fmt: skip
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 

@@ -30,8 +30,8 @@ class TensorSource(Protocol):
 class Skeleton:
     """A causal LM whose parameters are on the meta device until `resident` fills them from the checkpoint.
 
-    `checkpoint` takes the place of the weights in `directory`, for instance a quantized checkpoint that is read as a float
-    one. Buffers (rotary tables and the like) are real, because the model computes them from its configuration.
+    `checkpoint` takes the place of the weights in `directory`, for instance a quantized checkpoint that is read as a
+    float one. Buffers (rotary tables and the like) are real, because the model computes them from its configuration.
     """
 
     def __init__(
@@ -82,9 +82,10 @@ class Skeleton:
         for name in wanted:
             parts = made[id(self.sources[name])]
             value = parts[name] if name in parts else next(iter(parts.values()))
-            if tuple(value.shape) != tuple(state[name].shape):
-                raise ModelError(f"{name} has shape {tuple(value.shape)} in the checkpoint and {tuple(state[name].shape)} "
-                                 "in the model.", "Check that config.json belongs to these weights.")  # fmt: skip
+            stored, expected = tuple(value.shape), tuple(state[name].shape)
+            if stored != expected:
+                raise ModelError(f"{name} has shape {stored} in the checkpoint and {expected} in the model.",
+                                 "Check that config.json belongs to these weights.")  # fmt: skip
             values[name] = value.to(state[name].dtype)
         return values
 
@@ -92,24 +93,25 @@ class Skeleton:
     def resident(self, names: Iterable[str]) -> Iterator[None]:
         """Fill the named parameters for the duration of the body, then let them go."""
         values = self.read(names)
-        held: list[tuple[nn.Module, str, Tensor]] = []
+        held: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
             for name in list(values):
                 value = values.pop(name)
                 path, _, leaf = name.rpartition(".")
                 owner = self.module(path)
-                table = owner._parameters if leaf in owner._parameters else owner._buffers
-                held.append((owner, leaf, table[leaf]))  # type: ignore[arg-type]
+                table = _table(owner, leaf)
+                held.append((table, leaf, table[leaf]))
                 value = value.to(self.device)
                 table[leaf] = nn.Parameter(value, requires_grad=False) if table is owner._parameters else value
             yield
         finally:
-            for owner, leaf, empty in held:
-                (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = empty  # type: ignore[assignment]
+            for table, leaf, empty in held:
+                table[leaf] = empty
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The configuration of a model directory. Raises ModelError for an unknown architecture or code that is not trusted."""
+    """The configuration of a model directory. Raises ModelError for a broken file, an unknown architecture, or one that
+    needs code which is not trusted."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
     path = directory / "config.json"
@@ -136,7 +138,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
 def _is_causal(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (getattr(config, "auto_map", {}) or {})
+    own_code = getattr(config, "auto_map", None) or {}
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own_code
 
 
 def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
@@ -157,10 +160,10 @@ def build_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
         try:
             if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
                 # The class itself rather than the Auto factory, which imports every task's machinery.
-                return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, dtype=dtype)  # type: ignore[no-any-return]
+                return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(config, dtype=dtype)
             from transformers import AutoModelForCausalLM
 
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)  # type: ignore[no-any-return]
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         except MemoryError:
             raise
         except Exception as error:
@@ -194,15 +197,18 @@ def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:
         if value.is_floating_point() and any(pattern.search(name) for pattern in patterns):
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
-            if leaf in owner._parameters:
-                owner._parameters[leaf] = nn.Parameter(value.float(), requires_grad=False)
-            else:
-                owner._buffers[leaf] = value.float()
+            table, value = _table(owner, leaf), value.float()
+            table[leaf] = nn.Parameter(value, requires_grad=False) if table is owner._parameters else value
+
+
+def _table(module: nn.Module, name: str) -> dict[str, Any]:
+    """The dictionary of the module that holds a parameter or buffer."""
+    return module._parameters if name in module._parameters else module._buffers
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters that are created inside go to the meta device; buffers, which `torch.device("meta")` would lose, do not."""
+    """Parameters created inside go to the meta device; buffers, which `torch.device("meta")` would lose, do not."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -210,7 +216,7 @@ def _parameters_on_meta() -> Iterator[None]:
         if parameter is not None and parameter.device.type != "meta":
             module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ here, so the code follows transformers as it changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ HEAD_BYTES = 64 << 20
 """Bound on the float32 logits that exist at a time; the head runs on as many positions as fit."""
 
 
-class _Stop(Exception):  # noqa: N818 - a signal, not an error
-    pass
+class _Stop(Exception):
+    """A signal, not an error."""
 
 
 class BlockStream:
@@ -49,17 +49,14 @@ class BlockStream:
 
     @torch.inference_mode()
     def start(self) -> Iterator[Tensor]:
-        """Embed every batch, yielding the hidden states that enter the first block, and record the blocks' arguments."""
+        """Embed every batch, yielding the hidden states that enter the first block; record the blocks' arguments."""
         self._calls = []
         names = [n for n in self.skeleton.outer_names() if n not in self._head_names]
         with self.skeleton.resident(names):
             for batch in self.batches:
                 recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
-                with self._recording(recorded):
-                    try:
-                        self.skeleton.model(input_ids=batch.to(self.skeleton.device), use_cache=False)
-                    except _Stop:
-                        pass
+                with self._recording(recorded), suppress(_Stop):
+                    self.skeleton.model(input_ids=batch.to(self.skeleton.device), use_cache=False)
                 if len(recorded) != len(self.skeleton.blocks):
                     raise ModelError(f"{type(self.skeleton.model).__name__} calls {len(recorded)} of its "
                                      f"{len(self.skeleton.blocks)} decoder blocks in a forward pass.",
@@ -69,7 +66,7 @@ class BlockStream:
 
     @contextmanager
     def block(self, index: int, left_out: Collection[str] = ()) -> Iterator[nn.Module]:
-        """The block with its weights, for the duration of the body; `left_out` names parameters that it will not use."""
+        """The block with its weights, for the duration of the body, except parameters in `left_out`."""
         path = self.skeleton.blocks[index]
         with self.skeleton.resident(n for n in self.skeleton.parameter_names(path) if n not in left_out):
             yield self.skeleton.module(path)
@@ -127,7 +124,8 @@ class BlockStream:
         """The same structure with equal tensors stored once: tables and masks repeat from batch to batch."""
         if isinstance(value, Tensor):
             for known in self._pool:
-                if known is value or (known.shape == value.shape and known.dtype == value.dtype and torch.equal(known, value)):
+                alike = known.shape == value.shape and known.dtype == value.dtype
+                if known is value or (alike and torch.equal(known, value)):
                     return known
             self._pool.append(value)
             return value
@@ -148,7 +146,7 @@ def _forwards(blocks: Sequence[nn.Module], replacement: Callable[..., Tensor], a
 
     try:
         for index, block in enumerate(blocks):
-            block.forward = lambda *a, _i=index, **k: call(_i, *a, **k)  # type: ignore[method-assign]
+            block.__dict__["forward"] = lambda *a, _i=index, **k: call(_i, *a, **k)
         yield
     finally:
         for block in blocks:

@@ -68,8 +68,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Structure:
-    """A whole model. `parameters` maps every stored parameter to its shape, tied ones once; `head` is the output linear;
-    `tuple_output` says that blocks return a tuple whose first item is the hidden states."""
+    """A whole model. `parameters` maps every stored parameter to its shape, tied ones once; `head` is the output
+    linear; `tuple_output` says that blocks return a tuple whose first item is the hidden states."""
 
     architecture: str
     dtype: str

@@ -17,8 +17,8 @@ LAYOUT = 1
 def find_structure(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> Structure:
     """`discovery.discover`, remembered by the content of config.json and the versions of transformers and torch.
 
-    The structure depends on nothing else. It is kept under $XDG_CACHE_HOME/quantcli (a few kB a block; safe to delete). Models
-    that bring code of their own are not remembered, since the code may change.
+    The structure depends on nothing else. It is kept under $XDG_CACHE_HOME/quantcli (a few kB a block; safe to delete).
+    Models that bring code of their own are not remembered, since the code may change.
     """
     config = directory / "config.json"
     cache = None

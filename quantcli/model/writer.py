@@ -51,7 +51,7 @@ def write_safetensors(
             tensor = produce(expected.name)
             if PlannedTensor(expected.name, tensor.dtype, tuple(tensor.shape)) != expected:
                 raise ValueError(f"{path}: {tensor.dtype} {tuple(tensor.shape)} was planned as {expected}")
-            _put(file, digest.update, memoryview(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()))
+            _put(file, digest.update, tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -77,8 +77,8 @@ def _header(planned: Sequence[PlannedTensor], metadata: dict[str, str]) -> bytes
 def split_shards(planned: Sequence[PlannedTensor], limit: int) -> list[list[PlannedTensor]]:
     """Consecutive runs of tensors of at most `limit` bytes each (a tensor above it gets a shard of its own).
 
-    Inside a shard, tensors whose size is no multiple of 8 bytes come last, wide elements first: every tensor then starts
-    at a multiple of its element size, which readers that map the file rely on.
+    Inside a shard, tensors whose size is no multiple of 8 bytes come last, wide elements first: every tensor then
+    starts at a multiple of its element size, which readers that map the file rely on.
     """
     shards: list[list[PlannedTensor]] = [[]]
     size = 0
@@ -88,7 +88,12 @@ def split_shards(planned: Sequence[PlannedTensor], limit: int) -> list[list[Plan
             size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
-    return [sorted(shard, key=lambda t: (t.nbytes % 8 != 0, -t.dtype.itemsize * (t.nbytes % 8 != 0))) for shard in shards]
+
+    def place(tensor: PlannedTensor) -> tuple[bool, int]:
+        odd = tensor.nbytes % 8 != 0
+        return odd, -tensor.dtype.itemsize if odd else 0
+
+    return [sorted(shard, key=place) for shard in shards]
 
 
 def shard_names(count: int) -> list[str]:
