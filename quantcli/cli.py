@@ -1,4 +1,4 @@
-"""The command line: parses, calls the pipeline, shows what comes back. Nothing heavy is imported until a command needs it."""
+"""The command line: parses, calls the pipeline, shows what comes back. Heavy imports wait for a command that needs them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="The shipped recipes: list, show, copy.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.")
+]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key; repeatable.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Model directory, .gguf file or hub name.")]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Run directory.")]
@@ -122,7 +124,9 @@ def _stage_command(stage: str | None) -> Callable[..., None]:
 
 app.command("run", help="All stages, in order; what is up to date is skipped.")(_stage_command(None))
 app.command("calibrate", help="Observe activations on calibration text.")(_stage_command("calibrate"))
-app.command("quantize", help="Find codes and scales, after what comes before is up to date.")(_stage_command("quantize"))
+app.command("quantize", help="Find codes and scales, after what comes before is up to date.")(
+    _stage_command("quantize")
+)
 app.command("export", help="Write the checkpoints, after what comes before is up to date.")(_stage_command("export"))
 app.command("eval-ppl", help="Perplexity of the float model and of the export.")(_stage_command("eval-ppl"))
 

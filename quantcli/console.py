@@ -100,7 +100,9 @@ def _sentence(event: dict[str, Any]) -> str | None:
         case "warning" | "note":
             return f"  {event['event'].capitalize()}: {event['text']}"
         case "plan":
-            return "\n".join([f"{event['linears']} linears to quantize, {event['kept']} stay in float", *event["notes"]])
+            return "\n".join(
+                [f"{event['linears']} linears to quantize, {event['kept']} stay in float", *event["notes"]]
+            )
         case "verified":
             return f"  {event['linears']} linears and {event['other_tensors']} other tensors are as they should be"
     return None

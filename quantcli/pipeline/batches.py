@@ -45,5 +45,3 @@ def data_identity(section: CalibrationSection | PerplexitySection) -> dict[str, 
 
 def _path(section: CalibrationSection | PerplexitySection) -> Path | None:
     return Path(section.path) if section.path else None
-
-

@@ -79,8 +79,8 @@ class Context:
 class Stage:
     """A step of the pipeline.
 
-    `wanted` says whether a recipe calls for it; `after` names the stages whose files it reads; `identity` is what of the
-    recipe and the data its files depend on beside those; `run` does the work and records every file it finishes.
+    `wanted` says whether a recipe calls for it; `after` names the stages whose files it reads; `identity` is what of
+    the recipe and the data its files depend on beside those; `run` does the work and records every file it finishes.
     """
 
     name: str

@@ -40,7 +40,7 @@ _VERSIONED = ("torch", "transformers", "compressed-tensors")
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run did: its directory, the plan, per-stage records (fingerprint, files, seconds, `reused`), scores, peak memory."""
+    """What a run did: directory, plan, records of the stages (fingerprint, files, seconds, `reused`), scores, peak memory."""
 
     path: Path
     plan: Plan
@@ -54,7 +54,9 @@ class RunResult:
             "stages": {name: {k: v for k, v in r.items() if k != "files"} for name, r in self.stages.items()},
             "size_before": self.plan.size_before,
             "size_after": self.plan.size_after,
-            "exports": sorted({str(self.path / "export" / Path(f).parent) for f in self.stages.get("export", {}).get("files", {})}),
+            "exports": sorted(
+                {str(self.path / "export" / Path(f).parent) for f in self.stages.get("export", {}).get("files", {})}
+            ),
             "perplexity": self.perplexity,
             "peak_memory": self.peak_memory,
         }
@@ -78,8 +80,8 @@ def _plan(recipe: Recipe, model: Path) -> Plan:
 def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener | None = None) -> RunResult:
     """Bring the run directory up to date, as far as stage `until` (all stages by default).
 
-    A stage runs when its fingerprint differs from the recorded one or a file of it is missing; one that was interrupted goes
-    on behind its finished blocks. Raises the error of the stage that fails; GateError when a quality gate does.
+    A stage runs when its fingerprint differs from the recorded one or a file of it is missing; one that was interrupted
+    goes on behind its finished blocks. Raises the error of the stage that fails; GateError when a quality gate does.
     """
     if until is not None:
         _require_stage(until, recipe)
@@ -168,12 +170,13 @@ def _require_disk(run: RunDirectory, plan: Plan) -> None:
         return
     free = shutil.disk_usage(run.path).free
     if free < plan.estimate.disk:
-        raise RoomError(f"{run.path} has {free / 1e9:.1f} GB free, and the run needs about {plan.estimate.disk / 1e9:.1f} GB.",
+        needed = plan.estimate.disk / 1e9
+        raise RoomError(f"{run.path} has {free / 1e9:.1f} GB free, and the run needs about {needed:.1f} GB.",
                         "Free some, or choose another output.")  # fmt: skip
 
 
 def choose_device(wanted: str) -> str:
-    """`auto` is the first CUDA device where there is one, else the CPU. Raises RecipeError for a device that is not there."""
+    """`auto` is the first CUDA device where there is one, else the CPU. Raises RecipeError for a device that is absent."""
     import torch
 
     if wanted == "auto":
@@ -206,7 +209,8 @@ def _check_gates(recipe: Recipe, result: RunResult) -> None:
         ("kl_divergence", gates.kl_divergence, scores["kl_divergence"]),
     ):
         if bound is not None and not (found is not None and found <= bound):
-            raise GateError(f"evaluate.gates.{name}: {'undefined' if found is None else f'{found:.4g}'} is above {bound:.4g}.",
+            shown = "undefined" if found is None else f"{found:.4g}"
+            raise GateError(f"evaluate.gates.{name}: {shown} is above {bound:.4g}.",
                             f"The run is complete in {result.path}; try a milder scheme or roll back more.")  # fmt: skip
 
 

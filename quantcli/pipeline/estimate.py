@@ -35,7 +35,9 @@ def estimate(recipe: Recipe, structure: Structure, size_after: int) -> Estimate:
     block_weights = max(sum(linear.weights for linear in block.linears) for block in structure.blocks)
     inside = {f"{block.name}." for block in structure.blocks}
     outer = sum(
-        prod(shape) * width for name, shape in structure.parameters.items() if not any(name.startswith(b) for b in inside)
+        prod(shape) * width
+        for name, shape in structure.parameters.items()
+        if not any(name.startswith(b) for b in inside)
     )
     linear_weights = sum(linear.weights for linear in structure.linears())
     calibration = recipe.calibration

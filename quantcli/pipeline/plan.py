@@ -33,7 +33,7 @@ class PlannedLinear:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of a run. Sizes in bytes; `bits_per_weight` counts scales and covers the quantized linears alone."""
+    """The decisions of a run. Sizes in bytes; `bits_per_weight` counts scales and covers only quantized linears."""
 
     model: Path
     structure: Structure
@@ -81,8 +81,8 @@ class Plan:
 def make_plan(recipe: Recipe, model: Path, structure: Structure) -> Plan:
     """Decide the scheme of every linear.
 
-    Raises RecipeError for a pattern that matches nothing, a group size that cannot divide, or a scheme that no chosen format
-    holds; ModelError for mixture-of-experts models, whose experts are not quantized yet.
+    Raises RecipeError for a pattern that matches nothing, a group size that cannot divide, or a scheme that no chosen
+    format holds; ModelError for mixture-of-experts models, whose experts are not quantized yet.
     """
     _refuse_experts(structure)
     notes: list[str] = []

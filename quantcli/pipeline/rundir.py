@@ -72,7 +72,7 @@ class StageFolder:
         self.files: dict[str, str] = {}
 
     def begin(self, fingerprint: str) -> None:
-        """Make the folder ready for work under a fingerprint: what belongs to another is removed, what belongs is kept."""
+        """Make the folder ready for work under a fingerprint: files of another are removed, its own are kept."""
         self.path.mkdir(parents=True, exist_ok=True)
         record = _read_object(self.path / STAGE_RECORD)
         self.files = dict(record.get("files", {}))
@@ -143,8 +143,7 @@ def open_run(path: Path, model: Path) -> Iterator[RunDirectory]:
 def _check_place(path: Path, model: Path) -> None:
     resolved, origin = path.resolve(), model.resolve()
     if resolved == origin or origin in resolved.parents or resolved in origin.parents:
-        if not (path / RECORD).is_file() or resolved == origin:
-            raise OutputError(f"The output {path} and the model {model} are in one another.", "Choose another output.")
+        raise OutputError(f"The output {path} and the model {model} are in one another.", "Choose another output.")
     if not path.exists():
         return
     if not path.is_dir():
@@ -166,7 +165,9 @@ def room_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         place = error.filename or path
         if error.errno in _NO_ROOM:
-            raise RoomError(f"No room is left to write {place}.", "Free some and run again; finished work is kept.") from error
+            raise RoomError(
+                f"No room is left to write {place}.", "Free some and run again; finished work is kept."
+            ) from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
             raise OutputError(f"{place} cannot be written: {error.strerror}.", "Choose another output.") from error
         raise
@@ -176,7 +177,9 @@ def room_errors(path: Path) -> Iterator[None]:
         if "No space left" in text:
             raise RoomError(f"No room is left to write below {path}.", "Free some and run again.") from error
         if "out of memory" in text.lower() or "can't allocate memory" in text.lower():
-            raise RoomError(f"The memory is too small: {text.splitlines()[0]}.", "Use --device cpu or a larger machine.") from error
+            raise RoomError(
+                f"The memory is too small: {text.splitlines()[0]}.", "Use --device cpu or a larger machine."
+            ) from error
         raise
 
 
@@ -200,5 +203,3 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-

@@ -15,8 +15,8 @@ CONFIGURATION_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*
 def locate_model(section: ModelSection, *, weights: bool = True) -> Path:
     """A local model directory. With `weights=False` a hub model is fetched without them, which is enough for a plan.
 
-    A .gguf file is converted once into $XDG_CACHE_HOME/quantcli/models, keyed by its size, time and first megabyte. Raises
-    ModelError when there is no such model.
+    A .gguf file is converted once into $XDG_CACHE_HOME/quantcli/models, keyed by its size, time and first megabyte.
+    Raises ModelError when there is no such model.
     """
     path = Path(section.path)
     if path.is_dir():
@@ -26,7 +26,9 @@ def locate_model(section: ModelSection, *, weights: bool = True) -> Path:
             return _converted(path, "bfloat16" if section.dtype == "auto" else section.dtype)
         raise ModelError(f"{path} is neither a model directory nor a .gguf file.", "Name the directory that it is in.")
     if path.is_absolute() or path.suffix == ".gguf" or section.path.count("/") != 1:
-        raise ModelError(f"There is no model at {path}.", "Check model.path; relative paths start at the recipe's file.")
+        raise ModelError(
+            f"There is no model at {path}.", "Check model.path; relative paths start at the recipe's file."
+        )
     return _from_hub(section.path, section.revision, weights)
 
 

@@ -13,8 +13,8 @@ from quantcli.pipeline.rundir import RECIPE
 def verify_path(path: Path) -> dict[str, Any]:
     """Check the exports of a run, or one checkpoint.
 
-    A checkpoint inside a run is compared with the store it was written from; one that stands alone is checked against itself.
-    Raises VerificationError with the module and the difference.
+    A checkpoint inside a run is compared with the store it was written from; one that stands alone is checked against
+    itself. Raises VerificationError with the module and the difference.
     """
     run = next((folder for folder in (path, path.parent.parent) if (folder / RECIPE).is_file()), None)
     if run is not None:
@@ -45,7 +45,9 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     formats = [only] if only else list(recipe.export.formats if recipe.export else ())
     missing = [name for name in formats if not (run / "export" / name / "config.json").is_file()]
     if missing or not formats:
-        raise VerificationError(f"{run} holds no finished export{' ' + missing[0] if missing else ''}.", "Run it first.")
+        raise VerificationError(
+            f"{run} holds no finished export{' ' + missing[0] if missing else ''}.", "Run it first."
+        )
     store = Store(run / "quantize")
     found = {n: asdict(verify_checkpoint(run / "export" / n, store, source, weights, cast)) for n in formats}
     return {f"{name}: {key}": value for name, facts in found.items() for key, value in facts.items()}
@@ -65,7 +67,9 @@ def _verify_alone(path: Path) -> dict[str, Any]:
             stored = checkpoint.read_linear(name)
             linear = linears[name]
             if tuple(stored.weight.codes.shape) != (linear.out_features, linear.in_features):
-                raise VerificationError(f"{name}: codes have shape {tuple(stored.weight.codes.shape)}.", "Export it again.")
+                raise VerificationError(
+                    f"{name}: codes have shape {tuple(stored.weight.codes.shape)}.", "Export it again."
+                )
             for scale in (stored.weight.scale, stored.input_scale):
                 if scale is not None and not bool((torch.isfinite(scale) & (scale != 0)).all()):
                     raise VerificationError(f"{name}: a scale is zero or not finite.", "Quantize it again.")

@@ -1,4 +1,4 @@
-"""calibrate: run the float model over the calibration tokens, block by block, and keep statistics of every linear's input."""
+"""calibrate: run the float model over the calibration tokens, block by block, and keep statistics of linears' inputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _reading(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: StageFolder) -> None:
-    """Writes block-00000.safetensors … with, for each shared input, the tensors of InputStatistics; and manifest.json."""
+    """Writes block-00000.safetensors …, with the tensors of InputStatistics for each shared input, and manifest.json."""
     from quantcli.calibration.tokens import tokenize
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
@@ -114,7 +114,9 @@ def _check(block: Block, statistics: dict[str, InputStatistics]) -> None:
 def _write(folder: StageFolder, index: int, statistics: dict[str, InputStatistics]) -> None:
     from quantcli.model.writer import PlannedTensor, split_shards, write_safetensors
 
-    tensors = {f"{name}.{part}": t for name, gathered in statistics.items() for part, t in gathered.to_tensors().items()}
+    tensors = {
+        f"{name}.{part}": t for name, gathered in statistics.items() for part, t in gathered.to_tensors().items()
+    }
     (planned,) = split_shards([PlannedTensor(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], 1 << 62)
     file = folder.path / f"block-{index:05d}.safetensors"
     digest = write_safetensors(file, planned, tensors.__getitem__, {"format": "quantcli-statistics"})

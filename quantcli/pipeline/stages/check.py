@@ -13,8 +13,8 @@ from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.recipe.schema import CalibrationSection, PerplexitySection, Recipe
 
 TOKENS = 512
-# Ordinary text has 1.2 to 2 tokens a word; one token a character gives more than 5. A sane model's perplexity on prose is below
-# 100; a model that reads through a wrong tokenizer is at thousands.
+# Ordinary text has 1.2 to 2 tokens a word; one token a character gives more than 5. A sane model's perplexity on prose
+# is below 100; a model that reads through a wrong tokenizer is at thousands.
 MOST_TOKENS_A_WORD = 4.0
 HIGHEST_PERPLEXITY = 1000.0
 
@@ -51,12 +51,12 @@ def run(context: Context, folder: StageFolder) -> None:
         raise ModelError(f"The tokenizer gives token {highest}, and the model knows {vocabulary}.",
                          "The tokenizer belongs to another model.")  # fmt: skip
     if found.tokens_per_word > MOST_TOKENS_A_WORD:
-        _report(context, f"The tokenizer cuts this text into {found.tokens_per_word:.1f} tokens a word; sane ones need 1 to 2. "
-                "It was probably converted wrongly.")  # fmt: skip
+        _report(context, f"The tokenizer cuts this text into {found.tokens_per_word:.1f} tokens a word; sane ones need "
+                "1 to 2. It was probably converted wrongly.")  # fmt: skip
     perplexity = _perplexity(context, found.samples)
     if not perplexity < HIGHEST_PERPLEXITY:
-        _report(context, f"The float model's perplexity on the first {found.tokens} tokens is {perplexity:.0f}, where a sane "
-                "model is below 100. Its tokenizer or its weights are probably broken.")  # fmt: skip
+        _report(context, f"The float model's perplexity on the first {found.tokens} tokens is {perplexity:.0f}, where a "
+                "sane model is below 100. Its tokenizer or its weights are probably broken.")  # fmt: skip
     result = {
         "tokens": found.tokens,
         "tokens_per_word": round(found.tokens_per_word, 3),

@@ -29,7 +29,8 @@ def _wanted(recipe: Recipe) -> bool:
 
 
 def _identity(context: Context) -> dict[str, Any]:
-    assert context.recipe.evaluate is not None and context.recipe.evaluate.perplexity is not None
+    assert context.recipe.evaluate is not None
+    assert context.recipe.evaluate.perplexity is not None
     return {"perplexity": data_identity(context.recipe.evaluate.perplexity), "dtype": context.recipe.model.dtype,
             "device": context.device}  # fmt: skip
 
@@ -44,7 +45,8 @@ def run(context: Context, folder: StageFolder) -> None:
     from quantcli.model.stream import BlockStream
     from quantcli.pipeline.stages.export import float_source
 
-    assert context.recipe.evaluate is not None and context.recipe.export is not None
+    assert context.recipe.evaluate is not None
+    assert context.recipe.export is not None
     section = context.recipe.evaluate.perplexity
     assert section is not None
     text = evaluation_windows(

@@ -21,7 +21,7 @@ def run(context: Context, folder: StageFolder) -> None:
 
     assert context.recipe.export is not None
     store, source = Store(context.folder("quantize")), float_source(context)
-    found = {}
+    found: dict[str, Any] = {}
     for name in context.recipe.export.formats:
         export = context.folder("export") / name
         found[name] = asdict(verify_checkpoint(export, store, source.checkpoint, source.weights, source.cast))
