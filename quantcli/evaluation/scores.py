@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass
 class WindowScores:
-    """Sums over the scored tokens of one window, float64. nll in nats; kl = Σ p_float·(log p_float − log p_quantized)."""
+    """Sums over the scored tokens of one window, in nats. kl = Σ p_float·(log p_float − log p_quantized)."""
 
     tokens: int = 0
     nll_float: float = 0.0
@@ -68,7 +68,7 @@ class Scores:
 
 
 def summarize(windows: Sequence[WindowScores], quantized: bool) -> Scores:
-    """Means over all scored tokens. Standard errors take windows, not tokens, as independent (tokens of one text are not)."""
+    """Means over all scored tokens. Standard errors take windows as independent, since the tokens of one are not."""
     tokens = sum(w.tokens for w in windows)
     float_model = _perplexity([w.nll_float for w in windows], windows)
     rows = [[w.tokens, w.nll_float, w.nll_quantized, w.kl] for w in windows]

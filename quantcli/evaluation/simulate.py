@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_static
@@ -13,8 +14,11 @@ from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_
 
 @dataclass(frozen=True)
 class Int8Weights:
-    """An int8 linear. codes int8 [out, in], scale float32 [out, 1] or [1, 1]; input_scale float32 [1] and input_zero_point
-    int8 [1] for static activations, None for dynamic ones (one scale a token)."""
+    """An int8 linear: codes int8 [out, in], scale float32 [out, 1] or [1, 1].
+
+    Static activations have input_scale float32 [1] and, if asymmetric, input_zero_point int8 [1]; dynamic ones, with
+    one scale a token, have neither.
+    """
 
     codes: Tensor
     scale: Tensor
@@ -24,29 +28,32 @@ class Int8Weights:
 
 @contextmanager
 def simulated(block: nn.Module, linears: Mapping[str, Int8Weights]) -> Iterator[None]:
-    """The named linears of `block` compute y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b on exact integer sums while the body runs."""
+    """While the body runs, the named linears of `block` compute y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b with exact sums."""
     modules = {block.get_submodule(name): weights for name, weights in linears.items()}
     try:
         for module, weights in modules.items():
-            module.forward = _forward(module, weights)  # type: ignore[method-assign]
+            module.__dict__["forward"] = _forward(module, weights)
         yield
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
 
 
-def _forward(module: nn.Module, weights: Int8Weights) -> object:
-    bias: Tensor | None = getattr(module, "bias", None)
-    zero = None if weights.input_zero_point is None else int(weights.input_zero_point.item())
+def _forward(module: nn.Module, weights: Int8Weights) -> Callable[[Tensor], Tensor]:
+    zero_point = weights.input_zero_point
+    if weights.input_scale is not None and zero_point is None:
+        zero_point = torch.zeros_like(weights.input_scale, dtype=torch.int8)
+    zero = None if zero_point is None else int(zero_point.item())
 
-    def forward(x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, x.shape[-1])
-        if weights.input_scale is None:
+    def forward(input: Tensor) -> Tensor:  # nn.Linear's own name for it, since callers may use it as a keyword
+        tokens = input.reshape(-1, input.shape[-1])
+        if weights.input_scale is None or zero_point is None:
             codes, scale = quantize_per_token(tokens)
         else:
             scale = weights.input_scale
-            codes = quantize_static(tokens, scale, weights.input_zero_point)
-        output = int8_linear(codes, scale, zero, weights.codes, weights.scale, bias, x.dtype)
-        return output.view(*x.shape[:-1], -1)
+            codes = quantize_static(tokens, scale, zero_point)
+        bias: Tensor | None = getattr(module, "bias", None)
+        output = int8_linear(codes, scale, zero, weights.codes, weights.scale, bias, input.dtype)
+        return output.view(*input.shape[:-1], weights.codes.shape[0])
 
     return forward

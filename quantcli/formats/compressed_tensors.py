@@ -1,8 +1,9 @@
 """compressed-tensors, the format of llm-compressor and vLLM. https://github.com/vllm-project/compressed-tensors
 
-With quantized activations (`int-quantized`): X.weight int8 [out, in], X.weight_scale float32 [out, 1], and for static ones
-X.input_scale float32 [1] and X.input_zero_point int8 [1]. Weights alone (`pack-quantized`): X.weight_packed int32
-[out, in·bits/32], X.weight_scale in the model's dtype, X.weight_zero_point int32 packed along the output, X.weight_shape int64 [2].
+With quantized activations (`int-quantized`): X.weight int8 [out, in], X.weight_scale float32 [out, 1] or [1], and for
+static ones X.input_scale float32 [1] and, if asymmetric, X.input_zero_point int8 [1]. Weights alone (`pack-quantized`):
+X.weight_packed int32 [out, in·bits/32], X.weight_scale in the model's dtype, X.weight_zero_point int32 packed along the
+output, X.weight_shape int64 [2].
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     """Tensors that stand for X.weight: suffix → (dtype, shape), without a value. Known before anything is computed."""
     out, inner = linear.out_features, linear.in_features
     scale = (scheme.scale_dtype(dtype), scheme.scale_shape(out, inner))
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
     if scheme.activations != "none":
         tensors = {"weight": ("int8", (out, inner)), "weight_scale": scale}
         if scheme.granularity == "tensor":
@@ -135,7 +137,10 @@ def configuration(schemes: Mapping[str, Scheme], kept: Iterable[str]) -> dict[st
 
 
 def parse_configuration(content: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
-    """Scheme of each linear that a `quantization_config` says is quantized. Raises ModelError for what is not understood."""
+    """Scheme of each linear that a `quantization_config` says is quantized.
+
+    Raises ModelError for what is not understood.
+    """
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils import match_name
     from pydantic import ValidationError

@@ -1,6 +1,8 @@
-"""Which serving engines load which scheme. Read from the engines' sources (vLLM 0.32 kernels/linear and
-quantization/compressed_tensors; transformers 5 with compressed-tensors 0.20) and, for vLLM on a CPU and transformers, run by
-the tests."""
+"""Which serving engines load which scheme.
+
+Read from the engines' sources (vLLM 0.32 kernels/linear and quantization/compressed_tensors; transformers 5 with
+compressed-tensors 0.20) and, for vLLM on a CPU and transformers, run by the tests.
+"""
 
 from __future__ import annotations
 

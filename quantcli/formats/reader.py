@@ -21,9 +21,9 @@ from quantcli.quant.scheme import Scheme
 class QuantizedCheckpoint:
     """A quantized checkpoint that reads like a float one: X.weight is dequantized when it is asked for.
 
-    (q − z)·s is computed in float32 and rounded to the model's dtype, as engines do that unpack weights. `linears` are the
-    model's linears by name, `weights` the float checkpoint's name of each one's weight. Raises ModelError for a format
-    that is not known.
+    (q − z)·s is computed in float32 and rounded to the model's dtype, as engines do that unpack weights. `linears` are
+    the model's linears by name, `weights` the float checkpoint's name of each one's weight. Raises ModelError for a
+    format that is not known.
     """
 
     def __init__(self, directory: Path, linears: Mapping[str, Linear], weights: Mapping[str, str]) -> None:

@@ -1,6 +1,7 @@
 """The neutral store: integer codes and scales of every quantized linear, one safetensors file a decoder block.
 
-The quantize stage writes it, exporters read it, and nothing in it depends on how the codes were found. Tensors of linear X:
+The quantize stage writes it, exporters read it, and nothing in it depends on how the codes were found. The tensors
+of a linear X:
 
     X.codes              int8 [out, in]     codes q in the signed domain of their bits
     X.scale              [out, groups], [out, 1] or [1, 1], in the dtype that the checkpoint will hold
@@ -61,7 +62,9 @@ def write_block(folder: Path, index: int, linears: Mapping[str, StoredLinear]) -
     return write_safetensors(block_file(folder, index), shard, tensors.__getitem__, {"format": "quantcli-store"})
 
 
-def write_manifest(folder: Path, dtype: str, schemes: Mapping[str, tuple[int, Scheme]], kept: Mapping[str, str]) -> None:
+def write_manifest(
+    folder: Path, dtype: str, schemes: Mapping[str, tuple[int, Scheme]], kept: Mapping[str, str]
+) -> None:
     """`schemes` maps a linear to (block, scheme), `kept` a float linear to the reason; `dtype` is the model's."""
     content = {
         "version": 1,
@@ -104,5 +107,3 @@ class Store:
             raise ModelError(f"{file} cannot be read: {error}.", "Delete it and run again.") from error
         weight = QuantizedWeight(parts["codes"], parts["scale"], parts.get("zero_point"))
         return StoredLinear(weight, parts.get("input_scale"), parts.get("input_zero_point"))
-
-

@@ -31,10 +31,10 @@ class Verified:
 def verify_checkpoint(
     folder: Path, store: Store, source: Checkpoint, weights: Mapping[str, str], cast: torch.dtype | None
 ) -> Verified:
-    """Check that the checkpoint holds the store's codes and scales exactly, and everything else as the float model has it.
+    """Check that the checkpoint holds the store's codes and scales exactly, and the float model's other tensors.
 
-    Every linear of the store is quantized and nothing else is; no scale is zero or not finite; configuration and tensors
-    agree. Raises VerificationError with the module and the difference.
+    Every linear of the store is quantized and nothing else is; no scale is zero or not finite; configuration and
+    tensors agree. Raises VerificationError with the module and the difference.
     """
     checkpoint = Checkpoint(folder)
     config = read_json(folder / "config.json").get("quantization_config")
@@ -103,9 +103,10 @@ def _check_linear(module: str, tensors: dict[str, Tensor], expected: StoredLinea
 def _same(module: str, what: str, found: Tensor | None, expected: Tensor | None) -> None:
     if (found is None) != (expected is None):
         raise VerificationError(f"{module}: {what} {'missing' if found is None else 'unexpected'}.", "Export again.")
-    if found is not None and expected is not None:
-        if found.dtype != expected.dtype or found.shape != expected.shape or not torch.equal(found, expected):
-            raise VerificationError(f"{module}: {what} in the checkpoint differ from the store's.", "Export again.")
+    if found is None or expected is None:
+        return
+    if found.dtype != expected.dtype or found.shape != expected.shape or not torch.equal(found, expected):
+        raise VerificationError(f"{module}: {what} in the checkpoint differ from the store's.", "Export again.")
 
 
 def _usable(module: str, name: str, scale: Tensor) -> None:

@@ -23,15 +23,18 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """The field's name, such as W4A16 g64 or W8A8 static."""
-        suffix = {"none": "", "static": " static", "dynamic": " dynamic"}[self.activations]
-        group = f" g{self.group_size}" if self.group_size else ""
-        return (
-            f"W{self.bits}A{16 if self.activations == 'none' else 8}{suffix}{group}{'' if self.symmetric else ' asym'}"
-        )
+        """The field's name, such as W4A16 g64, W4A16 g64 asym or W8A8 static."""
+        parts = [f"W{self.bits}A{16 if self.activations == 'none' else 8}"]
+        if self.activations != "none":
+            parts.append(self.activations)
+        if self.group_size:
+            parts.append(f"g{self.group_size}")
+        if not self.symmetric:
+            parts.append("asym")
+        return " ".join(parts)
 
     def scale_dtype(self, model_dtype: str) -> str:
-        """The dtype in which engines hold the scale: float32 beside int8 products, the model's where weights are unpacked."""
+        """The dtype in which engines hold the scale: float32 beside int8 products, else the model's own."""
         if self.activations != "none" or model_dtype not in ("bfloat16", "float16"):
             return "float32"
         return model_dtype

@@ -20,7 +20,10 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     if scores := result["perplexity"]:
         yield from _score_rows(scores)
     stages = result["stages"]
-    times = [f"{name} {'up to date' if r.get('reused') else format(r['seconds'], '.1f') + ' s'}" for name, r in stages.items()]
+    times = [
+        f"{name} {'up to date' if r.get('reused') else format(r['seconds'], '.1f') + ' s'}"
+        for name, r in stages.items()
+    ]
     yield "time", ", ".join(times)
     yield "peak memory", f"{result['peak_memory'] / 1e9:.2f} GB"
     for export in result["exports"]:
@@ -34,9 +37,15 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{_with_error(plain)} → {_with_error(quantized)} "
         f"({_number(scores['increase'], '+.2%')} ± {_number(scores['increase_error'], '.2%')})",
     )
-    yield "KL divergence", f"{_number(scores['kl_divergence'], '.4f')} ± {_number(scores['kl_error'], '.4f')} nats a token"
+    yield (
+        "KL divergence",
+        f"{_number(scores['kl_divergence'], '.4f')} ± {_number(scores['kl_error'], '.4f')} nats a token",
+    )
     yield "same top token", f"{_number(scores['agreement'], '.1%')}"
-    yield "protocol", f"{scores['protocol']}, {scores['windows']} windows of {scores['sequence_length']}, {scores['tokens']} tokens"
+    yield (
+        "protocol",
+        f"{scores['protocol']}, {scores['windows']} windows of {scores['sequence_length']}, {scores['tokens']} tokens",
+    )
 
 
 def _with_error(perplexity: Mapping[str, Any]) -> str:
@@ -47,7 +56,9 @@ def _number(value: float | None, form: str) -> str:
     return "undefined" if value is None else format(value, form)
 
 
-def scheme_rows(linears: Iterable[Mapping[str, Any]], *, every: bool = False) -> Iterator[tuple[str, str, str, str, str]]:
+def scheme_rows(
+    linears: Iterable[Mapping[str, Any]], *, every: bool = False
+) -> Iterator[tuple[str, str, str, str, str]]:
     """(name, count, shape, scheme, reason) of linears; those that differ only in their block number share a row."""
     groups: dict[tuple[str, str, str, str], list[str]] = {}
     for linear in linears:

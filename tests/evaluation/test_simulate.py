@@ -1,0 +1,97 @@
+"""The simulated int8 linear against its formula in float64, and the module that it takes the place of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quantcli.evaluation.simulate import Int8Weights, simulated
+
+MODES = ("dynamic", "static symmetric", "static asymmetric")
+
+
+def make(mode: str, bias: bool, granularity: str = "channel", seed: int = 0) -> tuple[nn.Module, Int8Weights]:
+    """A block with one linear of 48 → 24, and int8 weights to put in its place."""
+    generator = torch.Generator().manual_seed(seed)
+    block = nn.ModuleDict({"proj": nn.Linear(48, 24, bias=bias)})
+    if bias:
+        nn.init.normal_(block["proj"].bias, generator=generator)
+    codes = torch.randint(-128, 128, (24, 48), generator=generator, dtype=torch.int8)
+    rows = 24 if granularity == "channel" else 1
+    scale = torch.rand(rows, 1, generator=generator) * 0.01 + 1e-3
+    static = mode != "dynamic"
+    return block, Int8Weights(
+        codes,
+        scale,
+        torch.tensor([0.03]) if static else None,
+        torch.tensor([-17], dtype=torch.int8) if mode == "static asymmetric" else None,
+    )
+
+
+def reference(x: Tensor, weights: Int8Weights, bias: Tensor | None) -> Tensor:
+    """y = (q(x) − z)·sx · (Wq·sw)ᵀ + b in float64 from the float32 scales."""
+    x = x.float()
+    if weights.input_scale is None:
+        scale = x.abs().amax(-1, keepdim=True) / 127
+        zero = 0
+    else:
+        scale = weights.input_scale
+        zero = 0 if weights.input_zero_point is None else int(weights.input_zero_point)
+    codes = (torch.round(x / scale) + zero).clamp(-128, 127)
+    inputs = (codes.double() - zero) * scale.double()
+    y = inputs @ (weights.codes.double() * weights.scale.double()).t()
+    return y if bias is None else y + bias.double()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_output_is_the_formula_to_float32_rounding(mode: str, bias: bool, granularity: str) -> None:
+    block, weights = make(mode, bias, granularity)
+    x = torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1)) * 2
+    with simulated(block, {"proj": weights}):
+        found = block["proj"](x)
+    expected = reference(x, weights, block["proj"].bias)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once_at_the_end(mode: str, dtype: torch.dtype) -> None:
+    block, weights = make(mode, bias=True)
+    block.to(dtype)
+    x = torch.randn(7, 48, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with simulated(block, {"proj": weights}):
+        found = block["proj"](x)
+    assert found.dtype == dtype
+    exact = reference(x, weights, block["proj"].bias)
+    spacing = torch.finfo(dtype).eps * exact.abs().clamp(min=torch.finfo(dtype).tiny)
+    assert ((found.double() - exact).abs() <= 0.51 * spacing + 1e-6).all()
+
+
+def test_one_token_and_none_and_the_keyword_of_a_linear() -> None:
+    block, weights = make("dynamic", bias=True)
+    x = torch.randn(3, 48)
+    with simulated(block, {"proj": weights}):
+        whole = block["proj"](input=x)
+        assert torch.equal(block["proj"](x[1]), whole[1])
+        assert block["proj"](x[:0].view(2, 0, 48)).shape == (2, 0, 24)
+
+
+def test_a_token_of_zeros_gives_the_bias() -> None:
+    block, weights = make("dynamic", bias=True)
+    with simulated(block, {"proj": weights}):
+        assert torch.equal(block["proj"](torch.zeros(1, 48))[0], block["proj"].bias)
+
+
+def test_the_module_is_itself_again_afterwards() -> None:
+    block, weights = make("static symmetric", bias=False)
+    x = torch.randn(3, 48)
+    before = block["proj"](x)
+    with simulated(block, {"proj": weights}):
+        assert not torch.equal(block["proj"](x), before)
+    assert torch.equal(block["proj"](x), before)
+    with pytest.raises(RuntimeError), simulated(block, {"proj": weights}):
+        block["proj"](x[:, :3])
+    assert torch.equal(block["proj"](x), before)
