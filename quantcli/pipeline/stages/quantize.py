@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantcli.formats.store import StoredLinear
+    from quantcli.model.checkpoint import Checkpoint
     from quantcli.quant.grid import WeightGrid
 
 
@@ -42,27 +44,42 @@ def run(context: Context, folder: StageFolder) -> None:
     by_block: dict[int, list[tuple[str, Scheme]]] = {}
     for name, (block, scheme) in context.plan.schemes.items():
         by_block.setdefault(block, []).append((name, scheme))
-    for index, planned in sorted(by_block.items()):
-        file = block_file(folder.path, index)
-        if file.exists():
-            if file.name not in folder.files:
-                folder.add(file)
-            continue
-        started = time.perf_counter()
-        stored = {}
-        for name, scheme in planned:
-            weight = checkpoint.read([weights[name]])[weights[name]]
-            statistics = _statistics(context, index, name)
-            stored[name] = _quantize(context, name, weight, scheme, statistics)
-        folder.add(file, write_block(folder.path, index, stored))
-        context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
+    with _workers(context.device) as workers:
+        for index, planned in sorted(by_block.items()):
+            file = block_file(folder.path, index)
+            if file.exists():
+                if file.name not in folder.files:
+                    folder.add(file)
+                continue
+            started = time.perf_counter()
+            # the largest first, so that no worker is left alone with it
+            heaviest = sorted(planned, key=lambda entry: -context.linears[entry[0]].weights)
+            jobs = {
+                name: workers.submit(_quantize, context, checkpoint, weights[name], index, name, scheme)
+                for name, scheme in heaviest
+            }
+            stored = {}
+            for name, scheme in planned:
+                stored[name], facts = jobs.pop(name).result()
+                context.emit("linear", module=name, scheme=scheme.name, **facts)
+            folder.add(file, write_block(folder.path, index, stored))
+            context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
     write_manifest(folder.path, context.plan.structure.dtype, context.plan.schemes, context.plan.kept)
     folder.add(folder.path / MANIFEST)
 
 
+def _workers(device: str) -> ThreadPoolExecutor:
+    """Threads that quantize one linear each, without threads inside: nothing waits for a core that others use."""
+    import torch
+
+    count = torch.get_num_threads() if device == "cpu" else 1
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1 if count > 1 else count,))
+
+
 def _quantize(
-    context: Context, name: str, weight: Tensor, scheme: Scheme, statistics: dict[str, Tensor] | None
-) -> StoredLinear:
+    context: Context, checkpoint: Checkpoint, tensor: str, block: int, name: str, scheme: Scheme
+) -> tuple[StoredLinear, dict[str, Any]]:
+    """Codes and scales of one linear, and the facts that events.jsonl keeps of it."""
     import torch
 
     from quantcli.formats.store import StoredLinear
@@ -70,7 +87,9 @@ def _quantize(
     from quantcli.quant.grid import QuantizedWeight
     from quantcli.quant.methods import WEIGHT_METHODS, weight_error
 
+    weight = checkpoint.read([tensor])[tensor]
     weight = (weight.t().contiguous() if context.linears[name].transposed else weight).to(context.device)
+    statistics = _statistics(context, block, name)
     low, high = torch.aminmax(weight)
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ModelError(f"{name}.weight holds values that are not finite.", "The checkpoint is damaged; get it again.")
@@ -86,14 +105,12 @@ def _quantize(
     if section.method != "minmax":
         facts["error"] = float(f"{weight_error(weight, QuantizedWeight(codes, scale, zero_point), importance):.6g}")
     if scheme.activations != "static":
-        context.emit("linear", module=name, scheme=scheme.name, **facts)
-        return StoredLinear(quantized)
+        return StoredLinear(quantized), facts
     assert statistics is not None
     low_input, high_input = statistics["minimum"].min().item(), statistics["maximum"].max().item()
     input_scale, input_zero = static_parameters(low_input, high_input, scheme.activations_symmetric)
     facts |= {"input_min": float(f"{low_input:.6g}"), "input_max": float(f"{high_input:.6g}")}
-    context.emit("linear", module=name, scheme=scheme.name, **facts)
-    return StoredLinear(quantized, input_scale, None if scheme.activations_symmetric else input_zero)
+    return StoredLinear(quantized, input_scale, None if scheme.activations_symmetric else input_zero), facts
 
 
 def _grid(scheme: Scheme, dtype: str) -> WeightGrid:
