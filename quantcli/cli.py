@@ -1,18 +1,23 @@
-"""The command line: parses, calls the pipeline, shows what comes back. Heavy imports wait for a command that needs them."""
+"""The command line: parses, calls the pipeline, shows what comes back. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
 import click
 import typer
 
-from quantcli.errors import OutputError, QuantcliError
+from quantcli.errors import OutputError, QuantcliError, RoomError
+
+_BROKEN_PIPE = 141  # as the shell reports a command whose reader has gone
 
 app = typer.Typer(
     name="quantcli",
@@ -36,49 +41,65 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, no mess
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Every event, and a traceback for every error.")]
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, ended as cleanly as an interrupt from the keyboard."""
+
+
 def main() -> None:
-    """Entry point: runs a command and maps errors to exit statuses."""
+    """Entry point of the command line: leaves the process with an exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± or → is no reason to fail
+    signal.signal(signal.SIGTERM, _terminate)
+    status = run_command(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        status = status or _BROKEN_PIPE
+    os._exit(status)  # interpreter shutdown with torch loaded takes longer than the message
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    raise _Terminated
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run a command, say what goes wrong on standard error, and return the exit status."""
     # Set before torch or transformers is imported: no process here needs their progress bars or forked tokenizers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    verbose = "--verbose" in sys.argv
     try:
         # not standalone: click would turn an interrupt into exit status 1
-        _leave(app(standalone_mode=False) or 0)
-    except (KeyboardInterrupt, click.Abort):
+        return int(app(list(arguments), prog_name="quantcli", standalone_mode=False) or 0)
+    except (KeyboardInterrupt, click.Abort) as error:
         _complain("Interrupted. The same command goes on where it stopped.")
-        _leave(130)
+        return 143 if isinstance(error, _Terminated) or isinstance(error.__cause__, _Terminated) else 130
+    except BrokenPipeError:
+        return _BROKEN_PIPE
     except click.ClickException as error:
         error.show()
-        _leave(error.exit_code)
+        return error.exit_code
     except QuantcliError as error:
-        if verbose:
-            _traceback()
+        if "--verbose" in arguments:
+            traceback.print_exc()
         _complain(str(error))
-        _leave(error.exit_code)
+        return error.exit_code
+    except MemoryError:
+        _complain("The memory is too small. Use a machine with more of it.")
+        return RoomError.exit_code
     except Exception as error:
-        if verbose:
-            _traceback()
-        _complain(f"Internal error: {type(error).__name__}: {error}. --verbose shows where.")
-        _leave(1)
-
-
-def _leave(status: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # interpreter shutdown with torch loaded takes longer than the message
+        if "--verbose" in arguments:
+            traceback.print_exc()
+        first = next(iter(str(error).splitlines()), "")
+        _complain(f"Internal error: {type(error).__name__}: {first} (--verbose shows where.)")
+        return 1
 
 
 def _complain(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _traceback() -> None:
-    import traceback
-
-    traceback.print_exc()
 
 
 def _run(
@@ -96,14 +117,20 @@ def _run(
     from quantcli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or (), model=model, output=output, device=device)
+    missed = None
     with console.progress(quiet=quiet, verbose=verbose) as listener:
-        from quantcli.pipeline.engine import run_recipe
+        from quantcli.pipeline.engine import MissedGate, run_recipe
 
-        result = run_recipe(loaded, until=stage, listener=listener)
+        try:
+            result = run_recipe(loaded, until=stage, listener=listener)
+        except MissedGate as error:
+            missed, result = error, error.result
     if as_json:
-        _print_json(result.to_json())
+        _print_json(result.to_json() | {"missed_gate": missed and str(missed)})
     elif not quiet:
         console.show_result(result)
+    if missed is not None:
+        raise missed
 
 
 def _stage_command(stage: str | None) -> Callable[..., None]:

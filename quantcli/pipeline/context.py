@@ -79,12 +79,15 @@ class Context:
 class Stage:
     """A step of the pipeline.
 
-    `wanted` says whether a recipe calls for it; `after` names the stages whose files it reads; `identity` is what of
-    the recipe and the data its files depend on beside those; `run` does the work and records every file it finishes.
+    `reads` names the stages whose files it reads, `guards` those that must have passed before it; `wanted` says whether
+    a recipe calls for it; `identity` is what of the recipe and the data its files depend on beside those it reads;
+    `writes` are glob patterns of all its files, finished or not; `run` does the work and records each finished file.
     """
 
     name: str
-    after: tuple[str, ...]
+    reads: tuple[str, ...]
     wanted: Callable[[Recipe], bool]
     identity: Callable[[Context], dict[str, Any]]
     run: Callable[[Context, StageFolder], None]
+    writes: Callable[[Context], tuple[str, ...]]
+    guards: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import resource
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import GateError, ModelError, RecipeError, RoomError
-from quantcli.model.checkpoint import read_json
+from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure_cache import find_structure
+from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context, Listener, Stage
-from quantcli.pipeline.plan import Plan, make_plan
-from quantcli.pipeline.rundir import RunDirectory, open_run, room_errors
+from quantcli.pipeline.plan import Plan, make_plan, needs_calibration
+from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, check_place, is_run, open_run, room_errors
 from quantcli.pipeline.source import locate_model, model_identity
 from quantcli.pipeline.stages import calibrate, check, eval_ppl, export, quantize, verify
 from quantcli.recipe import resolved_yaml
@@ -40,7 +42,7 @@ _VERSIONED = ("torch", "transformers", "compressed-tensors")
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run did: directory, plan, records of the stages (fingerprint, files, seconds, `reused`), scores, peak memory."""
+    """What a run did: directory, plan, records of the stages (fingerprint, files, seconds, reused), scores, memory."""
 
     path: Path
     plan: Plan
@@ -49,17 +51,24 @@ class RunResult:
     peak_memory: int
 
     def to_json(self) -> dict[str, Any]:
+        exported = self.stages.get("export", {}).get("files", {})
         return {
             "output": str(self.path),
             "stages": {name: {k: v for k, v in r.items() if k != "files"} for name, r in self.stages.items()},
             "size_before": self.plan.size_before,
             "size_after": self.plan.size_after,
-            "exports": sorted(
-                {str(self.path / "export" / Path(f).parent) for f in self.stages.get("export", {}).get("files", {})}
-            ),
+            "exports": sorted({str(self.path / "export" / Path(file).parts[0]) for file in exported}),
             "perplexity": self.perplexity,
             "peak_memory": self.peak_memory,
         }
+
+
+class MissedGate(GateError):
+    """A quality gate that was missed. The run is complete all the same: `result` holds it."""
+
+    def __init__(self, message: str, remedy: str, result: RunResult) -> None:
+        super().__init__(message, remedy)
+        self.result = result
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
@@ -81,17 +90,30 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
     """Bring the run directory up to date, as far as stage `until` (all stages by default).
 
     A stage runs when its fingerprint differs from the recorded one or a file of it is missing; one that was interrupted
-    goes on behind its finished blocks. Raises the error of the stage that fails; GateError when a quality gate does.
+    goes on behind its finished blocks. What can be known to be wrong is refused before anything is written. Raises the
+    error of the stage that fails, and MissedGate, with the result, when a quality gate is missed.
     """
     if until is not None:
         _require_stage(until, recipe)
-    model = locate_model(recipe.model)
+    model = locate_model(recipe.model, listener=listener)
     plan = _plan(recipe, model)
+    device = choose_device(recipe.model.device)
     path = Path(recipe.output)
-    with open_run(path, model) as run, room_errors(path):
-        _require_disk(run, plan)
-        run.write_recipe(resolved_yaml(recipe))
-        context = Context(recipe, model, plan, run, choose_device(recipe.model.device), listener)
+    with room_errors(path):
+        check_place(path, model)
+        _require_disk(path, plan)
+    _require_readable(recipe, plan)
+    with open_run(path, model) as run:
+        context = Context(recipe, model, plan, run, device, listener)
+        if run.write_recipe(resolved_yaml(recipe)):
+            context.emit("note", text=f"{path / RECIPE} was edited since the last run; it is now {EDITED_RECIPE}.")
+        run.record |= {
+            "layout": LAYOUT,
+            "model": str(model),
+            "device": device,
+            "seed": recipe.calibration.seed if recipe.calibration else 0,
+            "versions": _versions("quantcli", *_VERSIONED),
+        }
         context.emit("plan", linears=len(plan.schemes), kept=len(plan.kept), notes=list(plan.notes))
         _bring_up_to_date(context, until)
         result = RunResult(path, plan, context.results, _perplexity(context), _peak_memory())
@@ -100,32 +122,34 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
 
 
 def _bring_up_to_date(context: Context, until: str | None) -> None:
-    fingerprints: dict[str, str] = {}
-    base = {
-        "layout": LAYOUT,
-        "model": model_identity(context.model),
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
-    }
+    base = {"layout": LAYOUT, "model": model_identity(context.model), "versions": _versions(*_VERSIONED)}
     for stage in STAGES:
-        if stage.wanted(context.recipe) and (until is None or _leads_to(stage.name, until)):
+        if stage.wanted(context.recipe) and (until is None or stage.name in _needed(until)):
             context.stage = stage.name
-            before = {name: fingerprints[name] for name in stage.after if name in fingerprints}
+            # by content, not by their fingerprints: files that come out the same need no new work behind them
+            before = {name: context.results[name]["files"] for name in stage.reads if name in context.results}
             identity = [base, stage.name, stage.identity(context), before]
             fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-            fingerprints[stage.name] = fingerprint
             _run_stage(context, stage, fingerprint)
 
 
 def _run_stage(context: Context, stage: Stage, fingerprint: str) -> None:
     folder = context.run.stage(stage.name)
-    recorded = context.run.record.get("stages", {}).get(stage.name, {})
-    if recorded.get("fingerprint") == fingerprint and folder.complete(fingerprint):
+    records = context.run.record["stages"]
+    recorded = records.get(stage.name, {})
+    if folder.complete(fingerprint):
         context.emit("reused")
+        if recorded.get("fingerprint") != fingerprint:  # killed between the stage's record and the run's
+            recorded = {"fingerprint": fingerprint, "files": folder.files, "seconds": None, "peak_memory": None}
+            _record(context, stage.name, recorded)
         context.results[stage.name] = {**recorded, "reused": True}
         return
     started = time.perf_counter()
     context.emit("started")
-    folder.begin(fingerprint)
+    for name in _readers(stage.name) & records.keys():
+        del records[name]  # what a change has made out of date is no result of this run any more
+    context.run.write_record()
+    folder.begin(fingerprint, stage.writes(context))
     context.results[stage.name] = {}
     stage.run(context, folder)
     folder.finish()
@@ -134,22 +158,39 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str) -> None:
         "files": dict(sorted(folder.files.items())),
         "seconds": round(time.perf_counter() - started, 2),
         "peak_memory": _peak_memory(),
-        "versions": {name: importlib.metadata.version(name) for name in ("quantcli", *_VERSIONED)},
+        "versions": _versions("quantcli", *_VERSIONED),
     }
-    context.run.finish_stage(stage.name, record)
+    _record(context, stage.name, record)
     context.results[stage.name] = {**record, "reused": False}
-    context.emit("finished", seconds=record["seconds"])
+    context.emit("finished", seconds=record["seconds"], peak_memory=record["peak_memory"])
 
 
-def _leads_to(name: str, until: str) -> bool:
-    needed, frontier = {until}, [until]
-    by_name = {stage.name: stage for stage in STAGES}
-    while frontier:
-        for before in by_name[frontier.pop()].after:
-            if before not in needed:
-                needed.add(before)
-                frontier.append(before)
-    return name in needed
+def _record(context: Context, name: str, record: dict[str, Any]) -> None:
+    records = {**context.run.record["stages"], name: record}
+    context.run.record["stages"] = {stage.name: records[stage.name] for stage in STAGES if stage.name in records}
+    context.run.write_record()
+
+
+def _versions(*names: str) -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _readers(name: str) -> set[str]:
+    """The stage and every stage that reads its files, directly or not."""
+    found = {name}
+    for stage in STAGES:  # in order: a reader comes behind what it reads
+        if found & set(stage.reads):
+            found.add(stage.name)
+    return found
+
+
+def _needed(name: str) -> set[str]:
+    """The stage and every stage that must be up to date before it."""
+    found = {name}
+    for stage in reversed(STAGES):
+        if stage.name in found:
+            found |= {*stage.reads, *stage.guards}
+    return found
 
 
 def _require_stage(name: str, recipe: Recipe) -> None:
@@ -162,21 +203,32 @@ def _require_stage(name: str, recipe: Recipe) -> None:
         raise RecipeError(f"This recipe has nothing for stage {name}.", f"It would need {section}.")
 
 
-def _require_disk(run: RunDirectory, plan: Plan) -> None:
-    """Refuse before work begins what cannot fit. A finished run needs little; only a new one is checked."""
-    import shutil
-
-    if run.record.get("stages"):
+def _require_disk(path: Path, plan: Plan) -> None:
+    """Refuse what cannot fit. A run that has begun needs less than the estimate; only a new one is checked."""
+    if is_run(path):
         return
-    free = shutil.disk_usage(run.path).free
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
     if free < plan.estimate.disk:
         needed = plan.estimate.disk / 1e9
-        raise RoomError(f"{run.path} has {free / 1e9:.1f} GB free, and the run needs about {needed:.1f} GB.",
+        raise RoomError(f"{place} has {free / 1e9:.3g} GB free, and the run needs about {needed:.3g} GB.",
                         "Free some, or choose another output.")  # fmt: skip
 
 
+def _require_readable(recipe: Recipe, plan: Plan) -> None:
+    """Refuse damaged weights, as far as headers tell, and text that is not there."""
+    from quantcli.model.names import weight_tensors
+
+    checkpoint, trust = Checkpoint(plan.model), recipe.model.trust_remote_code
+    weight_tensors(plan.model, plan.structure, checkpoint.entries, trust_remote_code=trust)
+    if recipe.calibration is not None and needs_calibration(recipe):
+        texts_of(recipe.calibration)
+    if recipe.evaluate is not None and recipe.evaluate.perplexity is not None:
+        texts_of(recipe.evaluate.perplexity)
+
+
 def choose_device(wanted: str) -> str:
-    """`auto` is the first CUDA device where there is one, else the CPU. Raises RecipeError for a device that is absent."""
+    """`auto` is the first CUDA device where there is one, else the CPU. Raises RecipeError for an absent device."""
     import torch
 
     if wanted == "auto":
@@ -210,8 +262,9 @@ def _check_gates(recipe: Recipe, result: RunResult) -> None:
     ):
         if bound is not None and not (found is not None and found <= bound):
             shown = "undefined" if found is None else f"{found:.4g}"
-            raise GateError(f"evaluate.gates.{name}: {shown} is above {bound:.4g}.",
-                            f"The run is complete in {result.path}; try a milder scheme or roll back more.")  # fmt: skip
+            raise MissedGate(f"evaluate.gates.{name}: {shown} is above {bound:.4g}.",
+                             f"The run is complete in {result.path}; try a milder scheme or roll back more.",
+                             result)  # fmt: skip
 
 
 def _peak_memory() -> int:

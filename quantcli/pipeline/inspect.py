@@ -11,16 +11,16 @@ from typing import Any
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure_cache import find_structure
-from quantcli.pipeline.rundir import RECIPE, RECORD
+from quantcli.pipeline.rundir import RECORD, is_run
 from quantcli.pipeline.source import locate_model
 from quantcli.recipe.schema import ModelSection
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
     """Facts about a model directory, a .gguf file, a quantized checkpoint or a run directory."""
-    if (path / RECIPE).is_file():
+    if is_run(path):
         return _inspect_run(path)
-    directory = locate_model(ModelSection(path=str(path.resolve()))) if path.suffix == ".gguf" else path
+    directory = locate_model(ModelSection(path=str(path.resolve()))) if path.is_file() else path
     if not directory.is_dir():
         raise ModelError(f"There is nothing at {path}.", "Check the path.")
     structure = find_structure(directory)
@@ -45,17 +45,21 @@ def inspect_path(path: Path) -> dict[str, Any]:
         quantized = QuantizedCheckpoint(directory, linears, {name: f"{name}.weight" for name in linears})
         schemes = Counter(scheme.name for scheme in quantized.schemes.values())
         facts |= {"kind": f"quantized checkpoint ({config.get('quant_method')})"}
-        facts |= {"schemes": ", ".join(f"{count} linears {name}" for name, count in schemes.items())}
+        facts |= {"schemes": ", ".join(f"{count} × {name}" for name, count in schemes.items())}
     return facts
 
 
 def _inspect_run(path: Path) -> dict[str, Any]:
-    record = json.loads((path / RECORD).read_text(encoding="utf-8")) if (path / RECORD).is_file() else {}
-    facts: dict[str, Any] = {"kind": "run directory"}
-    for name, stage in record.get("stages", {}).items():
-        facts[name] = f"{len(stage['files'])} files, {stage['seconds']:.1f} s"
+    record = read_json(path / RECORD)
+    facts: dict[str, Any] = {"kind": "run directory", "model": record.get("model")}
+    stages = record.get("stages", {})
+    for name, stage in stages.items():
+        count = len(stage["files"])
+        seconds = "" if stage["seconds"] is None else f", {stage['seconds']:.1f} s"
+        facts[name] = f"{count} file{'' if count == 1 else 's'}{seconds}"
     results = path / "eval-ppl" / "results.json"
-    if results.is_file():
+    if "eval-ppl" in stages and results.is_file():
         scores = json.loads(results.read_text(encoding="utf-8"))
-        facts["perplexity"] = f"{scores['float_model']['value']:.3f} → {scores['quantized']['value']:.3f}"
+        values = [scores[name]["value"] for name in ("float_model", "quantized")]
+        facts["perplexity"] = " → ".join("undefined" if value is None else f"{value:.3f}" for value in values)
     return facts

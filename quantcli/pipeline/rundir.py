@@ -1,7 +1,9 @@
 """The run directory: whose it is, what lies in it, and how it stays whole when a run is killed.
 
-Every file appears by rename, complete. A stage's folder holds `stage.json`, which names the fingerprint that the files
-belong to and their digests; after a kill, files under the same fingerprint are kept and work goes on behind them.
+Every file appears by rename, complete. run.json is written first and marks the directory as a run's own. A stage's
+folder holds stage.json, which names the fingerprint that its files belong to, their digests and sizes, and, until the
+stage is complete, what it may write: after a kill, files under the same fingerprint are kept and work goes on behind
+them; under another they are removed, and nothing else is.
 """
 
 from __future__ import annotations
@@ -9,10 +11,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from quantcli.errors import OutputError, QuantcliError, RoomError
@@ -20,10 +24,20 @@ from quantcli.model.checkpoint import replacing
 
 RECORD = "run.json"
 RECIPE = "recipe.yaml"
+EDITED_RECIPE = "recipe.edited.yaml"
 EVENTS = "events.jsonl"
-LOCK = ".lock"
 STAGE_RECORD = "stage.json"
+KIND = "quantcli run"
+# Where a directory itself cannot be locked: network file systems want a file that is open for writing.
+_LOCK = ".lock"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_LEFTOVER = re.compile(r"\..+\.\d+\.part")  # the temporary names of `replacing`
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run's: its run.json says so."""
+    return _read_object(path / RECORD).get("kind") == KIND
 
 
 class RunDirectory:
@@ -31,28 +45,33 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.record: dict[str, Any] = _read_object(path / RECORD)
+        self.record: dict[str, Any] = _read_object(path / RECORD) or {"kind": KIND, "stages": {}}
         self._events: IO[str] | None = None
 
     def stage(self, name: str) -> StageFolder:
         return StageFolder(self.path / name)
 
-    def finish_stage(self, name: str, record: dict[str, Any]) -> None:
-        self.record.setdefault("stages", {})[name] = record
-        self.write_record()
-
     def write_record(self) -> None:
         write_json(self.path / RECORD, self.record)
 
-    def write_recipe(self, text: str) -> None:
-        with replacing(self.path / RECIPE) as temporary:
+    def write_recipe(self, text: str) -> bool:
+        """Write recipe.yaml. One that was edited since it was written is kept as recipe.edited.yaml: then True."""
+        path, digest = self.path / RECIPE, sha256(text.encode()).hexdigest()
+        found = file_digest(path) if path.is_file() else digest
+        edited = found not in (digest, self.record.get("recipe"))
+        if edited:
+            path.replace(self.path / EDITED_RECIPE)
+        self.record["recipe"] = digest
+        self.write_record()
+        with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        return edited
 
     def append_event(self, event: dict[str, Any]) -> None:
         """One line in events.jsonl. A line that a kill cut short is ended first."""
         if self._events is None:
             path = self.path / EVENTS
-            torn = path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n")
+            torn = path.exists() and not _ends_with_newline(path)
             self._events = path.open("a", encoding="utf-8")
             if torn:
                 self._events.write("\n")
@@ -70,49 +89,83 @@ class StageFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        self.fingerprint = ""
+        self.writes: tuple[str, ...] = ()
 
-    def begin(self, fingerprint: str) -> None:
-        """Make the folder ready for work under a fingerprint: files of another are removed, its own are kept."""
+    def begin(self, fingerprint: str, writes: Iterable[str]) -> None:
+        """Make the folder ready for work under a fingerprint: files of another are removed, its own are kept.
+
+        `writes` are glob patterns, relative to the folder, of all that the stage may write. A recorded file that is
+        missing or has another size is forgotten, so that it is made again.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        record = _read_object(self.path / STAGE_RECORD)
-        self.files = dict(record.get("files", {}))
+        record = self._read()
         if record.get("fingerprint") != fingerprint:
-            self.clear()
-            self.files = {}
+            self._remove([*record.get("files", {}), *record.get("writes", ())])
+            record = {}
+        sizes = record.get("sizes", {})
+        self.files = {n: d for n, d in record.get("files", {}).items() if _size(self.path / n) == sizes.get(n, -1)}
+        self.sizes = {name: sizes[name] for name in self.files}
+        self._remove(set(record.get("files", {})) - set(self.files))
         for leftover in self.path.rglob(".*.part"):
-            leftover.unlink()
-        self.fingerprint = fingerprint
-        self._write()
+            if _LEFTOVER.fullmatch(leftover.name):
+                leftover.unlink()
+        self.fingerprint, self.writes = fingerprint, tuple(writes)
+        self._write(complete=False)
 
     def add(self, file: Path, digest: str = "") -> None:
         """Record a finished file; its sha256 is computed where the writer did not."""
-        self.files[str(file.relative_to(self.path))] = digest or file_digest(file)
-        self._write()
+        name = file.relative_to(self.path).as_posix()
+        self.files[name] = digest or file_digest(file)
+        self.sizes[name] = file.stat().st_size
+        self._write(complete=False)
 
-    def clear(self) -> None:
-        """Remove what the stage wrote; files of others stay."""
-        for name in self.files:
-            (self.path / name).unlink(missing_ok=True)
-        for pattern in ("block-*.safetensors", "hidden-*/*", "hidden-*", "*.part", "model*.safetensors"):
-            for file in self.path.glob(pattern):
-                if file.is_file():
-                    file.unlink()
+    def adopt(self, file: Path) -> bool:
+        """Whether a file is there already, recording it where a kill came between its last byte and its record."""
+        name = file.relative_to(self.path).as_posix()
+        if name not in self.files and file.is_file():
+            self.add(file)
+        return name in self.files
 
     def complete(self, fingerprint: str) -> bool:
-        """Whether every recorded file of this fingerprint is there with its recorded size."""
-        record = _read_object(self.path / STAGE_RECORD)
-        sizes = record.get("sizes")
-        if record.get("fingerprint") != fingerprint or not isinstance(sizes, dict):
+        """Whether the stage was completed under this fingerprint and every file is there with its recorded size."""
+        record = self._read()
+        if record.get("fingerprint") != fingerprint or record.get("complete") is not True:
             return False
-        paths = {name: self.path / name for name in record["files"]}
-        return all(path.is_file() and path.stat().st_size == sizes.get(name) for name, path in paths.items())
+        self.fingerprint, self.files, self.sizes = fingerprint, record["files"], record["sizes"]
+        return all(_size(self.path / name) == self.sizes.get(name, -1) for name in self.files)
 
     def finish(self) -> None:
         """Record that the stage is complete."""
-        self._write({"sizes": {name: (self.path / name).stat().st_size for name in sorted(self.files)}})
+        self._write(complete=True)
 
-    def _write(self, extra: dict[str, Any] | None = None) -> None:
-        content = {"fingerprint": self.fingerprint, "files": dict(sorted(self.files.items())), **(extra or {})}
+    def _read(self) -> dict[str, Any]:
+        record = _read_object(self.path / STAGE_RECORD)
+        parts = [record.get(key, {}) for key in ("files", "sizes")]
+        return record if all(isinstance(part, dict) for part in parts) else {}
+
+    def _remove(self, patterns: Iterable[str]) -> None:
+        """Remove files of the stage, by name or pattern, and folders in it that are empty then."""
+        for pattern in patterns:
+            if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
+                continue  # no stage writes there
+            named = [self.path / pattern] if (self.path / pattern).is_file() else []
+            for file in named or list(self.path.glob(pattern)):
+                if file.is_file() or file.is_symlink():
+                    file.unlink()
+                    if file.parent != self.path and not any(file.parent.iterdir()):
+                        file.parent.rmdir()
+
+    def _write(self, *, complete: bool) -> None:
+        content: dict[str, Any] = {
+            "fingerprint": self.fingerprint,
+            "complete": complete,
+            "files": dict(sorted(self.files.items())),
+            "sizes": dict(sorted(self.sizes.items())),
+        }
+        if not complete:
+            content["writes"] = list(self.writes)
         write_json(self.path / STAGE_RECORD, content)
 
 
@@ -122,25 +175,50 @@ def open_run(path: Path, model: Path) -> Iterator[RunDirectory]:
 
     Raises OutputError when it holds something else, is or contains the model, cannot be written, or is in use.
     """
-    _check_place(path, model)
     with room_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        lock = (path / LOCK).open("a")
+        check_place(path, model)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise OutputError(f"Another run is using {path}.", "Wait for it, or choose another output.") from error
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            if error.errno in _NO_ROOM:
+                raise
+            raise OutputError(f"{path} cannot be made: {error.strerror}.", "Choose another output.") from error
+        with _locked(path):
+            for name in os.listdir(path):
+                if _LEFTOVER.fullmatch(name):
+                    (path / name).unlink()
             run = RunDirectory(path)
+            run.write_record()
             try:
                 yield run
             finally:
                 run.close()
-        finally:
-            lock.close()
 
 
-def _check_place(path: Path, model: Path) -> None:
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The directory itself is locked, not a file in it that somebody could delete. The lock ends with the process."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:
+            os.close(handle)
+            handle = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise OutputError(f"Another run is using {path}.", "Wait for it, or choose another output.") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def check_place(path: Path, model: Path) -> None:
+    """Raise OutputError unless a run may write at `path`: nothing is there, an empty directory, or a run of ours."""
     resolved, origin = path.resolve(), model.resolve()
     if resolved == origin or origin in resolved.parents or resolved in origin.parents:
         raise OutputError(f"The output {path} and the model {model} are in one another.", "Choose another output.")
@@ -148,9 +226,10 @@ def _check_place(path: Path, model: Path) -> None:
         return
     if not path.is_dir():
         raise OutputError(f"The output {path} is a file.", "Choose a directory.")
-    names = {entry.name for entry in path.iterdir()} - {LOCK}
-    if names and RECIPE not in names:
-        raise OutputError(f"{path} holds something else ({sorted(names)[0]}).", "Choose an empty or a new directory.")
+    names = sorted(name for name in os.listdir(path) if name != _LOCK and not _LEFTOVER.fullmatch(name))
+    if names and not is_run(path):
+        what = f"something else ({names[0]})" if RECORD not in names else f"a {RECORD} that is foreign or damaged"
+        raise OutputError(f"{path} holds {what}.", "Choose an empty or a new directory.")
 
 
 @contextmanager
@@ -168,8 +247,8 @@ def room_errors(path: Path) -> Iterator[None]:
             raise RoomError(
                 f"No room is left to write {place}.", "Free some and run again; finished work is kept."
             ) from error
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS}:
-            raise OutputError(f"{place} cannot be written: {error.strerror}.", "Choose another output.") from error
+        if error.errno in _NO_ACCESS:
+            raise OutputError(f"{place}: {error.strerror}.", "Choose another output.") from error
         raise
     except RuntimeError as error:
         # torch reports a full disk and an exhausted device as RuntimeError
@@ -195,6 +274,18 @@ def file_digest(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _ends_with_newline(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quantcli.errors import ModelError
+from quantcli.pipeline.rundir import room_errors
 from quantcli.recipe.schema import ModelSection
+
+if TYPE_CHECKING:
+    from quantcli.pipeline.context import Listener
 
 CONFIGURATION_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
 
 
-def locate_model(section: ModelSection, *, weights: bool = True) -> Path:
+def locate_model(section: ModelSection, *, weights: bool = True, listener: Listener | None = None) -> Path:
     """A local model directory. With `weights=False` a hub model is fetched without them, which is enough for a plan.
 
     A .gguf file is converted once into $XDG_CACHE_HOME/quantcli/models, keyed by its size, time and first megabyte.
@@ -23,7 +28,7 @@ def locate_model(section: ModelSection, *, weights: bool = True) -> Path:
         return path
     if path.is_file():
         if path.suffix == ".gguf":
-            return _converted(path, "bfloat16" if section.dtype == "auto" else section.dtype)
+            return _converted(path, "bfloat16" if section.dtype == "auto" else section.dtype, listener)
         raise ModelError(f"{path} is neither a model directory nor a .gguf file.", "Name the directory that it is in.")
     if path.is_absolute() or path.suffix == ".gguf" or section.path.count("/") != 1:
         raise ModelError(
@@ -32,19 +37,22 @@ def locate_model(section: ModelSection, *, weights: bool = True) -> Path:
     return _from_hub(section.path, section.revision, weights)
 
 
-def _converted(file: Path, dtype: str) -> Path:
-    import torch
-
-    from quantcli.model.gguf import convert_gguf
-
+def _converted(file: Path, dtype: str, listener: Listener | None) -> Path:
     status = file.stat()
     with file.open("rb") as opened:
         key = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns} {dtype}".encode() + opened.read(1 << 20))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantcli" / "models"
     destination = cache / f"{file.stem}-{key.hexdigest()[:16]}"
     if not destination.is_dir():
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        convert_gguf(file, destination, getattr(torch, dtype))
+        if listener is not None:
+            listener({"event": "note", "stage": "", "text": f"{file.name} is converted once, to {destination}."})
+        import torch
+
+        from quantcli.model.gguf import convert_gguf
+
+        with room_errors(cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            convert_gguf(file, destination, getattr(torch, dtype))
     return destination
 
 
@@ -65,5 +73,5 @@ def model_identity(directory: Path) -> dict[str, object]:
 
     Times stand in for contents, as with make: hashing the weights of a 70B model would cost minutes on every run.
     """
-    files = sorted(file for file in directory.iterdir() if file.is_file())
+    files = sorted(file for file in directory.iterdir() if file.is_file() and not file.name.startswith("."))
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}

@@ -1,27 +1,48 @@
-"""verify and inspect of what lies on disk, whoever made it."""
+"""verify: whether a checkpoint on disk is what was quantized."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from quantcli.errors import ModelError, RecipeError, VerificationError
-from quantcli.pipeline.rundir import RECIPE
+from quantcli.model.checkpoint import read_json
+from quantcli.pipeline.rundir import RECIPE, RECORD, STAGE_RECORD, file_digest, is_run
 
 
 def verify_path(path: Path) -> dict[str, Any]:
     """Check the exports of a run, or one checkpoint.
 
-    A checkpoint inside a run is compared with the store it was written from; one that stands alone is checked against
-    itself. Raises VerificationError with the module and the difference.
+    A checkpoint inside a run is compared with the store it was written from, and every file with its recorded digest;
+    one that stands alone is checked against itself. Raises VerificationError with the module and the difference.
     """
-    run = next((folder for folder in (path, path.parent.parent) if (folder / RECIPE).is_file()), None)
-    if run is not None:
-        return _verify_run(run, None if run == path else path.name)
+    resolved = path.resolve()
+    if is_run(resolved):
+        return _verify_run(resolved, None)
+    run = resolved.parent.parent
+    if resolved.parent.name == "export" and is_run(run):
+        return _verify_run(run, resolved.name)
     if not (path / "config.json").is_file():
         raise RecipeError(f"{path} is neither a run directory nor a checkpoint.", "Name one of them.")
     return _verify_alone(path)
+
+
+def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
+    """Raise VerificationError unless every file, by its name relative to the folder, has its recorded sha256."""
+    for name, digest in digests.items():
+        file = folder / name
+        if not file.is_file():
+            raise VerificationError(f"{file} is missing.", "Run the recipe again to export it.")
+        if file_digest(file) != digest:
+            raise VerificationError(f"{file} is not what was exported.", "Delete it and run the recipe again.")
+
+
+def export_digests(run: Path, form: str) -> dict[str, str]:
+    """The recorded digests of one exported checkpoint, by file name."""
+    files = read_json(run / "export" / STAGE_RECORD)["files"]
+    return {name.removeprefix(f"{form}/"): digest for name, digest in files.items() if name.startswith(f"{form}/")}
 
 
 def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
@@ -35,19 +56,18 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     from quantcli.pipeline.source import locate_model
     from quantcli.recipe import load_recipe
 
+    if "export" not in read_json(run / RECORD).get("stages", {}):
+        raise VerificationError(f"{run} holds no finished export.", f"Run it: quantcli export {run / RECIPE}")
     recipe = load_recipe(run / RECIPE)
+    formats = [only] if only else list(recipe.export.formats if recipe.export else ())
+    for name in formats:
+        check_digests(run / "export" / name, export_digests(run, name))
     section = recipe.model
     model = locate_model(section)
     structure = find_structure(model, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     source = Checkpoint(model)
     weights = weight_tensors(model, structure, source.entries, trust_remote_code=section.trust_remote_code)
     cast = None if section.dtype == "auto" else getattr(torch, section.dtype)
-    formats = [only] if only else list(recipe.export.formats if recipe.export else ())
-    missing = [name for name in formats if not (run / "export" / name / "config.json").is_file()]
-    if missing or not formats:
-        raise VerificationError(
-            f"{run} holds no finished export{' ' + missing[0] if missing else ''}.", "Run it first."
-        )
     store = Store(run / "quantize")
     found = {n: asdict(verify_checkpoint(run / "export" / n, store, source, weights, cast)) for n in formats}
     return {f"{name}: {key}": value for name, facts in found.items() for key, value in facts.items()}

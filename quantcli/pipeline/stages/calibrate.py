@@ -1,4 +1,4 @@
-"""calibrate: run the float model over the calibration tokens, block by block, and keep statistics of linears' inputs."""
+"""calibrate: run the float model over the calibration tokens, block by block, and keep input statistics of linears."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from quantcli.calibration.statistics import InputStatistics
 
-
 MANIFEST = "manifest.json"
+HIDDEN = "hidden"
 
 
 def _wanted(recipe: Recipe) -> bool:
@@ -37,13 +37,19 @@ def _reading(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: StageFolder) -> None:
-    """Writes block-00000.safetensors …, with the tensors of InputStatistics for each shared input, and manifest.json."""
+    """Writes block-00000.safetensors …, with the InputStatistics of each shared input, and manifest.json."""
+    import torch
+
     from quantcli.calibration.tokens import tokenize
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
 
     section = context.recipe.calibration
     assert section is not None
+    recorded = [_block_file(index) in folder.files for index in range(context.blocks)]
+    if MANIFEST in folder.files and all(recorded):
+        HiddenCache(folder.path / HIDDEN, [], torch.float32).clear()
+        return
     found = tokenize(
         context.tokenizer(),
         texts_of(section),
@@ -57,11 +63,10 @@ def run(context: Context, folder: StageFolder) -> None:
         context.emit("note", text=found.note)
     skeleton = context.skeleton()
     stream = BlockStream(skeleton, batched(found.samples))
-    cache = HiddenCache(folder.path / "hidden", stream.hidden_shapes(), skeleton.dtype)
-    if MANIFEST in folder.files:
-        cache.clear()
-        return
+    cache = HiddenCache(folder.path / HIDDEN, stream.hidden_shapes(), skeleton.dtype)
     done = cache.resume()
+    if done is not None and not all(recorded[:done]):
+        done = None  # statistics of an earlier block are gone, and so are the hidden states that made them
     for index, hidden in enumerate(stream.start()):
         if done is None:
             cache.put(index, hidden)
@@ -94,11 +99,13 @@ def _observe(module: nn.Module, block: Block, device: str) -> tuple[dict[str, In
     for shared in block.inputs:
         gathered = statistics[shared.name] = InputStatistics(shared.width, device)
 
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], _gathered: InputStatistics = gathered) -> None:
-            _gathered.update(args[0])
+        def hook(
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _gathered: InputStatistics = gathered
+        ) -> None:
+            _gathered.update(args[0] if args else next(iter(kwargs.values())))
 
         reader = module.get_submodule(shared.name.removeprefix(f"{block.name}."))
-        handles.append(reader.register_forward_pre_hook(hook))
+        handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
     return statistics, handles
 
 
@@ -118,9 +125,13 @@ def _write(folder: StageFolder, index: int, statistics: dict[str, InputStatistic
         f"{name}.{part}": t for name, gathered in statistics.items() for part, t in gathered.to_tensors().items()
     }
     (planned,) = split_shards([PlannedTensor(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], 1 << 62)
-    file = folder.path / f"block-{index:05d}.safetensors"
+    file = folder.path / _block_file(index)
     digest = write_safetensors(file, planned, tensors.__getitem__, {"format": "quantcli-statistics"})
     folder.add(file, digest)
+
+
+def _block_file(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
 
 
 def _manifest(context: Context, tokens: int) -> dict[str, Any]:
@@ -134,4 +145,8 @@ def _manifest(context: Context, tokens: int) -> dict[str, Any]:
     return {"tokens": tokens, "linears": inputs}
 
 
-STAGE = Stage("calibrate", ("check",), _wanted, _identity, run)
+def _writes(context: Context) -> tuple[str, ...]:
+    return (*(_block_file(index) for index in range(context.blocks)), MANIFEST, f"{HIDDEN}/*")
+
+
+STAGE = Stage("calibrate", (), _wanted, _identity, run, _writes, guards=("check",))

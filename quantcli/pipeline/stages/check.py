@@ -12,6 +12,7 @@ from quantcli.pipeline.plan import needs_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.recipe.schema import CalibrationSection, PerplexitySection, Recipe
 
+RESULT = "sanity.json"
 TOKENS = 512
 # Ordinary text has 1.2 to 2 tokens a word; one token a character gives more than 5. A sane model's perplexity on prose
 # is below 100; a model that reads through a wrong tokenizer is at thousands.
@@ -55,16 +56,16 @@ def run(context: Context, folder: StageFolder) -> None:
                 "1 to 2. It was probably converted wrongly.")  # fmt: skip
     perplexity = _perplexity(context, found.samples)
     if not perplexity < HIGHEST_PERPLEXITY:
-        _report(context, f"The float model's perplexity on the first {found.tokens} tokens is {perplexity:.0f}, where a "
-                "sane model is below 100. Its tokenizer or its weights are probably broken.")  # fmt: skip
+        _report(context, f"The float model's perplexity on the first {found.tokens} tokens is {perplexity:.0f}, and a "
+                "sane model's is below 100. Its tokenizer or its weights are probably broken.")  # fmt: skip
     result = {
         "tokens": found.tokens,
         "tokens_per_word": round(found.tokens_per_word, 3),
         "perplexity": float(f"{perplexity:.6g}") if math.isfinite(perplexity) else None,
     }
     context.emit("sanity", **result)
-    write_json(folder.path / "sanity.json", result)
-    folder.add(folder.path / "sanity.json")
+    write_json(folder.path / RESULT, result)
+    folder.add(folder.path / RESULT)
 
 
 def _report(context: Context, problem: str) -> None:
@@ -93,4 +94,4 @@ def _perplexity(context: Context, samples: list[list[int]]) -> float:
     return math.exp(mean) if mean < 700 and not math.isnan(mean) else math.inf
 
 
-STAGE = Stage("check", (), _wanted, _identity, run)
+STAGE = Stage("check", (), _wanted, _identity, run, lambda _: (RESULT,))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quantcli.model.stream import BlockStream
 
 RESULTS = "results.json"
+HIDDEN = {"float": "hidden-float", "quantized": "hidden-quantized"}
 
 
 def _wanted(recipe: Recipe) -> bool:
@@ -37,6 +38,8 @@ def _identity(context: Context) -> dict[str, Any]:
 
 def run(context: Context, folder: StageFolder) -> None:
     """Writes results.json. Reads the weights from the export, through its reader, never from the store."""
+    import torch
+
     from quantcli.evaluation.protocols import evaluation_windows
     from quantcli.evaluation.scores import summarize
     from quantcli.formats.reader import QuantizedCheckpoint
@@ -49,6 +52,10 @@ def run(context: Context, folder: StageFolder) -> None:
     assert context.recipe.export is not None
     section = context.recipe.evaluate.perplexity
     assert section is not None
+    if RESULTS in folder.files:
+        for hidden in HIDDEN.values():
+            HiddenCache(folder.path / hidden, [], torch.float32).clear()
+        return
     text = evaluation_windows(
         texts_of(section), context.tokenizer(), section.protocol, section.sequence_length, section.windows
     )
@@ -66,7 +73,7 @@ def run(context: Context, folder: StageFolder) -> None:
     )
     streams = {"float": BlockStream(context.skeleton(), batches), "quantized": BlockStream(quantized, batches)}
     caches = {
-        name: HiddenCache(folder.path / f"hidden-{name}", stream.hidden_shapes(), stream.skeleton.dtype)
+        name: HiddenCache(folder.path / HIDDEN[name], stream.hidden_shapes(), stream.skeleton.dtype)
         for name, stream in streams.items()
     }
     for name, stream in streams.items():
@@ -152,4 +159,8 @@ def _number(value: Any) -> Any:
     return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-STAGE = Stage("eval-ppl", ("verify", "check"), _wanted, _identity, run)
+def _writes(context: Context) -> tuple[str, ...]:
+    return (RESULTS, *(f"{folder}/*" for folder in HIDDEN.values()))
+
+
+STAGE = Stage("eval-ppl", ("export",), _wanted, _identity, run, _writes, guards=("check", "verify"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from typing import TYPE_CHECKING, Any
 
 from quantcli.pipeline.context import Context, Stage
@@ -9,6 +10,10 @@ from quantcli.pipeline.rundir import StageFolder
 
 if TYPE_CHECKING:
     from quantcli.formats.export import Source
+
+
+# What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours.
+_OWN = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json")
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -41,9 +46,19 @@ def run(context: Context, folder: StageFolder) -> None:
     assert context.recipe.export is not None
     store, source = Store(context.folder("quantize")), float_source(context)
     for name in context.recipe.export.formats:
+        for shard in sorted((folder.path / name).glob("model-*-of-*.safetensors")):
+            folder.adopt(shard)
+        folder.adopt(folder.path / name / "model.safetensors")
         for file, digest in export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears):
             folder.add(file, digest)
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
 
 
-STAGE = Stage("export", ("quantize",), lambda recipe: recipe.export is not None, _identity, run)
+def _writes(context: Context) -> tuple[str, ...]:
+    assert context.recipe.export is not None
+    beside = sorted(file.name for file in context.model.iterdir() if file.suffix not in (".safetensors", ".md"))
+    names = [*_OWN, *map(escape, beside)]
+    return tuple(f"{form}/{name}" for form in context.recipe.export.formats for name in names)
+
+
+STAGE = Stage("export", ("quantize",), lambda recipe: recipe.export is not None, _identity, run, _writes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
@@ -37,6 +37,7 @@ def run(context: Context, folder: StageFolder) -> None:
     from quantcli.formats.store import MANIFEST, block_file, write_block, write_manifest
     from quantcli.model.checkpoint import Checkpoint
     from quantcli.model.names import weight_tensors
+    from quantcli.model.workers import linear_workers
 
     checkpoint = Checkpoint(context.model)
     trust = context.recipe.model.trust_remote_code
@@ -44,12 +45,10 @@ def run(context: Context, folder: StageFolder) -> None:
     by_block: dict[int, list[tuple[str, Scheme]]] = {}
     for name, (block, scheme) in context.plan.schemes.items():
         by_block.setdefault(block, []).append((name, scheme))
-    with _workers(context.device) as workers:
+    with linear_workers(context.device) as workers:
         for index, planned in sorted(by_block.items()):
             file = block_file(folder.path, index)
-            if file.exists():
-                if file.name not in folder.files:
-                    folder.add(file)
+            if folder.adopt(file):
                 continue
             started = time.perf_counter()
             # the largest first, so that no worker is left alone with it
@@ -66,14 +65,6 @@ def run(context: Context, folder: StageFolder) -> None:
             context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
     write_manifest(folder.path, context.plan.structure.dtype, context.plan.schemes, context.plan.kept)
     folder.add(folder.path / MANIFEST)
-
-
-def _workers(device: str) -> ThreadPoolExecutor:
-    """Threads that quantize one linear each, without threads inside: nothing waits for a core that others use."""
-    import torch
-
-    count = torch.get_num_threads() if device == "cpu" else 1
-    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1 if count > 1 else count,))
 
 
 def _quantize(
@@ -135,4 +126,10 @@ def _statistics(context: Context, block: int, linear: str) -> dict[str, Tensor] 
         return {name.rpartition(".")[2]: opened.get_tensor(name) for name in names}
 
 
-STAGE = Stage("quantize", ("calibrate",), lambda recipe: True, _identity, run)
+def _writes(context: Context) -> tuple[str, ...]:
+    from quantcli.formats.store import MANIFEST, block_file
+
+    return (*(block_file(Path(), index).name for index in range(context.blocks)), MANIFEST)
+
+
+STAGE = Stage("quantize", ("calibrate",), lambda recipe: True, _identity, run, _writes)

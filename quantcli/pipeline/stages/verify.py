@@ -8,6 +8,9 @@ from typing import Any
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.stages.export import float_source
+from quantcli.pipeline.verify import check_digests, export_digests
+
+RESULT = "verified.json"
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -24,10 +27,13 @@ def run(context: Context, folder: StageFolder) -> None:
     found: dict[str, Any] = {}
     for name in context.recipe.export.formats:
         export = context.folder("export") / name
+        check_digests(export, export_digests(context.run.path, name))
         found[name] = asdict(verify_checkpoint(export, store, source.checkpoint, source.weights, source.cast))
         context.emit("verified", format=name, **found[name])
-    write_json(folder.path / "verified.json", found)
-    folder.add(folder.path / "verified.json")
+    write_json(folder.path / RESULT, found)
+    folder.add(folder.path / RESULT)
 
 
-STAGE = Stage("verify", ("export",), lambda recipe: recipe.export is not None, _identity, run)
+STAGE = Stage(
+    "verify", ("quantize", "export"), lambda recipe: recipe.export is not None, _identity, run, lambda _: (RESULT,)
+)
