@@ -35,7 +35,7 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
     words = packed_columns(columns, bits)
     # The padding has the code of v = 0, so that the rest of the last word is zero bits.
     per_chunk = 32 // bits if bits in (2, 4, 8) else 32
-    codes = pad(codes, (0, -columns % per_chunk), value=-offset).contiguous()
+    codes = (pad(codes, (0, -columns % per_chunk), value=-offset) if columns % per_chunk else codes).contiguous()
     if bits == 8:
         return (codes.view(torch.int32) ^ _repeated(0x80)).view(rows, words)
     if bits in (2, 4):
