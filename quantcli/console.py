@@ -53,16 +53,25 @@ def _bars(console: Console) -> Iterator[Listener]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
+        shown: dict[str, TaskID] = {}  # the bar of the stage at work, by its description
+
+        def bar(text: str, total: int | None) -> TaskID:
+            if text not in shown:
+                for task in shown.values():
+                    bars.remove_task(task)
+                shown.clear()
+                shown[text] = bars.add_task(text, total=total, rate="")
+            return shown[text]
 
         def listen(event: dict[str, Any]) -> None:
             if event["event"] == "block":
-                key = " ".join(filter(None, (_TITLES[event["stage"]], event.get("model"))))
-                if key not in tasks:
-                    tasks[key] = bars.add_task(key, total=event["of"], rate="")
-                bars.update(tasks[key], completed=event["index"] + 1, rate=f"{event['seconds']:.1f} s a block")
-            elif (text := _sentence(event)) is not None:
-                console.print(text, markup=False, highlight=False)
+                text = " ".join(filter(None, (_TITLES[event["stage"]], event.get("model"))))
+                rate = f"{event['seconds']:.1f} s a block"
+                bars.update(bar(text, event["of"]), total=event["of"], completed=event["index"] + 1, rate=rate)
+            elif (sentence := _sentence(event)) is not None:
+                console.print(sentence, markup=False, highlight=False)
+            if event["event"] == "started":
+                bar(_TITLES[event["stage"]], None)
 
         yield listen
 
@@ -93,6 +102,8 @@ def _sentence(event: dict[str, Any]) -> str | None:
             return _TITLES.get(event["stage"], event["stage"])
         case "reused":
             return f"{_TITLES.get(event['stage'], event['stage'])}: up to date"
+        case "finished":
+            return f"  {event['seconds']:.1f} s"
         case "tokens":
             return f"  {event['tokens']} tokens in {event['samples']} sequences"
         case "sanity":
@@ -101,7 +112,10 @@ def _sentence(event: dict[str, Any]) -> str | None:
             return f"  {event['event'].capitalize()}: {event['text']}"
         case "plan":
             return "\n".join(
-                [f"{event['linears']} linears to quantize, {event['kept']} stay in float", *event["notes"]]
+                [
+                    f"{event['linears']} linears to quantize, {event['kept']} stay{'s' * (event['kept'] == 1)} in float",
+                    *event["notes"],
+                ]
             )
         case "verified":
             return f"  {event['linears']} linears and {event['other_tensors']} other tensors are as they should be"
@@ -122,10 +136,16 @@ def show_result(result: RunResult) -> None:
 def show_plan(plan: Plan, *, verbose: bool) -> None:
     """What a recipe would do. Linears of like name and scheme share a row; --verbose lists each."""
     console = Console()
-    table = Table(title=f"{plan.structure.architecture} in {plan.model}", title_justify="left")
-    for heading in ("linears", "count", "shape", "scheme", "why"):
-        table.add_column(heading, overflow="fold")
-    for row in scheme_rows(plan.to_json()["linears"], every=verbose):
+    rows = list(scheme_rows(plan.to_json()["linears"], every=verbose))
+    prefix = "" if verbose else _shared_prefix([name for name, *_ in rows if "*" in name])
+    title = f"{plan.structure.architecture} in {plan.model}" + (f"; … is {prefix.removesuffix('.')}" if prefix else "")
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    table = Table()
+    table.add_column("linears", overflow="fold")
+    for heading in ("count", "shape", "scheme"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for row in rows if verbose else _joined(rows, prefix):
         table.add_row(*row)
     console.print(table)
     for note in plan.notes:
@@ -138,6 +158,22 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
         "disk": f"about {plan.estimate.disk / 1e9:.2f} GB",
         **{v.engine: ("loads it: " if v.loads else "does not load it: ") + v.note for v in plan.engines},
     })  # fmt: skip
+
+
+def _shared_prefix(names: list[str]) -> str:
+    """The leading parts, up to the block's number, that all names have in common: model.layers.*. of most models."""
+    heads = {name[: name.rindex("*.") + 2] for name in names}
+    return heads.pop() if len(heads) == 1 else ""
+
+
+def _joined(rows: list[tuple[str, str, str, str, str]], prefix: str) -> Iterator[tuple[str, str, str, str, str]]:
+    """Rows that differ in their names alone as one, so that a plan fits a narrow terminal."""
+    alike: dict[tuple[str, str, str], list[tuple[str, int]]] = {}
+    for name, count, *rest in rows:
+        short = f"… {name.removeprefix(prefix)}" if prefix and name.startswith(prefix) else name
+        alike.setdefault((rest[0], rest[1], rest[2]), []).append((short, int(count)))
+    for (shape, scheme, reason), members in alike.items():
+        yield "\n".join(name for name, _ in members), str(sum(n for _, n in members)), shape, scheme, reason
 
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:

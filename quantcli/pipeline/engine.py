@@ -116,7 +116,7 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
         }
         context.emit("plan", linears=len(plan.schemes), kept=len(plan.kept), notes=list(plan.notes))
         _bring_up_to_date(context, until)
-        result = RunResult(path, plan, context.results, _perplexity(context), _peak_memory())
+        result = RunResult(path, plan, context.results, _perplexity(context), _peak_of(context))
     _check_gates(recipe, result)
     return result
 
@@ -265,6 +265,11 @@ def _check_gates(recipe: Recipe, result: RunResult) -> None:
             raise MissedGate(f"evaluate.gates.{name}: {shown} is above {bound:.4g}.",
                              f"The run is complete in {result.path}; try a milder scheme or roll back more.",
                              result)  # fmt: skip
+
+
+def _peak_of(context: Context) -> int:
+    """The most memory that any of the stages took, whenever it ran."""
+    return max([_peak_memory(), *(record["peak_memory"] or 0 for record in context.results.values())])
 
 
 def _peak_memory() -> int:

@@ -12,7 +12,7 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     counts: dict[str, int] = {}
     for linear in plan["linears"]:
         counts[linear["scheme"]] = counts.get(linear["scheme"], 0) + 1
-    yield "schemes", ", ".join(f"{count} linears {scheme}" for scheme, count in counts.items())
+    yield "schemes", ", ".join(f"{n} linear{'' if n == 1 else 's'} {scheme}" for scheme, n in counts.items())
     for note in plan["notes"]:
         yield "note", note
     before, after = result["size_before"], result["size_after"]
