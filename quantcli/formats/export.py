@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 from quantcli.formats.store import Store
 from quantcli.model.checkpoint import Checkpoint, read_json, replacing
 from quantcli.model.structure import Linear
+from quantcli.model.workers import linear_workers
 from quantcli.model.writer import (
     DTYPE_NAMES,
     PlannedTensor,
@@ -58,11 +61,14 @@ def export_checkpoint(
     so an engine never loads half a checkpoint.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = {piece.planned.name: piece for piece in _pieces(form, store, source, linears)}
-    shards = split_shards([piece.planned for piece in pieces.values()], SHARD_BYTES)
-    for file, shard in zip(shard_names(len(shards)), shards, strict=True):
-        if not (folder / file).exists():
-            yield folder / file, write_safetensors(folder / file, shard, _producer(pieces), {"format": "pt"})
+    with linear_workers() as workers:
+        pieces = {piece.planned.name: piece for piece in _pieces(form, store, source, linears, workers)}
+        shards = split_shards([piece.planned for piece in pieces.values()], SHARD_BYTES)
+        for file, shard in zip(shard_names(len(shards)), shards, strict=True):
+            digest = ""
+            if not (folder / file).exists():
+                digest = write_safetensors(folder / file, shard, _producer(pieces), {"format": "pt"})
+            yield folder / file, digest
     write_index(folder, shards)
     if len(shards) > 1:
         yield folder / "model.safetensors.index.json", ""
@@ -72,17 +78,35 @@ def export_checkpoint(
     yield folder / "config.json", ""
 
 
-def _pieces(form: ModuleType, store: Store, source: Source, linears: Mapping[str, Linear]) -> Iterator[_Piece]:
+def _encoder(
+    form: ModuleType, store: Store, modules: Sequence[str], workers: ThreadPoolExecutor
+) -> Callable[[str], dict[str, Tensor]]:
+    """module → its tensors, while those of the next module are already being made: at most two are held."""
+    following = dict(pairwise(modules))
+    jobs: dict[str, Future[dict[str, Tensor]]] = {}
+
+    def start(module: str) -> None:
+        if module not in jobs:
+            jobs[module] = workers.submit(lambda: form.encode(store.read(module), store.schemes[module]))
+
+    def encoded(module: str) -> dict[str, Tensor]:
+        wanted = [name for name in (module, following.get(module)) if name is not None]
+        for name in set(jobs) - set(wanted):
+            del jobs[name]
+        for name in wanted:
+            start(name)
+        return jobs[module].result()
+
+    return encoded
+
+
+def _pieces(
+    form: ModuleType, store: Store, source: Source, linears: Mapping[str, Linear], workers: ThreadPoolExecutor
+) -> Iterator[_Piece]:
     """Every tensor of the export, in the order of the float checkpoint."""
     by_tensor = {tensor: name for name, tensor in source.weights.items() if name in store.schemes}
-    encoded: dict[str, dict[str, Tensor]] = {}
-
-    def encoded_part(module: str, suffix: str) -> Tensor:
-        if module not in encoded:
-            encoded.clear()  # the tensors of one linear follow each other: one is enough
-            encoded[module] = form.encode(store.read(module), store.schemes[module])
-        return encoded[module][suffix]
-
+    modules = [by_tensor[name] for name in source.checkpoint.entries if name in by_tensor]
+    encoded = _encoder(form, store, modules, workers)
     for name, entry in source.checkpoint.entries.items():
         if name not in by_tensor:
             stored = _TORCH_DTYPES[entry.dtype]
@@ -96,7 +120,7 @@ def _pieces(form: ModuleType, store: Store, source: Source, linears: Mapping[str
         for suffix, (dtype_name, shape) in form.layout(linears[module], store.schemes[module], store.dtype).items():
             yield _Piece(
                 PlannedTensor(f"{name.removesuffix('.weight')}.{suffix}", getattr(torch, dtype_name), shape),
-                lambda module=module, suffix=suffix: encoded_part(module, suffix),  # type: ignore[misc]
+                lambda module=module, suffix=suffix: encoded(module)[suffix],  # type: ignore[misc]
             )
 
 

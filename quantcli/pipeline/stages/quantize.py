@@ -12,11 +12,15 @@ from quantcli.pipeline.rundir import StageFolder
 from quantcli.quant.scheme import Scheme
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from torch import Tensor
 
     from quantcli.formats.store import StoredLinear
     from quantcli.model.checkpoint import Checkpoint
     from quantcli.quant.grid import WeightGrid
+
+    Jobs = dict[str, Future[tuple[StoredLinear, dict[str, Any]]]]
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -46,23 +50,36 @@ def run(context: Context, folder: StageFolder) -> None:
     for name, (block, scheme) in context.plan.schemes.items():
         by_block.setdefault(block, []).append((name, scheme))
     with linear_workers(context.device) as workers:
-        for index, planned in sorted(by_block.items()):
-            file = block_file(folder.path, index)
-            if folder.adopt(file):
-                continue
-            started = time.perf_counter()
+
+        def submit(index: int) -> Jobs:
             # the largest first, so that no worker is left alone with it
-            heaviest = sorted(planned, key=lambda entry: -context.linears[entry[0]].weights)
-            jobs = {
+            heaviest = sorted(by_block[index], key=lambda entry: -context.linears[entry[0]].weights)
+            return {
                 name: workers.submit(_quantize, context, checkpoint, weights[name], index, name, scheme)
                 for name, scheme in heaviest
             }
+
+        def finish(index: int, jobs: Jobs) -> None:
+            started = time.perf_counter()
             stored = {}
-            for name, scheme in planned:
+            for name, scheme in by_block[index]:
                 stored[name], facts = jobs.pop(name).result()
                 context.emit("linear", module=name, scheme=scheme.name, **facts)
-            folder.add(file, write_block(folder.path, index, stored))
+            folder.add(block_file(folder.path, index), write_block(folder.path, index, stored))
             context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
+
+        # one block ahead: the workers go on while a finished block is written
+        ahead: tuple[int, Jobs] | None = None
+        try:
+            for index in sorted(by_block):
+                if not folder.adopt(block_file(folder.path, index)):
+                    behind, ahead = ahead, (index, submit(index))
+                    if behind is not None:
+                        finish(*behind)
+            if ahead is not None:
+                finish(*ahead)
+        finally:
+            workers.shutdown(cancel_futures=True)
     write_manifest(folder.path, context.plan.structure.dtype, context.plan.schemes, context.plan.kept)
     folder.add(folder.path / MANIFEST)
 
