@@ -1,0 +1,48 @@
+"""The directory that the documents' examples are run in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from doc_blocks import MODEL
+from tiny_models import save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def example_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("example") / "model", with_tokenizer=True)
+
+
+@pytest.fixture
+def examples(example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory, made the current one, with the files that examples name; a tiny model stands for theirs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(example_model.parent / "cache"))
+    (tmp_path / MODEL).symlink_to(example_model)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / f"{MODEL}.gguf").symlink_to(example_model)
+    sentence = "The river came down from the hills in the spring and carried the winter with it.\n"
+    for name in ("wiki.test.tokens", "wiki.valid.tokens"):
+        (tmp_path / name).write_text(sentence * 200, encoding="utf-8")
+    for name, key in (("prompts.jsonl", "prompt"), ("mix_calib.jsonl", "inputs_pretokenized")):
+        (tmp_path / name).write_text(
+            "".join(json.dumps({key: sentence * 3}) + "\n" for _ in range(8)), encoding="utf-8"
+        )
+    return tmp_path
+
+
+@pytest.fixture
+def quantcli(capsys: pytest.CaptureFixture[str]) -> Callable[[list[str]], tuple[int, str, str]]:
+    """Run a command line in this process: exit status, standard output, standard error."""
+    from quantcli.cli import run_command
+
+    def run(arguments: list[str]) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = run_command(arguments)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run

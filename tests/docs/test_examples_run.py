@@ -1,0 +1,139 @@
+"""What README and docs tell users to type works: commands and Python run, recipes load and fit a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from doc_blocks import DOCUMENTS, MODEL, ROOT, Command, blocks, codes, commands, prose, section, text_of
+
+from quantcli import plan
+from quantcli.recipe import load_recipe, shipped_names, shipped_path
+
+Quantcli = Callable[[list[str]], tuple[int, str, str]]
+
+STAGES = {"run", "calibrate", "quantize", "export", "eval-ppl"}
+PLACEHOLDERS = {"RECIPE", "PATH", "NAME"}
+# What quicker runs need, by section of the recipe; the example's own options come after and win.
+QUICKER = {
+    "calibration": ["calibration.samples=4", "calibration.sequence_length=64"],
+    "evaluate": ["evaluate.perplexity.windows=2", "evaluate.perplexity.sequence_length=64"],
+}
+
+with_commands = pytest.mark.parametrize(
+    "document", [document for document in DOCUMENTS if commands(document)], ids=lambda document: document.stem
+)
+
+
+def _quicker(arguments: list[str]) -> list[str]:
+    """The same command on less text, with a sanity check that does not stop at a random model."""
+    if arguments[0] not in STAGES:
+        return arguments
+    recipe = Path(arguments[1]) if Path(arguments[1]).is_file() else shipped_path(arguments[1])
+    text = recipe.read_text(encoding="utf-8")
+    overrides = ["model.sanity_check=warn"]
+    overrides += [o for key, some in QUICKER.items() if re.search(f"^{key}:", text, re.MULTILINE) for o in some]
+    return [*arguments[:2], *(word for override in overrides for word in ("--set", override)), *arguments[2:]]
+
+
+@with_commands
+def test_commands_run_in_the_order_in_which_they_stand(document: Path, examples: Path, quantcli: Quantcli) -> None:
+    for command in commands(document):
+        if command.words[0] != "quantcli":
+            _check_other(command)
+            continue
+        status, out, err = quantcli(_quicker(command.words[1:]))
+        assert status == command.status, f"{' '.join(command.words)}: {err}"
+        if command.status:
+            assert err.split() == " ".join(command.output).split()
+        if command.redirect:
+            (examples / command.redirect).write_text(out, encoding="utf-8")
+
+
+def _check_other(command: Command) -> None:
+    """Other programs are not run; what can be checked of them without is."""
+    program, *rest = command.words
+    assert program in {"make", "vllm"}, f"nothing is known of {program}"
+    if program == "make":
+        assert re.search(rf"^{rest[0]}:", text_of("Makefile"), re.MULTILINE)
+    else:
+        assert rest[0] == "serve"
+        assert Path(rest[1]).parts[-2:] == ("export", "compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("document", "index"),
+    [(document, i) for document in DOCUMENTS for i in range(len(blocks(document, "yaml")))],
+    ids=lambda value: value.stem if isinstance(value, Path) else str(value),
+)
+def test_recipes_load_and_fit_a_model(document: Path, index: int, examples: Path) -> None:
+    file = examples / "recipe.yaml"
+    file.write_text(blocks(document, "yaml")[index], encoding="utf-8")
+    assert load_recipe(file, model=MODEL, output="out").model.path == str(examples / MODEL)
+    made = plan(file, model=MODEL, output="out")
+    assert made.schemes
+    if "rollback" in file.read_text(encoding="utf-8"):
+        assert any("rolled back" in reason for reason in made.kept.values())
+
+
+@pytest.mark.parametrize(
+    ("document", "index"),
+    [(document, i) for document in DOCUMENTS for i in range(len(blocks(document, "python")))],
+    ids=lambda value: value.stem if isinstance(value, Path) else str(value),
+)
+def test_python_runs(document: Path, index: int, examples: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = compile(blocks(document, "python")[index], f"{document.name}, python block {index}", "exec")
+    exec(code, {"__name__": "__main__"})
+    assert capsys.readouterr().out.strip()  # every example shows something
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
+def test_commands_inside_a_sentence_exist(document: Path) -> None:
+    import typer
+
+    from quantcli.cli import app
+
+    known = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for code in codes(prose(document)):
+        words = code.split()
+        if words[0] != "quantcli" or len(words) == 1:
+            continue
+        assert words[1] in known, code
+        if words[1] == "recipes" and len(words) > 2:
+            assert words[2] in known["recipes"].commands, code
+        elif words[1] in STAGES | {"plan"} and len(words) > 2 and not words[2].startswith("-"):
+            assert words[2] in {*PLACEHOLDERS, *shipped_names()}, code
+
+
+def test_the_outcome_of_the_readme_is_what_a_run_prints(examples: Path, quantcli: Quantcli) -> None:
+    (run,) = [c for c in commands(ROOT / "README.md") if c.words[:2] == ["quantcli", "run"]]
+    _, out, _ = quantcli(_quicker(run.words[1:]))
+    assert _labels(run.output) == _labels(out.splitlines())
+    serve = [line.split()[:4] for line in out.splitlines() if line.startswith("Serve it: ")]
+    assert serve == [line.split()[:4] for line in run.output if line.startswith("Serve it: ")] != []
+
+
+def test_the_plan_of_the_readme_is_what_plan_prints(examples: Path, quantcli: Quantcli) -> None:
+    (shown,) = [c for c in commands(ROOT / "README.md") if c.words[:2] == ["quantcli", "plan"]]
+    _, out, _ = quantcli(shown.words[1:])
+    labels = _labels(out.splitlines())
+    assert _labels(shown.output) == labels[labels.index("size") :]
+
+
+def _labels(lines: list[str]) -> list[str]:
+    """First cells of the rows of printed tables; continued rows have none."""
+    first = [line[1:].split("│")[0].strip() for line in lines if line.startswith("│")]
+    return [label for label in first if label]
+
+
+def test_the_directory_tree_is_what_a_run_leaves(examples: Path, quantcli: Quantcli) -> None:
+    tree = [line.split("  ")[1].strip() for line in blocks(ROOT / "docs" / "commands.md", "text")[0].splitlines()[1:]]
+    status, _, err = quantcli(_quicker(["run", "w8a8", "--model", MODEL, "--output", "out"]))
+    assert status == 0, err
+    left = {entry.name for entry in (examples / "out").iterdir()}
+    assert left == {name.split("/")[0] for name in tree}
+    assert all((examples / "out" / name).exists() for name in tree)
+    for name in re.findall(r"`(\w+\.json)`", section("docs/commands.md", "The run directory")):
+        assert list((examples / "out").rglob(name)), name
