@@ -12,11 +12,12 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from quantcli.errors import OutputError, QuantcliError, RoomError
 
+# The base of what a wrong command line raises. Some versions of typer carry a click of their own, under another name.
+_CommandLineError: Any = typer.BadParameter.__mro__[2]
 _BROKEN_PIPE = 141  # as the shell reports a command whose reader has gone
 
 app = typer.Typer(
@@ -41,8 +42,8 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, no mess
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Every event, and a traceback for every error.")]
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, ended as cleanly as an interrupt from the keyboard."""
+class _Interrupted(BaseException):
+    """SIGINT or SIGTERM. Not KeyboardInterrupt, which typer would turn into an exit without a word."""
 
 
 def main() -> None:
@@ -50,7 +51,9 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± or → is no reason to fail
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and shells ask of background commands
+            signal.signal(number, _interrupt)
     status = run_command(sys.argv[1:])
     try:
         sys.stdout.flush()
@@ -60,8 +63,10 @@ def main() -> None:
     os._exit(status)  # interpreter shutdown with torch loaded takes longer than the message
 
 
-def _terminate(_signal: int, _frame: object) -> None:
-    raise _Terminated
+def _interrupt(number: int, _frame: object) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, lambda again, _: os._exit(128 + again))  # who asks twice will not wait
+    raise _Interrupted(number)
 
 
 def run_command(arguments: Sequence[str]) -> int:
@@ -72,14 +77,14 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         # not standalone: click would turn an interrupt into exit status 1
         return int(app(list(arguments), prog_name="quantcli", standalone_mode=False) or 0)
-    except (KeyboardInterrupt, click.Abort) as error:
+    except _Interrupted as error:
         _complain("Interrupted. The same command goes on where it stopped.")
-        return 143 if isinstance(error, _Terminated) or isinstance(error.__cause__, _Terminated) else 130
-    except BrokenPipeError:
+        return 128 + int(error.args[0])  # 130 from the keyboard, 143 when terminated
+    except (BrokenPipeError, SystemExit):  # typer leaves by SystemExit when the reader of a pipe has gone
         return _BROKEN_PIPE
-    except click.ClickException as error:
+    except _CommandLineError as error:
         error.show()
-        return error.exit_code
+        return int(error.exit_code)
     except QuantcliError as error:
         if "--verbose" in arguments:
             traceback.print_exc()

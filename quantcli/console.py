@@ -111,12 +111,8 @@ def _sentence(event: dict[str, Any]) -> str | None:
         case "warning" | "note":
             return f"  {event['event'].capitalize()}: {event['text']}"
         case "plan":
-            return "\n".join(
-                [
-                    f"{event['linears']} linears to quantize, {event['kept']} stay{'s' * (event['kept'] == 1)} in float",
-                    *event["notes"],
-                ]
-            )
+            kept = f"{event['kept']} {'stays' if event['kept'] == 1 else 'stay'} in float"
+            return "\n".join([f"{event['linears']} linears to quantize, {kept}", *event["notes"]])
         case "verified":
             return f"  {event['linears']} linears and {event['other_tensors']} other tensors are as they should be"
     return None
@@ -141,7 +137,7 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
     title = f"{plan.structure.architecture} in {plan.model}" + (f"; … is {prefix.removesuffix('.')}" if prefix else "")
     console.print(title, markup=False, highlight=False, soft_wrap=True)
     table = Table()
-    table.add_column("linears", overflow="fold")
+    table.add_column("linears", overflow="fold", no_wrap=verbose)
     for heading in ("count", "shape", "scheme"):
         table.add_column(heading, no_wrap=True)
     table.add_column("why", overflow="fold")

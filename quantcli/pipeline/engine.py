@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context, Listener, Stage
 from quantcli.pipeline.plan import Plan, make_plan, needs_calibration
-from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, check_place, is_run, open_run, room_errors
+from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, StageFolder, check_place, is_run, open_run, room_errors
 from quantcli.pipeline.source import locate_model, model_identity
 from quantcli.pipeline.stages import calibrate, check, eval_ppl, export, quantize, verify
 from quantcli.recipe import resolved_yaml
@@ -140,7 +141,7 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str) -> None:
     if folder.complete(fingerprint):
         context.emit("reused")
         if recorded.get("fingerprint") != fingerprint:  # killed between the stage's record and the run's
-            recorded = {"fingerprint": fingerprint, "files": folder.files, "seconds": None, "peak_memory": None}
+            recorded = _stage_record(fingerprint, folder, None, None)
             _record(context, stage.name, recorded)
         context.results[stage.name] = {**recorded, "reused": True}
         return
@@ -153,16 +154,20 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str) -> None:
     context.results[stage.name] = {}
     stage.run(context, folder)
     folder.finish()
-    record = {
-        "fingerprint": fingerprint,
-        "files": dict(sorted(folder.files.items())),
-        "seconds": round(time.perf_counter() - started, 2),
-        "peak_memory": _peak_memory(),
-        "versions": _versions("quantcli", *_VERSIONED),
-    }
+    record = _stage_record(fingerprint, folder, round(time.perf_counter() - started, 2), _peak_memory())
     _record(context, stage.name, record)
     context.results[stage.name] = {**record, "reused": False}
     context.emit("finished", seconds=record["seconds"], peak_memory=record["peak_memory"])
+
+
+def _stage_record(fingerprint: str, folder: StageFolder, seconds: float | None, memory: int | None) -> dict[str, Any]:
+    return {
+        "fingerprint": fingerprint,
+        "files": dict(sorted(folder.files.items())),
+        "seconds": seconds,
+        "peak_memory": memory,
+        "versions": _versions("quantcli", *_VERSIONED),
+    }
 
 
 def _record(context: Context, name: str, record: dict[str, Any]) -> None:
@@ -171,8 +176,13 @@ def _record(context: Context, name: str, record: dict[str, Any]) -> None:
     context.run.write_record()
 
 
+@cache
+def _version(name: str) -> str:
+    return importlib.metadata.version(name)
+
+
 def _versions(*names: str) -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in names}
+    return {name: _version(name) for name in names}
 
 
 def _readers(name: str) -> set[str]:
@@ -208,8 +218,8 @@ def _require_disk(path: Path, plan: Plan) -> None:
     if is_run(path):
         return
     place = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    if free < plan.estimate.disk:
+    total, _, free = shutil.disk_usage(place)
+    if free < plan.estimate.disk and total:  # a file system of no size, such as /proc, has another fault
         needed = plan.estimate.disk / 1e9
         raise RoomError(f"{place} has {free / 1e9:.3g} GB free, and the run needs about {needed:.3g} GB.",
                         "Free some, or choose another output.")  # fmt: skip

@@ -1,0 +1,80 @@
+"""The command as a process: how it starts, and how it ends when it is told to."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RecipeFile = Callable[..., Path]
+
+_REPORT = """
+import sys
+from quantcli.cli import run_command
+status = run_command(sys.argv[1:])
+heavy = {"torch", "transformers", "pydantic", "numpy"} & set(sys.modules)
+print(status, *sorted(heavy), file=sys.stderr)
+"""
+
+
+def imported(*arguments: str | Path) -> list[str]:
+    """Heavy packages that a command imports."""
+    command = [sys.executable, "-c", _REPORT, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    status, *heavy = done.stderr.splitlines()[-1].split()
+    assert status == "0", done.stderr
+    return heavy
+
+
+def test_help_and_recipes_start_light() -> None:
+    assert imported("--help") == []
+    assert "torch" not in imported("recipes", "list")
+
+
+def test_a_plan_of_a_known_model_imports_no_torch(finished: Path) -> None:
+    heavy = imported("plan", finished / "recipe.yaml", "--json")
+    assert "torch" not in heavy
+    assert "transformers" not in heavy
+
+
+def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "quantcli", "run", str(file), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_says_so_and_goes_on(
+    recipe_file: RecipeFile, quantcli: Any, number: signal.Signals, status: int
+) -> None:
+    file = recipe_file(**{"calibration.samples": 4000, "calibration.sequence_length": 8})
+    process = start(file)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("Observing"):
+            break
+    time.sleep(0.2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert err.splitlines()[-1] == "Interrupted. The same command goes on where it stopped."
+    assert "Traceback" not in err
+    assert out == ""
+    assert not list((file.parent / "run").rglob(".*.part"))
+    outcome = quantcli("run", file, "--json")
+    assert json.loads(outcome.out)["stages"]["check"]["reused"] is True
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f'"{sys.executable}" -m quantcli schema | true; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode in (0, 141)
+    assert done.stderr == ""

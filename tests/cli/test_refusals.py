@@ -1,0 +1,352 @@
+"""Bad input: an exit status, one or two sentences that say where and what to do, and nothing written or lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import save_tiny_model
+
+from quantcli.pipeline.rundir import open_run
+
+Tree = dict[str, str]
+ReadTree = Callable[[Path], Tree]
+RecipeFile = Callable[..., Path]
+
+
+def said(outcome: Any, status: int, *patterns: str) -> None:
+    """The command failed with this status and one short message, without a traceback, that matches the patterns."""
+    assert outcome.status == status, outcome.err
+    assert "Traceback" not in outcome.err
+    message = outcome.err.strip().splitlines()[-1]
+    for pattern in patterns:
+        assert re.search(pattern, message), message
+    assert len(re.findall(r"[.?!](?: |$)", message)) <= 3, message
+    assert len(message) < 500, message
+
+
+@pytest.fixture
+def model(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama, to be spoilt."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+
+
+def truncate(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def garble_header(model: Path) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+
+
+def lose_a_shard(model: Path) -> None:
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def leave_the_directory(model: Path) -> None:
+    shutil.copy(model / "model.safetensors", model.parent / "evil.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../evil.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def pickle_the_weights(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def lose_a_tensor(model: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors")
+
+
+def know_no_such_architecture(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "llamma", "architectures": ["Llamma"]}))
+
+
+def bring_code(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text(f"open({str(model / 'executed')!r}, 'w')")
+
+
+def break_the_configuration(model: Path) -> None:
+    (model / "config.json").write_text('{"model_type": "llama",')
+
+
+def be_quantized_already(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "patterns"),
+    [
+        (truncate, [r"model\.safetensors is truncated or damaged", "Download it again"]),
+        (garble_header, [r"model\.safetensors is truncated or damaged"]),
+        (lose_a_shard, [r"names model-00002-of-00002\.safetensors, which is not there", "Download"]),
+        (leave_the_directory, [r"names '\.\./evil\.safetensors', which is not a safetensors file beside it"]),
+        (pickle_the_weights, [r"pickled weights \(pytorch_model\.bin\)", "save_pretrained"]),
+        (lose_a_tensor, [r"lacks model\.layers\.1\.mlp\.up_proj\.weight"]),
+        (know_no_such_architecture, ["'llamma' is not an architecture"]),
+        (bring_code, ["needs code from the checkpoint", "trust_remote_code: true"]),
+        (break_the_configuration, [r"config\.json cannot be read as JSON"]),
+        (be_quantized_already, [r"already quantized \(gptq\)", "float model"]),
+    ],
+)
+def test_a_model_that_cannot_be_used(
+    quantcli: Any,
+    recipe_file: RecipeFile,
+    model: Path,
+    tree: ReadTree,
+    spoil: Callable[[Path], None],
+    patterns: list[str],
+) -> None:
+    spoil(model)
+    file = recipe_file(**{"model.path": str(model)})
+    before = tree(model), tree(file.parent)
+    said(quantcli("run", file), 3, *patterns)
+    assert (tree(model), tree(file.parent)) == before
+
+
+def test_weights_that_are_not_numbers(quantcli: Any, recipe_file: RecipeFile, model: Path, tree: ReadTree) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.self_attn.v_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    before = tree(model)
+    data_free = {"quantize.activations": {"bits": 16}, "evaluate": None, "calibration": None}
+    said(
+        quantcli("run", recipe_file(**{"model.path": str(model)}, **data_free)),
+        3,
+        r"model\.layers\.2\.self_attn\.v_proj\.weight holds values that are not finite",
+    )
+    said(quantcli("run", recipe_file(**{"model.path": str(model), "model.sanity_check": "off"})), 3, "are not finite")
+    said(quantcli("run", recipe_file(**{"model.path": str(model), "model.sanity_check": "stop"})), 3, "broken")
+    assert tree(model) == before
+
+
+def test_a_model_that_is_not_there(quantcli: Any, recipe_file: RecipeFile, tree: ReadTree, tmp_path: Path) -> None:
+    file = recipe_file()
+    said(quantcli("run", file, "--model", tmp_path / "nowhere"), 3, r"There is no model at .*nowhere", "model.path")
+    said(quantcli("plan", file, "--model", tmp_path / "nowhere"), 3, "There is no model at")
+    assert not (file.parent / "run").exists()
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [(None, "does not exist"), ("", "is empty"), (" \n\n", "is empty"), (b"\xff\xfe\x00", "not UTF-8")],
+)
+def test_text_that_cannot_be_used(
+    quantcli: Any, recipe_file: RecipeFile, tmp_path: Path, content: str | bytes | None, pattern: str
+) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for section in ("calibration", "evaluate.perplexity"):
+        file = recipe_file(**{f"{section}.path": str(text)})
+        said(quantcli("run", file), 3, pattern, r"text\.txt")
+        assert not (file.parent / "run").exists()
+
+
+def test_places_that_hold_something_else(
+    quantcli: Any, recipe_file: RecipeFile, tiny_llama: Path, tmp_path: Path, tree: ReadTree
+) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("It was a dark night.")
+    (tmp_path / "file").write_text("text")
+    before, model = tree(tmp_path), tree(tiny_llama)
+    file = recipe_file()
+    said(
+        quantcli("run", file, "--output", tmp_path / "thesis"), 2, r"something else \(chapter1\.tex\)", "new directory"
+    )
+    said(quantcli("run", file, "--output", tmp_path / "file"), 2, "is a file")
+    said(quantcli("run", file, "--output", tmp_path / "file" / "below"), 2, "cannot be made: Not a directory")
+    said(quantcli("run", file, "--output", tiny_llama), 2, "in one another")
+    said(quantcli("run", file, "--output", tiny_llama / "out"), 2, "in one another")
+    said(quantcli("run", file, "--output", tiny_llama.parent), 2, "in one another")
+    assert (tree(tmp_path), tree(tiny_llama)) == (before, model)
+
+
+def test_a_directory_that_is_read_only(quantcli: Any, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    if os.geteuid() == 0:  # permissions do not bind root; /proc binds everybody
+        place, why = Path("/proc/quantcli-run"), "cannot be made"
+    else:
+        place, why = tmp_path / "closed", "Permission denied"
+        place.mkdir(mode=0o500)
+    said(quantcli("run", recipe_file(), "--output", place), 2, why, "another output")
+
+
+@contextmanager
+def largest_file(limit: int) -> Iterator[None]:
+    """Files may not grow beyond the limit: what a full disk is like, without filling one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk(quantcli: Any, recipe_file: RecipeFile, finished: Path, tree: ReadTree, tmp_path: Path) -> None:
+    """The run says so, keeps what is finished, and goes on when there is room again."""
+    file = recipe_file()
+    for limit in (3_000, 30_000, 150_000):
+        with largest_file(limit):
+            said(quantcli("run", file, "--quiet"), 6, "No room is left to write", "Free some")
+        assert not list(file.parent.rglob("*.part"))
+    assert quantcli("run", file, "--quiet").status == 0
+    assert tree(file.parent / "run" / "export") == tree(finished / "export")
+
+
+def test_a_disk_that_is_too_small_is_told_before_work_begins(
+    quantcli: Any, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = recipe_file()
+    usage = shutil.disk_usage(file)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    said(quantcli("run", file), 6, "GB free, and the run needs about")
+    assert not (file.parent / "run").exists()
+
+
+def test_two_runs_at_once(quantcli: Any, recipe_file: RecipeFile, tiny_llama: Path) -> None:
+    file = recipe_file()
+    with open_run(file.parent / "run", tiny_llama):
+        said(quantcli("run", file), 2, "Another run is using", "Wait for it")
+    assert sorted(path.name for path in (file.parent / "run").iterdir()) == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "patterns"),
+    [
+        (
+            {"quantize.wieghts": {"bits": 8}},
+            [r"recipe\.yaml:\d+: quantize\.wieghts: unknown key", "Did you mean weights"],
+        ),
+        ({"quantize.weights": {"bits": 5}}, [r"recipe\.yaml:\d+: quantize\.weights\.bits", "Allowed"]),
+        ({"quantize.rollback": {"names": ["*.mlp.dwon_proj"]}}, ["matches no linear", r"mlp\.down_proj"]),
+        ({"quantize.rollback": {"names": ["*"]}}, ["every linear is rolled back"]),
+        ({"calibration": None}, ["static scales need calibration"]),
+        ({"model.device": "cuda:63"}, ["there is no cuda:63 on this machine", "--device cpu"]),
+    ],
+)
+def test_a_recipe_that_is_wrong(
+    quantcli: Any, recipe_file: RecipeFile, tree: ReadTree, changes: dict[str, Any], patterns: list[str]
+) -> None:
+    file = recipe_file(**changes)
+    before = tree(file.parent)
+    said(quantcli("run", file), 2, *patterns)
+    assert tree(file.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patterns"),
+    [
+        (["run", "w8a88", "--model", "m", "--output", "o"], ["w8a88: neither a file nor a shipped", "Did you mean w8a8"]),
+        (["run", "no/such.yaml"], ["no such recipe file"]),
+        (["run", "w8a16", "--model", "m"], ["output: is missing", "--output"]),
+        (["run", "w8a16", "--output", "o"], ["model.path: is missing", "--model"]),
+        (["run", "w8a16", "--set", "quantize.weights.bit=4", "--model", "m", "--output", "o"],
+         ["--set quantize.weights.bit=4: quantize.weights.bit: unknown key", "Did you mean bits"]),
+        (["run", "w8a16", "--set", "bits"], ["is no KEY=VALUE"]),
+        (["run", "w8a16", "--device", "gpu", "--model", "m", "--output", "o"], ["--device", "Allowed: auto, cpu"]),
+        (["recipes", "show", "w9"], ["neither a file nor a shipped recipe", "Shipped recipes: "]),
+        (["verify", "."], ["neither a run directory nor a checkpoint"]),
+        (["frobnicate"], ["No such command"]),
+        (["run"], ["Missing argument"]),
+        (["run", "w8a16", "--frob"], ["No such option"]),
+    ],
+)  # fmt: skip
+def test_a_command_line_that_is_wrong(
+    quantcli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], patterns: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = quantcli(*arguments)
+    said(outcome, 2, *patterns)
+    assert outcome.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_that_the_recipe_has_nothing_for(quantcli: Any, recipe_file: RecipeFile) -> None:
+    file = recipe_file(**{"quantize.activations": {"bits": 16}, "evaluate": None})
+    said(quantcli("calibrate", file), 2, "nothing for stage calibrate")
+    said(quantcli("eval-ppl", file), 2, "nothing for stage eval-ppl", "evaluate.perplexity")
+    assert not (file.parent / "run").exists()
+
+
+def test_a_missed_gate_keeps_the_run(quantcli: Any, recipe_file: RecipeFile, finished: Path, tree: ReadTree) -> None:
+    file = recipe_file(**{"evaluate.gates": {"kl_divergence": 1e-9}})
+    outcome = quantcli("run", file)
+    said(outcome, 4, r"evaluate\.gates\.kl_divergence: \S+ is above 1e-09", "The run is complete in")
+    assert "KL divergence" in outcome.out  # the table says by how much
+    assert tree(file.parent / "run" / "export") == tree(finished / "export")
+    outcome = quantcli("run", file, "--json")
+    assert outcome.status == 4
+    assert "kl_divergence" in json.loads(outcome.out)["missed_gate"]
+    assert quantcli("run", file, "--quiet", "--set", "evaluate.gates=null").status == 0
+
+
+def test_an_export_that_was_tampered_with(quantcli: Any, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    weights = run / "export" / "compressed-tensors" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    for path in (run, weights.parent):
+        outcome = quantcli("verify", path)
+        said(outcome, 5, r"model\.safetensors is not what was exported")
+        assert outcome.out == ""
+
+
+def test_a_model_of_experts(quantcli: Any, tmp_path: Path) -> None:
+    model = save_tiny_model("mixtral", tmp_path / "model")
+    said(quantcli("plan", "w8a16", "--model", model), 3, "experts", "not supported yet")
+
+
+def test_an_error_of_ours_is_one_line_and_a_traceback_only_when_asked_for(
+    quantcli: Any, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from quantcli.pipeline import engine
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(engine, "make_plan", broken)
+    said(quantcli("run", recipe_file()), 1, "Internal error: KeyError: 'a defect'", "--verbose shows where")
+    assert "Traceback" in quantcli("run", recipe_file(), "--verbose").err
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="mounting a small disk needs root")
+def test_a_disk_that_runs_full(recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """A real one, of 300 kB, in a mount namespace of its own."""
+    import sys
+
+    disk, file = tmp_path / "disk", recipe_file()
+    disk.mkdir()
+    script = (
+        f'mount -t tmpfs -o size=300k none "{disk}" && exec "{sys.executable}" -m quantcli run "{file}" --quiet "$@"'
+    )
+    command = ["unshare", "--mount", "sh", "-c", script, "sh", "--output", str(disk / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip("this machine allows no mounts")
+    assert done.returncode == 6, done.stderr
+    assert re.search(r"GB free, and the run needs|No room is left", done.stderr)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,254 @@
+"""What a second run does: nothing, or only what depends on the change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import save_tiny_model
+
+import quantcli
+from quantcli.errors import ModelError, RecipeError, VerificationError
+from quantcli.pipeline.verify import verify_path
+
+Recipe = dict[str, Any]
+Tree = dict[str, str]
+ALL = ["check", "calibrate", "quantize", "export", "verify", "eval-ppl"]
+
+
+def worked(recipe: Recipe, until: str | None = None) -> list[str]:
+    """Run, and name the stages that were not up to date."""
+    result = quantcli.run_stage(until, recipe)
+    return [name for name, record in result.stages.items() if not record["reused"]]
+
+
+def changed(recipe: Recipe, keys: str, value: Any) -> Recipe:
+    copy: Recipe = json.loads(json.dumps(recipe))
+    *path, last = keys.split(".")
+    section = copy
+    for key in path:
+        section = section.setdefault(key, {})
+    section[last] = value
+    return copy
+
+
+@pytest.fixture(scope="module")
+def finished(static_recipe: Callable[[Path], Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("finished") / "run"
+    assert worked(static_recipe(run)) == ALL
+    return run
+
+
+@pytest.fixture
+def done(finished: Path, static_recipe: Callable[[Path], Recipe], tmp_path: Path) -> Recipe:
+    """The recipe of a finished run, a copy of its own: a run directory may be moved."""
+    shutil.copytree(finished, tmp_path / "run")
+    return static_recipe(tmp_path / "run")
+
+
+def test_a_second_run_writes_nothing(done: Recipe, tree: Callable[[Path], Tree]) -> None:
+    run = Path(done["output"])
+    before, times = tree(run), {path: path.stat().st_mtime_ns for path in run.rglob("*/*") if path.is_file()}
+    record = json.loads((run / "run.json").read_text())
+    assert worked(done) == []
+    after = tree(run)
+    assert before.pop("events.jsonl") != after.pop("events.jsonl")
+    assert after == before
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert json.loads((run / "run.json").read_text()) == record
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "stages"),
+    [
+        ("evaluate.perplexity.windows", 3, ["eval-ppl"]),
+        ("evaluate.gates", {"kl_divergence": 100.0}, []),
+        ("quantize.rollback.names", ["*.down_proj"], ["quantize", "export", "verify", "eval-ppl"]),
+        ("quantize.weights.method", "mse", ["quantize", "export", "verify", "eval-ppl"]),
+        ("calibration.samples", 3, ["calibrate", "quantize", "export", "verify", "eval-ppl"]),
+        ("model.sanity_check", "off", []),
+        ("model.dtype", "bfloat16", ALL),
+    ],
+)
+def test_a_change_redoes_what_depends_on_it(done: Recipe, keys: str, value: Any, stages: list[str]) -> None:
+    assert worked(changed(done, keys, value)) == stages
+
+
+def test_calibration_of_a_scheme_that_needs_none_is_no_reason_to_work(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path
+) -> None:
+    recipe = changed(static_recipe(tmp_path / "run"), "quantize.activations", {"bits": 8, "scope": "token"})
+    assert worked(recipe) == ["check", "quantize", "export", "verify", "eval-ppl"]
+    assert worked(changed(recipe, "calibration.samples", 9)) == []
+
+
+def test_a_touched_model_is_quantized_anew(done: Recipe, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(done["model"]["path"], tmp_path / "model"))
+    recipe = changed(changed(done, "model.path", str(model)), "output", str(tmp_path / "other"))
+    assert worked(recipe) == ALL
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert worked(recipe) == ALL
+
+
+def test_a_stage_of_its_own_brings_only_what_it_needs(static_recipe: Callable[[Path], Recipe], tmp_path: Path) -> None:
+    recipe = static_recipe(tmp_path / "run")
+    assert worked(recipe, "quantize") == ["check", "calibrate", "quantize"]
+    assert not (tmp_path / "run" / "export").exists()
+    assert worked(recipe, "eval-ppl") == ["export", "verify", "eval-ppl"]
+    assert worked(recipe) == []
+
+
+@pytest.mark.parametrize("damage", ["remove", "truncate", "lengthen"])
+@pytest.mark.parametrize(
+    ("file", "stages"),
+    [
+        ("calibrate/block-00001.safetensors", ["calibrate"]),
+        ("quantize/block-00002.safetensors", ["quantize"]),
+        ("export/compressed-tensors/tokenizer.json", ["export"]),
+        ("export/compressed-tensors/model.safetensors", ["export"]),
+        ("eval-ppl/results.json", ["eval-ppl"]),
+    ],
+)
+def test_a_damaged_artifact_is_made_again(
+    done: Recipe, tree: Callable[[Path], Tree], file: str, stages: list[str], damage: str
+) -> None:
+    """And nothing behind it, since its bytes come out the same."""
+    run = Path(done["output"])
+    before = tree(run)
+    path = run / file
+    if damage == "remove":
+        path.unlink()
+    elif damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-7])
+    else:
+        path.write_bytes(path.read_bytes() + b"more")
+    assert worked(done) == stages
+    varying = ("events.jsonl", "run.json")
+    assert {k: v for k, v in tree(run).items() if k not in varying} == {
+        k: v for k, v in before.items() if k not in varying
+    }
+
+
+def test_files_of_the_user_stay(done: Recipe) -> None:
+    run = Path(done["output"])
+    kept = [
+        run / name for name in ("notes.txt", "quantize/why.md", "export/compressed-tensors/README.md", "mine/a.bin")
+    ]
+    for file in kept:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"mine: {file.name}")
+    worked(changed(done, "quantize.rollback.names", ["*.o_proj"]))
+    assert [file.read_text() for file in kept] == [f"mine: {file.name}" for file in kept]
+
+
+def test_what_is_out_of_date_is_no_result(done: Recipe) -> None:
+    """Results of another quantization stay on the disk, and the record does not claim them."""
+    run = Path(done["output"])
+    quantcli.run_stage("quantize", changed(done, "quantize.weights.method", "mse"))
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    assert list(stages) == ["check", "calibrate", "quantize"]
+    with pytest.raises(VerificationError, match="no finished export"):
+        verify_path(run)
+
+
+def test_the_record_tells_what_was_made_and_with_what(done: Recipe, tree: Callable[[Path], Tree]) -> None:
+    run = Path(done["output"])
+    record = json.loads((run / "run.json").read_text())
+    files = tree(run)
+    for name, stage in record["stages"].items():
+        assert stage["files"], name
+        assert {f"{name}/{file}": digest for file, digest in stage["files"].items()}.items() <= files.items()
+        assert stage["seconds"] >= 0
+        assert stage["peak_memory"] > 1 << 20
+        assert set(stage["versions"]) == {"quantcli", "torch", "transformers", "compressed-tensors"}
+    assert record["seed"] == 0
+    recorded = {f"{name}/{file}" for name, stage in record["stages"].items() for file in stage["files"]}
+    others = {name for name, digest in files.items() if digest != "/"} - recorded
+    assert others == {"run.json", "recipe.yaml", "events.jsonl"} | {f"{name}/stage.json" for name in ALL}
+
+
+def test_the_resolved_recipe_gives_the_same_run(done: Recipe) -> None:
+    run = Path(done["output"])
+    again = quantcli.run(run / "recipe.yaml")
+    assert all(stage["reused"] for stage in again.stages.values())
+
+
+def test_an_edited_recipe_in_the_run_directory_is_kept(done: Recipe) -> None:
+    run = Path(done["output"])
+    edited = "# why so few windows: it is a test\n" + (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(edited)
+    events: list[dict[str, Any]] = []
+    quantcli.run(run / "recipe.yaml", listener=events.append)
+    assert (run / "recipe.edited.yaml").read_text() == edited
+    assert "# why" not in (run / "recipe.yaml").read_text()
+    assert any("recipe.edited.yaml" in event.get("text", "") for event in events)
+
+
+def test_every_byte_of_an_export_is_verified(done: Recipe) -> None:
+    """One flipped bit in any file, the tokenizer's too."""
+    export = Path(done["output"]) / "export" / "compressed-tensors"
+    assert verify_path(export)["compressed-tensors: linears"] == 21
+    for file in sorted(export.iterdir()):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        with pytest.raises(VerificationError, match=file.name):
+            verify_path(export)
+        file.write_bytes(content)
+    verify_path(export)
+
+
+def test_experts_are_refused_when_planned(tmp_path: Path) -> None:
+    model = save_tiny_model("mixtral", tmp_path / "model")
+    with pytest.raises(ModelError, match=r"experts.*not supported yet"):
+        quantcli.plan({"model": {"path": str(model)}, "quantize": {}, "output": str(tmp_path / "run")})
+
+
+def test_transposed_linears_are_quantized_but_not_exported(tmp_path: Path) -> None:
+    """GPT-2 stores its linears as [in, out]; the store holds them as [out, in], where the codes must match the weights."""
+    import torch
+    from safetensors.torch import load_file
+
+    from quantcli.formats.store import Store
+
+    model = save_tiny_model("gpt2", tmp_path / "model")
+    recipe: Recipe = {"model": {"path": str(model)}, "quantize": {}, "output": str(tmp_path / "run")}
+    with pytest.raises(RecipeError, match=r"cannot hold transformer\.h\.0.*Conv1D"):
+        quantcli.plan(recipe)
+    assert worked({**recipe, "export": None}) == ["quantize"]
+    stored = Store(tmp_path / "run" / "quantize").read("transformer.h.1.mlp.c_fc").weight
+    weight = load_file(model / "model.safetensors")["transformer.h.1.mlp.c_fc.weight"].t()
+    assert torch.all((stored.codes.float() * stored.scale - weight).abs() <= stored.scale / 2 * 1.001)
+
+
+def test_linears_that_are_called_with_keywords_are_observed(tiny_llama: Path) -> None:
+    import torch
+    from torch import nn
+
+    from quantcli.model.structure import Block, Linear, SharedInput
+    from quantcli.pipeline.stages.calibrate import _observe
+
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(input=x)
+
+    block = Block("b", (Linear("b.inner", 4, 2),), (SharedInput(("b.inner",), 4),), ())
+    module = Keywords()
+    statistics, handles = _observe(module, block, "cpu")
+    x = torch.tensor([[1.0, -2.0, 3.0, 0.0], [0.0, 5.0, -1.0, 0.0]])
+    module(x)
+    assert statistics["b.inner"].minimum.tolist() == [0.0, -2.0, -1.0, 0.0]
+    assert statistics["b.inner"].maximum.tolist() == [1.0, 5.0, 3.0, 0.0]
+    for handle in handles:
+        handle.remove()
+    module(x)
+    assert statistics["b.inner"].count == 2

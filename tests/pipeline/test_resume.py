@@ -1,0 +1,177 @@
+"""A run that is killed and started again ends in the bytes of one that was not."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quantcli
+
+Recipe = dict[str, Any]
+Tree = dict[str, str]
+
+VARYING = {"run.json", "events.jsonl"}  # times, and what happened
+
+
+class Moments:
+    """Counts the moments at which a directory changes: before a rename, before a removal. Kills the process at one."""
+
+    def __init__(self, fatal: int | None = None) -> None:
+        self.count = 0
+        self.fatal = fatal
+
+    def pass_one(self) -> None:
+        self.count += 1
+        if self.count == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def counted(moments: Moments) -> Iterator[None]:
+    rename, remove = os.replace, os.unlink
+
+    def replace(*args: Any, **kwargs: Any) -> None:
+        moments.pass_one()
+        rename(*args, **kwargs)
+
+    def unlink(*args: Any, **kwargs: Any) -> None:
+        moments.pass_one()
+        remove(*args, **kwargs)
+
+    os.replace, os.unlink = replace, unlink  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os.replace, os.unlink = rename, remove
+
+
+def killed_run(recipe: Recipe, moment: int) -> None:
+    """Run in a child that dies without a word at its n-th moment."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with counted(Moments(moment)):
+                quantcli.run(recipe)
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the run ended before its moment came"
+
+
+def artifacts(tree: Callable[[Path], Tree], run: Path) -> Tree:
+    return {name: digest for name, digest in tree(run).items() if name not in VARYING}
+
+
+def record(run: Path) -> dict[str, Any]:
+    """run.json without what differs from run to run."""
+    content: dict[str, Any] = json.loads((run / "run.json").read_text())
+    for stage in content["stages"].values():
+        del stage["seconds"], stage["peak_memory"]
+    return content
+
+
+def kill_at(step: int, recipe: Recipe, tree: Callable[[Path], Tree], run: Path) -> None:
+    """Kill a run at every `step`-th moment, each time from nothing, and run it again."""
+    counter = Moments()
+    with counted(counter):
+        quantcli.run(recipe)
+    expected, expected_record = artifacts(tree, run), record(run)
+    assert not [name for name in expected if "hidden" in name or name.endswith(".part")]
+    for moment in range(1, counter.count + 1, step):
+        shutil.rmtree(run)
+        killed_run(recipe, moment)
+        quantcli.run(recipe)
+        assert artifacts(tree, run) == expected, f"killed at moment {moment} of {counter.count}"
+        assert record(run) == expected_record, f"killed at moment {moment} of {counter.count}"
+        for line in (run / "events.jsonl").read_text().splitlines():
+            assert isinstance(json.loads(line), dict)
+
+
+def test_killed_runs_end_in_the_same_bytes(
+    static_recipe: Callable[[Path], Recipe], tree: Callable[[Path], Tree], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    kill_at(13, static_recipe(run), tree, run)
+
+
+def test_what_a_killed_run_leaves_is_not_taken_for_that_of_a_changed_recipe(
+    static_recipe: Callable[[Path], Recipe], tree: Callable[[Path], Tree], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    recipe = static_recipe(run)
+    changed = {**recipe, "calibration": {**recipe["calibration"], "seed": 7}}
+    with_evaluation = {**recipe, "evaluate": {"perplexity": {**recipe["evaluate"]["perplexity"], "windows": 3}}}
+    quantcli.run(recipe)
+    expected = artifacts(tree, run)
+    counter = Moments()
+    shutil.rmtree(run)
+    with counted(counter):
+        quantcli.run(changed)
+    for number, moment in enumerate(range(8, counter.count, 23)):
+        shutil.rmtree(run)
+        killed_run((changed, with_evaluation)[number % 2], moment)
+        quantcli.run(recipe)
+        assert artifacts(tree, run) == expected, f"killed at moment {moment} of {counter.count}"
+
+
+@pytest.mark.slow
+def test_a_kill_at_every_moment(
+    static_recipe: Callable[[Path], Recipe], tree: Callable[[Path], Tree], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    kill_at(1, static_recipe(run), tree, run)
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_the_command(
+    static_recipe: Callable[[Path], Recipe], tree: Callable[[Path], Tree], tmp_path: Path
+) -> None:
+    """The command itself, on a model large enough that work, not start-up, fills the time."""
+    from tiny_models import save_tiny_model
+
+    run = tmp_path / "run"
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
+    recipe = static_recipe(run)
+    recipe["model"]["path"] = str(save_tiny_model("llama", tmp_path / "model", with_tokenizer=True, **sizes))
+    recipe["calibration"] |= {"samples": 24, "sequence_length": 64}
+    recipe["evaluate"]["perplexity"] |= {"windows": None}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe))
+    command = [sys.executable, "-m", "quantcli", "run", str(file), "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=environment)  # the cache of the structure is warm from here
+    shutil.rmtree(run)
+    began = time.monotonic()
+    subprocess.run(command, check=True, env=environment)
+    duration = time.monotonic() - began
+    expected, expected_record = artifacts(tree, run), record(run)
+    generator = random.Random(0)
+    killed = 0
+    shutil.rmtree(run)
+    for delay in sorted(generator.uniform(0.3, duration) for _ in range(20)):
+        process = subprocess.Popen(command, env=environment)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+        subprocess.run(command, check=True, env=environment)
+        assert artifacts(tree, run) == expected, f"killed after {delay:.2f} of {duration:.2f} s"
+        assert record(run) == expected_record
+        shutil.rmtree(run)
+    assert killed >= 15
