@@ -45,7 +45,7 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def static_recipe(tiny_llama: Path, prose: Path) -> Callable[[Path], dict[str, Any]]:
-    """A recipe, as a mapping, that runs every stage on the tiny Llama in well under a second; the argument is its output.
+    """A recipe, as a mapping, that runs every stage on the tiny Llama in under a second; the argument is its output.
 
     A random model's perplexity is that of noise, so the sanity check only warns.
     """

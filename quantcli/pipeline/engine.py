@@ -37,8 +37,8 @@ STAGES: tuple[Stage, ...] = (
 """In order. A new stage is a file in stages/ and a line here."""
 
 LAYOUT = 1
-"""Raised when the meaning of a stage's files changes, so that files of older versions are not taken for current."""
-_VERSIONED = ("torch", "transformers", "compressed-tensors")
+"""Raised when the meaning of a stage's files changes between releases, so that older ones are not taken for current."""
+_VERSIONED = ("quantcli", "torch", "transformers", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
             "model": str(model),
             "device": device,
             "seed": recipe.calibration.seed if recipe.calibration else 0,
-            "versions": _versions("quantcli", *_VERSIONED),
+            "versions": _versions(),
         }
         context.emit("plan", linears=len(plan.schemes), kept=len(plan.kept), notes=list(plan.notes))
         _bring_up_to_date(context, until)
@@ -123,7 +123,7 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
 
 
 def _bring_up_to_date(context: Context, until: str | None) -> None:
-    base = {"layout": LAYOUT, "model": model_identity(context.model), "versions": _versions(*_VERSIONED)}
+    base = {"layout": LAYOUT, "model": model_identity(context.model), "versions": _versions()}
     for stage in STAGES:
         if stage.wanted(context.recipe) and (until is None or stage.name in _needed(until)):
             context.stage = stage.name
@@ -166,7 +166,7 @@ def _stage_record(fingerprint: str, folder: StageFolder, seconds: float | None, 
         "files": dict(sorted(folder.files.items())),
         "seconds": seconds,
         "peak_memory": memory,
-        "versions": _versions("quantcli", *_VERSIONED),
+        "versions": _versions(),
     }
 
 
@@ -181,8 +181,8 @@ def _version(name: str) -> str:
     return importlib.metadata.version(name)
 
 
-def _versions(*names: str) -> dict[str, str]:
-    return {name: _version(name) for name in names}
+def _versions() -> dict[str, str]:
+    return {name: _version(name) for name in _VERSIONED}
 
 
 def _readers(name: str) -> set[str]:

@@ -87,6 +87,8 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure) -> Plan:
     _refuse_experts(structure)
     notes: list[str] = []
     rolled_back = _rolled_back(recipe.quantize.rollback.names, structure, notes)
+    if needs_calibration(recipe):
+        rolled_back |= _unobservable(structure)
     left = [linear for linear in structure.linears() if linear.name not in rolled_back]
     scheme = _scheme(recipe, left, notes)
     _refuse_unheld(recipe, left, scheme)
@@ -162,6 +164,12 @@ def _rolled_back(patterns: Iterable[str], structure: Structure, notes: list[str]
     if carried:
         notes.append(f"{carried} linears stay in float because engines fuse them with one that is rolled back.")
     return reasons
+
+
+def _unobservable(structure: Structure) -> dict[str, str]:
+    """Linears that a forward pass does not reach, so that nothing can be found from their input."""
+    reached = {name for block in structure.blocks for shared in block.inputs for name in shared.linears}
+    return {linear.name: "no input reaches it" for linear in structure.linears() if linear.name not in reached}
 
 
 def _scheme(recipe: Recipe, linears: list[Linear], notes: list[str]) -> Scheme:

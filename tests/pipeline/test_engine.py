@@ -210,7 +210,7 @@ def test_experts_are_refused_when_planned(tmp_path: Path) -> None:
 
 
 def test_transposed_linears_are_quantized_but_not_exported(tmp_path: Path) -> None:
-    """GPT-2 stores its linears as [in, out]; the store holds them as [out, in], where the codes must match the weights."""
+    """GPT-2 stores its linears as [in, out]; the store holds them as [out, in]; the codes must match."""
     import torch
     from safetensors.torch import load_file
 

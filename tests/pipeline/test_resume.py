@@ -86,6 +86,7 @@ def record(run: Path) -> dict[str, Any]:
 
 def kill_at(step: int, recipe: Recipe, tree: Callable[[Path], Tree], run: Path) -> None:
     """Kill a run at every `step`-th moment, each time from nothing, and run it again."""
+    quantcli.plan(recipe)  # the structure is in the cache from here
     counter = Moments()
     with counted(counter):
         quantcli.run(recipe)
