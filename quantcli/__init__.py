@@ -33,7 +33,10 @@ def run(
     device: str | None = None,
     listener: Listener | None = None,
 ) -> RunResult:
-    """Bring all stages of a run up to date. `overrides` are `key=value` as after --set; `listener` gets every event."""
+    """Bring all stages of a run up to date. `overrides` are `key=value` as after --set; `listener` gets every event.
+
+    A missed quality gate raises GateError, whose attribute `result` is what would have been returned.
+    """
     return run_stage(None, recipe, overrides=overrides, model=model, output=output, device=device, listener=listener)
 
 

@@ -38,7 +38,7 @@ def quantcli(capsys: pytest.CaptureFixture[str]) -> Command:
 def recipe_file(
     static_recipe: Callable[[Path], dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """The static recipe as a file, with changed keys: `recipe_file(**{"model.path": …})`; it writes to run/ beside it."""
+    """The static recipe as a file, with changed keys; it writes to `run` beside it."""
 
     def write(**changes: Any) -> Path:
         folder = tmp_path_factory.mktemp("recipe")

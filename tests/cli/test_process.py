@@ -55,7 +55,7 @@ def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_an_interrupted_run_says_so_and_goes_on(
     recipe_file: RecipeFile, quantcli: Any, number: signal.Signals, status: int
 ) -> None:
-    file = recipe_file(**{"calibration.samples": 4000, "calibration.sequence_length": 8})
+    file = recipe_file(**{"calibration.samples": 1500, "calibration.sequence_length": 8})
     process = start(file)
     assert process.stderr is not None
     for line in process.stderr:

@@ -47,8 +47,9 @@ def finished(static_recipe: Callable[[Path], Recipe], tmp_path_factory: pytest.T
 @pytest.fixture
 def done(finished: Path, static_recipe: Callable[[Path], Recipe], tmp_path: Path) -> Recipe:
     """The recipe of a finished run, a copy of its own: a run directory may be moved."""
-    shutil.copytree(finished, tmp_path / "run")
-    return static_recipe(tmp_path / "run")
+    recipe = static_recipe(Path(shutil.copytree(finished, tmp_path / "run")))
+    assert worked(recipe) == []
+    return recipe
 
 
 def test_a_second_run_writes_nothing(done: Recipe, tree: Callable[[Path], Tree]) -> None:

@@ -106,7 +106,7 @@ def test_killed_runs_end_in_the_same_bytes(
     static_recipe: Callable[[Path], Recipe], tree: Callable[[Path], Tree], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    kill_at(13, static_recipe(run), tree, run)
+    kill_at(17, static_recipe(run), tree, run)
 
 
 def test_what_a_killed_run_leaves_is_not_taken_for_that_of_a_changed_recipe(
@@ -122,7 +122,7 @@ def test_what_a_killed_run_leaves_is_not_taken_for_that_of_a_changed_recipe(
     shutil.rmtree(run)
     with counted(counter):
         quantcli.run(changed)
-    for number, moment in enumerate(range(8, counter.count, 23)):
+    for number, moment in enumerate(range(8, counter.count, 29)):
         shutil.rmtree(run)
         killed_run((changed, with_evaluation)[number % 2], moment)
         quantcli.run(recipe)
