@@ -35,7 +35,7 @@ def pack_int32(codes: Tensor, bits: int) -> Tensor:
     words = packed_columns(columns, bits)
     # The padding has the code of v = 0, so that the rest of the last word is zero bits.
     per_chunk = 32 // bits if bits in (2, 4, 8) else 32
-    codes = (pad(codes, (0, -columns % per_chunk), value=-offset) if columns % per_chunk else codes).contiguous()
+    codes = _row_major(pad(codes, (0, -columns % per_chunk), value=-offset) if columns % per_chunk else codes)
     if bits == 8:
         return (codes.view(torch.int32) ^ _repeated(0x80)).view(rows, words)
     if bits in (2, 4):
@@ -65,7 +65,7 @@ def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
     rows, words = packed.shape
     if words != packed_columns(columns, bits):
         raise ValueError(f"{columns} codes of {bits} bits take {packed_columns(columns, bits)} words, got {words}")
-    packed = packed.contiguous()
+    packed = _row_major(packed)
     if bits == 8:
         return (packed ^ _repeated(0x80)).view(torch.int8)[:, :columns].contiguous()
     if bits in (2, 4):
@@ -83,6 +83,14 @@ def unpack_int32(packed: Tensor, bits: int, columns: int) -> Tensor:
         values = (eights >> _shifts(bits, packed.device)) & ((1 << bits) - 1)
         codes[start : start + step] = (values - (1 << (bits - 1))).view(-1, padded_columns)[:, :columns]
     return codes
+
+
+def _row_major(matrix: Tensor) -> Tensor:
+    """The matrix with the strides that a view in another dtype asks for.
+
+    A transposed column counts as contiguous with strides of 1 and 1, and such a view refuses it.
+    """
+    return matrix.reshape(-1).view(matrix.shape)
 
 
 def _merge_pairs(stream: Tensor, width: int) -> Tensor:

@@ -51,6 +51,9 @@ def test_views_of_other_tensors_are_packed_by_value(bits: int) -> None:
     codes = random_codes(64, 24, bits, 0)
     transposed = pack_int32(codes.t(), bits)
     assert torch.equal(transposed, pack_int32(codes.t().contiguous(), bits))
+    column = pack_int32(codes[:, :1].contiguous().t(), bits)  # contiguous to torch, with strides of 1 and 1
+    assert torch.equal(column, pack_int32(codes[:, 0].clone()[None], bits))
+    assert torch.equal(unpack_int32(column.t().contiguous().t(), bits, 64), codes[:, :1].t())
     wide = pack_int32(random_codes(10, 64, bits, 1), bits)
     assert torch.equal(unpack_int32(wide[::2], bits, 64), unpack_int32(wide, bits, 64)[::2])
 
