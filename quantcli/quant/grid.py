@@ -53,6 +53,14 @@ class WeightGrid:
     def qmax(self) -> int:
         return (1 << (self.bits - 1)) - 1
 
+    @property
+    def full_range(self) -> bool:
+        """Whether a symmetric scale takes the sign of the largest weight, so that all 2^b codes are used.
+
+        Not for 8 bits a channel or tensor: that is what integer kernels read, for which a scale is positive.
+        """
+        return self.symmetric and (self.bits < 8 or self.granularity == "group")
+
 
 class QuantizedWeight(NamedTuple):
     """Codes int8 [out, in]; scale [out, groups] ([1, 1] for tensor, [out, 1] for channel) in the grid's scale dtype;

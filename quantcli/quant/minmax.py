@@ -19,8 +19,8 @@ from quantcli.quant.grid import (
 def minmax(weight: Tensor, grid: WeightGrid, importance: Tensor | None = None) -> QuantizedWeight:
     """Scales from the smallest and largest weight that share them, then round to nearest.
 
-    Symmetric, 8 bits: s = max|w| / 127. Symmetric, fewer bits: s = w* / -2^(b-1) with w* the signed weight of largest
-    magnitude, so that s may be negative, all 2^b codes are used and w* is met exactly (the Q4_0 rule of llama.cpp).
+    Symmetric: s = w* / -2^(b-1) with w* the weight of largest magnitude, so that s may be negative, all codes are
+    used and w* is met exactly (the Q4_0 rule of llama.cpp); with 8 bits a channel or tensor s = max|w| / 127.
     Asymmetric: lo = min(w, 0), hi = max(w, 0), s = (hi - lo) / (2^b - 1), z = clamp(round(qmin - lo / s), qmin, qmax).
     The scale is rounded to grid.scale_dtype before codes and zero points are computed from it; zero weights get s = 1.
 
@@ -61,9 +61,9 @@ def minmax_scale(low: Tensor, high: Tensor, grid: WeightGrid) -> tuple[Tensor, T
         # Divided one by one: high - low may overflow float32 where the scale does not.
         scale = stored_scale(high / levels - low / levels, grid.scale_dtype)
         return scale, zero_for(low, scale, grid)
-    if grid.bits == 8:
-        return stored_scale(torch.maximum(high, -low) / grid.qmax, grid.scale_dtype), None
-    return stored_scale(torch.where(-low >= high, low, high) / grid.qmin, grid.scale_dtype), None
+    if grid.full_range:
+        return stored_scale(torch.where(-low >= high, low, high) / grid.qmin, grid.scale_dtype), None
+    return stored_scale(torch.maximum(high, -low) / grid.qmax, grid.scale_dtype), None
 
 
 def zero_for(low: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:

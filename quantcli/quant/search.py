@@ -88,7 +88,7 @@ def _search(
 def _trials(low: Tensor, high: Tensor, start: Tensor, grid: WeightGrid) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Scales and zero points to try after those of min-max (`start`)."""
     if grid.symmetric:
-        both_signs = grid.bits < 8
+        both_signs = grid.full_range
         if both_signs:
             yield -start, None
         for ratio in RATIOS:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from quantcli.calibration.datasets import load_texts
 from quantcli.calibration.tokens import _encode_start, tokenize, tokens_per_word
@@ -133,6 +134,7 @@ def test_lines_are_truncated_documents_without_the_empty_ones(tokenizer: Any) ->
 
 
 def test_no_warning_about_length(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    logging.set_verbosity_warning()  # other test files silence transformers
     assert tokenizer.model_max_length < 100
     tokenizer.deprecation_warnings.clear()
     tokenize(tokenizer, TRAIN[:3], samples=2, sequence_length=200, packing="packed", seed=0)

@@ -91,15 +91,16 @@ def test_minmax_stays_within_half_a_step(weight: Tensor, grid: WeightGrid) -> No
     assert bool((error <= scale.abs() * (0.5 + 1e-4)).all())
 
 
-@given(weights(), st.integers(2, 8), st.booleans())
+@given(weights(), st.integers(2, 8), st.booleans(), st.booleans())
 @settings(deadline=None, max_examples=100)
-def test_minmax_scale_follows_the_formula(weight: Tensor, bits: int, symmetric: bool) -> None:
-    quantized = minmax(weight, WeightGrid(bits, symmetric))
+def test_minmax_scale_follows_the_formula(weight: Tensor, bits: int, symmetric: bool, grouped: bool) -> None:
+    group = weight.shape[1] if grouped else None
+    quantized = minmax(weight, WeightGrid(bits, symmetric, "group" if grouped else "channel", group))
     for i, row in enumerate(weight.double().tolist()):
         low, high = min(row), max(row)
         if not symmetric:
             expected = (max(high, 0) - min(low, 0)) / (2**bits - 1)
-        elif bits == 8:
+        elif bits == 8 and not grouped:
             expected = max(abs(low), abs(high)) / 127
         else:
             expected = (low if -low >= high else high) / -(2 ** (bits - 1))
