@@ -35,20 +35,21 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
 def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensors that stand for X.weight: suffix → (dtype, shape), without a value. Known before anything is computed."""
     out, inner = linear.out_features, linear.in_features
-    scale = (scheme.scale_dtype(dtype), scheme.scale_shape(out, inner))
+    scale_shape: tuple[int, ...] = scheme.scale_shape(out, inner) if scheme.granularity != "tensor" else (1,)
+    scale = (scheme.scale_dtype(dtype), scale_shape)
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     if scheme.activations != "none":
         tensors = {"weight": ("int8", (out, inner)), "weight_scale": scale}
-        if scheme.granularity == "tensor":
-            tensors["weight_scale"] = (scale[0], (1,))
         if scheme.activations == "static":
             tensors["input_scale"] = ("float32", (1,))
             if not scheme.activations_symmetric:
                 tensors["input_zero_point"] = ("int8", (1,))
         return tensors
     tensors = {"weight_packed": ("int32", (out, _words(inner, scheme.bits))), "weight_scale": scale}
-    if not scheme.symmetric:
-        tensors["weight_zero_point"] = ("int32", (_words(scale[1][0], scheme.bits), scale[1][1]))
+    if not scheme.symmetric and scheme.granularity == "tensor":
+        tensors["weight_zero_point"] = ("int8", (1,))  # the format packs zero points of channels and groups only
+    elif not scheme.symmetric:
+        tensors["weight_zero_point"] = ("int32", (_words(scale_shape[0], scheme.bits), scale_shape[1]))
     tensors["weight_shape"] = ("int64", (2,))
     return tensors
 
@@ -60,41 +61,41 @@ def encode(stored: StoredLinear, scheme: Scheme) -> dict[str, Tensor]:
     from quantcli.quant.packing import pack_int32
 
     codes, scale, zero_point = stored.weight
+    scale = scale.view(-1) if scheme.granularity == "tensor" else scale
     if scheme.activations != "none":
-        tensors = {"weight": codes, "weight_scale": scale.view(-1) if scheme.granularity == "tensor" else scale}
+        tensors = {"weight": codes, "weight_scale": scale}
         if stored.input_scale is not None:
             tensors["input_scale"] = stored.input_scale
         if stored.input_zero_point is not None:
             tensors["input_zero_point"] = stored.input_zero_point
         return tensors
     tensors = {"weight_packed": pack_int32(codes, scheme.bits), "weight_scale": scale}
-    if zero_point is not None:
+    if zero_point is not None and scheme.granularity == "tensor":
+        tensors["weight_zero_point"] = zero_point.view(-1)
+    elif zero_point is not None:
         tensors["weight_zero_point"] = pack_int32(zero_point.t().contiguous(), scheme.bits).t().contiguous()
     tensors["weight_shape"] = torch.tensor(codes.shape, dtype=torch.int64)
     return tensors
 
 
-def decode(name: str, tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
-    """The inverse of `encode`, from tensors by suffix. Raises ModelError when one is missing or has a wrong shape."""
+def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
+    """The inverse of `encode`, from tensors by suffix, which have to have the shapes of `layout`."""
     from quantcli.formats.store import StoredLinear
     from quantcli.quant.grid import QuantizedWeight
     from quantcli.quant.packing import unpack_int32
 
-    try:
-        scale = tensors["weight_scale"]
-        if scheme.activations != "none":
-            weight = QuantizedWeight(tensors["weight"], scale.view(-1, 1), None)
-            return StoredLinear(weight, tensors.get("input_scale"), tensors.get("input_zero_point"))
-        rows, columns = (int(size) for size in tensors["weight_shape"])
-        codes = unpack_int32(tensors["weight_packed"], scheme.bits, columns)
-        zero_point = None
-        if not scheme.symmetric:
-            packed = tensors["weight_zero_point"].t().contiguous()
-            zero_point = unpack_int32(packed, scheme.bits, scale.shape[0]).t().contiguous()
-    except (KeyError, ValueError) as error:
-        raise ModelError(f"{name}: the checkpoint lacks or garbles {error}.", "Export it again.") from error
-    if tuple(codes.shape) != (rows, columns):
-        raise ModelError(f"{name}: codes {tuple(codes.shape)} differ from weight_shape {(rows, columns)}.")
+    scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
+    if scheme.granularity == "tensor":
+        scale = scale.view(1, 1)
+    if scheme.activations != "none":
+        weight = QuantizedWeight(tensors["weight"], scale, None)
+        return StoredLinear(weight, tensors.get("input_scale"), tensors.get("input_zero_point"))
+    rows, columns = (int(size) for size in tensors["weight_shape"])
+    codes = unpack_int32(tensors["weight_packed"], scheme.bits, columns)
+    if zero_point is not None and scheme.granularity == "tensor":
+        zero_point = zero_point.view(1, 1)
+    elif zero_point is not None:
+        zero_point = unpack_int32(zero_point.t().contiguous(), scheme.bits, rows).t().contiguous()
     return StoredLinear(QuantizedWeight(codes, scale, zero_point))
 
 
@@ -147,33 +148,52 @@ def parse_configuration(content: Mapping[str, Any], linears: Iterable[str]) -> d
 
     try:
         config = QuantizationConfig.model_validate(dict(content))
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, TypeError) as error:
         raise ModelError(f"quantization_config is not valid: {str(error).splitlines()[0]}.") from error
+    if config.quantization_status != "compressed" or config.kv_cache_scheme is not None:
+        raise ModelError("quantization_config: only compressed weights without a kv_cache_scheme are supported yet.")
+    schemes = {name: _scheme(group, config.format) for name, group in config.config_groups.items()}
     found: dict[str, Scheme] = {}
     for name in linears:
         if any(match_name(name, pattern) for pattern in config.ignore or []):
             continue
-        for group in config.config_groups.values():
+        for key, group in config.config_groups.items():
             if any(target == "Linear" or match_name(name, target) for target in group.targets):
-                found[name] = _scheme(group)
+                found[name] = schemes[key]
                 break
     return found
 
 
-def _scheme(group: Any) -> Scheme:
-    weights, activations = group.weights, group.input_activations
-    if weights is None or str(getattr(weights.type, "value", weights.type)) != "int":
-        raise ModelError("only integer weights of compressed-tensors are supported yet.")
-    mode = "none" if activations is None else ("dynamic" if activations.dynamic else "static")
+def _scheme(group: Any, form: str) -> Scheme:
+    """The scheme that a config group describes; ModelError for one that this program neither writes nor simulates."""
+    weights, inputs = group.weights, group.input_activations
+    mode = "none" if inputs is None else ("dynamic" if inputs.dynamic else "static")
+    wanted = "pack-quantized" if inputs is None else "int-quantized"
+    understood = (
+        weights is not None
+        and (weights.type, bool(weights.dynamic), weights.actorder != "group") == ("int", False, True)
+        and weights.strategy in ("tensor", "channel", "group")
+        and group.output_activations is None
+        and (group.format or form) == wanted
+    )
+    if understood and inputs is not None:
+        strategy = "token" if mode == "dynamic" else "tensor"
+        understood = (inputs.type, inputs.num_bits, inputs.strategy) == ("int", 8, strategy)
+        understood &= weights.symmetric and (inputs.symmetric or mode == "static")
+        understood &= weights.num_bits == 8 and weights.strategy != "group"
+    if not understood:
+        raise ModelError("quantization_config describes a scheme that is not supported: only integer weights, alone or "
+                         "with 8-bit inputs, are.")  # fmt: skip
     return Scheme(
         bits=weights.num_bits,
         symmetric=weights.symmetric,
         granularity=str(getattr(weights.strategy, "value", weights.strategy)),  # type: ignore[arg-type]
         group_size=weights.group_size,
         activations=mode,  # type: ignore[arg-type]
-        activations_symmetric=True if activations is None else activations.symmetric,
+        activations_symmetric=True if inputs is None else inputs.symmetric,
     )
 
 
 def _words(values: int, bits: int) -> int:
+    """`quant.packing.packed_columns` without torch."""
     return -(-values * bits // 32)

@@ -143,5 +143,14 @@ def _config(form: ModuleType, store: Store, source: Source) -> dict[str, Any]:
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = store.dtype
-    config["quantization_config"] = form.configuration(store.schemes, store.kept)
+    config["quantization_config"] = form.configuration(store.schemes, {*store.kept, *_other_matrices(store, source)})
     return config
+
+
+def _other_matrices(store: Store, source: Source) -> Iterator[str]:
+    """Modules outside the blocks that have a matrix: projections around the embedding (OPT) are linears to an engine,
+    which would look for their codes. That embeddings are among them does no harm."""
+    names = {tensor: module for module, tensor in source.weights.items()}
+    for entry in source.checkpoint.entries.values():
+        if entry.name.endswith(".weight") and len(entry.shape) == 2 and entry.name not in names:
+            yield entry.name.removesuffix(".weight")

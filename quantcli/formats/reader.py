@@ -62,12 +62,24 @@ class QuantizedCheckpoint:
         return values | self.raw.read(plain)
 
     def read_linear(self, module: str) -> StoredLinear:
-        """Codes and scales of one quantized linear."""
-        names = {suffix: self.tensor_name(module, suffix) for suffix in self._suffixes(module)}
-        read = self.raw.read(name for name in names.values() if name in self.raw)
-        parts = {suffix: read[name] for suffix, name in names.items() if name in read}
-        stored: StoredLinear = self.form.decode(module, parts, self.schemes[module])
+        """Codes and scales of one quantized linear. Raises ModelError if a tensor is missing or misshapen."""
+        linear, scheme = self.linears[module], self.schemes[module]
+        layout = self.form.layout(linear, scheme, self.dtype)
+        read = self.raw.read(self.tensor_name(module, suffix) for suffix in layout)
+        parts = {suffix: read[self.tensor_name(module, suffix)] for suffix in layout}
+        for suffix, (dtype, shape) in layout.items():
+            tensor, wanted = parts[suffix], getattr(torch, dtype)
+            if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+                raise self._damaged(module, suffix, f"is {tensor.dtype}, not {wanted}")
+            if tuple(tensor.shape) != shape:
+                raise self._damaged(module, suffix, f"has shape {tuple(tensor.shape)}, not {shape}")
+        if "weight_shape" in parts and parts["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
+            raise self._damaged(module, "weight_shape", f"says {parts['weight_shape'].tolist()}")
+        stored: StoredLinear = self.form.decode(parts, scheme)
         return stored
+
+    def _damaged(self, module: str, suffix: str, how: str) -> ModelError:
+        return ModelError(f"{self.directory}: {module}.{suffix} {how}.", "Export it again.")
 
     def tensor_name(self, module: str, suffix: str) -> str:
         return f"{self.weights[module].removesuffix('.weight')}.{suffix}"
