@@ -141,14 +141,14 @@ def test_a_kill_at_every_moment(
 def test_twenty_kills_of_the_command(
     static_recipe: Callable[[Path], Recipe], tree: Callable[[Path], Tree], tmp_path: Path
 ) -> None:
-    """The command itself, on a model large enough that work, not start-up, fills the time."""
+    """The command itself, on a model with some work in it; the first fifth of the time is start-up."""
     from tiny_models import save_tiny_model
 
     run = tmp_path / "run"
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12}
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 10}
     recipe = static_recipe(run)
     recipe["model"]["path"] = str(save_tiny_model("llama", tmp_path / "model", with_tokenizer=True, **sizes))
-    recipe["calibration"] |= {"samples": 24, "sequence_length": 64}
+    recipe["calibration"] |= {"samples": 16, "sequence_length": 64}
     recipe["evaluate"]["perplexity"] |= {"windows": None}
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(recipe))
@@ -162,17 +162,18 @@ def test_twenty_kills_of_the_command(
     expected, expected_record = artifacts(tree, run), record(run)
     generator = random.Random(0)
     killed = 0
-    shutil.rmtree(run)
-    for delay in sorted(generator.uniform(0.3, duration) for _ in range(20)):
+    while killed < 20:
+        delay = generator.uniform(0.2 * duration, duration)
+        shutil.rmtree(run)
+        began = time.monotonic()
         process = subprocess.Popen(command, env=environment)
         try:
             process.wait(delay)
+            duration = time.monotonic() - began  # the machine is less busy than it was
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             killed += 1
-        subprocess.run(command, check=True, env=environment)
+            subprocess.run(command, check=True, env=environment)
         assert artifacts(tree, run) == expected, f"killed after {delay:.2f} of {duration:.2f} s"
         assert record(run) == expected_record
-        shutil.rmtree(run)
-    assert killed >= 15
