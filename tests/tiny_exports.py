@@ -107,7 +107,7 @@ def export_tiny(
                 weight = checkpoint.read([weights[linear.name]])[weights[linear.name]]
                 stored[linear.name] = _quantize(weight, scheme, structure.dtype, ranges.get(linear.name))
                 schemes[linear.name] = (index, scheme)
-        place.joinpath("store").mkdir(exist_ok=True)
+        place.joinpath("store").mkdir(parents=True, exist_ok=True)
         write_block(place / "store", index, stored)
     reasons = dict.fromkeys(kept, "asked for") | ({structure.head: "output head"} if structure.head else {})
     write_manifest(place / "store", structure.dtype, schemes, reasons)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import Scheme
 
+_NO_TENSOR = "takes packed weights with a scale a channel or group, not a tensor"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -29,6 +31,8 @@ def _vllm_cpu(scheme: Scheme, linears: list[Linear]) -> Verdict:
     engine = "vLLM on a CPU"
     if scheme.activations != "none":
         return Verdict(engine, True, "int8 products (oneDNN)")
+    if scheme.granularity == "tensor":
+        return Verdict(engine, False, _NO_TENSOR)
     if scheme.bits != 4:
         return Verdict(engine, False, f"has no kernel for {scheme.bits}-bit weights with float activations")
     odd = [linear.name for linear in linears if linear.in_features % 32 or linear.out_features % 32]
@@ -41,6 +45,8 @@ def _vllm_gpu(scheme: Scheme) -> Verdict:
     engine = "vLLM on a GPU"
     if scheme.activations != "none":
         return Verdict(engine, True, "int8 products (CUTLASS); not run here")
+    if scheme.granularity == "tensor":
+        return Verdict(engine, False, _NO_TENSOR)
     if scheme.bits not in (4, 8):
         return Verdict(engine, False, f"has no kernel for {scheme.bits}-bit weights")
     if scheme.bits == 8 and not scheme.symmetric:
@@ -51,6 +57,7 @@ def _vllm_gpu(scheme: Scheme) -> Verdict:
 
 
 def _transformers(scheme: Scheme) -> Verdict:
-    if scheme.granularity == "tensor" and scheme.activations == "none":
-        return Verdict("transformers", True, "weights unpacked on load; one scale a tensor is rarely worth it")
-    return Verdict("transformers", True, "with the compressed-tensors package")
+    engine = "transformers"
+    if scheme.activations == "none" and not scheme.symmetric and scheme.granularity != "tensor":
+        return Verdict(engine, False, "compressed-tensors 0.20 fails to load packed zero points, its own too")
+    return Verdict(engine, True, "with the compressed-tensors package")
