@@ -122,8 +122,10 @@ def _check_linear(module: str, tensors: dict[str, Tensor], expected: StoredLinea
         _unpack_in_place(module, tensors, "weight_packed", scheme.bits, codes.shape)
         if zero_point is not None:
             wanted["weight_zero_point"] = zero_point.view(1) if whole else zero_point.t()
-        if zero_point is not None and not whole and "weight_zero_point" in tensors:
-            tensors["weight_zero_point"] = tensors["weight_zero_point"].t().contiguous()
+        if zero_point is not None and not whole:
+            packed = tensors.get("weight_zero_point")
+            if packed is not None and packed.ndim == 2:
+                tensors["weight_zero_point"] = packed.t().contiguous()
             _unpack_in_place(module, tensors, "weight_zero_point", scheme.bits, zero_point.t().shape)
     for name, value in wanted.items():
         found = tensors.pop(name, None)
