@@ -1,0 +1,177 @@
+"""Scores against a direct float64 computation on whole logits, and the float perplexity against a plain loop."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny_exports import SCHEMES, export_tiny
+from tiny_models import token_batches
+from torch import Tensor
+
+from quantcli.evaluation.scores import Scores, WindowScores, mean_and_error, summarize
+from quantcli.model.skeleton import Skeleton
+from quantcli.model.stream import BlockStream
+
+VOCABULARY = 37
+
+
+def some_windows(lengths: list[int], seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(float logits, quantized logits, labels) of windows of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    windows = []
+    for length in lengths:
+        plain = torch.randn(length, VOCABULARY, generator=generator) * 3
+        quantized = plain + torch.randn(length, VOCABULARY, generator=generator) * 0.4
+        windows.append((plain, quantized, torch.randint(0, VOCABULARY, (length,), generator=generator)))
+    return windows
+
+
+def score(windows: list[tuple[Tensor, Tensor, Tensor]], masked: int | None = None, step: int = 10**9) -> Scores:
+    scores = []
+    for plain, quantized, labels in windows:
+        window = WindowScores()
+        for begin in range(0, len(labels), step):
+            part = slice(begin, begin + step)
+            window.add(plain[part].clone(), quantized[part].clone(), labels[part], masked)
+        scores.append(window)
+    return summarize(scores, quantized=True)
+
+
+def reference(windows: list[tuple[Tensor, Tensor, Tensor]], masked: int | None = None) -> dict[str, float]:
+    """The same from definitions: in float64, a token at a time; standard errors of ratio estimators over windows."""
+    sums = []
+    for plain, quantized, labels in windows:
+        total = {"tokens": 0, "p": 0.0, "q": 0.0, "kl": 0.0, "same": 0}
+        for a, b, label in zip(plain.double(), quantized.double(), labels.tolist(), strict=True):
+            if label == masked:
+                continue
+            p, q = a.softmax(0), b.softmax(0)
+            total["tokens"] += 1
+            total["p"] -= math.log(p[label])
+            total["q"] -= math.log(q[label])
+            total["kl"] += sum(x * math.log(x / y) for x, y in zip(p.tolist(), q.tolist(), strict=True))
+            total["same"] += int(p.argmax() == q.argmax())
+        sums.append(total)
+    tokens = sum(t["tokens"] for t in sums)
+
+    def mean_error(values: list[float]) -> tuple[float, float]:
+        mean, count = sum(values) / tokens, len(values)
+        residuals = [(v - mean * t["tokens"]) * count / tokens for v, t in zip(values, sums, strict=True)]
+        return mean, math.sqrt(sum(r * r for r in residuals) / (count - 1) / count)
+
+    float_mean, float_error = mean_error([t["p"] for t in sums])
+    quantized_mean, quantized_error = mean_error([t["q"] for t in sums])
+    difference, difference_error = mean_error([t["q"] - t["p"] for t in sums])
+    kl, kl_error = mean_error([t["kl"] for t in sums])
+    return {
+        "tokens": tokens,
+        "float": math.exp(float_mean),
+        "float error": math.exp(float_mean) * float_error,
+        "quantized": math.exp(quantized_mean),
+        "quantized error": math.exp(quantized_mean) * quantized_error,
+        "increase": math.exp(quantized_mean) / math.exp(float_mean) - 1,
+        "increase error": math.exp(difference) * difference_error,
+        "kl": kl,
+        "kl error": kl_error,
+        "agreement": sum(t["same"] for t in sums) / tokens,
+    }
+
+
+def as_dictionary(scores: Scores) -> dict[str, float | None]:
+    assert scores.quantized is not None
+    return {
+        "tokens": scores.tokens,
+        "float": scores.float_model.value,
+        "float error": scores.float_model.error,
+        "quantized": scores.quantized.value,
+        "quantized error": scores.quantized.error,
+        "increase": scores.increase,
+        "increase error": scores.increase_error,
+        "kl": scores.kl_divergence,
+        "kl error": scores.kl_error,
+        "agreement": scores.agreement,
+    }
+
+
+@pytest.mark.parametrize("masked", [None, 5])
+@pytest.mark.parametrize("lengths", [[20] * 6, [20, 20, 20, 7], [31, 12, 5]])
+def test_against_definitions_in_float64(lengths: list[int], masked: int | None) -> None:
+    windows = some_windows(lengths)
+    assert as_dictionary(score(windows, masked)) == pytest.approx(reference(windows, masked), rel=1e-5)
+
+
+def test_masked_labels_count_nowhere() -> None:
+    windows = some_windows([40, 40, 40])
+    kept = [(plain[labels != 5], quantized[labels != 5], labels[labels != 5]) for plain, quantized, labels in windows]
+    assert any(len(labels) < 40 for _, _, labels in kept)
+    assert as_dictionary(score(windows, 5)) == as_dictionary(score(kept))
+
+
+@pytest.mark.parametrize("step", [1, 7, 16])
+def test_logits_in_pieces_give_what_the_whole_gives(step: int) -> None:
+    windows = some_windows([40, 23])
+    assert as_dictionary(score(windows, 3, step)) == pytest.approx(as_dictionary(score(windows, 3)), rel=1e-7)
+
+
+def test_one_window_has_no_error() -> None:
+    scores = score(some_windows([40]))
+    assert math.isfinite(scores.float_model.value)
+    assert math.isnan(scores.float_model.error)
+    assert math.isnan(scores.increase_error or 0.0)
+    assert math.isnan(scores.kl_error or 0.0)
+
+
+def test_windows_scored_alike_have_no_uncertainty() -> None:
+    windows = [WindowScores(tokens=n, nll_float=2.0 * n) for n in (10, 20, 30)]
+    assert mean_and_error([w.nll_float for w in windows], windows) == (2.0, 0.0)
+
+
+def test_equal_models_diverge_by_nothing() -> None:
+    scores = score([(plain, plain, labels) for plain, _, labels in some_windows([20, 20])])
+    assert scores.increase == 0.0
+    assert scores.kl_divergence == 0.0
+    assert scores.agreement == 1.0
+
+
+def test_large_logits_and_hopeless_models_stay_defined() -> None:
+    """Logits in the thousands must not overflow; a perplexity beyond float64 is infinite and not an exception."""
+    plain = torch.zeros(4, VOCABULARY)
+    quantized = torch.full((4, VOCABULARY), 5000.0)
+    labels = torch.arange(4)
+    quantized[torch.arange(4), labels] = 0.0
+    scores = score([(plain, quantized, labels)] * 2)
+    assert scores.quantized is not None
+    assert scores.quantized.value == math.inf
+    assert scores.kl_divergence == pytest.approx(5000 / VOCABULARY - math.log(VOCABULARY / (VOCABULARY - 1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_streamed_float_perplexity_is_that_of_a_plain_loop(family: str, tmp_path: Path) -> None:
+    made = export_tiny(tmp_path, SCHEMES["W8A16"], family)
+    (batch,) = token_batches((5, 40))
+    stream = BlockStream(Skeleton(made.model, made.structure), [batch])
+    (hidden,) = stream.start()
+    for index in range(len(made.structure.blocks)):
+        with stream.block(index):
+            hidden = stream.run(index, 0, hidden)
+    windows = []
+    with stream.head():
+        for sample in range(len(batch)):
+            windows.append(WindowScores())
+            for positions, logits in stream.logits(hidden[sample : sample + 1, :-1]):
+                windows[-1].add(logits[0], None, batch[sample, 1:][positions], None)
+    found = summarize(windows, quantized=False)
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(made.model)
+    nll = []
+    with torch.inference_mode():
+        for window in batch:
+            logp = model(window[None]).logits[0].double().log_softmax(-1)
+            nll.append(-sum(logp[i, window[i + 1]].item() for i in range(len(window) - 1)))
+    assert found.tokens == 5 * 39
+    assert found.float_model.value == pytest.approx(math.exp(sum(nll) / found.tokens), rel=1e-6)
+    assert found.quantized is None
