@@ -1,6 +1,6 @@
 """Writes a Llama of random weights, sharded, without holding it in memory.
 
-python benchmarks/random_llama.py DIRECTORY [--layers 22]      hidden 2048, intermediate 5632, vocabulary 32000; 22: 1.1B
+python benchmarks/random_llama.py DIRECTORY [--layers 22]   hidden 2048, intermediate 5632, vocabulary 32000; 22: 1.1B
 """
 
 from __future__ import annotations
