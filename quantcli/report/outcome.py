@@ -12,7 +12,7 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     counts: dict[str, int] = {}
     for linear in plan["linears"]:
         counts[linear["scheme"]] = counts.get(linear["scheme"], 0) + 1
-    yield "schemes", ", ".join(f"{n} linear{'' if n == 1 else 's'} {scheme}" for scheme, n in counts.items())
+    yield "schemes", ", ".join(f"{_count(n, 'linear')} {scheme}" for scheme, n in counts.items())
     for note in plan["notes"]:
         yield "note", note
     before, after = result["size_before"], result["size_after"]
@@ -44,12 +44,17 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "same top token", f"{_number(scores['agreement'], '.1%')}"
     yield (
         "protocol",
-        f"{scores['protocol']}, {scores['windows']} windows of {scores['sequence_length']}, {scores['tokens']} tokens",
+        f"{scores['protocol']}, {_count(scores['windows'], 'window')} of {scores['sequence_length']}, "
+        f"{_count(scores['tokens'], 'token')}",
     )
 
 
 def _with_error(perplexity: Mapping[str, Any]) -> str:
     return f"{_number(perplexity['value'], '.3f')} ± {_number(perplexity['error'], '.3f')}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _number(value: float | None, form: str) -> str:

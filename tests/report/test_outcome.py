@@ -1,0 +1,88 @@
+"""The rows that a user reads at the end of a run and in a plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantcli.report.outcome import outcome_rows, scheme_rows
+
+
+def linear(name: str, scheme: str, reason: str = "", shape: tuple[int, int] = (64, 32)) -> dict[str, Any]:
+    return {"name": name, "scheme": scheme, "reason": reason, "shape": list(shape)}
+
+
+PLAN = {
+    "linears": [
+        *(linear(f"model.layers.{i}.self_attn.q_proj", "W4A16 g32") for i in range(12)),
+        *(linear(f"model.layers.{i}.mlp.down_proj", "W4A16 g32", shape=(64, 96)) for i in range(11)),
+        linear("model.layers.11.mlp.down_proj", "float", "rolled back by *.11.*", (64, 96)),
+        linear("lm_head", "float", "output head", (512, 64)),
+    ],
+    "notes": ["Group size 128 does not divide every input width; 32 is used."],
+}
+RESULT = {
+    "size_before": 200_000_000,
+    "size_after": 75_000_000,
+    "perplexity": {
+        "float_model": {"value": 20.6412, "error": 0.31},
+        "quantized": {"value": 21.0541, "error": 0.33},
+        "increase": 0.02,
+        "increase_error": 0.0012,
+        "kl_divergence": 0.01234,
+        "kl_error": 0.0001,
+        "agreement": 0.953,
+        "protocol": "standard",
+        "windows": 40,
+        "sequence_length": 1024,
+        "tokens": 40920,
+    },
+    "stages": {"quantize": {"reused": True, "seconds": 0.0}, "export": {"seconds": 1.26}},
+    "peak_memory": 1_230_000_000,
+    "exports": ["out/export/compressed-tensors"],
+}
+
+
+def test_the_outcome_states_every_number_with_its_uncertainty() -> None:
+    rows = list(outcome_rows(PLAN, RESULT))
+    assert rows == [
+        ("schemes", "23 linears W4A16 g32, 2 linears float"),
+        ("note", "Group size 128 does not divide every input width; 32 is used."),
+        ("size", "200.0 MB → 75.0 MB (-62.5%)"),
+        ("perplexity", "20.641 ± 0.310 → 21.054 ± 0.330 (+2.00% ± 0.12%)"),
+        ("KL divergence", "0.0123 ± 0.0001 nats a token"),
+        ("same top token", "95.3%"),
+        ("protocol", "standard, 40 windows of 1024, 40920 tokens"),
+        ("time", "quantize up to date, export 1.3 s"),
+        ("peak memory", "1.23 GB"),
+        ("checkpoint", "out/export/compressed-tensors"),
+    ]
+
+
+def test_numbers_that_json_cannot_hold_are_undefined_and_not_zero() -> None:
+    scores = {
+        **RESULT["perplexity"],  # type: ignore[dict-item]
+        "quantized": {"value": None, "error": None},
+        "increase": None,
+        "increase_error": None,
+        "windows": 1,
+    }
+    rows = dict(outcome_rows(PLAN, {**RESULT, "perplexity": scores}))
+    assert rows["perplexity"] == "20.641 ± 0.310 → undefined ± undefined (undefined ± undefined)"
+    assert rows["protocol"].startswith("standard, 1 window of 1024")
+
+
+def test_a_run_without_evaluation_says_nothing_of_perplexity() -> None:
+    labels = [label for label, _ in outcome_rows(PLAN, {**RESULT, "perplexity": None})]
+    assert labels == ["schemes", "note", "size", "time", "peak memory", "checkpoint"]
+
+
+def test_linears_that_differ_in_their_block_alone_share_a_row() -> None:
+    assert list(scheme_rows(PLAN["linears"])) == [  # type: ignore[arg-type]
+        ("model.layers.*.self_attn.q_proj", "12", "64 × 32", "W4A16 g32", ""),
+        ("model.layers.*.mlp.down_proj", "11", "64 × 96", "W4A16 g32", ""),
+        ("model.layers.*.mlp.down_proj", "1", "64 × 96", "float", "rolled back by *.11.*"),
+        ("lm_head", "1", "512 × 64", "float", "output head"),
+    ]
+    every = list(scheme_rows(PLAN["linears"], every=True))  # type: ignore[arg-type]
+    assert [row[0] for row in every] == [entry["name"] for entry in PLAN["linears"]]  # type: ignore[index]
+    assert all(row[1] == "1" for row in every)

@@ -1,0 +1,56 @@
+"""Loads a checkpoint in vLLM on the CPU, generates, and scores windows of tokens. Run by vLLM's own Python:
+
+    python serve.py CHECKPOINT QUESTIONS.json ANSWERS.json
+
+QUESTIONS: {"prompts": [text, …], "windows": [[token, …], …]}
+ANSWERS:   {"texts": [text, …], "nll": [nats of the scored tokens of each window], "seconds": …, "peak_memory": bytes}
+
+The model runs in a process that vLLM starts; peak_memory is the larger of the two.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(checkpoint: str, questions: Path, answers: Path) -> None:
+    os.environ |= {
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+    from vllm import LLM, SamplingParams
+
+    asked = json.loads(questions.read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    engine = LLM(checkpoint, max_model_len=1024, enforce_eager=True, dtype="bfloat16", disable_log_stats=True)
+    texts = engine.generate(asked["prompts"], SamplingParams(temperature=0, max_tokens=16))
+    scored = engine.generate(
+        [{"prompt_token_ids": window} for window in asked["windows"]],
+        SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0),
+    )
+    content = {
+        "texts": [result.outputs[0].text for result in texts],
+        "nll": [nll(result, window) for result, window in zip(scored, asked["windows"], strict=True)],
+        "seconds": time.perf_counter() - started,
+    }
+    del engine  # ends the process that held the model, whose peak is known only then
+    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    content["peak_memory"] = max(peaks) * 1024
+    answers.write_text(json.dumps(content), encoding="utf-8")
+
+
+def nll(result: Any, window: list[int]) -> float:
+    """Negative log-likelihood of the window's tokens but the first, which nothing predicts."""
+    return -sum(known[token].logprob for token, known in list(zip(window, result.prompt_logprobs, strict=True))[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
