@@ -213,10 +213,13 @@ def test_a_false_claim_of_the_configuration_is_found(name: str, claim: str, expo
         made.verify()
 
 
-@pytest.mark.parametrize("claim", ["type", "dynamic", "actorder", "no weights", "outputs", "format", "status", "cache"])
+@pytest.mark.parametrize(
+    "claim",
+    ["type", "dynamic", "actorder", "no weights", "outputs", "group format", "status", "cache", *INPUT_CLAIMS],
+)
 def test_our_own_reader_refuses_what_it_would_misread(claim: str, exported: Exported, tmp_path: Path) -> None:
     made = copy_of(exported("W8A8 dynamic"), tmp_path)
-    change_config(made, CLAIMS["group format" if claim == "format" else claim])
+    change_config(made, (CLAIMS | INPUT_CLAIMS)[claim])
     with pytest.raises(ModelError, match="quantization_config"):
         made.reader()
 
