@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import ModelError
+from quantcli.model.hidden import HiddenCache
 from quantcli.model.skeleton import Skeleton
 
 HEAD_BYTES = 64 << 20
@@ -28,8 +29,8 @@ class _Stop(Exception):
 class BlockStream:
     """A forward pass whose blocks are resident one at a time.
 
-    `batches` are token ids [samples, tokens], without padding. Call `start` first; then, for each block, `block` to
-    make it resident and `run` for every batch; then `logits`.
+    `batches` are token ids [samples, tokens], without padding. Call `start` or `enter` first; then, for each block,
+    `block` to make it resident and `run` for every batch; then `logits`.
     """
 
     def __init__(self, skeleton: Skeleton, batches: Sequence[Tensor]) -> None:
@@ -63,6 +64,18 @@ class BlockStream:
                                      "Its architecture is not supported.")  # fmt: skip
                 self._calls.append([(self._shared(args), self._shared(kwargs)) for _, args, kwargs in recorded])
                 yield recorded[0][0]
+
+    def enter(self, cache: HiddenCache, done: int | None) -> int:
+        """Start, and put what enters the first block into `cache`, unless it holds already what enters block `done`.
+
+        Returns the index of the block to go on with.
+        """
+        for index, hidden in enumerate(self.start()):
+            if done is None:
+                cache.put(index, hidden)
+        if done is None:
+            cache.commit(0)
+        return done or 0
 
     @contextmanager
     def block(self, index: int, left_out: Collection[str] = ()) -> Iterator[nn.Module]:

@@ -67,12 +67,7 @@ def run(context: Context, folder: StageFolder) -> None:
     done = cache.resume()
     if done is not None and not all(recorded[:done]):
         done = None  # statistics of an earlier block are gone, and so are the hidden states that made them
-    for index, hidden in enumerate(stream.start()):
-        if done is None:
-            cache.put(index, hidden)
-    if done is None:
-        cache.commit(0)
-    for index in range(done or 0, context.blocks):
+    for index in range(stream.enter(cache, done), context.blocks):
         started = time.perf_counter()
         block = context.plan.structure.blocks[index]
         with stream.block(index) as module:

@@ -97,13 +97,7 @@ def _advance(
     context: Context, name: str, stream: BlockStream, cache: HiddenCache, exported: QuantizedCheckpoint | None
 ) -> None:
     """Carry the hidden states of one model through all its blocks, going on where an interrupted run stopped."""
-    done = cache.resume()
-    for index, hidden in enumerate(stream.start()):
-        if done is None:
-            cache.put(index, hidden)
-    if done is None:
-        cache.commit(0)
-    for index in range(done or 0, context.blocks):
+    for index in range(stream.enter(cache, cache.resume()), context.blocks):
         started = time.perf_counter()
         with _block(stream, index, exported):
             for batch in range(len(stream.batches)):
