@@ -64,7 +64,7 @@ $(VLLM_VENV)/.installed:
 	touch $@
 
 serve-test: $(INSTALLED) $(MODEL) $(VLLM_VENV)/.installed
-	VLLM_PYTHON=$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m serving --timeout 1200 tests/serving
+	VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m serving --timeout 1200 tests/serving
 
 bench: $(INSTALLED) $(MODEL)
 	$(BIN)/python benchmarks/bench.py

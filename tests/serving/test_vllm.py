@@ -119,7 +119,7 @@ def test_linears_are_those_of_the_engine(tmp_path: Path) -> None:
         "bias": torch.randn(192, generator=generator).bfloat16(),
     }
     save_file(given, tmp_path / "given.safetensors")
-    in_vllm("kernels.py", tmp_path / "given.safetensors", tmp_path / "made.safetensors")
+    in_vllm("engine_kernels.py", tmp_path / "given.safetensors", tmp_path / "made.safetensors")
     made = load_file(tmp_path / "made.safetensors")
 
     x, zero = given["x"], given["input_zero_point"]

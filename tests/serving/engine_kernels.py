@@ -1,6 +1,6 @@
 """What vLLM's CPU kernels make of given int8 linears. Run by vLLM's own Python:
 
-    python kernels.py GIVEN.safetensors MADE.safetensors
+    python engine_kernels.py GIVEN.safetensors MADE.safetensors
 
 GIVEN: x, codes, weight_scale, input_scale, input_zero_point, bias.
 MADE: for dynamic, static and asymmetric each, MODE.x_codes, MODE.x_scale and MODE.y, and MODE.y_bias with the bias.
