@@ -55,12 +55,13 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED) $(MODEL)
 	$(BIN)/pytest -m slow --timeout 1200
 
-# vLLM pins versions of its own. A torchvision built for another torch breaks its import; no text model needs it.
+# vLLM pins versions of its own. Media libraries built for another torch break its import; no text model needs them.
 $(VLLM_VENV)/.installed:
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install "$(VLLM)"
-	$(VLLM_VENV)/bin/python -c "import torchvision, torchaudio" 2>/dev/null || \
-	    $(VLLM_VENV)/bin/pip uninstall --yes torchvision torchaudio
+	$(VLLM_VENV)/bin/python -c "from vllm import LLM" 2>/dev/null || \
+	    $(VLLM_VENV)/bin/pip uninstall --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -c "from vllm import LLM"
 	touch $@
 
 serve-test: $(INSTALLED) $(MODEL) $(VLLM_VENV)/.installed
