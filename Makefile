@@ -55,13 +55,12 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED) $(MODEL)
 	$(BIN)/pytest -m slow --timeout 1200
 
-# vLLM pins versions of its own. Media libraries built for another torch break its import; no text model needs them.
+# vLLM pins versions of its own. What it brings for pictures and sound is built for another torch, which breaks its import;
+# no text model needs it.
 $(VLLM_VENV)/.installed:
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install "$(VLLM)"
-	$(VLLM_VENV)/bin/python -c "from vllm import LLM" 2>/dev/null || \
-	    $(VLLM_VENV)/bin/pip uninstall --yes torchvision torchaudio torchcodec
-	$(VLLM_VENV)/bin/python -c "from vllm import LLM"
+	$(VLLM_VENV)/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
 serve-test: $(INSTALLED) $(MODEL) $(VLLM_VENV)/.installed
