@@ -25,7 +25,7 @@ from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_
 
 HERE = Path(__file__).parent
 MODEL = HERE.parents[1] / "models" / "SmolLM2-135M-Instruct.gguf"
-VLLM_PYTHON = os.environ.get("VLLM_PYTHON")
+VLLM_PYTHON = os.environ.get("VLLM_PYTHON") and os.path.abspath(os.environ["VLLM_PYTHON"])
 WINDOWS, LENGTH = 20, 512
 
 pytestmark = [
@@ -47,7 +47,7 @@ RUNS = {
 
 
 def in_vllm(script: str, *arguments: Path) -> None:
-    command = [str(VLLM_PYTHON), str(HERE / script), *map(str, arguments)]
+    command = [VLLM_PYTHON or "", str(HERE / script), *map(str, arguments)]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=arguments[-1].parent, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
 
