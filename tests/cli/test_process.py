@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,15 +52,17 @@ def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_says_so_and_goes_on(
-    recipe_file: RecipeFile, quantcli: Any, number: signal.Signals, status: int
+    recipe_file: RecipeFile, quantcli: Any, prose: Path, tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
-    file = recipe_file(**{"calibration.samples": 1500, "calibration.sequence_length": 8})
+    much = tmp_path / "much.txt"  # takes seconds to observe, so that the signal comes in time on any machine
+    much.write_text(prose.read_text() * 300)
+    text = {"calibration.path": str(much), "calibration.samples": 3000, "calibration.sequence_length": 96}
+    file = recipe_file(**text)
     process = start(file)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("Observing"):
             break
-    time.sleep(0.2)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, err
@@ -69,7 +70,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
     assert "Traceback" not in err
     assert out == ""
     assert not list((file.parent / "run").rglob(".*.part"))
-    outcome = quantcli("run", file, "--json")
+    outcome = quantcli("calibrate", file, "--json")
     assert json.loads(outcome.out)["stages"]["check"]["reused"] is True
 
 
