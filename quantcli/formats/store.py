@@ -9,7 +9,14 @@ of a linear X:
     X.input_scale        float32 [1]; static activations only
     X.input_zero_point   int8 [1]; static asymmetric activations only
 
-manifest.json names the scheme of each quantized linear and the reason of each that stays in float.
+and of an attention module A whose cache or products are quantized, all float32:
+
+    A.k_scale, A.v_scale      [kv_heads * head_size] (int8) or [1] (fp8)
+    A.k_offset, A.v_offset    the same shape; asymmetric int8 only
+    A.fa_q_scale, A.fa_k_scale, A.fa_v_scale   [heads, 1] or [kv_heads, 1]; int8 products a head
+
+manifest.json names the scheme of each quantized linear and the reason of each that stays in float. What belongs to no
+block, the output head, is in a file behind the last block's.
 """
 
 from __future__ import annotations
@@ -26,9 +33,10 @@ from quantcli.errors import ModelError
 from quantcli.model.checkpoint import read_json, replacing
 from quantcli.model.writer import PlannedTensor, split_shards, write_safetensors
 from quantcli.quant.grid import QuantizedWeight
-from quantcli.quant.scheme import Scheme
+from quantcli.quant.scheme import AttentionScheme, Scheme
 
 MANIFEST = "manifest.json"
+ATTENTION_PARTS = ("k_scale", "k_offset", "v_scale", "v_offset", "fa_q_scale", "fa_k_scale", "fa_v_scale")
 
 
 @dataclass(frozen=True)
@@ -54,23 +62,38 @@ def block_file(folder: Path, index: int) -> Path:
     return folder / f"block-{index:05d}.safetensors"
 
 
-def write_block(folder: Path, index: int, linears: Mapping[str, StoredLinear]) -> str:
-    """Write the linears of one block; returns the sha256 of the file."""
+def write_block(
+    folder: Path,
+    index: int,
+    linears: Mapping[str, StoredLinear],
+    attention: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> str:
+    """Write the linears of one block, and by attention module the tensors of ATTENTION_PARTS; returns the sha256."""
     tensors = {f"{name}.{part}": t for name, stored in linears.items() for part, t in stored.tensors().items()}
+    tensors |= {f"{name}.{part}": t for name, parts in (attention or {}).items() for part, t in parts.items()}
     planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     (shard,) = split_shards(planned, 1 << 62)
     return write_safetensors(block_file(folder, index), shard, tensors.__getitem__, {"format": "quantcli-store"})
 
 
 def write_manifest(
-    folder: Path, dtype: str, schemes: Mapping[str, tuple[int, Scheme]], kept: Mapping[str, str]
+    folder: Path,
+    dtype: str,
+    schemes: Mapping[str, tuple[int, Scheme]],
+    kept: Mapping[str, str],
+    attention: AttentionScheme | None = None,
+    attention_modules: Mapping[str, int] | None = None,
 ) -> None:
-    """`schemes` maps a linear to (block, scheme), `kept` a float linear to the reason; `dtype` is the model's."""
+    """`schemes` maps a linear to (block, scheme), `kept` a float linear to the reason; `dtype` is the model's.
+
+    `attention_modules` maps each attention module that `attention` is about to its block.
+    """
     content = {
         "version": 1,
         "dtype": dtype,
         "quantized": {name: {"block": block, **scheme.to_json()} for name, (block, scheme) in schemes.items()},
         "float": dict(kept),
+        "attention": None if attention is None else attention.to_json() | {"modules": dict(attention_modules or {})},
     }
     with replacing(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -89,21 +112,30 @@ class Store:
         for name, entry in content["quantized"].items():
             self.blocks[name] = entry.pop("block")
             self.schemes[name] = Scheme(**entry)
+        self.attention: AttentionScheme | None = None
+        self.attention_modules: dict[str, int] = {}
+        if content.get("attention"):
+            entry = dict(content["attention"])
+            self.attention_modules = entry.pop("modules")
+            self.attention = AttentionScheme(**entry)
 
     def read(self, name: str) -> StoredLinear:
         """The stored codes and scales of one linear."""
+        parts = self._read(name, self.blocks[name], ("codes", "scale", "zero_point", "input_scale", "input_zero_point"))
+        weight = QuantizedWeight(parts["codes"], parts["scale"], parts.get("zero_point"))
+        return StoredLinear(weight, parts.get("input_scale"), parts.get("input_zero_point"))
+
+    def read_attention(self, module: str) -> dict[str, Tensor]:
+        """The scales of one attention module: those of ATTENTION_PARTS that its scheme has."""
+        return self._read(module, self.attention_modules[module], ATTENTION_PARTS)
+
+    def _read(self, name: str, block: int, wanted: tuple[str, ...]) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
 
-        file = block_file(self.folder, self.blocks[name])
+        file = block_file(self.folder, block)
         try:
             with safe_open(file, framework="pt") as opened:
                 names = set(opened.keys())
-                parts = {
-                    part: opened.get_tensor(f"{name}.{part}")
-                    for part in ("codes", "scale", "zero_point", "input_scale", "input_zero_point")
-                    if f"{name}.{part}" in names
-                }
+                return {p: opened.get_tensor(f"{name}.{p}") for p in wanted if f"{name}.{p}" in names}
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file} cannot be read: {error}.", "Delete it and run again.") from error
-        weight = QuantizedWeight(parts["codes"], parts["scale"], parts.get("zero_point"))
-        return StoredLinear(weight, parts.get("input_scale"), parts.get("input_zero_point"))

@@ -120,7 +120,7 @@ def weight_tensors(
     Almost always it is the linear's own name plus `.weight`; only otherwise is the model built to ask transformers.
     """
     present = set(entries)
-    names = {linear.name: f"{linear.name}.weight" for linear in structure.linears()}
+    names = {linear.name: f"{linear.name}.weight" for linear in structure.matrices()}
     if all(name in present for name in names.values()):
         return names
     from quantcli.model.skeleton import Skeleton

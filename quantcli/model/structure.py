@@ -85,6 +85,17 @@ class Structure:
         for block in self.blocks:
             yield from block.linears
 
+    def matrices(self) -> Iterator[Linear]:
+        """Everything that can be quantized: the linears of the blocks, and the output head if it is not tied."""
+        yield from self.linears()
+        if self.head_linear is not None:
+            yield self.head_linear
+
+    @property
+    def head_linear(self) -> Linear | None:
+        """The output head where it has weights of its own: not of a model whose head is tied to the embedding."""
+        return None if self.head is None or self.tied else Linear(self.head, self.width, self.vocabulary)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -41,7 +41,7 @@ class Context:
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
-        return {linear.name: linear for linear in self.plan.structure.linears()}
+        return {linear.name: linear for linear in self.plan.structure.matrices()}
 
     @property
     def blocks(self) -> int:

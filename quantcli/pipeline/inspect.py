@@ -41,7 +41,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     if (config := read_json(directory / "config.json").get("quantization_config")) is not None:
         from quantcli.formats.reader import QuantizedCheckpoint
 
-        linears = {linear.name: linear for linear in structure.linears()}
+        linears = {linear.name: linear for linear in structure.matrices()}
         quantized = QuantizedCheckpoint(directory, linears, {name: f"{name}.weight" for name in linears})
         schemes = Counter(scheme.name for scheme in quantized.schemes.values())
         facts |= {"kind": f"quantized checkpoint ({config.get('quant_method')})"}

@@ -80,7 +80,7 @@ def _verify_alone(path: Path) -> dict[str, Any]:
     from quantcli.model.structure_cache import find_structure
 
     structure = find_structure(path)
-    linears = {linear.name: linear for linear in structure.linears()}
+    linears = {linear.name: linear for linear in structure.matrices()}
     try:
         checkpoint = QuantizedCheckpoint(path, linears, {name: f"{name}.weight" for name in linears})
         for name in checkpoint.schemes:

@@ -1,4 +1,4 @@
-"""What happens to one linear layer, as plain data: needed to plan, long before torch is imported."""
+"""What happens to a linear layer, and to keys, values and queries, as plain data: needed long before torch is imported."""
 
 from __future__ import annotations
 
@@ -11,20 +11,27 @@ class Scheme:
     """Bits, grid and granularity of a linear's weights, and how its input is quantized.
 
     activations: `none` leaves the input in float; `static` has one calibrated int8 scale for the tensor; `dynamic` one
-    for every token, found while serving.
+    for every token, found while serving; `mix` is dynamic for prompts and static for decoding (W8A8_MIX of Ascend).
+    sparse: most codes are zero or small, for engines that compress them (W8A8S of Ascend); the arithmetic is the same.
     """
 
     bits: int
     symmetric: bool = True
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
-    activations: Literal["none", "static", "dynamic"] = "none"
+    activations: Literal["none", "static", "dynamic", "mix"] = "none"
     activations_symmetric: bool = True
+    sparse: bool = False
+
+    @property
+    def observed(self) -> bool:
+        """Whether the input has a static scale, which calibration finds."""
+        return self.activations in ("static", "mix")
 
     @property
     def name(self) -> str:
         """The field's name, such as W4A16 g64, W4A16 g64 asym or W8A8 static."""
-        parts = [f"W{self.bits}A{16 if self.activations == 'none' else 8}"]
+        parts = [f"W{self.bits}A{16 if self.activations == 'none' else 8}{'S' if self.sparse else ''}"]
         if self.activations != "none":
             parts.append(self.activations)
         if self.group_size:
@@ -44,6 +51,32 @@ class Scheme:
         if self.granularity == "tensor":
             return (1, 1)
         return (out_features, in_features // self.group_size if self.group_size else 1)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class AttentionScheme:
+    """What is quantized inside attention; one choice for the whole model.
+
+    kv: what the cache holds: the model's dtype, `int8` with a scale for each channel of keys and of values (C8), or
+    `fp8` (e4m3) with one scale for keys and one for values. heads: queries, keys and values enter the products as int8
+    with one symmetric scale a head (FA3).
+    """
+
+    kv: Literal["none", "int8", "fp8"] = "none"
+    kv_symmetric: bool = True
+    heads: bool = False
+
+    @property
+    def name(self) -> str:
+        """The field's name: C8, C8 asym, KV fp8, FA int8; empty when nothing is quantized."""
+        if self.heads:
+            return "FA int8"
+        if self.kv == "int8":
+            return "C8" if self.kv_symmetric else "C8 asym"
+        return "KV fp8" if self.kv == "fp8" else ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
