@@ -5,30 +5,52 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from quantcli.calibration.builtin_text import builtin_documents
 from quantcli.errors import DataError
 
 DEFAULT_FIELDS = ("text", "prompt", "inputs_pretokenized", "content")
+PROMPT_FIELDS = ("prompt", "inputs_pretokenized")
+"""Columns whose rows are prompts, complete by themselves; rows of other columns may be pieces of one text."""
 
-Loader = Callable[[Path | None, str | None, str], list[str]]
+
+class Document(NamedTuple):
+    """One document of a data set: its text, its place in the words of a message, and whether it is one prompt."""
+
+    text: str
+    place: str
+    prompt: bool = False
+
+
+Loader = Callable[[Path | None, str | None, str], list[Document]]
 
 
 def load_texts(dataset: str, *, path: Path | None = None, field: str | None = None, split: str = "train") -> list[str]:
-    """The documents of a data set, in a fixed order.
+    """The texts of load_documents, with its arguments and errors."""
+    return [document.text for document in load_documents(dataset, path=path, field=field, split=split)]
+
+
+def load_documents(
+    dataset: str, *, path: Path | None = None, field: str | None = None, split: str = "train"
+) -> list[Document]:
+    """The documents of a data set, in a fixed order, without those that are blank.
 
     Args:
         dataset: a key of DATASETS, or a hub name with a slash, which the `datasets` library reads.
-        path: local file or directory; required for text, jsonl and parquet, optional for wikitext2, refused otherwise.
-        field: the column that holds the text (jsonl, parquet, hub); by default the first of DEFAULT_FIELDS present.
-        split: for hub data sets, builtin (train, test: disjoint) and directories of wikitext2; a file is read whole.
+        path: local file or directory; required for text, jsonl and parquet, optional for wikitext2 and boolq, refused
+            otherwise.
+        field: the column that holds the text (jsonl, parquet, hub); by default the first of DEFAULT_FIELDS present,
+            in JSON lines the first that is not null in the row.
+        split: for hub data sets, builtin (train, test: disjoint) and directories of wikitext2 and boolq; a file is
+            read whole.
 
     Raises:
-        DataError: the name is unknown, an option does not apply, or the data is missing, unreadable or empty.
+        DataError: the name is unknown, an option does not apply, the data is missing, unreadable or empty, or a prompt
+            is blank.
     """
     if "/" in dataset:
         documents = _load_hub(dataset, path, field, split)
@@ -36,7 +58,10 @@ def load_texts(dataset: str, *, path: Path | None = None, field: str | None = No
         documents = DATASETS[dataset](path, field, split)
     else:
         raise _unknown(dataset)
-    documents = [document for document in documents if document.strip()]
+    for document in documents:
+        if document.prompt and not document.text.strip():
+            raise DataError(f"{document.place}: the prompt is empty.", "Fill it, or remove the row.")
+    documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise DataError(f"The data set {dataset}{_at(path)} holds no text.", "Choose data that holds text.")
     return documents
@@ -49,13 +74,13 @@ def data_fingerprint(dataset: str, path: Path | None, field: str | None, split: 
     a hub data set that changes under its name is not noticed.
     """
     digest = hashlib.sha256(json.dumps([dataset, field]).encode())
-    if "/" in dataset or (dataset == "wikitext2" and path is None):
+    if "/" in dataset or (dataset in ("wikitext2", "boolq") and path is None):
         digest.update(b"split " + split.encode())
     elif dataset == "builtin":
         for document in load_texts(dataset, path=path, field=field, split=split):
             digest.update(hashlib.sha256(document.encode()).digest())
     elif dataset in DATASETS:
-        for file in _wikitext2_files(_given(path, dataset), split) if dataset == "wikitext2" else _files(path, dataset):
+        for file in _local_files(dataset, path, split):
             digest.update(file.suffix.encode() + _file_digest(file))
     else:
         raise _unknown(dataset)
@@ -65,7 +90,7 @@ def data_fingerprint(dataset: str, path: Path | None, field: str | None, split: 
 # ------------------------------------------------------------------------------------------------------ data sets
 
 
-def _load_builtin(path: Path | None, field: str | None, split: str) -> list[str]:
+def _load_builtin(path: Path | None, field: str | None, split: str) -> list[Document]:
     if path is not None:
         raise DataError(f"The data set builtin takes no path, but got {path}.", "Drop path, or set dataset: text.")
     _refuse_field(field, "builtin")
@@ -82,54 +107,96 @@ def _load_builtin(path: Path | None, field: str | None, split: str) -> list[str]
             "This Python installation lacks the documentation that the data set builtin is made of.",
             "Set dataset: text and path to a file of your own.",
         )
-    return documents
+    return [Document(text, f"builtin, document {number}") for number, text in enumerate(documents, start=1)]
 
 
-def _load_wikitext2(path: Path | None, field: str | None, split: str) -> list[str]:
+def _load_wikitext2(path: Path | None, field: str | None, split: str) -> list[Document]:
     """One document: a file's text verbatim, or rows joined by blank lines, as the usual protocols tokenize it."""
     _refuse_field(field, "wikitext2")
     if path is None:
-        rows = _hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", None, _SPLITS.get(split, (split,))[-1])
-        return ["\n\n".join(rows)]
+        table = _hub_table("Salesforce/wikitext", "wikitext-2-raw-v1", _hub_split(split))
+        return [_joined(_hub_documents(table, None, "Salesforce/wikitext"), "Salesforce/wikitext")]
     files = _wikitext2_files(path, split)
     if files[0].suffix == ".parquet":
-        return ["\n\n".join(row for file in files for row in _parquet_rows(file, "text"))]
-    return [_read_text(file) for file in files]
+        return [_joined([row for file in files for row in _parquet_documents(file, "text")], str(path))]
+    return [Document(_read_text(file), str(file)) for file in files]
 
 
-def _load_text(path: Path | None, field: str | None, split: str) -> list[str]:
+def _joined(rows: list[Document], place: str) -> Document:
+    return Document("\n\n".join(row.text for row in rows), place)
+
+
+def _load_boolq(path: Path | None, field: str | None, split: str) -> list[Document]:
+    """One prompt a question; from the hub, whose rows have no title, without `path`."""
+    _refuse_field(field, "boolq")
+    if path is None:
+        table = _hub_table("google/boolq", None, _hub_split(split))
+        rows = ((row, f"google/boolq, row {number}") for number, row in enumerate(table))
+    else:
+        rows = (row for file in _boolq_files(path, split) for row in _json_rows(file))
+    return [Document(boolq_prompt(row, place), place, prompt=True) for row, place in rows]
+
+
+def boolq_prompt(row: Mapping[str, Any], place: str) -> str:
+    """The calibration prompt of a BoolQ row, as in msModelSlim's examples of calibration sets (`build_prompt`).
+
+    Without a space after "Question:", unlike the prompt by which its precision tool scores BoolQ. A title that is
+    absent, as it is in the hub's copy, is empty; the dashes stay.
+
+    Raises:
+        DataError: question or passage is missing, empty or no text; `place` says where.
+    """
+    for key in ("question", "passage"):
+        if not isinstance(row.get(key), str) or not row[key].strip():
+            fault = "is empty or no text" if key in row else f"is missing; there is {', '.join(row) or 'none'}"
+            raise DataError(
+                f"{place}: the BoolQ field {key} {fault}.",
+                "Mend the row; prompts that are complete already are read by dataset: jsonl.",
+            )
+    return f"{row.get('title') or ''} -- {row['passage']}\nQuestion:{row['question']}?\nAnswer:"
+
+
+def _load_text(path: Path | None, field: str | None, split: str) -> list[Document]:
     _refuse_field(field, "text")
-    return [_read_text(file) for file in _files(path, "text")]
+    return [Document(_read_text(file), str(file)) for file in _files(path, "text")]
 
 
-def _load_jsonl(path: Path | None, field: str | None, split: str) -> list[str]:
-    return [text for file in _files(path, "jsonl") for text in _json_rows(file, field)]
+def _load_jsonl(path: Path | None, field: str | None, split: str) -> list[Document]:
+    documents = []
+    for file in _files(path, "jsonl"):
+        for row, place in _json_rows(file):
+            # A file that was merged from others may hold all their columns in every row, null where a row has none.
+            names = row if field is not None else [name for name, value in row.items() if value is not None]
+            column = _choose_field(names, field, place)
+            documents.append(_document(row[column], column, place))
+    return documents
 
 
-def _load_parquet(path: Path | None, field: str | None, split: str) -> list[str]:
-    return [text for file in _files(path, "parquet") for text in _parquet_rows(file, field)]
+def _load_parquet(path: Path | None, field: str | None, split: str) -> list[Document]:
+    return [document for file in _files(path, "parquet") for document in _parquet_documents(file, field)]
 
 
-def _load_hub(name: str, path: Path | None, field: str | None, split: str) -> list[str]:
+def _load_hub(name: str, path: Path | None, field: str | None, split: str) -> list[Document]:
     if path is not None:
         raise DataError(
             f"The hub data set {name} takes no path, but got {path}.",
             "Drop path, or set dataset to the file's kind: text, jsonl or parquet.",
         )
-    return _hub_rows(name, None, field, split)
+    return _hub_documents(_hub_table(name, None, split), field, name)
 
 
 DATASETS: dict[str, Loader] = {
     "builtin": _load_builtin,
     "wikitext2": _load_wikitext2,
+    "boolq": _load_boolq,
     "text": _load_text,
     "jsonl": _load_jsonl,
     "parquet": _load_parquet,
 }
 
-_SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",), "parquet": (".parquet",)}
+_SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",), "parquet": (".parquet",), "boolq": (".jsonl",)}
 # Names of a split in file names; the last is the hub's.
-_SPLITS = {"valid": ("valid", "validation"), "validation": ("valid", "validation")}
+_SPLITS = dict.fromkeys(("valid", "dev", "validation"), ("valid", "dev", "validation"))
 
 
 # ------------------------------------------------------------------------------------------------------ local files
@@ -178,6 +245,27 @@ def _wikitext2_files(path: Path, split: str) -> list[Path]:
     )
 
 
+def _boolq_files(path: Path, split: str) -> list[Path]:
+    """The file itself, a directory's only file, or those of the split among several."""
+    files = _files(path, "boolq")
+    if len(files) == 1:
+        return files
+    matching = [file for file in files if set(re.split(r"[._-]", file.name)) & set(_SPLITS.get(split, (split,)))]
+    if not matching:
+        raise DataError(
+            f"The directory {path} holds no BoolQ file of split {split}; it holds {', '.join(f.name for f in files)}.",
+            "Set path to the file to use.",
+        )
+    return matching
+
+
+def _local_files(dataset: str, path: Path | None, split: str) -> list[Path]:
+    """The files that the loader of a data set on disk reads."""
+    if dataset == "wikitext2":
+        return _wikitext2_files(_given(path, dataset), split)
+    return _boolq_files(_given(path, dataset), split) if dataset == "boolq" else _files(path, dataset)
+
+
 def _read_text(file: Path) -> str:
     """A UTF-8 file's text with line ends as newlines, without a byte order mark."""
     try:
@@ -197,7 +285,8 @@ def _read_text(file: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _json_rows(file: Path, field: str | None) -> Iterator[str]:
+def _json_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """The objects of a file of JSON lines, each with its place."""
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -209,10 +298,10 @@ def _json_rows(file: Path, field: str | None) -> Iterator[str]:
             raise DataError(f"{place}: no valid JSON: {reason}.", "Write one JSON object a line.") from error
         if not isinstance(row, dict):
             raise DataError(f"{place}: not a JSON object.", "Write one JSON object a line.")
-        yield _text(row[_choose_field(row, field, place)], place)
+        yield row, place
 
 
-def _parquet_rows(file: Path, field: str | None) -> list[str]:
+def _parquet_documents(file: Path, field: str | None) -> list[Document]:
     try:
         from pyarrow import parquet  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
@@ -223,7 +312,7 @@ def _parquet_rows(file: Path, field: str | None) -> list[str]:
         values = table.read(columns=[column]).column(column).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise DataError(f"The file {file} cannot be read as parquet: {_first_line(error)}.", "Check path.") from error
-    return [_text(value, f"{file}, row {row}") for row, value in enumerate(values) if value is not None]
+    return _column_documents(values, column, str(file))
 
 
 def _file_digest(file: Path) -> bytes:
@@ -240,7 +329,8 @@ def _file_digest(file: Path) -> bytes:
 # ------------------------------------------------------------------------------------------------------ the hub
 
 
-def _hub_rows(name: str, config: str | None, field: str | None, split: str) -> list[str]:
+def _hub_table(name: str, config: str | None, split: str) -> Any:
+    """A data set of the hub, as the datasets library has it."""
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -249,14 +339,21 @@ def _hub_rows(name: str, config: str | None, field: str | None, split: str) -> l
             'Install it: pip install "quantcli[hub]", or set path to a local copy.',
         ) from error
     try:
-        rows = load_dataset(name, config, split=split)
+        return load_dataset(name, config, split=split)
     except Exception as error:  # whatever network, cache, hub and data set reader raise
         raise DataError(
             f"The hub data set {name}, split {split}, cannot be read: {_first_line(error)}.",
             "Check name, split and network, or set path to a local copy.",
         ) from error
-    column = _choose_field(rows.column_names, field, name)
-    return [_text(value, f"{name}, row {row}") for row, value in enumerate(rows[column]) if value is not None]
+
+
+def _hub_split(split: str) -> str:
+    return _SPLITS.get(split, (split,))[-1]
+
+
+def _hub_documents(table: Any, field: str | None, name: str) -> list[Document]:
+    column = _choose_field(table.column_names, field, name)
+    return _column_documents(table[column], column, name)
 
 
 # ------------------------------------------------------------------------------------------------------ checks
@@ -274,12 +371,17 @@ def _choose_field(present: Iterable[str], field: str | None, place: str) -> str:
     )
 
 
-def _text(value: Any, place: str) -> str:
+def _column_documents(values: Iterable[Any], column: str, place: str) -> list[Document]:
+    """The rows of one column, without those that are null."""
+    return [_document(value, column, f"{place}, row {row}") for row, value in enumerate(values) if value is not None]
+
+
+def _document(value: Any, column: str, place: str) -> Document:
     if not isinstance(value, str):
         raise DataError(
             f"{place}: the field holds {type(value).__name__}, not text.", "Set field to one that holds text."
         )
-    return value
+    return Document(value, place, prompt=column in PROMPT_FIELDS)
 
 
 def _refuse_field(field: str | None, dataset: str) -> None:

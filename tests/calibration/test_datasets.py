@@ -12,8 +12,10 @@ import pytest
 from pyarrow import parquet
 
 from quantcli.calibration.builtin_text import builtin_documents
-from quantcli.calibration.datasets import DATASETS, data_fingerprint, load_texts
+from quantcli.calibration.datasets import DATASETS, data_fingerprint, load_documents, load_texts
 from quantcli.errors import DataError
+
+SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
 
 def write_parquet(file: Path, **columns: list[object]) -> Path:
@@ -88,17 +90,86 @@ def test_wikitext2_directory_with_two_files_of_a_split_is_refused(tmp_path: Path
 @pytest.mark.parametrize("field", ["text", "prompt", "inputs_pretokenized", "content"])
 def test_jsonl_finds_the_usual_fields(tmp_path: Path, field: str) -> None:
     file = tmp_path / "data.jsonl"
-    rows = [{field: "one\u2028line", "id": 1}, {field: " "}, {field: "two"}]
+    rows = [{field: "one\u2028line", "id": 1}, {field: "two"}]
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
     assert load_texts("jsonl", path=file) == ["one\u2028line", "two"]
 
 
 def test_mixed_calibration_prompts_are_read() -> None:
-    file = Path(__file__).parents[2].parent / "shared" / "data" / "mix_calib.jsonl"
+    file = SHARED / "mix_calib.jsonl"
     if not file.is_file():
         pytest.skip("no calibration prompts beside the checkout")
     expected = [json.loads(line)["inputs_pretokenized"] for line in file.read_text(encoding="utf-8").splitlines()]
     assert load_texts("jsonl", path=file) == expected
+
+
+def test_rows_may_hold_either_prompt_column_or_both_with_one_null(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    rows = [{"inputs_pretokenized": "a"}, {"prompt": "b"}, {"prompt": None, "inputs_pretokenized": "c", "text": None}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    documents = load_documents("jsonl", path=file)
+    assert [document.text for document in documents] == ["a", "b", "c"]
+    assert [document.place for document in documents] == [f"{file}:{line}" for line in (1, 2, 3)]
+
+
+def test_rows_of_prompt_columns_are_prompts_and_others_are_not(tmp_path: Path) -> None:
+    for column, expected in (("prompt", True), ("inputs_pretokenized", True), ("text", False), ("body", False)):
+        (tmp_path / "data.jsonl").write_text(json.dumps({column: "a"}))
+        write_parquet(tmp_path / "data.parquet", **{column: ["a"]})
+        for kind in ("jsonl", "parquet"):
+            (document,) = load_documents(kind, path=tmp_path / f"data.{kind}", field=column)
+            assert document.prompt is expected
+    assert not any(document.prompt for document in load_documents("builtin"))
+
+
+def test_blank_rows_of_text_are_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in ("a", " ", "b")))
+    assert load_texts("jsonl", path=file) == ["a", "b"]
+
+
+def test_boolq_prompts_are_those_of_the_guide_byte_for_byte(tmp_path: Path) -> None:
+    file = tmp_path / "dev.jsonl"
+    rows = [
+        {"question": "is it so", "title": "Ähre -- x", "answer": True, "passage": " It is.\n"},
+        {"question": "and here?", "title": "", "answer": False, "passage": "No."},
+        {"question": "without title", "answer": False, "passage": "As on the hub."},
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    expected = [
+        "Ähre -- x --  It is.\n\nQuestion:is it so?\nAnswer:",
+        " -- No.\nQuestion:and here??\nAnswer:",
+        " -- As on the hub.\nQuestion:without title?\nAnswer:",
+    ]
+    documents = load_documents("boolq", path=file)
+    assert [document.text for document in documents] == expected
+    assert all(document.prompt for document in documents)
+
+
+def test_boolq_file_of_the_reference_is_read_whole() -> None:
+    if not (SHARED / "boolq").is_dir():
+        pytest.skip("no BoolQ beside the checkout")
+    texts = load_texts("boolq", path=SHARED / "boolq")
+    assert len(texts) == 700
+    assert texts[0].startswith(
+        " -- This is a list of diplomatic missions in the United States. At present, 177 nations "
+    )
+    assert texts[0].endswith(
+        "see List of current Permanent Representatives to the United Nations."
+        "\nQuestion:does the us have embassies for other countries?\nAnswer:"
+    )
+
+
+def test_boolq_directory_with_several_files_is_read_by_split(tmp_path: Path) -> None:
+    for name in ("dev", "train"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": name, "passage": "p"}))
+    for split, name in (("train", "train"), ("validation", "dev"), ("dev", "dev")):
+        assert load_texts("boolq", path=tmp_path, split=split) == [f" -- p\nQuestion:{name}?\nAnswer:"]
+    prints = {split: data_fingerprint("boolq", tmp_path, None, split) for split in ("train", "dev", "validation")}
+    assert prints["dev"] == prints["validation"] != prints["train"]
+    assert prints["dev"] == data_fingerprint("boolq", tmp_path / "dev.jsonl", None, "train")
+    with pytest.raises(DataError, match=r"no BoolQ file of split test; it holds dev\.jsonl, train\.jsonl"):
+        load_texts("boolq", path=tmp_path, split="test")
 
 
 def test_parquet_reads_the_named_column_and_passes_over_nulls(tmp_path: Path) -> None:
@@ -127,7 +198,28 @@ def test_bad_jsonl_line_is_named_with_its_place(tmp_path: Path, line: bytes, mes
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("dataset", ["text", "jsonl", "parquet", "wikitext2"])
+@pytest.mark.parametrize(
+    ("dataset", "line", "message"),
+    [
+        ("jsonl", {"prompt": " \n"}, "the prompt is empty"),
+        ("jsonl", {"inputs_pretokenized": ""}, "the prompt is empty"),
+        ("boolq", {"question": "q", "passage": " "}, "the BoolQ field passage is empty"),
+        ("boolq", {"question": None, "passage": "p"}, "the BoolQ field question is empty or no text"),
+        ("boolq", {"prompt": "p"}, "the BoolQ field question is missing; there is prompt"),
+    ],
+)
+def test_empty_and_incomplete_prompts_are_named_with_their_place(
+    tmp_path: Path, dataset: str, line: dict[str, object], message: str
+) -> None:
+    file = tmp_path / "data.jsonl"
+    fine = {"prompt": "a"} if dataset == "jsonl" else {"question": "q", "passage": "p"}
+    file.write_text(f"{json.dumps(fine)}\n\n{json.dumps(line)}\n")
+    with pytest.raises(DataError, match=f"data.jsonl:3: {message}") as caught:
+        load_texts(dataset, path=file)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("dataset", ["text", "jsonl", "parquet", "wikitext2", "boolq"])
 def test_missing_path_and_empty_data_are_refused(tmp_path: Path, dataset: str) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_texts(dataset, path=tmp_path / "absent")
@@ -150,6 +242,8 @@ def test_missing_path_and_empty_data_are_refused(tmp_path: Path, dataset: str) -
         ({"dataset": "owner/name", "path": Path("x")}, "takes no path"),
         ({"dataset": "owner/name"}, "owner/name, split train, cannot be read"),
         ({"dataset": "wikitext2", "split": "valid"}, "Salesforce/wikitext, split validation, cannot be read"),
+        ({"dataset": "boolq", "split": "dev"}, "google/boolq, split validation, cannot be read"),
+        ({"dataset": "boolq", "field": "question"}, "boolq has no fields"),
     ],
 )
 def test_options_that_do_not_apply_and_an_absent_hub_are_refused(arguments: dict[str, object], message: str) -> None:
@@ -195,6 +289,8 @@ def test_fingerprint_tells_data_sets_splits_and_fields_apart(tmp_path: Path) -> 
         data_fingerprint("wikitext2", None, None, "test"),
         data_fingerprint("wikitext2", tmp_path, None, "valid"),
         data_fingerprint("wikitext2", tmp_path, None, "test"),
+        data_fingerprint("boolq", None, None, "train"),
+        data_fingerprint("boolq", file, None, "train"),
         data_fingerprint("text", file, None, "test"),
         data_fingerprint("jsonl", file, "body", "test"),
     ]
@@ -208,7 +304,7 @@ def test_every_data_set_of_the_table_has_a_fingerprint_for_what_it_loads(tmp_pat
         if dataset == "parquet":
             write_parquet(tmp_path / "data.parquet", text=["a b"])
         elif file is not None:
-            file.write_text('{"text": "a b"}')
+            file.write_text('{"text": "a b", "question": "c", "passage": "d"}')
         assert load_texts(dataset, path=file)
         assert len(data_fingerprint(dataset, file, None, "train")) == 64
     with pytest.raises(DataError, match="no data set 'txt'"):
