@@ -159,8 +159,42 @@ app.command("calibrate", help="Observe activations on calibration text.")(_stage
 app.command("quantize", help="Find codes and scales, after what comes before is up to date.")(
     _stage_command("quantize")
 )
+app.command("search", help="Find the fewest linears to roll back for quantize.rollback.target.")(
+    _stage_command("search")
+)
 app.command("export", help="Write the checkpoints, after what comes before is up to date.")(_stage_command("export"))
 app.command("eval-ppl", help="Perplexity of the float model and of the export.")(_stage_command("eval-ppl"))
+
+
+@app.command()
+def sensitivity(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    device: DeviceOption = None,
+    top: Annotated[int, typer.Option("--top", min=1, help="Linears in the table and in the rollback block.")] = 20,
+    metric: Annotated[
+        str | None, typer.Option("--metric", help="What to sort by, as quantize.rollback.metric.")
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Rank the linears by how much quantization hurts them, and print a rollback block to paste."""
+    from quantcli import console
+    from quantcli.recipe import load_recipe
+
+    changes = [*(overrides or ()), *([f"quantize.rollback.metric={metric}"] if metric else ())]
+    loaded = load_recipe(recipe, changes, model=model, output=output, device=device)
+    with console.progress(quiet=quiet, verbose=verbose) as listener:
+        from quantcli.pipeline.engine import rank_linears
+
+        found = rank_linears(loaded, listener=listener)
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_sensitivity(found, top)
 
 
 @app.command()

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 _TITLES = {
     "check": "Checking that the float model is sane",
+    "select": "Looking for calibration samples that mislead",
     "calibrate": "Observing activations",
+    "sensitivity": "Ranking linears by sensitivity",
+    "search": "Searching the fewest linears to roll back",
     "quantize": "Quantizing",
     "export": "Writing checkpoints",
     "verify": "Reading the export back",
@@ -113,6 +116,14 @@ def _sentence(event: dict[str, Any]) -> str | None:
         case "plan":
             kept = f"{event['kept']} {'stays' if event['kept'] == 1 else 'stay'} in float"
             return "\n".join([f"{event['linears']} linears to quantize, {kept}", *event["notes"]])
+        case "trial":
+            increase = event["perplexity_increase"]
+            shown = "undefined" if increase is None else f"{increase:+.2%}"
+            return f"  trial {event['number']}: {event['rolled_back']} linears rolled back, perplexity {shown}, " + (
+                f"KL {event['kl_divergence']:.4g} on {event['windows']} windows"
+            )
+        case "found":
+            return f"  {event['rolled_back']} linears are rolled back; as a plain recipe: {event['recipe']}"
         case "verified":
             return f"  {event['linears']} linears and {event['other_tensors']} other tensors are as they should be"
     return None
@@ -170,6 +181,23 @@ def _joined(rows: list[tuple[str, str, str, str, str]], prefix: str) -> Iterator
         alike.setdefault((rest[0], rest[1], rest[2]), []).append((short, int(count)))
     for (shape, scheme, reason), members in alike.items():
         yield "\n".join(name for name, _ in members), str(sum(n for _, n in members)), shape, scheme, reason
+
+
+def show_sensitivity(found: Mapping[str, Any], top: int) -> None:
+    """The ranking of `quantcli sensitivity`, and a rollback block to paste."""
+    console = Console()
+    metric, rows = found["metric"], found["linears"]
+    columns = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
+    table = Table(title=f"{min(top, len(rows))} of {len(rows)} linears, by {metric}", title_justify="left")
+    table.add_column("linear", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows[:top]:
+        table.add_row(row["name"], *(f"{row[c]:.4g}" if row.get(c) is not None else "" for c in columns))
+    console.print(table)
+    lines = ["quantize:", "  rollback:", "    names:", *(f"      - {row['name']}" for row in rows[:top])]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Linears that compute as a serving engine does with int8 weights and activations."""
+"""Linears that compute as a serving engine does with quantized weights and activations."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_static
 
@@ -26,17 +27,35 @@ class Int8Weights:
     input_zero_point: Tensor | None = None
 
 
+Forward = Callable[[nn.Module, Tensor], Tensor]
+"""(linear, input [..., in]) to its output [..., out]."""
+
+
 @contextmanager
-def simulated(block: nn.Module, linears: Mapping[str, Int8Weights]) -> Iterator[None]:
-    """While the body runs, the named linears of `block` compute y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b with exact sums."""
+def simulated(block: nn.Module, linears: Mapping[str, Int8Weights | Tensor | Forward]) -> Iterator[None]:
+    """While the body runs, the named linears of `block` compute otherwise.
+
+    Int8Weights: y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b with exact sums. A tensor [out, in], in the input's dtype: y = x·Wᵀ + b
+    with it, as for weights that an engine unpacks. A function: whatever it returns.
+    """
     modules = {block.get_submodule(name): weights for name, weights in linears.items()}
     try:
-        for module, weights in modules.items():
-            module.__dict__["forward"] = _forward(module, weights)
+        for module, how in modules.items():
+            module.__dict__["forward"] = forward_of(module, how)
         yield
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
+
+
+def forward_of(module: nn.Module, how: Int8Weights | Tensor | Forward) -> Callable[[Tensor], Tensor]:
+    """The forward that `simulated` gives a linear."""
+    if isinstance(how, Int8Weights):
+        return _forward(module, how)
+    if isinstance(how, Tensor):
+        # nn.Linear's own name for its input, since callers may use it as a keyword
+        return lambda input: linear(input, how, getattr(module, "bias", None))
+    return lambda input: how(module, input)
 
 
 def _forward(module: nn.Module, weights: Int8Weights) -> Callable[[Tensor], Tensor]:

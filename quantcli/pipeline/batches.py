@@ -7,10 +7,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.recipe.schema import CalibrationSection, PerplexitySection
+from quantcli.recipe.schema import CalibrationSection, MixSection, PerplexitySection
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from quantcli.calibration.tokens import TokenSet
+
+_SourceSection = CalibrationSection | MixSection | PerplexitySection
 
 BATCH_TOKENS = 2048
 """Tokens in a batch: enough to keep matrix products busy, few enough that a batch's activations stay small."""
@@ -29,19 +33,63 @@ def batched(samples: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def texts_of(section: CalibrationSection | PerplexitySection) -> list[str]:
-    """The documents that a section of a recipe names."""
+    """The documents that a section of a recipe names; those of a mix one source after the other, whatever its share."""
     from quantcli.calibration.datasets import load_texts
 
-    return load_texts(section.dataset, path=_path(section), field=section.field, split=section.split)
+    return [
+        text
+        for source in _sources(section)
+        for text in load_texts(source.dataset, path=_path(source), field=source.field, split=source.split)
+    ]
+
+
+def calibration_tokens(section: CalibrationSection, tokenizer: Any, evaluated_length: int | None = None) -> TokenSet:
+    """The samples that a calibration section asks for.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        evaluated_length: tokens in a window of the recipe's evaluation, if it has one; a note compares the samples.
+
+    Raises:
+        DataError: a data set is missing, unreadable or holds no token.
+    """
+    from quantcli.calibration.datasets import load_documents
+    from quantcli.calibration.tokens import Source, draw
+
+    sources = []
+    for index, source in enumerate(_sources(section)):
+        documents = load_documents(source.dataset, path=_path(source), field=source.field, split=source.split)
+        name, share, packing = "The calibration text", 1.0, section.packing
+        if isinstance(source, MixSection):
+            name, share = f"calibration.mix[{index}] ({source.path or source.dataset})", source.share
+        if packing == "auto":
+            packing = "line" if all(document.prompt for document in documents) else "packed"
+        texts, places = [document.text for document in documents], [document.place for document in documents]
+        sources.append(Source(name, texts, packing, places, share))
+    return draw(
+        tokenizer,
+        sources,
+        samples=section.samples,
+        sequence_length=section.sequence_length,
+        seed=section.seed,
+        evaluated_length=evaluated_length,
+    )
 
 
 def data_identity(section: CalibrationSection | PerplexitySection) -> dict[str, Any]:
-    """The section without its path, and a digest of the text in its place."""
+    """The section without its paths, and digests of the texts in their place: one, or one for each source of a mix."""
     from quantcli.calibration.datasets import data_fingerprint
 
-    digest = data_fingerprint(section.dataset, _path(section), section.field, section.split)
-    return {**section.model_dump(exclude={"path"}), "text": digest}
+    digests = [
+        data_fingerprint(source.dataset, _path(source), source.field, source.split) for source in _sources(section)
+    ]
+    keys = section.model_dump(exclude={"path": True, "mix": {"__all__": {"path"}}})
+    return {**keys, "text": digests[0] if len(digests) == 1 else digests}
 
 
-def _path(section: CalibrationSection | PerplexitySection) -> Path | None:
+def _sources(section: CalibrationSection | PerplexitySection) -> Sequence[_SourceSection]:
+    return (section.mix if isinstance(section, CalibrationSection) else ()) or (section,)
+
+
+def _path(section: _SourceSection) -> Path | None:
     return Path(section.path) if section.path else None

@@ -28,6 +28,7 @@ class Context:
     listener: Listener | None = None
     stage: str = ""
     results: dict[str, Any] = field(default_factory=dict)
+    ranking: bool = False  # the ranking of linears itself was asked for
 
     def emit(self, kind: str, **facts: Any) -> None:
         """Record an event in events.jsonl and show it to whoever listens."""
@@ -42,6 +43,19 @@ class Context:
     @cached_property
     def linears(self) -> dict[str, Linear]:
         return {linear.name: linear for linear in self.plan.structure.matrices()}
+
+    @cached_property
+    def linear_blocks(self) -> dict[str, int]:
+        """The block of each linear; the head's is one behind the last."""
+        blocks = self.plan.structure.blocks
+        found = {linear.name: index for index, block in enumerate(blocks) for linear in block.linears}
+        head = self.plan.structure.head_linear
+        return found if head is None else {**found, head.name: len(blocks)}
+
+    @property
+    def ranks(self) -> bool:
+        """Whether linears are ranked by their sensitivity."""
+        return self.ranking or self.recipe.quantize.rollback.ranks
 
     @property
     def blocks(self) -> int:
@@ -82,6 +96,7 @@ class Stage:
     `reads` names the stages whose files it reads, `guards` those that must have passed before it; `wanted` says whether
     a recipe calls for it; `identity` is what of the recipe and the data its files depend on beside those it reads;
     `writes` are glob patterns of all its files, finished or not; `run` does the work and records each finished file.
+    `settle`, where given, brings what the stage found into the plan, whether it ran or was up to date.
     """
 
     name: str
@@ -91,3 +106,4 @@ class Stage:
     run: Callable[[Context, StageFolder], None]
     writes: Callable[[Context], tuple[str, ...]]
     guards: tuple[str, ...] = ()
+    settle: Callable[[Context], None] | None = None

@@ -22,13 +22,16 @@ from quantcli.pipeline.context import Context, Listener, Stage
 from quantcli.pipeline.plan import Plan, make_plan, needs_calibration
 from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, StageFolder, check_place, is_run, open_run, room_errors
 from quantcli.pipeline.source import locate_model, model_identity
-from quantcli.pipeline.stages import calibrate, check, eval_ppl, export, quantize, verify
+from quantcli.pipeline.stages import calibrate, check, eval_ppl, export, quantize, search, select, sensitivity, verify
 from quantcli.recipe import resolved_yaml
-from quantcli.recipe.schema import Recipe
+from quantcli.recipe.schema import CalibrationSection, Recipe
 
 STAGES: tuple[Stage, ...] = (
     check.STAGE,
+    select.STAGE,
     calibrate.STAGE,
+    sensitivity.STAGE,
+    search.STAGE,
     quantize.STAGE,
     export.STAGE,
     verify.STAGE,
@@ -90,6 +93,8 @@ def _plan(recipe: Recipe, model: Path) -> Plan:
 def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener | None = None) -> RunResult:
     """Bring the run directory up to date, as far as stage `until` (all stages by default).
 
+    Stage `sensitivity` can be asked for though the recipe rolls nothing back by rank.
+
     A stage runs when its fingerprint differs from the recorded one or a file of it is missing; one that was interrupted
     goes on behind its finished blocks. What can be known to be wrong is refused before anything is written. Raises the
     error of the stage that fails, and MissedGate, with the result, when a quality gate is missed.
@@ -105,7 +110,7 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
         _require_disk(path, plan)
     _require_readable(recipe, plan)
     with open_run(path, model) as run:
-        context = Context(recipe, model, plan, run, device, listener)
+        context = Context(recipe, model, plan, run, device, listener, ranking=until == sensitivity.STAGE.name)
         if run.write_recipe(resolved_yaml(recipe)):
             context.emit("note", text=f"{path / RECIPE} was edited since the last run; it is now {EDITED_RECIPE}.")
         run.record |= {
@@ -117,21 +122,41 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
         }
         context.emit("plan", linears=len(plan.schemes), kept=len(plan.kept), notes=list(plan.notes))
         _bring_up_to_date(context, until)
-        result = RunResult(path, plan, context.results, _perplexity(context), _peak_of(context))
+        result = RunResult(path, context.plan, context.results, _perplexity(context), _peak_of(context))
     _check_gates(recipe, result)
     return result
+
+
+def rank_linears(recipe: Recipe, *, listener: Listener | None = None) -> dict[str, Any]:
+    """How sensitive each linear is: the content of sensitivity.json, most sensitive linear first.
+
+    A recipe without calibration section is given the default one, since there is nothing to rank by without data.
+    """
+    if recipe.calibration is None:
+        recipe = recipe.model_copy(update={"calibration": CalibrationSection()})
+    result = run_recipe(recipe, until=sensitivity.STAGE.name, listener=listener)
+    content: dict[str, Any] = read_json(result.path / sensitivity.STAGE.name / sensitivity.RESULT)
+    return content
 
 
 def _bring_up_to_date(context: Context, until: str | None) -> None:
     base = {"layout": LAYOUT, "model": model_identity(context.model), "versions": _versions()}
     for stage in STAGES:
-        if stage.wanted(context.recipe) and (until is None or stage.name in _needed(until)):
+        wanted = stage.wanted(context.recipe) or stage.name in _asked(context)
+        if wanted and (until is None or stage.name in _needed(until)):
             context.stage = stage.name
             # by content, not by their fingerprints: files that come out the same need no new work behind them
             before = {name: context.results[name]["files"] for name in stage.reads if name in context.results}
             identity = [base, stage.name, stage.identity(context), before]
             fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
             _run_stage(context, stage, fingerprint)
+            if stage.settle is not None:
+                stage.settle(context)
+
+
+def _asked(context: Context) -> set[str]:
+    """Stages that run though the recipe has no use for them, because what they find is what was asked for."""
+    return {calibrate.STAGE.name, sensitivity.STAGE.name} if context.ranking else set()
 
 
 def _run_stage(context: Context, stage: Stage, fingerprint: str) -> None:
@@ -207,8 +232,10 @@ def _require_stage(name: str, recipe: Recipe) -> None:
     stage = next((stage for stage in STAGES if stage.name == name), None)
     if stage is None:
         raise RecipeError(f"There is no stage {name!r}.", f"Stages: {', '.join(s.name for s in STAGES)}.")
-    if not stage.wanted(recipe):
-        section = {"calibrate": "a scheme that needs calibration", "export": "export", "verify": "export",
+    if not stage.wanted(recipe) and not (stage is sensitivity.STAGE and recipe.calibration is not None):
+        section = {"calibrate": "a scheme that needs calibration", "sensitivity": "calibration",
+                   "search": "quantize.rollback.target", "select": "calibration.drop_outliers",
+                   "export": "export", "verify": "export",
                    "eval-ppl": "evaluate.perplexity"}.get(name, name)  # fmt: skip
         raise RecipeError(f"This recipe has nothing for stage {name}.", f"It would need {section}.")
 

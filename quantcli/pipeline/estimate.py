@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from quantcli.model.structure import Structure
-from quantcli.recipe.schema import Recipe
+from quantcli.model.structure import Linear, Structure
+from quantcli.recipe.schema import Recipe, WeightsSection
 
 # Resident memory of Python with torch and transformers loaded; measured on Linux, CPU build (BENCHMARKS.md).
 BASE_MEMORY = 420 << 20
 HIDDEN_LIMIT = 1 << 30  # model.hidden.MEMORY_LIMIT
 HEAD_MEMORY = 5 * (64 << 20)  # logits of both models and their logarithms, model.stream.HEAD_BYTES at a time
 # Nanoseconds a weight on one core of 2024, by weight method.
-SECONDS_A_WEIGHT = {"minmax": 1e-9, "mse": 60e-9}
+SECONDS_A_WEIGHT = {"minmax": 1e-9, "mse": 60e-9, "co_sparse": 30e-9, "low_bit": 30e-9, "low_bit_sigma": 5e-9}
 SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed
 START = 6.0  # imports and the first look at a model
 
@@ -29,7 +30,13 @@ class Estimate:
     tokens: int
 
 
-def estimate(recipe: Recipe, structure: Structure, size_after: int) -> Estimate:
+def estimate(
+    recipe: Recipe,
+    structure: Structure,
+    size_after: int,
+    quantized: Iterable[tuple[Linear, WeightsSection]],
+    observes: bool,
+) -> Estimate:
     """A model of the run: one block and the activations in memory; two operations a weight and token in time."""
     width = 2 if structure.dtype != "float32" else 4
     block_weights = max(sum(linear.weights for linear in block.linears) for block in structure.blocks)
@@ -41,7 +48,7 @@ def estimate(recipe: Recipe, structure: Structure, size_after: int) -> Estimate:
     )
     linear_weights = sum(linear.weights for linear in structure.linears())
     calibration = recipe.calibration
-    observed = calibration.samples * calibration.sequence_length if calibration and _observes(recipe) else 0
+    observed = calibration.samples * calibration.sequence_length if calibration and observes else 0
     perplexity = recipe.evaluate.perplexity if recipe.evaluate else None
     scored = (perplexity.windows or 300) * perplexity.sequence_length if perplexity else 0
     memory = BASE_MEMORY + block_weights * (width + 2)
@@ -49,15 +56,12 @@ def estimate(recipe: Recipe, structure: Structure, size_after: int) -> Estimate:
         hidden = min(max(observed, 2 * scored) * structure.width * width, 2 * HIDDEN_LIMIT)
         memory += max(outer + HEAD_MEMORY * bool(scored), block_weights * width * (2 if scored else 1)) + 2 * hidden
     tokens = observed + 2 * scored
-    seconds = START + SECONDS_A_WEIGHT[recipe.quantize.weights.method] * linear_weights + SECONDS_A_BYTE * size_after
+    seconds = START + SECONDS_A_BYTE * size_after
+    seconds += sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in quantized)
     if tokens:
         seconds += 2.0 * tokens * (linear_weights + structure.width * structure.vocabulary * (scored > 0)) / _rate()
     disk = size_after + linear_weights + tokens * structure.width * width
     return Estimate(int(memory), int(disk), round(seconds, 1), tokens)
-
-
-def _observes(recipe: Recipe) -> bool:
-    return recipe.quantize.activations.bits == 8 or recipe.quantize.weights.importance != "none"
 
 
 def _rate() -> float:

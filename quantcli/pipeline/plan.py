@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,22 +13,35 @@ from typing import Any
 
 from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import Verdict, verdicts
-from quantcli.model.structure import Linear, Structure
+from quantcli.model.structure import Block, Linear, Structure
 from quantcli.pipeline.estimate import Estimate, estimate
-from quantcli.quant.scheme import Scheme
-from quantcli.recipe.schema import Recipe
+from quantcli.quant.scheme import AttentionScheme, Scheme
+from quantcli.recipe.schema import ActivationsSection, OverrideSection, Recipe, WeightsSection, named_scheme
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "int32": 4, "int64": 8}
 
 
 @dataclass(frozen=True)
+class Treatment:
+    """What is done to one linear: the scheme that results, and by which methods it is found."""
+
+    scheme: Scheme
+    weights: WeightsSection
+    activations: ActivationsSection
+
+
+@dataclass(frozen=True)
 class PlannedLinear:
-    """One linear, and its scheme or the reason why it stays in float."""
+    """One linear, and its treatment or the reason why it stays in float."""
 
     linear: Linear
     block: int
-    scheme: Scheme | None
+    treatment: Treatment | None
     reason: str = ""
+
+    @property
+    def scheme(self) -> Scheme | None:
+        return self.treatment.scheme if self.treatment else None
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,7 @@ class Plan:
     model: Path
     structure: Structure
     linears: tuple[PlannedLinear, ...]
+    attention: AttentionScheme | None
     notes: tuple[str, ...]
     size_before: int
     size_after: int
@@ -47,8 +61,13 @@ class Plan:
 
     @property
     def schemes(self) -> dict[str, tuple[int, Scheme]]:
-        """Quantized linears: name → (block, scheme)."""
+        """Quantized linears: name → (block, scheme). The head's block is one behind the last."""
         return {p.linear.name: (p.block, p.scheme) for p in self.linears if p.scheme is not None}
+
+    @property
+    def treatments(self) -> dict[str, Treatment]:
+        """Quantized linears: name → treatment."""
+        return {p.linear.name: p.treatment for p in self.linears if p.treatment is not None}
 
     @property
     def kept(self) -> dict[str, str]:
@@ -69,6 +88,7 @@ class Plan:
                 }
                 for p in self.linears
             ],
+            "attention": self.attention.name if self.attention else None,
             "notes": list(self.notes),
             "size_before": self.size_before,
             "size_after": self.size_after,
@@ -78,57 +98,72 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, model: Path, structure: Structure) -> Plan:
-    """Decide the scheme of every linear.
+def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping[str, str] | None = None) -> Plan:
+    """Decide the treatment of every linear. `ranked`: linears rolled back for their sensitivity → why, once known.
 
     Raises RecipeError for a pattern that matches nothing, a group size that cannot divide, or a scheme that no chosen
     format holds; ModelError for mixture-of-experts models, whose experts are not quantized yet.
     """
     _refuse_experts(structure)
     notes: list[str] = []
-    rolled_back = _rolled_back(recipe.quantize.rollback.names, structure, notes)
-    if needs_calibration(recipe):
-        rolled_back |= _unobservable(structure)
-    left = [linear for linear in structure.linears() if linear.name not in rolled_back]
-    scheme = _scheme(recipe, left, notes)
-    _refuse_unheld(recipe, left, scheme)
-    planned = [
-        PlannedLinear(linear, index, None if linear.name in rolled_back else scheme, rolled_back.get(linear.name, ""))
-        for index, block in enumerate(structure.blocks)
-        for linear in block.linears
-    ]
-    if structure.head is not None:
-        head = Linear(structure.head, structure.width, structure.vocabulary)
-        reason = "output head, tied to the embedding" if structure.tied else "output head, stays in float by default"
-        planned.append(PlannedLinear(head, len(structure.blocks), None, reason))
+    planned = _planned(recipe, structure, ranked or {}, notes)
+    attention = attention_scheme(recipe)
+    _refuse_unheld(recipe, planned, attention)
+    section = recipe.quantize.rollback
+    if ranked is None and section.level:
+        notes.append(
+            f"After calibration {section.level} more are rolled back: those of the highest {section.ranked_by}."
+        )
+    if ranked is None and section.target:
+        notes.append("After calibration the fewest linears that meet rollback.target are rolled back.")
+    if section.last_linear is False and structure.head is not None and structure.tied:
+        notes.append("The output head is tied to the embedding and stays in float.")
     if recipe.calibration is not None and not needs_calibration(recipe):
         notes.append("This scheme needs no calibration data; the calibration section only serves the sanity check.")
+    quantized = [(p.linear, p.treatment.scheme) for p in planned if p.treatment is not None]
     before = sum(map(prod, structure.parameters.values())) * BYTES[structure.dtype]
-    quantized = sum(_stored_bytes(linear, scheme, structure.dtype) for linear in left)
-    float_bytes = sum(linear.weights for linear in left) * BYTES[structure.dtype]
+    stored = sum(_stored_bytes(recipe, linear, scheme, structure.dtype) for linear, scheme in quantized)
+    weights = sum(linear.weights for linear, _ in quantized)
+    after = before - weights * BYTES[structure.dtype] + stored
+    by_method = [(p.linear, p.treatment.weights) for p in planned if p.treatment is not None]
     return Plan(
         model=model,
         structure=structure,
         linears=tuple(planned),
+        attention=attention,
         notes=tuple(notes),
         size_before=before,
-        size_after=before - float_bytes + quantized,
-        bits_per_weight=8 * quantized / max(1, sum(linear.weights for linear in left)),
-        estimate=estimate(recipe, structure, before - float_bytes + quantized),
-        engines=tuple(verdicts(scheme, left)) if recipe.export else (),
+        size_after=after,
+        bits_per_weight=8 * stored / max(1, weights),
+        estimate=estimate(recipe, structure, after, by_method, needs_calibration(recipe)),
+        engines=tuple(verdicts(quantized, attention, recipe.export.formats)) if recipe.export else (),
     )
 
 
 def needs_calibration(recipe: Recipe) -> bool:
-    """Whether anything in the scheme is found from activations."""
-    activations, weights = recipe.quantize.activations, recipe.quantize.weights
-    return (activations.bits == 8 and activations.scope == "tensor") or weights.importance != "none"
+    """Whether anything is found from activations."""
+    section = recipe.quantize
+    treatments = [section.treatment(None), *map(section.treatment, section.overrides)]
+    if section.rollback.to != "float":
+        treatments.append(named_scheme(section.rollback.to))
+    observed = any(t and (t[1].observed or t[0].importance != "none") for t in treatments)
+    return observed or section.rollback.ranks or section.kv_cache is not None or section.attention is not None
 
 
-def match_names(patterns: Iterable[str], names: Sequence[str]) -> dict[str, str]:
+def attention_scheme(recipe: Recipe) -> AttentionScheme | None:
+    """What the recipe quantizes inside attention, if anything."""
+    cache, heads = recipe.quantize.kv_cache, recipe.quantize.attention
+    if heads is not None:
+        return AttentionScheme(heads=True)
+    if cache is not None:
+        return AttentionScheme("int8" if cache.type == "int" else "fp8", cache.symmetric)
+    return None
+
+
+def match_names(patterns: Iterable[str], names: Sequence[str], place: str) -> dict[str, str]:
     """name → the first pattern that it matches: an exact name, a glob, or a regular expression after `re:`.
 
-    Raises RecipeError for a pattern that matches nothing, with the nearest names.
+    Raises RecipeError for a pattern that matches nothing, with the nearest names; `place` is the recipe's key.
     """
     found: dict[str, str] = {}
     for pattern in patterns:
@@ -139,30 +174,86 @@ def match_names(patterns: Iterable[str], names: Sequence[str]) -> dict[str, str]
             matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             near = get_close_matches(pattern, names, 3, 0.3)
-            raise RecipeError(f"quantize.rollback.names: {pattern!r} matches no linear of this model.",
+            raise RecipeError(f"{place}: {pattern!r} matches no linear of this model.",
                               f"Did you mean {', '.join(near)}?" if near else "")  # fmt: skip
         for name in matched:
             found.setdefault(name, pattern)
     return found
 
 
-def _rolled_back(patterns: Iterable[str], structure: Structure, notes: list[str]) -> dict[str, str]:
+def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], notes: list[str]) -> list[PlannedLinear]:
+    """Every linear in the order of the model, the head last, each with its treatment or the reason to stay in float."""
+    section = recipe.quantize
+    places = {linear.name: (linear, i) for i, block in enumerate(structure.blocks) for linear in block.linears}
+    if structure.head is not None:
+        head = Linear(structure.head, structure.width, structure.vocabulary)
+        places[structure.head] = (head, len(structure.blocks))
+    names = list(places)
+    chosen = _chosen_overrides(section.overrides, names)
+    rolled_back = {
+        name: f"rolled back by {pattern}"
+        for name, pattern in match_names(section.rollback.names, names, "quantize.rollback.names").items()
+    } | dict(ranked)
+    if section.rollback.siblings == "together":
+        rolled_back |= _siblings(structure, rolled_back, notes)
+    fixed = _always_float(recipe, structure)
+    replacement = named_scheme(section.rollback.to)
+    pairs: dict[str, tuple[WeightsSection, ActivationsSection]] = {}
+    reasons: dict[str, str] = {}
+    for name in names:
+        override = chosen.get(name)
+        pair = replacement if name in rolled_back else section.treatment(override)
+        if name in fixed:
+            pair, reasons[name] = None, fixed[name]
+        elif name in rolled_back:
+            reasons[name] = rolled_back[name] + (f", to {section.rollback.to}" if replacement else "")
+        elif override is not None:
+            reasons[name] = f"override {override.match}"
+        elif pair is None:
+            reasons[name] = "weights.bits is 16"
+        if pair is not None:
+            pairs[name] = pair
+    unseen = {} if not needs_calibration(recipe) else _unobservable(structure)
+    for name in [name for name in unseen if name in pairs]:
+        del pairs[name]
+        reasons[name] = unseen[name]
+    treatments = _treatments(pairs, {name: linear for name, (linear, _) in places.items()}, notes)
+    _refuse_split_siblings(recipe, structure.blocks, treatments)
+    return [PlannedLinear(*places[name], treatments.get(name), reasons.get(name, "")) for name in names]
+
+
+def _chosen_overrides(overrides: Sequence[OverrideSection], names: Sequence[str]) -> dict[str, OverrideSection]:
+    """The first override that matches each linear. Every pattern has to match something."""
+    found: dict[str, OverrideSection] = {}
+    for index, override in enumerate(overrides):
+        for name in match_names([override.match], names, f"quantize.overrides[{index}].match"):
+            found.setdefault(name, override)
+    return found
+
+
+def _always_float(recipe: Recipe, structure: Structure) -> dict[str, str]:
+    """Linears that no pattern reaches: the output head, unless the recipe says last_linear: false."""
+    if structure.head is None:
+        return {}
+    if structure.tied:
+        return {structure.head: "output head, tied to the embedding"}
+    if recipe.quantize.rollback.last_linear is False:
+        return {}
+    said = "rollback.last_linear" if recipe.quantize.rollback.last_linear else "by default"
+    return {structure.head: f"output head, stays in float {said}"}
+
+
+def _siblings(structure: Structure, rolled_back: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+    """Linears that engines fuse with one that is rolled back: they go along."""
     reasons = {}
-    names = [linear.name for linear in structure.linears()]
-    heads = [structure.head] if structure.head else []
-    for name, pattern in match_names(patterns, [*names, *heads]).items():
-        if name not in heads:
-            reasons[name] = f"rolled back by {pattern}"
-    carried = 0
     for block in structure.blocks:
         for group in block.fused:
-            chosen = [name for name in group if name in reasons]
+            chosen = [name for name in group if name in rolled_back]
             for name in group if chosen else ():
-                if name not in reasons:
+                if name not in rolled_back:
                     reasons[name] = f"fused with {chosen[0].rpartition('.')[2]} in serving engines"
-                    carried += 1
-    if carried:
-        notes.append(f"{carried} linears stay in float because engines fuse them with one that is rolled back.")
+    if reasons:
+        notes.append(f"{len(reasons)} linears are rolled back because engines fuse them with one that is.")
     return reasons
 
 
@@ -172,22 +263,40 @@ def _unobservable(structure: Structure) -> dict[str, str]:
     return {linear.name: "no input reaches it" for linear in structure.linears() if linear.name not in reached}
 
 
-def _scheme(recipe: Recipe, linears: list[Linear], notes: list[str]) -> Scheme:
-    weights, activations = recipe.quantize.weights, recipe.quantize.activations
-    group = weights.group_size
-    if group is not None and linears:
-        group = _dividing({linear.in_features for linear in linears}, group)
-        if group != weights.group_size:
-            notes.append(f"Group size {weights.group_size} does not divide every input width; {group} is used, "
+def _treatments(
+    pairs: Mapping[str, tuple[WeightsSection, ActivationsSection]], linears: Mapping[str, Linear], notes: list[str]
+) -> dict[str, Treatment]:
+    """Sections of the recipe as treatments; linears of one treatment get one group size, which divides all of them."""
+    widths: dict[int, set[int]] = {}
+    for name, (weights, _) in pairs.items():
+        if weights.group_size is not None:
+            widths.setdefault(weights.group_size, set()).add(linears[name].in_features)
+    sizes = {asked: _dividing(found, asked) for asked, found in widths.items()}
+    for asked, size in sizes.items():
+        if size != asked:
+            notes.append(f"Group size {asked} does not divide every input width; {size} is used, "
                          "the largest power of two that does.")  # fmt: skip
-    mode = "none" if activations.bits == 16 else "static" if activations.scope == "tensor" else "dynamic"
+    made: dict[tuple[WeightsSection, ActivationsSection], Treatment] = {}
+    for pair in pairs.values():
+        if pair not in made:
+            group = sizes[pair[0].group_size] if pair[0].group_size is not None else None
+            made[pair] = Treatment(_scheme(*pair, group), *pair)
+    return {name: made[pair] for name, pair in pairs.items()}
+
+
+_MODES = {"tensor": "static", "token": "dynamic", "mix": "mix"}
+
+
+def _scheme(weights: WeightsSection, activations: ActivationsSection, group_size: int | None) -> Scheme:
+    mode = "none" if activations.bits == 16 else _MODES[activations.scope]
     return Scheme(
         bits=weights.bits,
         symmetric=weights.symmetric,
         granularity=weights.granularity,
-        group_size=group,
+        group_size=group_size,
         activations=mode,  # type: ignore[arg-type]
         activations_symmetric=activations.symmetric if mode != "none" else True,
+        sparse=weights.sparse,
     )
 
 
@@ -211,20 +320,59 @@ def _refuse_experts(structure: Structure) -> None:
                              "models is not supported yet.", "Use a dense model.")  # fmt: skip
 
 
-def _refuse_unheld(recipe: Recipe, linears: list[Linear], scheme: Scheme) -> None:
+def _refuse_split_siblings(recipe: Recipe, blocks: Sequence[Block], treatments: Mapping[str, Treatment]) -> None:
+    if recipe.quantize.rollback.siblings == "apart":
+        return
+    for group in (group for block in blocks for group in block.fused):
+        first = treatments.get(group[0])
+        for other in group[1:]:
+            if treatments.get(other) != first:
+                raise RecipeError(
+                    f"quantize.overrides: {group[0]} and {other} have different schemes, and serving engines fuse them "
+                    "into one linear.",
+                    "Match both with one pattern, or set rollback.siblings: apart for an engine that does not fuse.",
+                )
+
+
+def _refuse_unheld(recipe: Recipe, planned: Sequence[PlannedLinear], attention: AttentionScheme | None) -> None:
     from quantcli.formats.table import FORMATS
 
-    if not linears:
+    section = recipe.quantize.rollback
+    quantized = [p for p in planned if p.treatment is not None]
+    if not quantized and attention is None and not section.ranks:
         raise RecipeError("quantize.rollback.names: every linear is rolled back, so nothing would be quantized.",
                           "Narrow the patterns.")  # fmt: skip
     for name in recipe.export.formats if recipe.export else ():
-        for linear in linears:
-            if refusal := FORMATS[name].refusal(linear, scheme):
-                raise RecipeError(f"export.formats: {name} cannot hold {linear.name} as {scheme.name}: it {refusal}.",
-                                  "Choose another format or scheme, or export: null.")  # fmt: skip
+        for p in quantized:
+            assert p.treatment is not None
+            if refusal := FORMATS[name].refusal(p.linear, p.treatment.scheme):
+                raise RecipeError(
+                    f"export.formats: {name} cannot hold {p.linear.name} as {p.treatment.scheme.name}: it {refusal}.",
+                    "Choose another format or scheme, or export: null.",
+                )
+        if attention is not None and (refusal := FORMATS[name].attention_refusal(attention)):
+            raise RecipeError(f"export.formats: {name} cannot hold {attention.name}: it {refusal}.",
+                              "Choose another format, or export: null.")  # fmt: skip
 
 
-def _stored_bytes(linear: Linear, scheme: Scheme, dtype: str) -> int:
-    from quantcli.formats import compressed_tensors
+def _stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:
+    """Bytes in the first format; without an export, as compressed-tensors would hold them."""
+    from quantcli.formats.table import FORMATS
 
-    return sum(BYTES[kind] * prod(shape) for kind, shape in compressed_tensors.layout(linear, scheme, dtype).values())
+    form = FORMATS[recipe.export.formats[0] if recipe.export else "compressed-tensors"]
+    return sum(BYTES[kind] * prod(shape) for kind, shape in form.layout(linear, scheme, dtype).values())
+
+
+def fused_groups(structure: Structure, names: Iterable[str]) -> Iterator[tuple[str, ...]]:
+    """The named linears in the groups that go together: fused ones in one, every other alone; in model order."""
+    wanted = set(names)
+    for block in structure.blocks:
+        done: set[str] = set()
+        for linear in block.linears:
+            if linear.name in wanted and linear.name not in done:
+                group = next((g for g in block.fused if linear.name in g), (linear.name,))
+                members = tuple(name for name in group if name in wanted)
+                done |= set(members)
+                yield members
+    if structure.head in wanted:
+        yield (structure.head,)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,11 +12,18 @@ from torch import Tensor
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, float_blocks
 from quantcli.quant.minmax import minmax
 from quantcli.quant.search import mse
+from quantcli.quant.sparse import sparse_weight
 
 WeightMethod = Callable[[Tensor, WeightGrid, Tensor | None], QuantizedWeight]
 """(weight [out, in], grid, second moment of the input [in] or None) -> codes, scales, zero points."""
 
-WEIGHT_METHODS: dict[str, WeightMethod] = {"minmax": minmax, "mse": mse}
+WEIGHT_METHODS: dict[str, WeightMethod] = {
+    "minmax": minmax,
+    "mse": mse,
+    "co_sparse": partial(sparse_weight, mode="co_sparse"),
+    "low_bit": partial(sparse_weight, mode="low_bit"),
+    "low_bit_sigma": partial(sparse_weight, mode="low_bit_sigma"),
+}
 
 
 def weight_error(weight: Tensor, quantized: QuantizedWeight, importance: Tensor | None = None) -> float:

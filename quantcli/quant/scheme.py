@@ -1,4 +1,4 @@
-"""What happens to a linear layer, and to keys, values and queries, as plain data: needed long before torch is imported."""
+"""What happens to a linear layer, and to keys, values and queries, as plain data: needed before torch is imported."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from quantcli.errors import RecipeError
-from quantcli.recipe.schema import ALIASES
+from quantcli.recipe.schema import ALIAS_VALUES, ALIASES
 
 Keys = tuple[str | int, ...]
 Place = Callable[[int], str]
@@ -90,7 +90,10 @@ class Document:
         """The value at `keys`, or None."""
         value: Any = self.data
         for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
+            if isinstance(value, list) and isinstance(key, int) and 0 <= key < len(value):
+                value = value[key]
+            else:
+                value = value.get(key) if isinstance(value, dict) else None
         return value
 
     def set(self, keys: tuple[str, ...], value: Any, option: str) -> None:
@@ -98,6 +101,7 @@ class Document:
 
         Raises RecipeError where a key on the way holds no section.
         """
+        value = _translated(keys, value, option)
         keys = (*keys[:-1], ALIASES.get(keys, keys[-1]))
         section = self.data
         for end in range(1, len(keys)):
@@ -125,9 +129,21 @@ class Document:
                     f"{self.where(old)}: {'.'.join(old)}: is the older name of {name}.",
                     "Keep one of the two.",
                 )
-            section[name] = section.pop(old[-1])
+            section[name] = _translated(old, section.pop(old[-1]), self.where(old))
             _rename(self.lines, old, (*old[:-1], name))
             _rename(self.options, old, (*old[:-1], name))
+
+
+def _translated(keys: tuple[str, ...], value: Any, place: str) -> Any:
+    """The value under the present name of a key that was given by an older one."""
+    values = ALIAS_VALUES.get(keys)
+    if values is None:
+        return value
+    for known, meaning in values.items():
+        if type(value) is type(known) and value == known:
+            return meaning
+    allowed = ", ".join(f"{shown(known)} ({meaning})" for known, meaning in values.items())
+    raise RecipeError(f"{place}: {'.'.join(keys)}: is {shown(value)}.", f"Allowed: {allowed}.")
 
 
 def _forget(known: dict[Keys, T], keys: Keys) -> None:

@@ -63,7 +63,7 @@ def recipe_error(error: ValidationError, document: Document) -> RecipeError:
             continue
         keys: Keys = tuple(details["loc"])
         if details["type"] == "recipe" and details["ctx"]["key"]:
-            keys = (*keys, *details["ctx"]["key"].split("."))
+            keys = (*keys, *(int(part) if part.isdigit() else part for part in details["ctx"]["key"].split(".")))
         wrong, remedy = _explain(keys, details)  # type: ignore[arg-type]
         found.append(
             (
@@ -126,7 +126,7 @@ def _missing(keys: Keys) -> tuple[str, str]:
 
 
 def _unknown(keys: Keys) -> str:
-    section, key = keys[:-1], str(keys[-1])
+    section, key = tuple(part for part in keys[:-1] if isinstance(part, str)), str(keys[-1])  # items share their keys
     known = known_keys().get(section, ())
     meant = nearest(key, known)
     if meant:

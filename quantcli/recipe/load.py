@@ -85,7 +85,9 @@ def _override(document: Document, override: str) -> None:
 
 
 def _resolve_paths(document: Document) -> None:
-    for keys in _PATHS:
+    mix = document.get(("calibration", "mix"))
+    mixed = [("calibration", "mix", index, "path") for index in range(len(mix))] if isinstance(mix, list) else []
+    for keys in (*_PATHS, *mixed):
         text = document.get(keys)
         if not isinstance(text, str) or not text:
             continue

@@ -117,7 +117,7 @@ def test_dumped_yaml_reads_back_equal(value: Any) -> None:
 BASE: dict[str, Any] = {
     "version": 1,
     "model": {"path": "org/name", "dtype": "auto"},
-    "calibration": {"samples": 8},
+    "calibration": {"samples": 8, "mix": [{"share": 2.0}]},
     "quantize": {"weights": {"bits": 8}, "activations": {"bits": 8}, "rollback": {"names": ["a", "b"]}},
     "export": {"formats": ["compressed-tensors"]},
     "evaluate": {"perplexity": {"windows": 2}, "gates": {"kl_divergence": 1.0}},
@@ -148,6 +148,8 @@ def test_an_unknown_key_is_refused_at_its_line_wherever_it_stands(
                 lines += ["# a comment"] * comments + [f'{indent}"{name}": MARK']
             elif isinstance(value, dict):
                 lines += [f"{indent}{name}:", *render(value, (*keys, name))]
+            elif isinstance(value, list) and isinstance(value[0], dict):
+                lines += [f"{indent}{name}:", f"{indent}-", *render(value[0], (*keys, name))]
             else:
                 lines.append(f"{indent}{name}: {value}")
         return lines
@@ -155,7 +157,8 @@ def test_an_unknown_key_is_refused_at_its_line_wherever_it_stands(
     lines = render(BASE, ())
     line = next(number for number, text in enumerate(lines, 1) if text.endswith("MARK"))
     message = refused(tmp_path, "\n".join(lines))
-    assert message.startswith(f"r.yaml:{line}: {'.'.join((*section, key))}: unknown key. ")
+    place = ".".join((*section, key)).replace("mix.", "mix[0].")
+    assert message.startswith(f"r.yaml:{line}: {place}: unknown key. ")
     assert message.count("\n") == 0
 
 
@@ -191,14 +194,20 @@ _model = st.fixed_dictionaries(
 ) | st.fixed_dictionaries(
     {"path": st.just("org/name"), "revision": _texts | st.sampled_from(["1e5", "off", "0123", "null"])}
 )
-_calibration = _source(
-    {
-        "samples": _counts,
-        "sequence_length": _lengths,
-        "packing": st.sampled_from(["packed", "line"]),
-        "seed": st.integers(0, 2**63 - 1),
-    }
+_percent = st.floats(0, 0.999) | st.integers(0, 10**6).map(lambda n: f"{n / 100}%")
+_samples = {
+    "samples": _counts,
+    "sequence_length": _lengths,
+    "packing": st.sampled_from(["auto", "packed", "line"]),
+    "seed": st.integers(0, 2**63 - 1),
+    "drop_outliers": st.floats(0, 0.999) | st.integers(0, 9999).map(lambda n: f"{n / 100}%"),
+}
+_mix = st.lists(
+    _source({"share": st.floats(0, exclude_min=True, allow_infinity=False)}),
+    max_size=3,
+    unique_by=lambda source: str({"path": None, "field": None, "dataset": "builtin"} | source | {"share": 0}),
 )
+_calibration = _source(_samples) | _optional({"mix": _mix, **_samples})
 _weight_only = _optional(
     {"bits": st.sampled_from([8, 4, 3, 2]), "symmetric": st.booleans(), "method": st.sampled_from(["minmax", "mse"])}
 ) | st.fixed_dictionaries(
@@ -212,14 +221,13 @@ _quantize = st.fixed_dictionaries(
     {"activations": st.sampled_from([{"bits": 8}, {"bits": 8, "scope": "token"}, {"bits": 8, "symmetric": True}])},
     optional={"weights": st.just({"granularity": "tensor"})},
 )
-_percent = st.floats(0, 0.999) | st.integers(0, 10**6).map(lambda n: f"{n / 100}%") | st.none()
 _evaluate = st.fixed_dictionaries(
     {
         "perplexity": _source(
             {"windows": st.none() | _counts, "protocol": st.sampled_from(["standard", "golden-stick"])}
         )
     },
-    optional={"gates": _optional({"perplexity_increase": _percent, "kl_divergence": st.floats(0, 1e6)})},
+    optional={"gates": _optional({"perplexity_increase": _percent | st.none(), "kl_divergence": st.floats(0, 1e6)})},
 )
 _recipes = st.fixed_dictionaries(
     {"model": _model, "calibration": _calibration, "quantize": _quantize, "output": _texts},
@@ -248,6 +256,8 @@ def test_a_resolved_recipe_shows_every_key() -> None:
     def keys_of(node: dict[str, Any], keys: tuple[str, ...]) -> dict[tuple[str, ...], set[str]]:
         found = {keys: set(node)}
         for name, value in node.items():
+            if isinstance(value, list) and value and isinstance(value[0], dict):
+                value = value[0]
             if isinstance(value, dict):
                 found |= keys_of(value, (*keys, name))
         return found
@@ -301,11 +311,11 @@ def test_overrides_are_yaml_values_that_win_over_the_file(tmp_path: Path) -> Non
             "--set quantize.weights.bit=4: quantize.weights.bit: unknown key. Did you mean bits?",
         ),
         ("smooth.alpha=1", "--set smooth.alpha=1: smooth: unknown key."),
-        ("quantize.weights.bits=4", "r.yaml:10: quantize.activations.bits: 8-bit activations need 8-bit weights"),
+        ("quantize.weights.bits=4", "r.yaml:12: quantize.activations.bits: 8-bit activations need 8-bit weights"),
         ("quantize.weights.bits=5", "--set quantize.weights.bits=5: quantize.weights.bits: is 5."),
         ("quantize.weights={bits: 5}", "--set quantize.weights={bits: 5}: quantize.weights.bits: is 5."),
         ("version.x=1", "--set version.x=1: version is no section."),
-        ("calibration=null", "r.yaml:10: quantize.activations.scope: static scales need calibration."),
+        ("calibration=null", "r.yaml:12: quantize.activations.scope: static scales need calibration."),
         ("evaluate", "--set evaluate: is no KEY=VALUE."),
         ("=3", "--set =3: is no KEY=VALUE."),
         ("a..b=3", "--set a..b=3: is no KEY=VALUE."),
@@ -379,6 +389,24 @@ def test_a_model_is_a_path_where_it_exists_or_looks_like_one(
     (home / "org" / "name").mkdir(parents=True)
     file = write(home, PATHS.replace("MODEL", text))
     assert load_recipe(file).model.path == expected.format(home=home, root=tmp_path, user=tmp_path / "user")
+
+
+def test_paths_of_a_mix_start_where_those_of_other_sections_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, here = tmp_path / "recipes", tmp_path / "here"
+    for directory in (home, here):
+        directory.mkdir()
+    monkeypatch.chdir(here)
+    mix = "{mix: [{dataset: text, path: a.txt}, {dataset: builtin}, {dataset: boolq, path: ../b}]}"
+    file = write(home, PATHS.replace("MODEL", "a/b").replace("{dataset: text, path: cal.txt}", mix))
+
+    def found(*overrides: str) -> list[str | None]:
+        recipe = load_recipe(file, overrides)
+        assert recipe.calibration is not None
+        return [source.path for source in recipe.calibration.mix]
+
+    assert found() == [str(home / "a.txt"), None, str(tmp_path / "b")]
+    assert found("calibration.mix=[{dataset: jsonl, path: c}]") == [str(here / "c")]
+    assert found("calibration.mix=[]") == []
 
 
 def test_a_parent_of_a_link_is_that_of_its_target(tmp_path: Path) -> None:

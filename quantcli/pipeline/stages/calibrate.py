@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
-from quantcli.model.structure import Block
-from quantcli.pipeline.batches import batched, data_identity, texts_of
+from quantcli.model.structure import Block, SharedInput
+from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import needs_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.samples import calibration_samples
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from quantcli.calibration.attention_statistics import AttentionStatistics
     from quantcli.calibration.statistics import InputStatistics
 
 MANIFEST = "manifest.json"
@@ -28,7 +33,30 @@ def _wanted(recipe: Recipe) -> bool:
 
 def _identity(context: Context) -> dict[str, Any]:
     assert context.recipe.calibration is not None
-    return {"calibration": data_identity(context.recipe.calibration), "model": _reading(context)}
+    cache = context.recipe.quantize.kv_cache
+    attention = context.plan.attention
+    return {
+        "calibration": data_identity(context.recipe.calibration),
+        "model": _reading(context),
+        "counts": _counts(context),
+        "head": _observes_head(context),
+        "attention": attention and [attention.to_json(), cache and cache.observe, _coverage(context)],
+    }
+
+
+def _counts(context: Context) -> bool:
+    """Whether the distribution of values is of use, and not their extremes and moments alone."""
+    return context.ranks or any(t.scheme.observed for t in context.plan.treatments.values())
+
+
+def _observes_head(context: Context) -> bool:
+    treatment = context.plan.treatments.get(context.plan.structure.head or "")
+    return treatment is not None and (treatment.scheme.observed or treatment.weights.importance != "none")
+
+
+def _coverage(context: Context) -> float | None:
+    section = context.recipe.quantize.attention
+    return section.coverage if section is not None else None
 
 
 def _reading(context: Context) -> dict[str, Any]:
@@ -40,27 +68,18 @@ def run(context: Context, folder: StageFolder) -> None:
     """Writes block-00000.safetensors …, with the InputStatistics of each shared input, and manifest.json."""
     import torch
 
-    from quantcli.calibration.tokens import tokenize
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.propagation import observe_head
 
-    section = context.recipe.calibration
-    assert section is not None
     recorded = [_block_file(index) in folder.files for index in range(context.blocks)]
     if MANIFEST in folder.files and all(recorded):
         HiddenCache(folder.path / HIDDEN, [], torch.float32).clear()
         return
-    found = tokenize(
-        context.tokenizer(),
-        texts_of(section),
-        samples=section.samples,
-        sequence_length=section.sequence_length,
-        packing=section.packing,
-        seed=section.seed,
-    )
+    found = calibration_samples(context)
     context.emit("tokens", samples=len(found.samples), tokens=found.tokens, documents=found.documents_used)
-    if found.note:
-        context.emit("note", text=found.note)
+    for note in found.notes:
+        context.emit("note", text=note)
     skeleton = context.skeleton()
     stream = BlockStream(skeleton, batched(found.samples))
     cache = HiddenCache(folder.path / HIDDEN, stream.hidden_shapes(), skeleton.dtype)
@@ -70,29 +89,36 @@ def run(context: Context, folder: StageFolder) -> None:
     for index in range(stream.enter(cache, done), context.blocks):
         started = time.perf_counter()
         block = context.plan.structure.blocks[index]
-        with stream.block(index) as module:
-            statistics, handles = _observe(module, block, context.device)
+        with stream.block(index) as module, _observing(context, module, block) as (statistics, attention):
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
-            for handle in handles:
-                handle.remove()
         _check(block, statistics)
-        _write(folder, index, statistics)
+        _write(folder, index, {**statistics, **attention})
         cache.commit(index + 1)
         context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
-    write_json(folder.path / MANIFEST, _manifest(context, found.tokens))
+    if _observes_head(context):
+        head = context.plan.structure.head_linear
+        assert head is not None
+        shared = SharedInput((head.name,), head.in_features)
+        _write(folder, context.blocks, {head.name: observe_head(stream, cache, shared, context.device, True)})
+    write_json(folder.path / MANIFEST, _manifest(context, folder, found.tokens))
     folder.add(folder.path / MANIFEST)
     cache.clear()
 
 
-def _observe(module: nn.Module, block: Block, device: str) -> tuple[dict[str, InputStatistics], list[Any]]:
-    """Statistics that fill while the block runs: one for each shared input, hooked at its first reader."""
+@contextmanager
+def _observing(
+    context: Context, module: nn.Module, block: Block
+) -> Iterator[tuple[dict[str, InputStatistics], dict[str, AttentionStatistics]]]:
+    """Statistics that fill while the block runs: one for each shared input, hooked at its first reader, and one for
+    each attention module, if what is inside attention is quantized."""
     from quantcli.calibration.statistics import InputStatistics
 
     statistics: dict[str, InputStatistics] = {}
     handles = []
+    counts = _counts(context)
     for shared in block.inputs:
-        gathered = statistics[shared.name] = InputStatistics(shared.width, device)
+        gathered = statistics[shared.name] = InputStatistics(shared.width, context.device, counts=counts)
 
         def hook(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _gathered: InputStatistics = gathered
@@ -101,7 +127,17 @@ def _observe(module: nn.Module, block: Block, device: str) -> tuple[dict[str, In
 
         reader = module.get_submodule(shared.name.removeprefix(f"{block.name}."))
         handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
-    return statistics, handles
+    try:
+        if context.plan.attention is None:
+            yield statistics, {}
+        else:
+            from quantcli.pipeline.attention import attention_statistics
+
+            with attention_statistics(context, module, block) as attention:
+                yield statistics, attention
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check(block: Block, statistics: dict[str, InputStatistics]) -> None:
@@ -113,7 +149,7 @@ def _check(block: Block, statistics: dict[str, InputStatistics]) -> None:
             raise ModelError(f"{name} in {block.name} saw no token during calibration.", "Use more calibration text.")
 
 
-def _write(folder: StageFolder, index: int, statistics: dict[str, InputStatistics]) -> None:
+def _write(folder: StageFolder, index: int, statistics: Mapping[str, InputStatistics | AttentionStatistics]) -> None:
     from quantcli.model.writer import PlannedTensor, split_shards, write_safetensors
 
     tensors = {
@@ -125,23 +161,52 @@ def _write(folder: StageFolder, index: int, statistics: dict[str, InputStatistic
     folder.add(file, digest)
 
 
+def read_statistics(context: Context, linear: str) -> dict[str, Tensor]:
+    """What was observed of a linear's input: the tensors of `InputStatistics.to_tensors`."""
+    block = context.linear_blocks[linear]
+    name = linear
+    if block < context.blocks:
+        name = next(s.name for s in context.plan.structure.blocks[block].inputs if linear in s.linears)
+    return read_observed(context, block, name)
+
+
+def read_observed(context: Context, block: int, name: str) -> dict[str, Tensor]:
+    """What the calibrate stage stored under a name (of a shared input, or of an attention module) in a block."""
+    from safetensors import safe_open
+
+    with safe_open(context.folder(STAGE.name) / _block_file(block), framework="pt") as opened:
+        names = [key for key in opened.keys() if key.rpartition(".")[0] == name]  # noqa: SIM118
+        return {key.rpartition(".")[2]: opened.get_tensor(key) for key in names}
+
+
 def _block_file(index: int) -> str:
     return f"block-{index:05d}.safetensors"
 
 
-def _manifest(context: Context, tokens: int) -> dict[str, Any]:
-    """Which statistics belong to which linear."""
+def _manifest(context: Context, folder: StageFolder, tokens: int) -> dict[str, Any]:
+    """Which statistics belong to which linear, and the block of each attention module that was observed."""
     inputs = {
         linear: {"block": index, "input": shared.name}
         for index, block in enumerate(context.plan.structure.blocks)
         for shared in block.inputs
         for linear in shared.linears
     }
-    return {"tokens": tokens, "linears": inputs}
+    attention: dict[str, int] = {}
+    for index in range(context.blocks) if context.plan.attention else ():
+        attention |= dict.fromkeys(_attention_in(folder.path / _block_file(index)), index)
+    return {"tokens": tokens, "linears": inputs, "attention": attention}
+
+
+def _attention_in(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        keys = list(opened.keys())
+    return sorted(key.rpartition(".")[0] for key in keys if key.endswith(".key_minimum"))
 
 
 def _writes(context: Context) -> tuple[str, ...]:
-    return (*(_block_file(index) for index in range(context.blocks)), MANIFEST, f"{HIDDEN}/*")
+    return (*(_block_file(index) for index in range(context.blocks + 1)), MANIFEST, f"{HIDDEN}/*")
 
 
-STAGE = Stage("calibrate", (), _wanted, _identity, run, _writes, guards=("check",))
+STAGE = Stage("calibrate", ("select",), _wanted, _identity, run, _writes, guards=("check",))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.treatment import Phase
 
 RESULTS = "results.json"
 HIDDEN = {"float": "hidden-float", "quantized": "hidden-quantized"}
@@ -77,8 +78,9 @@ def run(context: Context, folder: StageFolder) -> None:
         for name, stream in streams.items()
     }
     for name, stream in streams.items():
-        _advance(context, name, stream, caches[name], exported if name == "quantized" else None)
-    scores = summarize(_score(streams, caches, text, batches), quantized=True)
+        _advance(context, name, stream, caches[name], exported if name == "quantized" else None, section.phase)
+    with _head(context, streams["quantized"], exported, section.phase):
+        scores = summarize(_score(streams, caches, text, batches), quantized=True)
     result = {
         "protocol": text.protocol,
         "description": text.description,
@@ -94,12 +96,17 @@ def run(context: Context, folder: StageFolder) -> None:
 
 
 def _advance(
-    context: Context, name: str, stream: BlockStream, cache: HiddenCache, exported: QuantizedCheckpoint | None
+    context: Context,
+    name: str,
+    stream: BlockStream,
+    cache: HiddenCache,
+    exported: QuantizedCheckpoint | None,
+    phase: Phase,
 ) -> None:
     """Carry the hidden states of one model through all its blocks, going on where an interrupted run stopped."""
     for index in range(stream.enter(cache, cache.resume()), context.blocks):
         started = time.perf_counter()
-        with _block(stream, index, exported):
+        with _block(stream, index, exported, phase):
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
         cache.commit(index + 1)
@@ -108,22 +115,51 @@ def _advance(
 
 
 @contextmanager
-def _block(stream: BlockStream, index: int, exported: QuantizedCheckpoint | None) -> Iterator[None]:
-    """A resident block; of a quantized model, with its int8 linears computing as an engine does."""
-    from quantcli.evaluation.simulate import Int8Weights, simulated
+def _block(stream: BlockStream, index: int, exported: QuantizedCheckpoint | None, phase: Phase) -> Iterator[None]:
+    """A resident block; of a quantized model, with linears and attention computing as an engine does."""
+    from quantcli.evaluation.simulate import simulated
+    from quantcli.pipeline.attention import attention_as_stored
 
     path = stream.skeleton.blocks[index]
-    int8: dict[str, Int8Weights] = {}
-    for name, scheme in exported.schemes.items() if exported else ():
-        if scheme.activations != "none" and name.startswith(f"{path}."):
-            assert exported is not None
-            stored = exported.read_linear(name)
-            parts = (stored.weight.codes, stored.weight.scale.float(), stored.input_scale, stored.input_zero_point)
-            on_device = [None if part is None else part.to(stream.skeleton.device) for part in parts]
-            int8[name.removeprefix(f"{path}.")] = Int8Weights(*on_device)  # type: ignore[arg-type]
+    if exported is None:
+        with stream.block(index):
+            yield
+        return
+    int8 = _int8(stream, exported, f"{path}.", phase)
     left_out = {f"{path}.{name}.weight" for name in int8}
-    with stream.block(index, left_out=left_out) as module, simulated(module, int8):
+    modules = [module for module in exported.attention_modules if module.startswith(f"{path}.")]
+    attention = {module: exported.read_attention(module) for module in modules}
+    with (
+        stream.block(index, left_out=left_out) as module,
+        simulated(module, int8),
+        attention_as_stored(module, path, exported.attention, attention),
+    ):
         yield
+
+
+@contextmanager
+def _head(context: Context, stream: BlockStream, exported: QuantizedCheckpoint, phase: Phase) -> Iterator[None]:
+    """While the body runs, the quantized model's output head computes as an engine does, if it is quantized."""
+    from quantcli.evaluation.simulate import simulated
+
+    head = context.plan.structure.head
+    int8 = _int8(stream, exported, head, phase) if head is not None and head in exported.schemes else {}
+    with simulated(stream.skeleton.model, int8):
+        yield
+
+
+def _int8(stream: BlockStream, exported: QuantizedCheckpoint, prefix: str, phase: Phase) -> dict[str, Any]:
+    """What takes the place of linears with 8-bit inputs whose names begin so, by the rest of their names."""
+    from quantcli.pipeline.treatment import replacement
+
+    short = prefix if prefix.endswith(".") else ""
+    return {
+        name.removeprefix(short): replacement(
+            exported.read_linear(name), scheme.activations, stream.skeleton.dtype, stream.skeleton.device, phase
+        )
+        for name, scheme in exported.schemes.items()
+        if scheme.activations != "none" and (name == prefix or (short and name.startswith(prefix)))
+    }
 
 
 def _score(

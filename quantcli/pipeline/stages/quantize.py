@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError
+from quantcli.pipeline.batches import batched
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder
-from quantcli.quant.scheme import Scheme
+from quantcli.pipeline.samples import calibration_samples
+from quantcli.pipeline.stages.calibrate import read_observed, read_statistics
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-    from torch import Tensor
-
     from quantcli.formats.store import StoredLinear
-    from quantcli.model.checkpoint import Checkpoint
-    from quantcli.quant.grid import WeightGrid
+    from quantcli.pipeline.treatment import Facts, Jobs
 
-    Jobs = dict[str, Future[tuple[StoredLinear, dict[str, Any]]]]
+HIDDEN = "hidden"
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -34,119 +32,170 @@ def _identity(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: StageFolder) -> None:
-    """Writes block-00000.safetensors … and manifest.json, as `formats.store` describes. No forward pass is made.
+    """Writes block-00000.safetensors … and manifest.json, as `formats.store` describes.
 
-    Raises ModelError, with the module, for weights that are not finite.
+    No forward pass is made, unless static scales are to be found on the quantized model. Raises ModelError, with the
+    module, for weights that are not finite.
     """
-    from quantcli.formats.store import MANIFEST, block_file, write_block, write_manifest
-    from quantcli.model.checkpoint import Checkpoint
-    from quantcli.model.names import weight_tensors
-    from quantcli.model.workers import linear_workers
+    from quantcli.formats.store import MANIFEST
+    from quantcli.pipeline.propagation import propagates
 
-    checkpoint = Checkpoint(context.model)
-    trust = context.recipe.model.trust_remote_code
-    weights = weight_tensors(context.model, context.plan.structure, checkpoint.entries, trust_remote_code=trust)
-    by_block: dict[int, list[tuple[str, Scheme]]] = {}
-    for name, (block, scheme) in context.plan.schemes.items():
-        by_block.setdefault(block, []).append((name, scheme))
-    with linear_workers(context.device) as workers:
-
-        def submit(index: int) -> Jobs:
-            # the largest first, so that no worker is left alone with it
-            heaviest = sorted(by_block[index], key=lambda entry: -context.linears[entry[0]].weights)
-            return {
-                name: workers.submit(_quantize, context, checkpoint, weights[name], index, name, scheme)
-                for name, scheme in heaviest
-            }
-
-        def finish(index: int, jobs: Jobs) -> None:
-            started = time.perf_counter()
-            stored = {}
-            for name, scheme in by_block[index]:
-                stored[name], facts = jobs.pop(name).result()
-                context.emit("linear", module=name, scheme=scheme.name, **facts)
-            folder.add(block_file(folder.path, index), write_block(folder.path, index, stored))
-            context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
-
-        # one block ahead: the workers go on while a finished block is written
-        ahead: tuple[int, Jobs] | None = None
-        try:
-            for index in sorted(by_block):
-                if not folder.adopt(block_file(folder.path, index)):
-                    behind, ahead = ahead, (index, submit(index))
-                    if behind is not None:
-                        finish(*behind)
-            if ahead is not None:
-                finish(*ahead)
-        finally:
-            workers.shutdown(cancel_futures=True)
-    write_manifest(folder.path, context.plan.structure.dtype, context.plan.schemes, context.plan.kept)
+    if propagates(context.plan.treatments):
+        _run_propagated(context, folder)
+    else:
+        quantize_blocks(context, folder.path, folder.adopt, folder.add)
+    write_store_manifest(context, folder.path)
     folder.add(folder.path / MANIFEST)
 
 
-def _quantize(
-    context: Context, checkpoint: Checkpoint, tensor: str, block: int, name: str, scheme: Scheme
-) -> tuple[StoredLinear, dict[str, Any]]:
-    """Codes and scales of one linear, and the facts that events.jsonl keeps of it."""
+def write_store_manifest(context: Context, path: Path) -> None:
+    """The manifest of a store of the context's plan."""
+    from quantcli.formats.store import write_manifest
+
+    plan = context.plan
+    modules = _attention_modules(context)
+    write_manifest(path, plan.structure.dtype, plan.schemes, plan.kept, plan.attention, modules)
+
+
+def quantize_blocks(
+    context: Context, path: Path, finished: Callable[[Path], bool], keep: Callable[[Path, str], None]
+) -> None:
+    """Codes, scales and static input scales of every planned linear, a file a block, from weights and statistics.
+
+    `finished` says of a file whether it is done already; `keep` is told the digest of each new one.
+    """
+    from quantcli.formats.store import block_file
+    from quantcli.model.workers import linear_workers
+    from quantcli.pipeline.treatment import WeightSource
+
+    source = WeightSource(context)
+    statistics_of = partial(read_statistics, context)
+    with linear_workers(context.device) as workers:
+        # one block ahead: the workers go on while a finished block is written
+        ahead: tuple[int, Jobs] | None = None
+        try:
+            for index in _units(context):
+                if not finished(block_file(path, index)):
+                    behind, ahead = ahead, (index, source.submit(workers, index, statistics_of, with_inputs=True))
+                    if behind is not None:
+                        _finish(context, path, keep, *behind)
+            if ahead is not None:
+                _finish(context, path, keep, *ahead)
+        finally:
+            workers.shutdown(cancel_futures=True)
+
+
+def _run_propagated(context: Context, folder: StageFolder) -> None:
+    """As `quantize_blocks`, with each block run quantized, so that later ones are observed on what it puts out."""
     import torch
 
-    from quantcli.formats.store import StoredLinear
-    from quantcli.quant.activation import static_parameters
-    from quantcli.quant.grid import QuantizedWeight
-    from quantcli.quant.methods import WEIGHT_METHODS, weight_error
+    from quantcli.formats.store import block_file
+    from quantcli.model.hidden import HiddenCache
+    from quantcli.model.stream import BlockStream
+    from quantcli.model.structure import SharedInput
+    from quantcli.model.workers import linear_workers
+    from quantcli.pipeline.propagation import observe_head, propagate_block
+    from quantcli.pipeline.treatment import WeightSource, input_parameters, observed_of, with_input
 
-    weight = checkpoint.read([tensor])[tensor]
-    weight = (weight.t().contiguous() if context.linears[name].transposed else weight).to(context.device)
-    statistics = _statistics(context, block, name)
-    low, high = torch.aminmax(weight)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ModelError(f"{name}.weight holds values that are not finite.", "The checkpoint is damaged; get it again.")
-    section = context.recipe.quantize.weights
-    grid = _grid(scheme, context.plan.structure.dtype)
-    importance = None
-    if section.importance == "second_moment":
-        assert statistics is not None
-        importance = statistics["second_moment"].to(context.device)
-    codes, scale, zero_point = WEIGHT_METHODS[section.method](weight, grid, importance)
-    quantized = QuantizedWeight(codes.cpu(), scale.cpu(), None if zero_point is None else zero_point.cpu())
-    facts: dict[str, Any] = {"scale_max": float(f"{scale.abs().max().item():.6g}")}
-    if section.method != "minmax":
-        facts["error"] = float(f"{weight_error(weight, QuantizedWeight(codes, scale, zero_point), importance):.6g}")
-    if scheme.activations != "static":
-        return StoredLinear(quantized), facts
-    assert statistics is not None
-    low_input, high_input = statistics["minimum"].min().item(), statistics["maximum"].max().item()
-    input_scale, input_zero = static_parameters(low_input, high_input, scheme.activations_symmetric)
-    facts |= {"input_min": float(f"{low_input:.6g}"), "input_max": float(f"{high_input:.6g}")}
-    return StoredLinear(quantized, input_scale, None if scheme.activations_symmetric else input_zero), facts
+    units = _units(context, every=True)
+    recorded = [block_file(folder.path, index).name in folder.files for index in units]
+    if all(recorded):
+        HiddenCache(folder.path / HIDDEN, [], torch.float32).clear()
+        return
+    stream = BlockStream(context.skeleton(), batched(calibration_samples(context).samples))
+    cache = HiddenCache(folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype)
+    done = cache.resume()
+    if done is not None and not all(recorded[:done]):
+        done = None
+    section = context.recipe.calibration
+    assert section is not None
+    statistics_of = partial(read_statistics, context)
+    source = WeightSource(context)
+    with linear_workers(context.device) as workers:
+        for index in units[stream.enter(cache, done) :]:
+            started = time.perf_counter()
+            jobs = source.submit(workers, index, statistics_of, with_inputs=False)
+            results = {name: job.result() for name, job in jobs.items()}
+            stored = {name: result[0] for name, result in results.items()}
+            if index < context.blocks:
+                block = context.plan.structure.blocks[index]
+                stored, ranges = propagate_block(
+                    stream, index, block, cache, stored, context.plan.treatments,
+                    statistics_of, section.seed,
+                )  # fmt: skip
+            else:
+                ranges = {}
+                for name, entry in stored.items():
+                    treatment = context.plan.treatments[name]
+                    if treatment.scheme.observed:
+                        shared = SharedInput((name,), context.linears[name].in_features)
+                        counts = treatment.activations.method != "minmax"
+                        statistics = observe_head(stream, cache, shared, context.device, counts)
+                        scale, zero, ranges[name] = input_parameters(observed_of(statistics.to_tensors()), treatment)
+                        stored[name] = with_input(entry, scale, zero)
+            facts = {name: result[1] | ranges.get(name, {}) for name, result in results.items()}
+            _write(context, folder.path, folder.add, index, stored, facts, started)
+            if index < context.blocks:
+                cache.commit(index + 1)
+    cache.clear()
 
 
-def _grid(scheme: Scheme, dtype: str) -> WeightGrid:
-    import torch
-
-    from quantcli.quant.grid import WeightGrid
-
-    scale_dtype = getattr(torch, scheme.scale_dtype(dtype))
-    return WeightGrid(scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size, scale_dtype)
+def _finish(context: Context, path: Path, keep: Callable[[Path, str], None], index: int, jobs: Jobs) -> None:
+    started = time.perf_counter()
+    results = {name: jobs.pop(name).result() for name in list(jobs)}
+    stored = {name: result[0] for name, result in results.items()}
+    _write(context, path, keep, index, stored, {name: result[1] for name, result in results.items()}, started)
 
 
-def _statistics(context: Context, block: int, linear: str) -> dict[str, Tensor] | None:
-    """The statistics of the linear's input, or None when the recipe calibrates nothing."""
-    from safetensors import safe_open
+def _write(
+    context: Context,
+    path: Path,
+    keep: Callable[[Path, str], None],
+    index: int,
+    stored: dict[str, StoredLinear],
+    facts: dict[str, Facts],
+    started: float,
+) -> None:
+    from quantcli.formats.store import block_file, write_block
+    from quantcli.pipeline.attention import scales_of
 
-    file = context.folder("calibrate") / f"block-{block:05d}.safetensors"
-    shared = next(s for s in context.plan.structure.blocks[block].inputs if linear in s.linears)
-    if "calibrate" not in context.results:
-        return None
-    with safe_open(file, framework="pt") as opened:
-        names = [name for name in opened.keys() if name.rpartition(".")[0] == shared.name]  # noqa: SIM118
-        return {name.rpartition(".")[2]: opened.get_tensor(name) for name in names}
+    for name, found in facts.items():
+        if found.pop("zero", False):
+            context.emit("warning", text=f"{name} holds zeros only.")
+        context.emit("linear", module=name, scheme=context.plan.treatments[name].scheme.name, **found)
+    scheme = context.plan.attention
+    attention = {}
+    if scheme is not None:
+        modules = [module for module, block in _attention_modules(context).items() if block == index]
+        attention = {module: scales_of(read_observed(context, index, module), scheme) for module in modules}
+    keep(block_file(path, index), write_block(path, index, stored, attention))
+    context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
+
+
+def _attention_modules(context: Context) -> dict[str, int]:
+    """Attention modules that the calibrate stage observed, and their blocks."""
+    import json
+
+    if context.plan.attention is None:
+        return {}
+    content = json.loads((context.folder("calibrate") / "manifest.json").read_text(encoding="utf-8"))
+    found: dict[str, int] = content["attention"]
+    return found
+
+
+def _units(context: Context, every: bool = False) -> list[int]:
+    """Blocks (and, behind the last, the head) of which something is stored; with `every`, blocks without as well."""
+    wanted = {block for block, _ in context.plan.schemes.values()}
+    if every or context.plan.attention is not None:
+        wanted |= set(range(context.blocks))
+    return sorted(wanted)
 
 
 def _writes(context: Context) -> tuple[str, ...]:
     from quantcli.formats.store import MANIFEST, block_file
 
-    return (*(block_file(Path(), index).name for index in range(context.blocks)), MANIFEST)
+    files = (block_file(Path(), index).name for index in range(context.blocks + 1))
+    return (*files, MANIFEST, f"{HIDDEN}/*")
 
 
-STAGE = Stage("quantize", ("calibrate",), lambda recipe: True, _identity, run, _writes)
+STAGE = Stage("quantize", ("calibrate", "sensitivity", "search"), lambda recipe: True, _identity, run, _writes)

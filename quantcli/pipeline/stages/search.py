@@ -1,0 +1,296 @@
+"""search: the fewest linears to roll back for a target, found by measuring the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.errors import RecipeError
+from quantcli.pipeline.batches import data_identity, texts_of
+from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.plan import fused_groups, make_plan
+from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.stages.quantize import quantize_blocks, write_store_manifest
+from quantcli.recipe import resolved_yaml
+from quantcli.recipe.schema import Recipe, TargetSection
+
+if TYPE_CHECKING:
+    from quantcli.evaluation.protocols import EvaluationText
+    from quantcli.evaluation.scores import Scores
+    from quantcli.formats.store import Store
+    from quantcli.pipeline.treatment import Phase
+    from quantcli.pipeline.trial import TrialModel
+
+RESULT = "found.json"
+RECIPE = "recipe.yaml"
+TRIALS = "trials.jsonl"
+STORES = ("base", "other")
+
+Group = tuple[str, ...]
+
+
+def _wanted(recipe: Recipe) -> bool:
+    return recipe.quantize.rollback.target is not None
+
+
+def _identity(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    perplexity = recipe.evaluate.perplexity if recipe.evaluate else None
+    return {
+        "quantize": recipe.quantize.model_dump(mode="json"),
+        "dtype": recipe.model.dtype,
+        "device": context.device,
+        "text": perplexity and data_identity(perplexity),
+        "formats": list(recipe.export.formats) if recipe.export else [],
+    }
+
+
+def run(context: Context, folder: StageFolder) -> None:
+    """Writes found.json (what is rolled back, and each measurement) and recipe.yaml, the same as a plain recipe."""
+    target = context.recipe.quantize.rollback.target
+    assert target is not None
+    groups = _ranked_groups(context)
+    started = time.perf_counter()
+    if target.size is not None:
+        chosen, facts = _within_size(context, groups, target.size * 1e9)
+    else:
+        chosen, facts = _by_trials(context, folder, groups, target)
+    for name in STORES:
+        shutil.rmtree(folder.path / name, ignore_errors=True)
+    names = [name for group in chosen for name in group]
+    why = f"rolled back to reach {_shown(target)}"
+    content = {
+        "target": target.model_dump(mode="json", exclude_none=True),
+        "rolled_back": dict.fromkeys(names, why),
+        "seconds": round(time.perf_counter() - started, 1),
+        **facts,
+    }
+    section = context.recipe.quantize.rollback
+    plain = section.model_copy(update={"names": (*section.names, *names), "target": None, "metric": None})
+    quantize = context.recipe.quantize.model_copy(update={"rollback": plain})
+    text = resolved_yaml(context.recipe.model_copy(update={"quantize": quantize}))
+    (folder.path / RECIPE).write_text(text, encoding="utf-8")
+    folder.add(folder.path / RECIPE)
+    write_json(folder.path / RESULT, content)
+    folder.add(folder.path / RESULT)
+    context.emit("found", rolled_back=len(names), recipe=str(folder.path / RECIPE), **facts)
+
+
+def settle(context: Context) -> None:
+    """Bring what was found into the plan."""
+    content = json.loads((context.folder(STAGE.name) / RESULT).read_text(encoding="utf-8"))
+    context.plan = make_plan(context.recipe, context.model, context.plan.structure, content["rolled_back"])
+
+
+def _ranked_groups(context: Context) -> list[Group]:
+    """What can be rolled back, most sensitive first: fused linears as one, unless siblings may part."""
+    content = json.loads((context.folder("sensitivity") / "sensitivity.json").read_text(encoding="utf-8"))
+    order = {entry["name"]: position for position, entry in enumerate(content["linears"])}
+    if context.recipe.quantize.rollback.siblings == "apart":
+        return [(name,) for name in order]
+    return sorted(fused_groups(context.plan.structure, order), key=lambda group: min(order[name] for name in group))
+
+
+def _within_size(context: Context, groups: Sequence[Group], room: float) -> tuple[list[Group], dict[str, Any]]:
+    """As many groups as the size allows, the most sensitive first; one that does not fit lets smaller ones pass."""
+    structure = context.plan.structure
+
+    def size(chosen: Sequence[Group]) -> int:
+        ranked = dict.fromkeys((name for group in chosen for name in group), "size")
+        return make_plan(context.recipe, context.model, structure, ranked).size_after
+
+    smallest = size([])
+    if smallest > room:
+        raise RecipeError(
+            f"quantize.rollback.target.size: nothing rolled back is {smallest / 1e9:.4g} GB already.",
+            "Allow more, or quantize to fewer bits.",
+        )
+    chosen: list[Group] = []
+    for group in groups:
+        if size([*chosen, group]) <= room:
+            chosen.append(group)
+    return chosen, {"size": size(chosen)}
+
+
+def _by_trials(
+    context: Context, folder: StageFolder, groups: Sequence[Group], target: TargetSection
+) -> tuple[list[Group], dict[str, Any]]:
+    """The smallest set of groups that meets the bound on all windows, found on the first `target.windows` of them."""
+    trials = _Trials(context, folder, target)
+    text = _text(context)
+    some = replace(text, windows=text.windows[: target.windows])
+    chosen = fewest(groups, lambda members: trials.meets(some, members), lambda: trials.left > 1)
+    if len(text.windows) > target.windows:
+        rest = [group for group in groups if group not in chosen]
+        while not trials.meets(text, chosen) and rest and trials.left:
+            chosen = [*chosen, rest.pop(0)]
+    scores = trials.measured(text, chosen)
+    if not trials.within(scores):
+        context.emit("warning", text=f"The target {_shown(target)} is not met after {trials.count} trials: "
+                     f"{scores}. Allow more evaluations, or another metric.")  # fmt: skip
+    return chosen, {"evaluations": trials.count, "measured": scores}
+
+
+def fewest(groups: Sequence[Group], meets: Callable[[Sequence[Group]], bool], more: Callable[[], bool]) -> list[Group]:
+    """A small set of groups, ranked most sensitive first, that `meets`; `more` says whether another trial is allowed.
+
+    Doubling, then bisection find the shortest beginning of the ranking that meets. What of it is not needed is then
+    taken out in ever smaller runs, the least sensitive and the largest first, as in delta debugging (Zeller and
+    Hildebrandt, IEEE TSE 28, 2002): a member that was ranked high may hurt little once others are out.
+    """
+    if not groups or meets([]):
+        return []
+    low, high = 0, 1
+    while high < len(groups) and more() and not meets(groups[:high]):
+        low, high = high, min(2 * high, len(groups))
+    while high - low > 1 and more():
+        middle = (low + high) // 2
+        low, high = (low, middle) if meets(groups[:middle]) else (middle, high)
+    chosen = list(groups[:high])
+    run = max(1, len(chosen) // 2)
+    while run and len(chosen) > 1:
+        end = len(chosen)
+        while end > 0 and more():
+            begin = max(0, end - run)
+            without = chosen[:begin] + chosen[end:]
+            if without and meets(without):
+                chosen = without
+            end = begin
+        if not more():
+            break
+        run //= 2
+    return chosen
+
+
+class _Trials:
+    """Measurements of sets of groups, each made once and kept in a file, so that an interrupted search goes on."""
+
+    def __init__(self, context: Context, folder: StageFolder, target: TargetSection) -> None:
+        self.context, self.folder, self.target = context, folder, target
+        self.file = folder.path / TRIALS
+        self.known: dict[str, dict[str, Any]] = {}
+        self.models: dict[int, TrialModel] = {}
+        if self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a killed run
+                self.known[self._key(entry["windows"], entry["rolled_back"])] = entry
+
+    @property
+    def count(self) -> int:
+        return len(self.known)
+
+    @property
+    def left(self) -> int:
+        return max(0, self.target.evaluations - self.count)
+
+    def meets(self, text: EvaluationText, groups: Sequence[Group]) -> bool:
+        return self.within(self.measured(text, groups))
+
+    def within(self, scores: Mapping[str, Any]) -> bool:
+        """Whether scores keep the bound; a perplexity that is not finite does not."""
+        name = "perplexity_increase" if self.target.perplexity_increase is not None else "kl_divergence"
+        found, bound = scores[name], getattr(self.target, name)
+        return found is not None and found <= bound
+
+    def measured(self, text: EvaluationText, groups: Sequence[Group]) -> dict[str, Any]:
+        names = sorted(name for group in groups for name in group)
+        key = self._key(len(text.windows), names)
+        if key not in self.known:
+            scores = self._model(text).measure(names)
+            entry = {"windows": len(text.windows), "rolled_back": names, **_facts(scores)}
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.known[key] = entry
+            self.context.emit("trial", number=self.count, windows=entry["windows"], rolled_back=len(names),
+                              perplexity_increase=entry["perplexity_increase"],
+                              kl_divergence=entry["kl_divergence"])  # fmt: skip
+        entry = self.known[key]
+        return {name: entry[name] for name in ("perplexity_increase", "kl_divergence")}
+
+    def _model(self, text: EvaluationText) -> TrialModel:
+        from quantcli.pipeline.trial import TrialModel
+
+        if len(text.windows) not in self.models:
+            base, other = _stores(self.context, self.folder)
+            self.models = {len(text.windows): TrialModel(self.context, base, other, text, _phase(self.context))}
+        return self.models[len(text.windows)]
+
+    @staticmethod
+    def _key(windows: int, names: Sequence[str]) -> str:
+        return f"{windows} {' '.join(sorted(names))}"
+
+
+def _facts(scores: Scores) -> dict[str, Any]:
+    values = {"perplexity_increase": scores.increase, "kl_divergence": scores.kl_divergence}
+    return {
+        name: float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
+        for name, value in values.items()
+    }
+
+
+def _stores(context: Context, folder: StageFolder) -> tuple[Store, Store | None]:
+    """Codes of every linear under its scheme, and under the scheme of rolled-back ones, if that is not float."""
+    from quantcli.formats.store import Store
+
+    found: list[Store | None] = []
+    for name in STORES:
+        if name == "other" and context.recipe.quantize.rollback.to == "float":
+            found.append(None)
+            continue
+        path = folder.path / name
+        path.mkdir(exist_ok=True)
+        if not (path / "manifest.json").is_file():
+            plan = context.plan
+            if name == "other":
+                every = dict.fromkeys(plan.treatments, "trial")
+                plan = make_plan(context.recipe, context.model, plan.structure, every)
+            inner = replace(context, plan=plan, listener=None)
+            quantize_blocks(inner, path, Path.exists, lambda _file, _digest: None)
+            write_store_manifest(inner, path)
+        found.append(Store(path))
+    base, other = found
+    assert base is not None
+    return base, other
+
+
+def _text(context: Context) -> EvaluationText:
+    from quantcli.evaluation.protocols import evaluation_windows
+
+    assert context.recipe.evaluate is not None
+    section = context.recipe.evaluate.perplexity
+    assert section is not None
+    return evaluation_windows(
+        texts_of(section), context.tokenizer(), section.protocol, section.sequence_length, section.windows
+    )
+
+
+def _phase(context: Context) -> Phase:
+    assert context.recipe.evaluate is not None
+    assert context.recipe.evaluate.perplexity is not None
+    return context.recipe.evaluate.perplexity.phase
+
+
+def _shown(target: TargetSection) -> str:
+    if target.size is not None:
+        return f"{target.size:g} GB"
+    if target.perplexity_increase is not None:
+        return f"a perplexity increase of {target.perplexity_increase:.3g}"
+    return f"a KL divergence of {target.kl_divergence:g}"
+
+
+def _writes(context: Context) -> tuple[str, ...]:
+    return (RESULT, RECIPE, TRIALS, *(f"{name}/*" for name in STORES))
+
+
+STAGE = Stage(
+    "search", ("calibrate", "sensitivity"), _wanted, _identity, run, _writes, guards=("check",), settle=settle
+)

@@ -1,0 +1,109 @@
+"""select: leave out the calibration samples whose output quantization changes most."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quantcli.pipeline.batches import batched, data_identity
+from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.plan import needs_calibration
+from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.samples import SELECTION, calibration_samples
+from quantcli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantcli.calibration.tokens import TokenSet
+
+
+def _wanted(recipe: Recipe) -> bool:
+    return recipe.calibration is not None and recipe.calibration.drop_outliers > 0 and needs_calibration(recipe)
+
+
+def _identity(context: Context) -> dict[str, Any]:
+    assert context.recipe.calibration is not None
+    return {
+        "calibration": data_identity(context.recipe.calibration),
+        "quantize": context.recipe.quantize.model_dump(mode="json"),
+        "dtype": context.recipe.model.dtype,
+        "device": context.device,
+    }
+
+
+def run(context: Context, folder: StageFolder) -> None:
+    """Writes selection.json: the samples kept, and for each the KL divergence of its quantized from its float logits,
+    nats a token. Quantized are weights and inputs as the plan has it, with what all samples together show."""
+    from quantcli.calibration.selection import keep_samples
+
+    section = context.recipe.calibration
+    assert section is not None
+    found = calibration_samples(context, every=True)
+    differences = _differences(context, found)
+    kept = keep_samples(differences, section.drop_outliers)
+    dropped = len(differences) - len(kept)
+    context.emit("note", text=f"{dropped} of {len(differences)} calibration samples are dropped: quantization changes "
+                 "their output most.")  # fmt: skip
+    content = {"kept": kept, "differences": [float(f"{value:.6g}") for value in differences]}
+    write_json(folder.path / SELECTION, content)
+    folder.add(folder.path / SELECTION)
+
+
+def _differences(context: Context, found: TokenSet) -> list[float]:
+    from quantcli.calibration.statistics import InputStatistics
+    from quantcli.evaluation.scores import WindowScores
+    from quantcli.evaluation.simulate import simulated
+    from quantcli.model.stream import BlockStream
+    from quantcli.model.workers import linear_workers
+    from quantcli.pipeline.treatment import WeightSource, replacement
+
+    batches = batched(found.samples)
+    stream = BlockStream(context.skeleton(), batches)
+    exact = list(stream.start())
+    rounded = list(exact)
+    source = WeightSource(context)
+    dtype = stream.skeleton.dtype
+    for index, block in enumerate(context.plan.structure.blocks):
+        statistics = {shared.name: InputStatistics(shared.width, context.device) for shared in block.inputs}
+        of = {name: shared.name for shared in block.inputs for name in shared.linears}
+        with stream.block(index) as module:
+            handles = [
+                module.get_submodule(name.removeprefix(f"{block.name}.")).register_forward_pre_hook(
+                    lambda _module, args, kwargs, _seen=seen: _seen.update(args[0] if args else kwargs["input"]),
+                    with_kwargs=True,
+                )
+                for name, seen in statistics.items()
+            ]
+            exact = [stream.run(index, batch, hidden) for batch, hidden in enumerate(exact)]
+            for handle in handles:
+                handle.remove()
+
+            def seen_by(name: str) -> dict[str, Tensor]:
+                return statistics[of[name]].to_tensors()  # noqa: B023
+
+            with linear_workers(context.device) as workers:
+                jobs = source.submit(workers, index, seen_by, with_inputs=True)
+                stored = {name: job.result()[0] for name, job in jobs.items()}
+            replaced = {
+                name.removeprefix(f"{block.name}."): replacement(
+                    entry, context.plan.treatments[name].scheme.activations, dtype, context.device, "decode"
+                )
+                for name, entry in stored.items()
+            }
+            with simulated(module, replaced):
+                rounded = [stream.run(index, batch, hidden) for batch, hidden in enumerate(rounded)]
+        context.emit("block", index=index, of=context.blocks, seconds=0.0)
+    differences = []
+    with stream.head():
+        for batch, tokens in enumerate(batches):
+            for sample in range(tokens.shape[0]):
+                window = WindowScores()
+                both = [stream.logits(hidden[batch][sample : sample + 1, :-1]) for hidden in (exact, rounded)]
+                for (positions, of_float), (_, of_quantized) in zip(*both, strict=True):
+                    labels = tokens[sample, 1:][positions].to(of_float.device)
+                    window.add(of_float[0], of_quantized[0], labels, None)
+                differences.append(window.kl / max(1, window.tokens))
+    return differences
+
+
+STAGE = Stage("select", (), _wanted, _identity, run, lambda _: (SELECTION,), guards=("check",))

@@ -1,0 +1,231 @@
+"""sensitivity: rank the linears by how much quantization hurts them, and roll the first of them back."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantcli.pipeline.batches import batched
+from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.plan import fused_groups, make_plan
+from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.samples import calibration_samples
+from quantcli.pipeline.stages.calibrate import read_statistics
+from quantcli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from quantcli.evaluation.simulate import Int8Weights
+    from quantcli.model.structure import Block
+
+RESULT = "sensitivity.json"
+HIDDEN = "hidden"
+OF_INPUTS = ("range_parm", "kurtosis", "quantile")
+OF_OUTPUTS = ("output_error", "block_error")
+TOKENS = 4096
+"""Calibration tokens on which errors of outputs are measured; what is known of inputs comes from all of them."""
+
+
+def _wanted(recipe: Recipe) -> bool:
+    return recipe.quantize.rollback.ranks
+
+
+def _identity(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    return {
+        "quantize": recipe.quantize.model_dump(mode="json"),
+        "dtype": recipe.model.dtype,
+        "device": context.device,
+        "outputs": _measures_outputs(context),
+    }
+
+
+def _measures_outputs(context: Context) -> bool:
+    return context.ranking or context.recipe.quantize.rollback.ranked_by in OF_OUTPUTS
+
+
+def run(context: Context, folder: StageFolder) -> None:
+    """Writes sensitivity.json: the metrics of every quantized linear, most sensitive first, and what is rolled back.
+
+    range_parm, kurtosis and quantile describe the input (`InputStatistics`). output_error is the relative squared error
+    of the linear's output under its scheme, ‖ŷ − y‖² / ‖y‖²; block_error the mean over tokens of that of its block's
+    output, with the linear and those that are fused with it quantized and the rest in float.
+    """
+    names = list(context.plan.treatments)
+    rows: dict[str, dict[str, float]] = {name: _of_input(context, name) for name in names}
+    if _measures_outputs(context):
+        for name, errors in _of_outputs(context, folder).items():
+            rows[name] |= errors
+    section = context.recipe.quantize.rollback
+    metric = section.ranked_by
+    ranking = sorted(names, key=lambda name: -_comparable(rows[name].get(metric)))
+    level = section.level
+    if level > len(ranking):
+        context.emit("warning", text=f"quantize.rollback.level is {level}, and {len(ranking)} linears are quantized: "
+                     "all of them are rolled back.")  # fmt: skip
+    chosen = ranking[:level]
+    content = {
+        "metric": metric,
+        "linears": [{"name": name, **rows[name]} for name in ranking],
+        "rolled_back": {name: f"rolled back by {metric} {rows[name][metric]:.4g}" for name in chosen},
+    }
+    for name in names:
+        context.emit("sensitivity", module=name, **rows[name])
+    write_json(folder.path / RESULT, content)
+    folder.add(folder.path / RESULT)
+
+
+def _comparable(value: float | None) -> float:
+    return -math.inf if value is None or math.isnan(value) else value
+
+
+def settle(context: Context) -> None:
+    """Bring the linears that are rolled back into the plan."""
+    content = json.loads((context.folder(STAGE.name) / RESULT).read_text(encoding="utf-8"))
+    if context.recipe.quantize.rollback.target is None:
+        context.plan = make_plan(context.recipe, context.model, context.plan.structure, content["rolled_back"])
+
+
+def _of_input(context: Context, name: str) -> dict[str, float]:
+    from quantcli.quant.observers import kurtosis, quantile_score
+
+    seen = read_statistics(context, name) if name in _observed(context) else {}
+    if not seen:
+        return {}
+    largest = max(abs(float(seen["minimum"].min())), abs(float(seen["maximum"].max())))
+    found = {
+        "range_parm": float(seen["range_parm"]),
+        "kurtosis": kurtosis(seen["value_counts"]),
+        "quantile": quantile_score(seen["value_counts"], largest),
+    }
+    return {key: float(f"{value:.6g}") for key, value in found.items()}
+
+
+def _observed(context: Context) -> set[str]:
+    """Linears whose input the calibrate stage saw; the head is one only if its scheme needs it."""
+    content = json.loads((context.folder("calibrate") / "manifest.json").read_text(encoding="utf-8"))
+    return set(content["linears"])
+
+
+def _of_outputs(context: Context, folder: StageFolder) -> dict[str, dict[str, float]]:
+    """output_error and block_error of each linear of the blocks; a block at a time, resumable between blocks."""
+    from quantcli.model.hidden import HiddenCache
+    from quantcli.model.stream import BlockStream
+
+    samples, taken = [], 0
+    for sample in calibration_samples(context).samples:
+        if taken and taken + len(sample) > TOKENS:
+            break
+        samples.append(sample[:TOKENS])
+        taken += len(sample)
+    stream = BlockStream(context.skeleton(), batched(samples))
+    cache = HiddenCache(folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype)
+    done = cache.resume()
+    parts = [folder.path / _part(index) for index in range(context.blocks)]
+    if done is not None and not all(part.name in folder.files for part in parts[:done]):
+        done = None
+    for index in range(stream.enter(cache, done), context.blocks):
+        started = time.perf_counter()
+        errors = _block_errors(context, stream, cache, index)
+        write_json(parts[index], errors)
+        folder.add(parts[index])
+        cache.commit(index + 1)
+        context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
+    cache.clear()
+    found: dict[str, dict[str, float]] = {}
+    for part in parts:
+        found |= json.loads(part.read_text(encoding="utf-8"))
+    return found
+
+
+def _block_errors(context: Context, stream: Any, cache: Any, index: int) -> dict[str, dict[str, float]]:
+    import torch
+
+    from quantcli.evaluation.simulate import simulated
+    from quantcli.model.workers import linear_workers
+    from quantcli.pipeline.treatment import WeightSource, replacement
+
+    block: Block = context.plan.structure.blocks[index]
+    source = WeightSource(context)
+    with linear_workers(context.device) as workers:
+        jobs = source.submit(workers, index, lambda name: read_statistics(context, name), with_inputs=True)
+        stored = {name: job.result()[0] for name, job in jobs.items()}
+    replaced = {
+        name: replacement(
+            entry, context.plan.treatments[name].scheme.activations, stream.skeleton.dtype, context.device, "decode"
+        )
+        for name, entry in stored.items()
+    }
+    errors: dict[str, dict[str, float]] = {name: {} for name in stored}
+    with stream.block(index) as module, torch.inference_mode():
+        exact = []
+        with _output_errors(module, block, replaced, errors):
+            for batch in range(len(stream.batches)):
+                exact.append(stream.run(index, batch, cache.get(batch)))
+                cache.put(batch, exact[-1])
+        for group in fused_groups(context.plan.structure, stored):
+            lost, tokens = 0.0, 0
+            with simulated(module, {name.removeprefix(f"{block.name}."): replaced[name] for name in group}):
+                for batch, wanted in enumerate(exact):
+                    output = stream.run(index, batch, cache.get(batch))
+                    lost += float(_relative(output, wanted).sum())
+                    tokens += wanted.shape[0] * wanted.shape[1]
+            for name in group:
+                errors[name]["block_error"] = float(f"{lost / tokens:.6g}")
+    return errors
+
+
+@contextmanager
+def _output_errors(
+    module: nn.Module,
+    block: Block,
+    replaced: Mapping[str, Int8Weights | Tensor],
+    errors: dict[str, dict[str, float]],
+) -> Iterator[None]:
+    """While the body runs the block, compare what each linear puts out with what it would put out quantized."""
+    from quantcli.evaluation.simulate import forward_of
+
+    sums = {name: [0.0, 0.0] for name in replaced}
+    handles = []
+    for name, how in replaced.items():
+        linear = module.get_submodule(name.removeprefix(f"{block.name}."))
+        quantized = forward_of(linear, how)
+
+        def hook(
+            _module: nn.Module, args: tuple[Any, ...], output: Tensor, _quantized: Any = quantized, _name: str = name
+        ) -> None:
+            wanted = output.float()
+            sums[_name][0] += float((_quantized(args[0]).float() - wanted).square().sum(dtype=wanted.dtype))
+            sums[_name][1] += float(wanted.square().sum())
+
+        handles.append(linear.register_forward_hook(hook))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, (lost, whole) in sums.items():
+        errors[name]["output_error"] = float(f"{lost / whole:.6g}") if whole else 0.0
+
+
+def _relative(output: Tensor, wanted: Tensor) -> Tensor:
+    """‖output − wanted‖² / ‖wanted‖² of every token."""
+    exact = wanted.float()
+    norm = exact.square().sum(-1)
+    return (output.float() - exact).square().sum(-1) / norm.clamp(min=1e-30)
+
+
+def _part(index: int) -> str:
+    return f"block-{index:05d}.json"
+
+
+def _writes(context: Context) -> tuple[str, ...]:
+    return (RESULT, *(_part(index) for index in range(context.blocks)), f"{HIDDEN}/*")
+
+
+STAGE = Stage("sensitivity", ("calibrate",), _wanted, _identity, run, _writes, settle=settle)

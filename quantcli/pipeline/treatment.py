@@ -1,0 +1,181 @@
+"""A plan's treatment carried out on one linear, and the result put in the linear's place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from quantcli.errors import ModelError
+from quantcli.pipeline.context import Context
+from quantcli.pipeline.plan import Treatment
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    import torch
+    from torch import Tensor
+
+    from quantcli.evaluation.simulate import Int8Weights
+    from quantcli.formats.store import StoredLinear
+    from quantcli.quant.grid import WeightGrid
+    from quantcli.quant.observers import Observed
+
+    Facts = dict[str, Any]
+    Jobs = dict[str, Future[tuple[StoredLinear, Facts]]]
+
+Statistics = Mapping[str, "Tensor"]
+"""What `InputStatistics.to_tensors` gives of a linear's input."""
+StatisticsOf = Callable[[str], Statistics]
+
+
+class WeightSource:
+    """The float weights of a context's linears, and what the plan makes of each."""
+
+    def __init__(self, context: Context) -> None:
+        from quantcli.model.checkpoint import Checkpoint
+        from quantcli.model.names import weight_tensors
+
+        self.context = context
+        self.checkpoint = Checkpoint(context.model)
+        trust = context.recipe.model.trust_remote_code
+        self.names = weight_tensors(
+            context.model, context.plan.structure, self.checkpoint.entries, trust_remote_code=trust
+        )
+        self.by_block: dict[int, list[str]] = {}
+        for name, (block, _) in context.plan.schemes.items():
+            self.by_block.setdefault(block, []).append(name)
+
+    def read(self, name: str) -> Tensor:
+        """The float weight [out, in] on the device."""
+        weight = self.checkpoint.read([self.names[name]])[self.names[name]]
+        return (weight.t().contiguous() if self.context.linears[name].transposed else weight).to(self.context.device)
+
+    def submit(self, workers: ThreadPoolExecutor, index: int, statistics: StatisticsOf, with_inputs: bool) -> Jobs:
+        """One job for each planned linear of a block: its stored form, and facts. `statistics` is asked for a linear
+        that needs them; without `with_inputs`, static input scales are left to others."""
+        # the largest first, so that no worker is left alone with it
+        names = sorted(self.by_block.get(index, []), key=lambda name: -self.context.linears[name].weights)
+        jobs = {name: workers.submit(self.quantize, name, statistics, with_inputs) for name in names}
+        return {name: jobs[name] for name in self.by_block.get(index, [])}
+
+    def quantize(self, name: str, statistics: StatisticsOf, with_inputs: bool) -> tuple[StoredLinear, Facts]:
+        treatment = self.context.plan.treatments[name]
+        needs = treatment.weights.importance != "none" or (with_inputs and treatment.scheme.observed)
+        seen = statistics(name) if needs else None
+        dtype = self.context.plan.structure.dtype
+        stored, facts = quantize_weight(name, self.read(name), treatment, dtype, seen)
+        if with_inputs and treatment.scheme.observed:
+            assert seen is not None
+            scale, zero, ranges = input_parameters(observed_of(seen), treatment)
+            stored, facts = with_input(stored, scale, zero), facts | ranges
+        return stored, facts
+
+
+def quantize_weight(
+    name: str, weight: Tensor, treatment: Treatment, dtype: str, statistics: Statistics | None
+) -> tuple[StoredLinear, dict[str, Any]]:
+    """Codes and scales of a weight [out, in], on the CPU, and the facts that events.jsonl keeps of them.
+
+    `dtype` is the model's. Raises ModelError, with the module, for weights that are not finite.
+    """
+    import torch
+
+    from quantcli.formats.store import StoredLinear
+    from quantcli.quant.grid import QuantizedWeight
+    from quantcli.quant.methods import WEIGHT_METHODS, weight_error
+    from quantcli.recipe.schema import SPARSE_METHODS
+
+    low, high = torch.aminmax(weight)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ModelError(f"{name}.weight holds values that are not finite.", "The checkpoint is damaged; get it again.")
+    section = treatment.weights
+    importance = None
+    if section.importance == "second_moment":
+        assert statistics is not None
+        importance = statistics["second_moment"].to(weight.device)
+    method: Callable[..., QuantizedWeight] = WEIGHT_METHODS[section.method]
+    if section.method in SPARSE_METHODS:
+        method = partial(method, fraction=section.fraction, sigma_factor=section.sigma_factor)
+    codes, scale, zero_point = method(weight, _grid(treatment, dtype), importance)
+    quantized = QuantizedWeight(codes.cpu(), scale.cpu(), None if zero_point is None else zero_point.cpu())
+    facts: dict[str, Any] = {"scale_max": _short(scale.abs().max().item())}
+    if section.method != "minmax":
+        facts["error"] = _short(weight_error(weight, QuantizedWeight(codes, scale, zero_point), importance))
+    if low == high == 0:
+        facts["zero"] = True
+    return StoredLinear(quantized), facts
+
+
+def input_parameters(observed: Observed, treatment: Treatment) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+    """Scale float32 [1] and zero point int8 [1] (None if symmetric) of a static input, and facts about its range."""
+    from quantcli.quant.activation import static_parameters
+    from quantcli.quant.observers import activation_range
+
+    section = treatment.activations
+    low, high = activation_range(
+        observed,
+        section.method,
+        symmetric=section.symmetric,
+        aggregation=section.aggregation,
+        percentile=section.percentile,
+    )
+    scale, zero = static_parameters(low, high, section.symmetric)
+    facts = {"input_min": _short(low), "input_max": _short(high), "range_parm": _short(observed.range_parm)}
+    return scale, None if section.symmetric else zero, facts
+
+
+def observed_of(statistics: Statistics) -> Observed:
+    """What the calibrate stage stored of an input, as the range methods take it."""
+    from quantcli.quant.observers import Observed
+
+    return Observed(
+        statistics["sample_minimum"],
+        statistics["sample_maximum"],
+        statistics.get("value_counts"),
+        float(statistics["range_parm"]),
+    )
+
+
+def with_input(stored: StoredLinear, scale: Tensor, zero_point: Tensor | None) -> StoredLinear:
+    from quantcli.formats.store import StoredLinear
+
+    return StoredLinear(stored.weight, scale.cpu(), None if zero_point is None else zero_point.cpu())
+
+
+Phase = Literal["prefill", "decode"]
+
+
+def replacement(
+    stored: StoredLinear, mode: str, dtype: torch.dtype, device: torch.device | str, phase: Phase
+) -> Int8Weights | Tensor:
+    """What `evaluation.simulate.simulated` puts in the place of a linear: int8 products, or the dequantized weight.
+
+    `mode` is `Scheme.activations`; of a `mix`, prompts (`prefill`) have dynamic scales, decoding static ones.
+    """
+    from quantcli.evaluation.simulate import Int8Weights
+    from quantcli.quant.grid import QuantizedWeight, dequantize
+
+    if mode == "none":
+        codes, scale, zero_point = (None if part is None else part.to(device) for part in stored.weight)
+        assert codes is not None
+        assert scale is not None
+        return dequantize(QuantizedWeight(codes, scale, zero_point), dtype)
+    static = mode == "static" or (mode == "mix" and phase == "decode")
+    parts = (stored.input_scale, stored.input_zero_point) if static else (None, None)
+    on_device = [None if part is None else part.to(device) for part in parts]
+    return Int8Weights(stored.weight.codes.to(device), stored.weight.scale.float().to(device), *on_device)
+
+
+def _grid(treatment: Treatment, dtype: str) -> WeightGrid:
+    import torch
+
+    from quantcli.quant.grid import WeightGrid
+
+    scheme = treatment.scheme
+    scale_dtype = getattr(torch, scheme.scale_dtype(dtype))
+    return WeightGrid(scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size, scale_dtype)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

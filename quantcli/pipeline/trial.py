@@ -1,0 +1,122 @@
+"""Measuring the model with some linears rolled back, many times over: the trials of an automatic rollback."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.evaluation.protocols import EvaluationText
+from quantcli.evaluation.scores import Scores, WindowScores, summarize
+from quantcli.evaluation.simulate import Int8Weights, simulated
+from quantcli.formats.store import Store
+from quantcli.model.stream import BlockStream
+from quantcli.pipeline.attention import attention_as_stored
+from quantcli.pipeline.batches import batched
+from quantcli.pipeline.context import Context
+from quantcli.pipeline.treatment import Phase, replacement
+
+PATHS_BYTES = 1 << 30
+"""Bound on the kept hidden states of earlier trials, by which a trial begins at the first block that differs."""
+
+
+@dataclass(frozen=True)
+class _Path:
+    """The hidden states that entered each block when these linears were rolled back."""
+
+    rolled_back: frozenset[str]
+    entered: list[list[Tensor]]
+
+
+class TrialModel:
+    """The float model and its quantized form over some windows of text.
+
+    `base` holds the quantized linears, `other` what rolled-back ones become (None: float). Linears are replaced in the
+    float model, block by block, as an engine computes them.
+    """
+
+    def __init__(self, context: Context, base: Store, other: Store | None, text: EvaluationText, phase: Phase) -> None:
+        self.context = context
+        self.base, self.other, self.text, self.phase = base, other, text, phase
+        self.batches = batched(text.windows)
+        self.stream = BlockStream(context.skeleton(), self.batches)
+        self.entered = list(self.stream.start())
+        self.paths: list[_Path] = []
+        self.exact = self._float_logits_states()
+
+    def measure(self, rolled_back: Collection[str]) -> Scores:
+        """Scores of the model with these linears rolled back against the float model."""
+        hidden = self._through(frozenset(rolled_back))
+        scores = []
+        with self.stream.head():
+            for index, batch in enumerate(self.batches):
+                for sample in range(batch.shape[0]):
+                    window = WindowScores()
+                    states = (self.exact[index], hidden[index])
+                    both = [self.stream.logits(each[sample : sample + 1, :-1]) for each in states]
+                    for (positions, of_float), (_, of_quantized) in zip(*both, strict=True):
+                        labels = batch[sample, 1:][positions].to(of_float.device)
+                        window.add(of_float[0], of_quantized[0], labels, self.text.masked_token)
+                    scores.append(window)
+        return summarize(scores, quantized=True)
+
+    def _float_logits_states(self) -> list[Tensor]:
+        hidden = self.entered
+        for index in range(self.context.blocks):
+            with self.stream.block(index):
+                hidden = [self.stream.run(index, batch, states) for batch, states in enumerate(hidden)]
+        return hidden
+
+    def _through(self, rolled_back: frozenset[str]) -> list[Tensor]:
+        """The hidden states that leave the last block."""
+        begin, hidden, entered = self._known(rolled_back)
+        for index in range(begin, self.context.blocks):
+            entered.append(hidden)
+            with self._block(index, rolled_back):
+                hidden = [self.stream.run(index, batch, states) for batch, states in enumerate(hidden)]
+        self._keep(_Path(rolled_back, entered))
+        return hidden
+
+    def _known(self, rolled_back: frozenset[str]) -> tuple[int, list[Tensor], list[list[Tensor]]]:
+        """The furthest block whose input an earlier trial had too, that input, and those of the blocks before."""
+        best: tuple[int, list[Tensor], list[list[Tensor]]] = (0, self.entered, [])
+        for path in self.paths:
+            differing = path.rolled_back ^ rolled_back
+            first = min((self.base.blocks[name] for name in differing), default=self.context.blocks - 1)
+            first = min(first, len(path.entered) - 1)
+            if first > best[0]:
+                best = (first, path.entered[first], path.entered[:first])
+        return best
+
+    def _keep(self, path: _Path) -> None:
+        size = sum(states.nbytes for states in self.entered) * self.context.blocks
+        room = max(1, PATHS_BYTES // max(1, size))
+        if size > PATHS_BYTES:
+            return
+        self.paths = [p for p in self.paths if p.rolled_back != path.rolled_back]
+        self.paths = [path, *self.paths][:room]
+
+    @contextmanager
+    def _block(self, index: int, rolled_back: frozenset[str]) -> Iterator[nn.Module]:
+        skeleton = self.stream.skeleton
+        path = skeleton.blocks[index]
+        replaced: dict[str, Int8Weights | Tensor] = {}
+        for name, block in self.base.blocks.items():
+            store = self.other if name in rolled_back else self.base
+            if block == index and store is not None:
+                mode = store.schemes[name].activations
+                how = replacement(store.read(name), mode, skeleton.dtype, skeleton.device, self.phase)
+                replaced[name.removeprefix(f"{path}.")] = how
+        left_out = {f"{path}.{name}.weight" for name in replaced}
+        modules = [module for module, block in self.base.attention_modules.items() if block == index]
+        attention = {module: self.base.read_attention(module) for module in modules}
+        with (
+            torch.inference_mode(),
+            self.stream.block(index, left_out=left_out) as module,
+            simulated(module, replaced),
+            attention_as_stored(module, path, self.base.attention, attention),
+        ):
+            yield module
