@@ -7,8 +7,9 @@ The steps are those of the pipeline, without its run directory: structure, codes
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ import transformers
 from tiny_models import save_tiny_model, token_batches
 from torch import Tensor, nn
 
-from quantcli.formats import compressed_tensors
-from quantcli.formats.export import Source, export_checkpoint
+from quantcli.formats.export import Source, export_checkpoint, tied_head
 from quantcli.formats.reader import QuantizedCheckpoint
 from quantcli.formats.store import Store, StoredLinear, write_block, write_manifest
+from quantcli.formats.table import FORMATS
 from quantcli.formats.verify import Verified, verify_checkpoint
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.discovery import discover
@@ -29,7 +30,7 @@ from quantcli.model.structure import Linear, Structure
 from quantcli.quant.activation import static_parameters
 from quantcli.quant.grid import QuantizedWeight, WeightGrid
 from quantcli.quant.methods import WEIGHT_METHODS
-from quantcli.quant.scheme import Scheme
+from quantcli.quant.scheme import AttentionScheme, Scheme
 
 WEIGHT_ONLY = {
     "W8A16": Scheme(8),
@@ -63,20 +64,24 @@ class Export:
     structure: Structure
     store: Store
     source: Source
+    form: str = "compressed-tensors"
 
     @property
     def linears(self) -> dict[str, Linear]:
-        return {linear.name: linear for linear in self.structure.linears()}
+        return {linear.name: linear for linear in self.structure.matrices()}
 
     def reader(self) -> QuantizedCheckpoint:
         return QuantizedCheckpoint(self.folder, self.linears, self.source.weights)
 
     def verify(self) -> Verified:
-        return verify_checkpoint(self.folder, self.store, self.source.checkpoint, self.source.weights, self.source.cast)
+        source = self.source
+        return verify_checkpoint(
+            self.folder, self.store, source.checkpoint, source.weights, source.cast, self.form, source.tied
+        )
 
     def write(self, folder: Path) -> list[Path]:
         """Export once more, elsewhere; the files in the order in which they were finished."""
-        written = export_checkpoint(folder, compressed_tensors, self.store, self.source, self.linears)
+        written = export_checkpoint(folder, FORMATS[self.form], self.store, self.source, self.linears)
         return [file for file, _ in written]
 
 
@@ -88,31 +93,54 @@ def export_tiny(
     dtype: torch.dtype = torch.float32,
     cast: str | None = None,
     kept: Collection[str] = (),
+    others: Mapping[str, Scheme] | None = None,
+    attention: AttentionScheme | None = None,
+    form: str = "compressed-tensors",
     with_tokenizer: bool = False,
     **changes: Any,
 ) -> Export:
-    """A random model of `family` under `place`, all its decoder linears but `kept` quantized by min-max."""
+    """A random model of `family` under `place`, all its decoder linears but `kept` quantized by min-max.
+
+    `others` maps patterns of names to schemes in the place of `scheme`, the first that fits; the head is quantized if
+    one of them fits it. `attention` gets scales from a random generator.
+    """
     if family != "gpt2":
         changes = {"ffn_dim" if family == "opt" else "intermediate_size": 128, **changes}
     model = save_tiny_model(family, place / "model", dtype=dtype, with_tokenizer=with_tokenizer, **changes)
     structure = discover(model, dtype=cast or "auto")
     checkpoint = Checkpoint(model)
     weights = weight_tensors(model, structure, checkpoint.entries)
-    ranges = _input_ranges(model) if scheme.activations == "static" else {}
+    ranges = _input_ranges(model) if any(s.observed for s in (scheme, *(others or {}).values())) else {}
+    reasons = dict.fromkeys(kept, "asked for")
     schemes = {}
-    for index, block in enumerate(structure.blocks):
+    modules: dict[str, int] = {}
+    blocks = [block.linears for block in structure.blocks]
+    head = structure.head_linear
+    if head is not None and any(fnmatchcase(head.name, pattern) for pattern in others or {}):
+        blocks.append((head,))
+    elif structure.head:
+        reasons[structure.head] = "output head"
+    place.joinpath("store").mkdir(parents=True, exist_ok=True)
+    for index, linears in enumerate(blocks):
         stored = {}
-        for linear in block.linears:
+        for linear in linears:
             if linear.name not in kept:
                 weight = checkpoint.read([weights[linear.name]])[weights[linear.name]]
-                stored[linear.name] = _quantize(weight, scheme, structure.dtype, ranges.get(linear.name))
-                schemes[linear.name] = (index, scheme)
-        place.joinpath("store").mkdir(parents=True, exist_ok=True)
-        write_block(place / "store", index, stored)
-    reasons = dict.fromkeys(kept, "asked for") | ({structure.head: "output head"} if structure.head else {})
-    write_manifest(place / "store", structure.dtype, schemes, reasons)
-    source = Source(checkpoint, weights, getattr(torch, cast) if cast else None)
-    made = Export(place / "export", model, structure, Store(place / "store"), source)
+                own = next((s for pattern, s in (others or {}).items() if fnmatchcase(linear.name, pattern)), scheme)
+                stored[linear.name] = _quantize(
+                    weight, own, structure.dtype, ranges[linear.name] if own.observed else None
+                )
+                schemes[linear.name] = (index, own)
+        caches = {
+            linear.name.rpartition(".")[0]: _attention_parts(linear.out_features, attention)
+            for linear in linears
+            if attention is not None and linear.name.endswith(".k_proj")
+        }
+        write_block(place / "store", index, stored, caches)
+        modules |= dict.fromkeys(caches, index)
+    write_manifest(place / "store", structure.dtype, schemes, reasons, attention, modules)
+    source = Source(checkpoint, weights, getattr(torch, cast) if cast else None, tied_head(structure, checkpoint))
+    made = Export(place / "export", model, structure, Store(place / "store"), source, form)
     made.write(made.folder)
     return made
 
@@ -125,6 +153,20 @@ def _quantize(weight: Tensor, scheme: Scheme, dtype: str, seen: tuple[float, flo
         return StoredLinear(quantized)
     scale, zero = static_parameters(*seen, scheme.activations_symmetric)
     return StoredLinear(quantized, scale, None if scheme.activations_symmetric else zero)
+
+
+def _attention_parts(width: int, attention: AttentionScheme) -> dict[str, Tensor]:
+    """Scales of keys and values with `width` channels, in heads of 16; as many heads of queries again."""
+    if attention.heads:
+        return {
+            f"fa_{x}_scale": torch.rand(heads * width // 16, 1) + 0.01
+            for x, heads in zip("qkv", (2, 1, 1), strict=True)
+        }
+    size = 1 if attention.kv == "fp8" else width
+    parts = {f"{x}_scale": torch.rand(size) + 0.01 for x in "kv"}
+    if not attention.kv_symmetric:
+        parts |= {f"{x}_offset": torch.randint(-128, 128, (size,)).float() for x in "kv"}
+    return parts
 
 
 def _input_ranges(directory: Path) -> dict[str, tuple[float, float]]:

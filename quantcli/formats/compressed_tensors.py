@@ -3,30 +3,42 @@
 With quantized activations (`int-quantized`): X.weight int8 [out, in], X.weight_scale float32 [out, 1] or [1], and for
 static ones X.input_scale float32 [1] and, if asymmetric, X.input_zero_point int8 [1]. Weights alone (`pack-quantized`):
 X.weight_packed int32 [out, in·bits/32], X.weight_scale in the model's dtype, X.weight_zero_point int32 packed along the
-output, X.weight_shape int64 [2].
+output, X.weight_shape int64 [2]. An fp8 cache of attention A: A.k_scale and A.v_scale float32 [1].
+
+quantization_config has a group of linears a scheme. With one scheme its target is the class, `Linear`; with several
+each group names its modules in full, which vLLM and transformers read alike. vLLM finds the linears that it joins
+(q/k/v, gate/up) by the names of their parts, and translates names to those of its own modules, but not regular
+expressions; earlier versions take a class before such parts. Its output head is no `Linear`: the head is always named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
+from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear
-from quantcli.quant.scheme import Scheme
+from quantcli.quant.scheme import AttentionScheme, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantcli.formats.store import StoredLinear
+    from quantcli.formats.store import Store, StoredLinear
 
 NAME = "compressed-tensors"
+STEM = "model"
+WRITES_TIED_HEAD = False
 
 
 def refusal(linear: Linear, scheme: Scheme) -> str:
     """Why this format cannot hold the linear under the scheme; empty when it can."""
     if linear.transposed:
         return "describes Linear modules only, and this model's are stored transposed (Conv1D)"
+    if scheme.activations == "mix":
+        return "holds static or dynamic activations, not both for one linear"
     if scheme.activations != "none" and (scheme.bits != 8 or scheme.granularity == "group" or not scheme.symmetric):
         return "holds int8 activations with symmetric 8-bit weights, one scale a channel or tensor"
     return ""
@@ -54,8 +66,9 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     return tensors
 
 
-def encode(stored: StoredLinear, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of `layout`, from the store's codes; nothing is rounded here."""
+def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of `layout`, from the store's codes; nothing is rounded here, and neither the model's dtype nor the
+    linear's bias is needed."""
     import torch
 
     from quantcli.quant.packing import pack_int32
@@ -99,17 +112,111 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
     return StoredLinear(QuantizedWeight(codes, scale, zero_point))
 
 
-def configuration(schemes: Mapping[str, Scheme], kept: Iterable[str]) -> dict[str, Any]:
+def attention_refusal(attention: AttentionScheme) -> str:
+    """Why this format cannot hold keys, values and queries under the scheme; empty when it can."""
+    if attention.heads:
+        return "has no scales for int8 products a head"
+    if attention.kv == "int8":
+        return "holds an fp8 cache, with one scale for keys and one for values, not int8 with a scale a channel"
+    return ""
+
+
+def attention_names(path: str, scheme: AttentionScheme) -> dict[str, str]:
+    """The tensors of `attention_tensors`: name → part of the store."""
+    return {f"{path}.{part}": part for part in ("k_scale", "v_scale")} if scheme.kv == "fp8" else {}
+
+
+def attention_tensors(
+    path: str, parts: Mapping[str, Tensor], scheme: AttentionScheme, dtype: str = "float32"
+) -> dict[str, Tensor]:
+    """The tensors of the attention module `path` with an fp8 cache: path.k_scale and path.v_scale, float32 [1].
+
+    `parts` are the store's (ATTENTION_PARTS). A key is k ≈ k_scale·e4m3(k / k_scale). llm-compressor writes these names
+    and transformers has these parameters; vLLM renames them to path.attn.k_scale, its module inside the attention
+    (maybe_remap_kv_scale_name, get_cache_scale_mapper), so path.attn in the file would be vLLM's alone. Raises
+    ModelError for another scheme, or scales that are missing or not [1].
+    """
+    _refuse_attention(scheme)
+    tensors = {}
+    for name, part in attention_names(path, scheme).items():
+        scale = parts.get(part)
+        if scale is None or scale.numel() != 1:
+            found = "is missing" if scale is None else f"has shape {list(scale.shape)}, not [1]"
+            raise ModelError(f"{path}: {part} of the fp8 cache {found}.", "Quantize again.")
+        tensors[name] = scale.float().view(1)
+    return tensors
+
+
+def documents(
+    config: Mapping[str, Any], store: Store, kept: set[str], owners: Mapping[str, str | None]
+) -> dict[str, dict[str, Any]]:
+    """config.json with its quantization_config, or without one where nothing is quantized."""
+    content = {key: value for key, value in config.items() if key != "quantization_config"}
+    if store.schemes or store.attention is not None:
+        content["quantization_config"] = configuration(store.schemes, kept, store.attention)
+    return {"config.json": content}
+
+
+def recognizes(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a directory holds a checkpoint of this format."""
+    content = config.get("quantization_config")
+    return isinstance(content, dict) and content.get("quant_method") == NAME
+
+
+def described(
+    checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, str]
+) -> tuple[dict[str, Scheme], AttentionScheme | None]:
+    """Scheme of each quantized linear, and of attention, that config.json says. `weights` names the model's linears."""
+    content = config["quantization_config"]
+    return parse_configuration(content, weights), parse_attention(content)
+
+
+def configuration(
+    schemes: Mapping[str, Scheme], kept: Iterable[str], attention: AttentionScheme | None = None
+) -> dict[str, Any]:
     """The `quantization_config` of config.json, built and checked by the format's own library.
 
-    Raises ModelError if the linears do not all have one scheme: mixed schemes are not supported yet.
+    One group a scheme, each with its own `format`; that of the whole is mixed-precision where they differ, and dense
+    where nothing but the cache is quantized. A model without any quantization has no quantization_config: do not call
+    this for one. Raises ModelError for attention that the format cannot hold, see `attention_refusal`.
     """
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationConfig
 
-    distinct = set(schemes.values())
-    if len(distinct) != 1:
-        raise ModelError(f"compressed-tensors export of {len(distinct)} schemes in one model is not supported yet.")
-    (scheme,) = distinct
+    _refuse_attention(attention)
+    names: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        names.setdefault(replace(scheme, sparse=False), []).append(name)  # sparse codes are codes like any others
+    if len(names) == 1:
+        ((scheme, modules),) = names.items()
+        names = {scheme: [*(name for name in modules if not _in_block(name)), "Linear"]}
+    groups = {f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(names.items())}
+    forms = {_form(scheme) for scheme in names} or {"dense"}
+    config = QuantizationConfig(
+        config_groups=groups,
+        format=forms.pop() if len(forms) == 1 else "mixed-precision",
+        quantization_status="compressed",
+        ignore=sorted(kept),
+        kv_cache_scheme=_FP8 if attention is not None and attention.kv == "fp8" else None,
+    )
+    content: dict[str, Any] = config.to_dict()
+    return content
+
+
+_FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+
+
+def _form(scheme: Scheme) -> str:
+    return "pack-quantized" if scheme.activations == "none" else "int-quantized"
+
+
+def _in_block(module: str) -> bool:
+    """Whether the module is in a decoder block, which a number names; the output head is not."""
+    return any(part.isdigit() for part in module.split("."))
+
+
+def _group(scheme: Scheme, targets: list[str]) -> Any:
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
     weights = QuantizationArgs(
         num_bits=scheme.bits,
         type="int",
@@ -128,40 +235,60 @@ def configuration(schemes: Mapping[str, Scheme], kept: Iterable[str]) -> dict[st
             strategy="token" if dynamic else "tensor",
             dynamic=dynamic,
         )
-    form = "pack-quantized" if activations is None else "int-quantized"
-    group = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations, format=form)
-    config = QuantizationConfig(
-        config_groups={"group_0": group}, format=form, quantization_status="compressed", ignore=sorted(kept)
-    )
-    content: dict[str, Any] = config.to_dict()
-    return content
+    return QuantizationScheme(targets=targets, weights=weights, input_activations=activations, format=_form(scheme))
+
+
+def _refuse_attention(attention: AttentionScheme | None) -> None:
+    reason = attention_refusal(attention) if attention is not None else ""
+    if reason:
+        raise ModelError(f"compressed-tensors {reason}.", "Export it as ascend, or choose another attention scheme.")
 
 
 def parse_configuration(content: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
     """Scheme of each linear that a `quantization_config` says is quantized.
 
-    Raises ModelError for what is not understood.
+    A target that names a module, in full or by a regular expression, goes before the class `Linear`, in engines and
+    here. Raises ModelError for what is not understood, and where two groups claim one linear, which engines settle
+    differently.
     """
-    from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils import match_name
+
+    config = _validated(content)
+    schemes = {name: _scheme(group, config.format) for name, group in config.config_groups.items()}
+    found: dict[str, Scheme] = {}
+    for name in linears:
+        if any(match_name(name, pattern) for pattern in config.ignore or []):
+            continue
+        groups = config.config_groups.items()
+        claims = {schemes[key] for key, group in groups if any(match_name(name, t) for t in group.targets)}
+        claims = claims or {schemes[key] for key, group in groups if "Linear" in group.targets}
+        if len(claims) > 1:
+            raise ModelError(f"quantization_config gives {name} {len(claims)} schemes.", "Export it again.")
+        if claims:
+            found[name] = claims.pop()
+    return found
+
+
+def parse_attention(content: Mapping[str, Any]) -> AttentionScheme | None:
+    """What a `quantization_config` says of the cache; None for nothing. Raises ModelError for another than fp8."""
+    return None if _validated(content).kv_cache_scheme is None else AttentionScheme(kv="fp8")
+
+
+def _validated(content: Mapping[str, Any]) -> Any:
+    from compressed_tensors.quantization import QuantizationConfig
     from pydantic import ValidationError
 
     try:
         config = QuantizationConfig.model_validate(dict(content))
     except (ValidationError, ValueError, TypeError) as error:
         raise ModelError(f"quantization_config is not valid: {str(error).splitlines()[0]}.") from error
-    if config.quantization_status != "compressed" or config.kv_cache_scheme is not None:
-        raise ModelError("quantization_config: only compressed weights without a kv_cache_scheme are supported yet.")
-    schemes = {name: _scheme(group, config.format) for name, group in config.config_groups.items()}
-    found: dict[str, Scheme] = {}
-    for name in linears:
-        if any(match_name(name, pattern) for pattern in config.ignore or []):
-            continue
-        for key, group in config.config_groups.items():
-            if any(target == "Linear" or match_name(name, target) for target in group.targets):
-                found[name] = schemes[key]
-                break
-    return found
+    if config.quantization_status != "compressed":
+        raise ModelError("quantization_config: only compressed weights are supported.")
+    cache = config.kv_cache_scheme
+    if cache is not None and {key: getattr(cache, key) for key in _FP8} != _FP8:
+        raise ModelError("quantization_config: of caches only fp8 ones with a scale for keys and one for values are "
+                         "supported.")  # fmt: skip
+    return config
 
 
 def _scheme(group: Any, form: str) -> Scheme:

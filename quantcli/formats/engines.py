@@ -1,18 +1,22 @@
 """Which serving engines load which scheme.
 
 Read from the engines' sources (vLLM 0.32 kernels/linear and quantization/compressed_tensors; transformers 5 with
-compressed-tensors 0.20) and, for vLLM on a CPU and transformers, run by the tests.
+compressed-tensors 0.20; vLLM-Ascend quantization/methods and modelslim_config) and from MindIE's documentation. For
+vLLM on a CPU and transformers it is run by the tests; Ascend hardware was not at hand.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantcli.model.structure import Linear
-from quantcli.quant.scheme import Scheme
+from quantcli.quant.scheme import AttentionScheme, Scheme
 
 _NO_TENSOR = "takes packed weights with a scale a channel or group, not a tensor"
+
+# Linears that vLLM and vLLM-Ascend join into one, which then has one scheme (packed_modules_mapping).
+_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 
 
 @dataclass(frozen=True)
@@ -22,42 +26,130 @@ class Verdict:
     note: str = ""
 
 
-def verdicts(scheme: Scheme, linears: Iterable[Linear]) -> list[Verdict]:
-    """For each engine, whether it loads a compressed-tensors checkpoint of these linears under the scheme."""
-    return [_vllm_cpu(scheme, list(linears)), _vllm_gpu(scheme), _transformers(scheme)]
+def verdicts(
+    linears: Sequence[tuple[Linear, Scheme]],
+    attention: AttentionScheme | None = None,
+    formats: Sequence[str] = ("compressed-tensors",),
+    kept: Collection[str] = (),
+) -> list[Verdict]:
+    """For each engine that reads one of the formats, whether it loads a checkpoint of these linears and this attention.
+
+    A mixed model is loaded by an engine only if every scheme is; the note is about the first that is not. `kept` are
+    linears that stay in float beside them.
+    """
+    return [_verdict(engine, linears, attention, kept) for name in formats for engine in ENGINES[name]]
 
 
-def _vllm_cpu(scheme: Scheme, linears: list[Linear]) -> Verdict:
-    engine = "vLLM on a CPU"
+@dataclass(frozen=True)
+class _Engine:
+    """`linear` and `cache` give (loads, note) for a scheme; `joined` are linears that the engine gives one scheme."""
+
+    name: str
+    linear: Callable[[Scheme, Sequence[Linear]], tuple[bool, str]]
+    cache: Callable[[AttentionScheme], tuple[bool, str]]
+    joined: tuple[tuple[str, ...], ...] = ()
+
+
+def _verdict(
+    engine: _Engine,
+    linears: Sequence[tuple[Linear, Scheme]],
+    attention: AttentionScheme | None,
+    kept: Collection[str],
+) -> Verdict:
+    by_scheme: dict[Scheme, list[Linear]] = {}
+    for linear, scheme in linears:
+        by_scheme.setdefault(scheme, []).append(linear)
+    found = [(scheme.name, *engine.linear(scheme, members)) for scheme, members in by_scheme.items()]
+    if attention is not None:
+        found.append((attention.name, *engine.cache(attention)))
+    for name, loads, note in found:
+        if not loads:
+            return Verdict(engine.name, False, f"{name}: {note}" if len(found) > 1 else note)
+    schemes = {**dict.fromkeys(kept), **{linear.name: scheme for linear, scheme in linears}}
+    if split := _split(schemes, engine.joined):
+        return Verdict(engine.name, False, f"joins {split}, which have different schemes")
+    return Verdict(engine.name, True, "; ".join(dict.fromkeys(note for _, _, note in found)))
+
+
+def _split(schemes: Mapping[str, Scheme | None], joined: Iterable[tuple[str, ...]]) -> str:
+    """Two linears of one group that have different schemes (None: float), as words; empty if there are none."""
+    for name, scheme in schemes.items():
+        parent, dot, own = name.rpartition(".")
+        for group in joined:
+            for other in (f"{parent}{dot}{part}" for part in group if own in group):
+                if schemes.get(other, scheme) != scheme:
+                    return f"{name} and {other}"
+    return ""
+
+
+def _vllm_cpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     if scheme.activations != "none":
-        return Verdict(engine, True, "int8 products (oneDNN)")
+        return True, "int8 products (oneDNN)"
     if scheme.granularity == "tensor":
-        return Verdict(engine, False, _NO_TENSOR)
+        return False, _NO_TENSOR
     if scheme.bits != 4:
-        return Verdict(engine, False, f"has no kernel for {scheme.bits}-bit weights with float activations")
+        return False, f"has no kernel for {scheme.bits}-bit weights with float activations"
     odd = [linear.name for linear in linears if linear.in_features % 32 or linear.out_features % 32]
     if odd:
-        return Verdict(engine, False, f"needs widths that are multiples of 32; {odd[0]} has none")
-    return Verdict(engine, True, "weights unpacked in the kernel")
+        return False, f"needs widths that are multiples of 32; {odd[0]} has none"
+    return True, "weights unpacked in the kernel"
 
 
-def _vllm_gpu(scheme: Scheme) -> Verdict:
-    engine = "vLLM on a GPU"
+def _vllm_gpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     if scheme.activations != "none":
-        return Verdict(engine, True, "int8 products (CUTLASS); not run here")
+        return True, "int8 products (CUTLASS); not run here"
     if scheme.granularity == "tensor":
-        return Verdict(engine, False, _NO_TENSOR)
+        return False, _NO_TENSOR
     if scheme.bits not in (4, 8):
-        return Verdict(engine, False, f"has no kernel for {scheme.bits}-bit weights")
+        return False, f"has no kernel for {scheme.bits}-bit weights"
     if scheme.bits == 8 and not scheme.symmetric:
-        return Verdict(engine, False, "has no kernel for asymmetric 8-bit weights")
+        return False, "has no kernel for asymmetric 8-bit weights"
     if scheme.group_size not in (None, 32, 64, 128):
-        return Verdict(engine, False, f"Marlin kernels take groups of 32, 64 or 128, not {scheme.group_size}")
-    return Verdict(engine, True, "Marlin kernels; not run here")
+        return False, f"Marlin kernels take groups of 32, 64 or 128, not {scheme.group_size}"
+    return True, "Marlin kernels; not run here"
 
 
-def _transformers(scheme: Scheme) -> Verdict:
-    engine = "transformers"
+def _transformers(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     if scheme.activations == "none" and not scheme.symmetric and scheme.granularity != "tensor":
-        return Verdict(engine, False, "compressed-tensors 0.20 fails to load packed zero points, its own too")
-    return Verdict(engine, True, "with the compressed-tensors package")
+        return False, "compressed-tensors 0.20 fails to load packed zero points, its own too"
+    return True, "with the compressed-tensors package"
+
+
+def _vllm_ascend(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
+    if scheme.sparse:
+        return False, "has no type W8A8S"
+    if not scheme.symmetric:
+        return False, "adds weight_offset where the format subtracts it"
+    if scheme.activations == "mix":
+        return True, "static where decoding is apart from prompts, else dynamic; not run here"
+    return True, "not run here"
+
+
+def _mindie(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
+    if scheme.sparse:
+        return True, "compressed by its own tool first; not run here"
+    return True, "not run here"
+
+
+def _fp8_only(note: str) -> Callable[[AttentionScheme], tuple[bool, str]]:
+    return lambda attention: (attention.kv == "fp8", note if attention.kv == "fp8" else "reads an fp8 cache only")
+
+
+def _vllm_ascend_cache(attention: AttentionScheme) -> tuple[bool, str]:
+    if attention.heads:
+        return False, "has FAKQuant for compressed keys and values only, not FAQuant"
+    return attention.kv == "int8", "not run here"
+
+
+ENGINES: dict[str, tuple[_Engine, ...]] = {
+    "compressed-tensors": (
+        _Engine("vLLM on a CPU", _vllm_cpu, lambda attention: (False, "has no quantized cache"), _JOINED),
+        _Engine("vLLM on a GPU", _vllm_gpu, _fp8_only("fp8 cache with kv_cache_dtype fp8; not run here"), _JOINED),
+        _Engine("transformers", _transformers, _fp8_only("rounds keys and values, holds them in float")),
+    ),
+    "ascend": (
+        _Engine("vLLM-Ascend", _vllm_ascend, _vllm_ascend_cache, _JOINED),
+        _Engine("MindIE", _mindie, lambda attention: (attention.kv != "fp8", "not run here")),
+    ),
+}
+"""Format → the engines that read it."""

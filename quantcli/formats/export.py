@@ -6,18 +6,19 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from quantcli.errors import ModelError
 from quantcli.formats.store import Store
-from quantcli.model.checkpoint import Checkpoint, read_json, replacing
-from quantcli.model.structure import Linear
+from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json, replacing
+from quantcli.model.names import checkpoint_prefix
+from quantcli.model.structure import Linear, Structure
 from quantcli.model.workers import linear_workers
 from quantcli.model.writer import (
     DTYPE_NAMES,
@@ -33,23 +34,51 @@ SHARD_BYTES = 2 << 30
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".md"}
-_NOT_COPIED = {"config.json", "model.safetensors.index.json", "README.md"}
+_NOT_COPIED = {"config.json", "README.md"}
 
 
 @dataclass(frozen=True)
 class Source:
     """The float checkpoint of an export. `weights` maps a linear to the checkpoint tensor that is its weight; `cast` is
-    the dtype that floating tensors are stored in, or None to leave each as it is."""
+    the dtype that floating tensors are stored in, or None to leave each as it is; `tied` is what `tied_head` says."""
 
     checkpoint: Checkpoint
     weights: Mapping[str, str]
     cast: torch.dtype | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the float checkpoint as an export holds it."""
+        tensor = self.checkpoint.read([name])[name]
+        return tensor.to(self.stored_dtype(self.checkpoint.entries[name]))
+
+    def stored_dtype(self, entry: TensorEntry) -> torch.dtype:
+        stored = _TORCH_DTYPES[entry.dtype]
+        return self.cast if self.cast is not None and stored.is_floating_point else stored
+
+
+def tied_head(structure: Structure, checkpoint: Checkpoint) -> dict[str, str]:
+    """The weight of an output head that is tied and not in the checkpoint → the embedding that it is; empty otherwise.
+
+    Raises ModelError if the embedding cannot be told from other tensors of its shape.
+    """
+    name = f"{structure.head}.weight"
+    if not structure.tied or structure.head is None or name in checkpoint:
+        return {}
+    shape = (structure.vocabulary, structure.width)
+    found = [entry.name for entry in checkpoint.entries.values() if entry.shape == shape]
+    if len(found) != 1:
+        raise ModelError(f"{len(found)} tensors of the checkpoint may be the embedding that {name} is tied to.")
+    return {name: found[0]}
 
 
 @dataclass(frozen=True)
 class _Piece:
+    """A tensor of the export, and the linear or attention module that it is quantized for, if it is."""
+
     planned: PlannedTensor
     produce: Callable[[], Tensor]
+    owner: str | None = None
 
 
 def export_checkpoint(
@@ -58,36 +87,46 @@ def export_checkpoint(
     """Write a checkpoint into `folder`, yielding (file, sha256) as files are finished.
 
     Shards that are there already are kept (the caller clears the folder when anything changed); config.json comes last,
-    so an engine never loads half a checkpoint.
+    so an engine never loads half a checkpoint. Raises ModelError for what the format cannot hold.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with linear_workers() as workers:
         pieces = {piece.planned.name: piece for piece in _pieces(form, store, source, linears, workers)}
+        documents = _documents(form, store, source, {name: piece.owner for name, piece in pieces.items()})
         shards = split_shards([piece.planned for piece in pieces.values()], SHARD_BYTES)
-        for file, shard in zip(shard_names(len(shards)), shards, strict=True):
+        for file, shard in zip(shard_names(len(shards), form.STEM), shards, strict=True):
             digest = ""
             if not (folder / file).exists():
                 digest = write_safetensors(folder / file, shard, _producer(pieces), {"format": "pt"})
             yield folder / file, digest
-    write_index(folder, shards)
-    if len(shards) > 1:
-        yield folder / "model.safetensors.index.json", ""
-    yield from _copy_companions(source.checkpoint.directory, folder)
-    with replacing(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(_config(form, store, source), indent=2) + "\n", encoding="utf-8")
-    yield folder / "config.json", ""
+    for index in write_index(folder, shards, form.STEM):
+        yield index, ""
+    yield from _copy_companions(source.checkpoint.directory, folder, set(documents))
+    for name, content in documents.items():
+        with replacing(folder / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+        yield folder / name, ""
 
 
 def _encoder(
-    form: ModuleType, store: Store, modules: Sequence[str], workers: ThreadPoolExecutor
+    form: ModuleType, store: Store, source: Source, modules: Sequence[str], workers: ThreadPoolExecutor
 ) -> Callable[[str], dict[str, Tensor]]:
     """module → its tensors, while those of the next module are already being made: at most two are held."""
     following = dict(pairwise(modules))
     jobs: dict[str, Future[dict[str, Tensor]]] = {}
 
+    def encode(module: str) -> dict[str, Tensor]:
+        name = source.weights[module].removesuffix("weight") + "bias"
+        bias = source.read(name) if name in source.checkpoint else None
+        try:
+            tensors: dict[str, Tensor] = form.encode(store.read(module), store.schemes[module], store.dtype, bias)
+        except ModelError as error:
+            raise ModelError(f"{module}: {error.message}", error.remedy) from error
+        return tensors
+
     def start(module: str) -> None:
         if module not in jobs:
-            jobs[module] = workers.submit(lambda: form.encode(store.read(module), store.schemes[module]))
+            jobs[module] = workers.submit(encode, module)
 
     def encoded(module: str) -> dict[str, Tensor]:
         wanted = [name for name in (module, following.get(module)) if name is not None]
@@ -103,48 +142,57 @@ def _encoder(
 def _pieces(
     form: ModuleType, store: Store, source: Source, linears: Mapping[str, Linear], workers: ThreadPoolExecutor
 ) -> Iterator[_Piece]:
-    """Every tensor of the export, in the order of the float checkpoint."""
+    """Every tensor of the export, in the order of the float checkpoint; what it does not have comes last."""
     by_tensor = {tensor: name for name, tensor in source.weights.items() if name in store.schemes}
     modules = [by_tensor[name] for name in source.checkpoint.entries if name in by_tensor]
-    encoded = _encoder(form, store, modules, workers)
+    encoded = _encoder(form, store, source, modules, workers)
     for name, entry in source.checkpoint.entries.items():
         if name not in by_tensor:
-            stored = _TORCH_DTYPES[entry.dtype]
-            dtype = source.cast if source.cast is not None and stored.is_floating_point else stored
-            yield _Piece(
-                PlannedTensor(name, dtype, entry.shape),
-                lambda name=name, dtype=dtype: source.checkpoint.read([name])[name].to(dtype),  # type: ignore[misc]
-            )
+            planned = PlannedTensor(name, source.stored_dtype(entry), entry.shape)
+            yield _Piece(planned, lambda name=name: source.read(name))  # type: ignore[misc]
             continue
         module = by_tensor[name]
         for suffix, (dtype_name, shape) in form.layout(linears[module], store.schemes[module], store.dtype).items():
             yield _Piece(
                 PlannedTensor(f"{name.removesuffix('.weight')}.{suffix}", getattr(torch, dtype_name), shape),
                 lambda module=module, suffix=suffix: encoded(module)[suffix],  # type: ignore[misc]
+                module,
             )
+    for name, embedding in source.tied.items() if form.WRITES_TIED_HEAD else ():
+        entry = source.checkpoint.entries[embedding]
+        planned = PlannedTensor(name, source.stored_dtype(entry), entry.shape)
+        yield _Piece(planned, lambda embedding=embedding: source.read(embedding))  # type: ignore[misc]
+    for module in store.attention_modules:
+        path = checkpoint_prefix(module, source.weights)
+        tensors = form.attention_tensors(path, store.read_attention(module), store.attention, store.dtype)
+        for name, tensor in tensors.items():
+            planned = PlannedTensor(name, tensor.dtype, tuple(tensor.shape))
+            yield _Piece(planned, lambda tensor=tensor: tensor, module)  # type: ignore[misc]
 
 
 def _producer(pieces: Mapping[str, _Piece]) -> Callable[[str], Tensor]:
     return lambda name: pieces[name].produce()
 
 
-def _copy_companions(origin: Path, folder: Path) -> Iterator[tuple[Path, str]]:
+def _copy_companions(origin: Path, folder: Path, written: set[str]) -> Iterator[tuple[Path, str]]:
     """Tokenizer, chat template, generation settings, licence and code files: whatever stands beside the weights."""
     for file in sorted(origin.iterdir()):
         wanted = file.suffix in _COPIED or file.name.upper().startswith("LICEN")
-        if file.is_file() and wanted and file.name not in _NOT_COPIED:
+        own = file.name in _NOT_COPIED | written or file.name.endswith(".safetensors.index.json")
+        if file.is_file() and wanted and not own:
             with replacing(folder / file.name) as temporary:
                 shutil.copyfile(file, temporary)
             yield folder / file.name, ""
 
 
-def _config(form: ModuleType, store: Store, source: Source) -> dict[str, Any]:
+def _documents(form: ModuleType, store: Store, source: Source, owners: Mapping[str, str | None]) -> dict[str, str]:
+    """The JSON files of the export as text, config.json last."""
     config = read_json(source.checkpoint.directory / "config.json")
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = store.dtype
-    config["quantization_config"] = form.configuration(store.schemes, {*store.kept, *_other_matrices(store, source)})
-    return config
+    documents = form.documents(config, store, {*store.kept, *_other_matrices(store, source)}, owners)
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in documents.items()}
 
 
 def _other_matrices(store: Store, source: Source) -> Iterator[str]:

@@ -4,45 +4,44 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError
 from quantcli.formats.store import StoredLinear
-from quantcli.formats.table import FORMATS
+from quantcli.formats.table import find_format
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
 from quantcli.model.structure import Linear
 from quantcli.quant.grid import dequantize
-from quantcli.quant.scheme import Scheme
+from quantcli.quant.scheme import AttentionScheme, Scheme
 
 
 class QuantizedCheckpoint:
     """A quantized checkpoint that reads like a float one: X.weight is dequantized when it is asked for.
 
     (q − z)·s is computed in float32 and rounded to the model's dtype, as engines do that unpack weights. `linears` are
-    the model's linears by name, `weights` the float checkpoint's name of each one's weight. Raises ModelError for a
-    format that is not known.
+    the model's linears by name, `weights` the float checkpoint's name of each one's weight. A checkpoint in which
+    nothing is quantized has neither schemes nor attention. Raises ModelError for a format that is not known.
     """
 
     def __init__(self, directory: Path, linears: Mapping[str, Linear], weights: Mapping[str, str]) -> None:
         self.directory = directory
         self.raw = Checkpoint(directory)
         config = read_json(directory / "config.json")
-        self.content = config.get("quantization_config")
-        if not isinstance(self.content, dict):
-            raise ModelError(f"{directory} is not a quantized checkpoint: config.json has no quantization_config.")
-        method = str(self.content.get("quant_method"))
-        if method not in FORMATS:
-            raise ModelError(f"{directory} is quantized by {method!r}.", f"Known formats: {', '.join(FORMATS)}.")
-        self.form: ModuleType = FORMATS[method]
+        self.form = find_format(directory, config)
         self.dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         self.linears = linears
-        self.schemes: dict[str, Scheme] = self.form.parse_configuration(self.content, linears)
+        self.schemes: dict[str, Scheme] = {}
+        self.attention: AttentionScheme | None = None
+        if self.form is not None:
+            named = {name: weights[name] for name in linears if name in weights}
+            self.schemes, self.attention = self.form.described(self.raw, config, named)
         self.weights = {name: weights[name] for name in self.schemes}
         self._modules = {weight: name for name, weight in self.weights.items()}
-        parts = {self.tensor_name(name, suffix) for name in self.schemes for suffix in self._suffixes(name)}
+        self._attention_paths = self._find_attention(weights)
+        parts = {self.tensor_name(name, suffix) for name in self.schemes for suffix in self._layout(name)}
+        parts |= {name for path in self._attention_paths.values() for name in self._attention_names(path)}
         self.entries = {name: entry for name, entry in self.raw.entries.items() if name not in parts}
         for name, weight in self.weights.items():
             linear = linears[name]
@@ -50,6 +49,11 @@ class QuantizedCheckpoint:
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
+
+    @property
+    def attention_modules(self) -> list[str]:
+        """The attention modules that have scales."""
+        return list(self._attention_paths)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Float tensors by their names in the float checkpoint."""
@@ -63,8 +67,8 @@ class QuantizedCheckpoint:
 
     def read_linear(self, module: str) -> StoredLinear:
         """Codes and scales of one quantized linear. Raises ModelError if a tensor is missing or misshapen."""
-        linear, scheme = self.linears[module], self.schemes[module]
-        layout = self.form.layout(linear, scheme, self.dtype)
+        assert self.form is not None
+        linear, layout = self.linears[module], self._layout(module)
         read = self.raw.read(self.tensor_name(module, suffix) for suffix in layout)
         parts = {suffix: read[self.tensor_name(module, suffix)] for suffix in layout}
         for suffix, (dtype, shape) in layout.items():
@@ -75,8 +79,14 @@ class QuantizedCheckpoint:
                 raise self._damaged(module, suffix, f"has shape {tuple(tensor.shape)}, not {shape}")
         if "weight_shape" in parts and parts["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
             raise self._damaged(module, "weight_shape", f"says {parts['weight_shape'].tolist()}")
-        stored: StoredLinear = self.form.decode(parts, scheme)
+        stored: StoredLinear = self.form.decode(parts, self.schemes[module])
         return stored
+
+    def read_attention(self, module: str) -> dict[str, Tensor]:
+        """The scales of one attention module, by the names of parts that the store has (ATTENTION_PARTS)."""
+        names = {name: part for name, part in self._attention_names(self._attention_paths[module]).items() if part}
+        read = self.raw.read(names)
+        return {part: read[name] for name, part in names.items()}
 
     def _damaged(self, module: str, suffix: str, how: str) -> ModelError:
         return ModelError(f"{self.directory}: {module}.{suffix} {how}.", "Export it again.")
@@ -84,5 +94,35 @@ class QuantizedCheckpoint:
     def tensor_name(self, module: str, suffix: str) -> str:
         return f"{self.weights[module].removesuffix('.weight')}.{suffix}"
 
-    def _suffixes(self, module: str) -> list[str]:
-        return list(self.form.layout(self.linears[module], self.schemes[module], self.dtype))
+    def _layout(self, module: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        assert self.form is not None
+        layout: dict[str, tuple[str, tuple[int, ...]]] = self.form.layout(
+            self.linears[module], self.schemes[module], self.dtype
+        )
+        return layout
+
+    def _attention_names(self, path: str) -> dict[str, str]:
+        assert self.form is not None
+        names: dict[str, str] = self.form.attention_names(path, self.attention)
+        return names
+
+    def _find_attention(self, weights: Mapping[str, str]) -> dict[str, str]:
+        """Attention module → its prefix in the checkpoint, of every module whose first scale is there.
+
+        Attention is what linears are directly below. Raises ModelError for scales that belong to no such module.
+        """
+        if self.attention is None:
+            return {}
+        parents = {
+            weight.removesuffix(".weight").rpartition(".")[0]: name.rpartition(".")[0]
+            for name, weight in weights.items()
+        }
+        suffix = next(iter(self._attention_names("")))
+        found = {}
+        for name in self.raw.entries:
+            if name.endswith(suffix):
+                path = name.removesuffix(suffix)
+                if path not in parents:
+                    raise ModelError(f"{self.directory}: {name} belongs to no attention of this model.")
+                found[parents[path]] = path
+        return found

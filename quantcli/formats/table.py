@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from quantcli.formats import compressed_tensors
+from quantcli.errors import ModelError
+from quantcli.formats import ascend, compressed_tensors
 
-FORMATS: dict[str, ModuleType] = {compressed_tensors.NAME: compressed_tensors}
-"""Name in a recipe → module with `refusal`, `layout`, `encode`, `decode`, `configuration` and `parse_configuration`."""
+FORMATS: dict[str, ModuleType] = {compressed_tensors.NAME: compressed_tensors, ascend.NAME: ascend}
+"""Name in a recipe → module with
+
+NAME, STEM (of its weight files), WRITES_TIED_HEAD;
+refusal, layout, encode, decode: a linear as tensors and back;
+attention_refusal, attention_names, attention_tensors: the scales of an attention module;
+documents: its JSON files; recognizes, described: what a directory is, and the schemes in it.
+"""
+
+
+def find_format(directory: Path, config: Mapping[str, Any]) -> ModuleType | None:
+    """The format of a checkpoint with this config.json; None for a float one.
+
+    Raises ModelError for a checkpoint that another tool has quantized in a format that is not known.
+    """
+    for form in FORMATS.values():
+        if form.recognizes(directory, config):
+            return form
+    content = config.get("quantization_config")
+    if content is None:
+        return None
+    method = content.get("quant_method") if isinstance(content, dict) else content
+    raise ModelError(f"{directory} is quantized by {str(method)!r}.", f"Known formats: {', '.join(FORMATS)}.")

@@ -1,6 +1,6 @@
 """Checking an exported checkpoint against the store and the float checkpoint, by other code than wrote it.
 
-Tensors are read with safetensors and unpacked apart from the writer's code; config.json is read as a stranger would.
+Tensors are read with safetensors and unpacked apart from the writer's code; JSON is read as a stranger would.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError, VerificationError
+from quantcli.formats import verify_ascend
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.model.names import checkpoint_prefix
 from quantcli.model.workers import linear_workers
 from quantcli.quant.scheme import Scheme
 
@@ -38,20 +40,31 @@ def verify_checkpoint(
     source: Checkpoint,
     weights: Mapping[str, str],
     cast: torch.dtype | None,
+    form: str = "compressed-tensors",
+    tied: Mapping[str, str] | None = None,
 ) -> Verified:
     """Check that the checkpoint holds the store's codes and scales exactly, and the float model's other tensors.
 
-    Every linear of the store is quantized and nothing else is; no scale is zero or not finite; quantization_config says
-    what the tensors are. Files beside the weights are not looked at. Raises VerificationError with the module and the
-    difference.
+    Every linear of the store is quantized and nothing else is; no scale is zero or not finite; the JSON files say what
+    the tensors are. Other files beside the weights are not looked at. `tied` maps a head that is tied and not in the
+    float checkpoint to its embedding. Raises VerificationError with the module and the difference.
     """
     with _damage():
         checkpoint = Checkpoint(folder)
-        config = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(config, dict):
-        raise VerificationError(f"{folder}: config.json has no quantization_config.", "Export again.")
-    _check_configuration(config, store, source, weights)
+        config = read_json(folder / "config.json")
+        description = read_json(folder / "quant_model_description.json") if form == "ascend" else {}
+    paths = {module: checkpoint_prefix(module, weights) for module in store.attention_modules}
+    if form == "ascend":
+        verify_ascend.check_description(description, config, checkpoint.entries, store, weights, paths)
+    elif not isinstance(config.get("quantization_config"), dict):
+        if store.schemes or store.attention is not None or "quantization_config" in config:
+            raise VerificationError(f"{folder}: config.json has no quantization_config.", "Export again.")
+    else:
+        _check_configuration(config["quantization_config"], store, source, weights)
     left = dict(checkpoint.entries)
+    for module, path in paths.items():
+        for name in _check_attention(module, path, checkpoint, store, form):
+            del left[name]
     by_prefix: dict[str, dict[str, str]] = {}
     for name in left:
         prefix, _, suffix = name.rpartition(".")
@@ -60,8 +73,8 @@ def verify_checkpoint(
         jobs = []
         for module in store.schemes:
             parts = by_prefix.get(weights[module].removesuffix(".weight"), {})
-            parts.pop("bias", None)
-            jobs.append(workers.submit(_check_module, module, checkpoint, parts, store))
+            bias = parts.pop("bias", None)
+            jobs.append(workers.submit(_check_module, module, checkpoint, parts, store, form, bias))
             for name in parts.values():
                 del left[name]
         try:
@@ -70,12 +83,13 @@ def verify_checkpoint(
         finally:
             workers.shutdown(cancel_futures=True)
     quantized = {weights[module] for module in store.schemes}
-    for name in source.entries:
-        if name in quantized:
-            continue
+    originals = {name: name for name in source.entries if name not in quantized}
+    if form == "ascend":
+        originals |= tied or {}
+    for name, origin in originals.items():
         if name not in left:
             raise VerificationError(f"{folder}: tensor {name} of the float model is missing.", "Export again.")
-        original = source.read([name])[name]
+        original = source.read([origin])[origin]
         wanted = original.to(cast) if cast is not None and original.is_floating_point() else original
         with _damage():
             found = checkpoint.read([name])[name]
@@ -100,11 +114,31 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
-def _check_module(module: str, checkpoint: Checkpoint, parts: Mapping[str, str], store: Store) -> None:
+def _check_module(
+    module: str, checkpoint: Checkpoint, parts: Mapping[str, str], store: Store, form: str, bias: str | None
+) -> None:
     with _damage():
         tensors = checkpoint.read(parts.values())
+        bias_value = checkpoint.read([bias])[bias] if bias is not None else None
     found = {suffix: tensors[name] for suffix, name in parts.items()}
-    _check_linear(module, found, store.read(module), store.schemes[module])
+    stored, scheme = store.read(module), store.schemes[module]
+    if form == "ascend":
+        _check_parts(module, found, verify_ascend.expected_linear(stored, scheme, store.dtype, bias_value))
+    else:
+        _check_linear(module, found, stored, scheme)
+
+
+def _check_attention(module: str, path: str, checkpoint: Checkpoint, store: Store, form: str) -> list[str]:
+    """The tensors of an attention module, which are those of the store."""
+    wanted: Mapping[str, Tensor | None] = store.read_attention(module)
+    if form == "ascend":
+        assert store.attention is not None
+        wanted = verify_ascend.expected_attention(store.read_attention(module), store.attention, store.dtype)
+    names = {suffix: f"{path}.{suffix}" for suffix in wanted if f"{path}.{suffix}" in checkpoint}
+    with _damage():
+        tensors = checkpoint.read(names.values())
+    _check_parts(module, {suffix: tensors[name] for suffix, name in names.items()}, wanted)
+    return list(names.values())
 
 
 def _check_linear(module: str, tensors: dict[str, Tensor], expected: StoredLinear, scheme: Scheme) -> None:
@@ -127,6 +161,11 @@ def _check_linear(module: str, tensors: dict[str, Tensor], expected: StoredLinea
             if packed is not None and packed.ndim == 2:
                 tensors["weight_zero_point"] = packed.t().contiguous()
             _unpack_in_place(module, tensors, "weight_zero_point", scheme.bits, zero_point.t().shape)
+    _check_parts(module, tensors, wanted)
+
+
+def _check_parts(module: str, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor | None]) -> None:
+    """The tensors are exactly the wanted ones, and scales are such as engines can use."""
     for name, value in wanted.items():
         found = tensors.pop(name, None)
         _same(module, name, found, value)
@@ -175,6 +214,7 @@ def _check_configuration(
     config: Mapping[str, Any], store: Store, source: Checkpoint, weights: Mapping[str, str]
 ) -> None:
     """quantization_config, read literally, must give every linear of the store its scheme, and no other linear one."""
+    _check_whole(config, store)
     ignored = config.get("ignore")
     if not isinstance(ignored, list):
         raise VerificationError("config.json: quantization_config.ignore is no list.", "Export again.")
@@ -188,12 +228,40 @@ def _check_configuration(
     for module in sorted(in_float.symmetric_difference(ignored)):
         how = "is in float, but config.json does not ignore it" if module in in_float else "is ignored without reason"
         raise VerificationError(f"{module} {how}.", "Export again.")
+    groups = _groups(config)
+    for target in (target for group in groups for target in group.get("targets") or ()):
+        if not any(_matches(target, module) for module in store.schemes):
+            raise VerificationError(f"config.json: {target} is a target, but no quantized linear.", "Export again.")
     for module, scheme in store.schemes.items():
-        group = next((g for g in _groups(config) if any(_matches(t, module) for t in g.get("targets") or ())), None)
-        if group is None or not _describes(config, group, scheme):
+        found = [group for group in groups if any(_matches(target, module) for target in group.get("targets") or ())]
+        if len(found) != 1 or not _describes(found[0], scheme):
             raise VerificationError(
                 f"{module}: config.json does not describe its scheme {scheme.name}.", "Export again."
             )
+
+
+def _check_whole(config: Mapping[str, Any], store: Store) -> None:
+    """What quantization_config says beside its groups, and nothing else that an engine would act on."""
+    forms = {_form(scheme) for scheme in store.schemes.values()} or {"dense"}
+    expected: dict[str, object] = {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "mixed-precision" if len(forms) > 1 else forms.pop(),
+    }
+    if store.attention is not None and store.attention.kv == "fp8":
+        expected["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor",
+                                       "dynamic": False}  # fmt: skip
+    found = _said(config, {"config_groups", "ignore"})
+    assert isinstance(found, dict)
+    for key in [*expected, *found]:
+        if _said(found.get(key)) != expected.get(key):
+            raise VerificationError(
+                f"config.json: quantization_config.{key} is not that of the store.", "Export again."
+            )
+
+
+def _form(scheme: Scheme) -> str:
+    return "pack-quantized" if scheme.activations == "none" else "int-quantized"
 
 
 def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -204,10 +272,11 @@ def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _matches(entry: object, module: str) -> bool:
     if isinstance(entry, str) and entry.startswith("re:"):
         return re.match(entry[3:], module) is not None
-    return entry in (module, "Linear")
+    # the head, which no number is part of the name of, is no Linear to vLLM
+    return entry == module or (entry == "Linear" and any(part.isdigit() for part in module.split(".")))
 
 
-def _describes(config: Mapping[str, Any], group: Mapping[str, Any], scheme: Scheme) -> bool:
+def _describes(group: Mapping[str, Any], scheme: Scheme) -> bool:
     """Whether the group says all of the scheme and nothing else that an engine would act on."""
     weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": scheme.granularity,
                "group_size": scheme.group_size, "dynamic": False}  # fmt: skip
@@ -216,11 +285,8 @@ def _describes(config: Mapping[str, Any], group: Mapping[str, Any], scheme: Sche
         dynamic = scheme.activations == "dynamic"
         inputs = {"num_bits": 8, "type": "int", "symmetric": scheme.activations_symmetric,
                   "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}  # fmt: skip
-    form = "pack-quantized" if inputs is None else "int-quantized"
-    said_of_all = {"quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed"}
     return (
-        _said(config, {"config_groups", "ignore"}) == said_of_all
-        and _said(group, {"targets", "weights", "input_activations"}) == {"format": form}
+        _said(group, {"targets", "weights", "input_activations"}) == {"format": _form(scheme)}
         and _said(group.get("weights")) == _said(weights)
         and _said(group.get("input_activations")) == _said(inputs)
     )

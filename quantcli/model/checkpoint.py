@@ -110,9 +110,17 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _index_file(directory: Path) -> Path | None:
+    """The index of the shards: of the usual name, or the only one of another."""
+    if (directory / INDEX_NAME).is_file():
+        return directory / INDEX_NAME
+    others = list(directory.glob("*.safetensors.index.json")) if not (directory / SINGLE_NAME).is_file() else []
+    return others[0] if len(others) == 1 else None
+
+
 def _weight_files(directory: Path) -> list[Path]:
-    index, single = directory / INDEX_NAME, directory / SINGLE_NAME
-    if index.is_file():
+    index, single = _index_file(directory), directory / SINGLE_NAME
+    if index is not None:
         names = set(_weight_map(index).values())
         files = [_inside(directory, name, index) for name in sorted(names)]
         missing = [file.name for file in files if not os.path.isfile(file)]  # False, too, for an impossible name
@@ -165,8 +173,8 @@ def _read_header(file: Path) -> list[TensorEntry]:
 
 
 def _check_index(directory: Path, entries: dict[str, TensorEntry]) -> None:
-    index = directory / INDEX_NAME
-    if not index.is_file():
+    index = _index_file(directory)
+    if index is None:
         return
     for name, file in _weight_map(index).items():
         if name not in entries or entries[name].file.name != file:

@@ -133,3 +133,17 @@ def weight_tensors(
                              "Save it once with transformers' save_pretrained and use that.")  # fmt: skip
         names[module] = source.tensors[0]
     return names
+
+
+def checkpoint_prefix(module: str, weights: Mapping[str, str]) -> str:
+    """The prefix of a module's own tensors in the checkpoint, whose names may differ from those of modules.
+
+    `weights` maps linears to their weights (`weight_tensors`). Raises ModelError if no linear lies below the module
+    under its own name.
+    """
+    for linear, weight in weights.items():
+        below = f"{linear.removeprefix(module)}.weight"
+        if linear.startswith(f"{module}.") and weight.endswith(below):
+            return weight.removesuffix(below)
+    raise ModelError(f"{module} has no linear by which its name in the checkpoint could be known.",
+                     "Leave its attention unquantized.")  # fmt: skip

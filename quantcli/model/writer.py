@@ -14,7 +14,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from quantcli.model.checkpoint import DTYPE_BYTES, INDEX_NAME, SINGLE_NAME, replacing
+from quantcli.model.checkpoint import DTYPE_BYTES, replacing
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -96,21 +96,23 @@ def split_shards(planned: Sequence[PlannedTensor], limit: int) -> list[list[Plan
     return [sorted(shard, key=place) for shard in shards]
 
 
-def shard_names(count: int) -> list[str]:
+def shard_names(count: int, stem: str = "model") -> list[str]:
     """File names as transformers and the serving engines expect them."""
     if count == 1:
-        return [SINGLE_NAME]
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
 
 
-def write_index(directory: Path, shards: Sequence[Sequence[PlannedTensor]]) -> None:
-    """The index that maps each tensor to its shard; nothing for a single file."""
+def write_index(directory: Path, shards: Sequence[Sequence[PlannedTensor]], stem: str = "model") -> list[Path]:
+    """The index that maps each tensor to its shard, as the files written: none for a single file."""
     if len(shards) == 1:
-        return
-    names = shard_names(len(shards))
+        return []
+    names = shard_names(len(shards), stem)
     content = {
         "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard)},
         "weight_map": {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard},
     }
-    with replacing(directory / INDEX_NAME) as temporary:
+    index = directory / f"{stem}.safetensors.index.json"
+    with replacing(index) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return [index]

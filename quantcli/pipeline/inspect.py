@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import ModelError
+from quantcli.formats.table import find_format
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.rundir import RECORD, is_run
@@ -38,14 +39,16 @@ def inspect_path(path: Path) -> dict[str, Any]:
     }
     if any(block.experts for block in structure.blocks):
         facts["experts"] = "mixture of experts"
-    if (config := read_json(directory / "config.json").get("quantization_config")) is not None:
+    if (form := find_format(directory, read_json(directory / "config.json"))) is not None:
         from quantcli.formats.reader import QuantizedCheckpoint
 
         linears = {linear.name: linear for linear in structure.matrices()}
         quantized = QuantizedCheckpoint(directory, linears, {name: f"{name}.weight" for name in linears})
         schemes = Counter(scheme.name for scheme in quantized.schemes.values())
-        facts |= {"kind": f"quantized checkpoint ({config.get('quant_method')})"}
+        facts |= {"kind": f"quantized checkpoint ({form.NAME})"}
         facts |= {"schemes": ", ".join(f"{count} × {name}" for name, count in schemes.items())}
+        if quantized.attention is not None:
+            facts["attention"] = quantized.attention.name
     return facts
 
 

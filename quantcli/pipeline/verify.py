@@ -48,6 +48,7 @@ def export_digests(run: Path, form: str) -> dict[str, str]:
 def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     import torch
 
+    from quantcli.formats.export import tied_head
     from quantcli.formats.store import Store
     from quantcli.formats.verify import verify_checkpoint
     from quantcli.model.checkpoint import Checkpoint
@@ -69,7 +70,8 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     weights = weight_tensors(model, structure, source.entries, trust_remote_code=section.trust_remote_code)
     cast = None if section.dtype == "auto" else getattr(torch, section.dtype)
     store = Store(run / "quantize")
-    found = {n: asdict(verify_checkpoint(run / "export" / n, store, source, weights, cast)) for n in formats}
+    tied = tied_head(structure, source)
+    found = {n: asdict(verify_checkpoint(run / "export" / n, store, source, weights, cast, n, tied)) for n in formats}
     return {f"{name}: {key}": value for name, facts in found.items() for key, value in facts.items()}
 
 
@@ -83,6 +85,8 @@ def _verify_alone(path: Path) -> dict[str, Any]:
     linears = {linear.name: linear for linear in structure.matrices()}
     try:
         checkpoint = QuantizedCheckpoint(path, linears, {name: f"{name}.weight" for name in linears})
+        if checkpoint.form is None:
+            raise VerificationError(f"{path} is not a quantized checkpoint.", "Name a run, or one of its exports.")
         for name in checkpoint.schemes:
             stored = checkpoint.read_linear(name)
             linear = linears[name]

@@ -20,7 +20,8 @@ from quantcli.cli import app
 from quantcli.recipe import load_recipe, shipped_names
 from quantcli.recipe.document import parse_yaml
 from quantcli.recipe.explain import known_keys
-from quantcli.recipe.schema import ALIASES, Recipe
+from quantcli.recipe.quantization import ALIASES
+from quantcli.recipe.schema import Recipe
 
 Quantcli = Callable[[list[str]], tuple[int, str, str]]
 STAGES = ["calibrate", "quantize", "export", "eval-ppl"]
@@ -165,8 +166,31 @@ def test_the_engines_table_is_what_plan_says() -> None:
     table = rows(section("docs/formats.md", "Which engine loads what"))
     assert len(table) > 8
     for name, *cells in table:
-        found = verdicts(scheme(codes(name)[0]), [Linear("x", 512, 512)])
+        found = verdicts([(Linear("x", 512, 512), scheme(codes(name)[0]))])
         assert ["yes" if verdict.loads else "no" for verdict in found] == cells, name
+
+
+def test_the_engines_of_ascend_are_what_plan_says() -> None:
+    from quantcli.formats.ascend import attention_refusal, refusal, type_name
+    from quantcli.formats.engines import verdicts
+    from quantcli.model.structure import Linear
+    from quantcli.quant.scheme import AttentionScheme, Scheme
+
+    linear = Linear("x", 512, 512)
+    kinds = ["none", "static", "dynamic", "mix"]
+    schemes = [Scheme(8, activations=kind) for kind in kinds]  # type: ignore[arg-type]
+    schemes += [Scheme(8, symmetric=False), Scheme(8, activations="static", sparse=True)]
+    wanted = {
+        type_name(s) + ("" if s.symmetric else " asym"): verdicts([(linear, s)], None, ["ascend"]) for s in schemes
+    }
+    attentions = {"C8": AttentionScheme(kv="int8"), "FAQuant": AttentionScheme(heads=True)}
+    wanted |= {name: verdicts([], attention, ["ascend"]) for name, attention in attentions.items()}
+    assert not any(map(attention_refusal, attentions.values()))
+    assert not any(refusal(linear, s) for s in schemes)
+    table = rows(section("docs/formats.md", "Which Ascend engine loads what"))
+    assert {codes(name)[0]: cells for name, *cells in table} == {
+        name: ["yes" if verdict.loads else "no" for verdict in found] for name, found in wanted.items()
+    }
 
 
 def test_the_readme_says_of_each_shipped_recipe_what_plan_says(examples: Path) -> None:

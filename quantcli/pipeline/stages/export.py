@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from quantcli.formats.export import Source
 
 
-# What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours.
-_OWN = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "config.json")
+# What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours, the first
+# three behind the stem of the format.
+_WEIGHTS = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
+_OWN = ("config.json", "quant_model_description.json")
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def float_source(context: Context) -> Source:
     """The float checkpoint that everything but the quantized linears comes from."""
     import torch
 
-    from quantcli.formats.export import Source
+    from quantcli.formats.export import Source, tied_head
     from quantcli.model.checkpoint import Checkpoint
     from quantcli.model.names import weight_tensors
 
@@ -34,7 +36,8 @@ def float_source(context: Context) -> Source:
     weights = weight_tensors(
         context.model, context.plan.structure, checkpoint.entries, trust_remote_code=section.trust_remote_code
     )
-    return Source(checkpoint, weights, None if section.dtype == "auto" else getattr(torch, section.dtype))
+    cast = None if section.dtype == "auto" else getattr(torch, section.dtype)
+    return Source(checkpoint, weights, cast, tied_head(context.plan.structure, checkpoint))
 
 
 def run(context: Context, folder: StageFolder) -> None:
@@ -46,19 +49,25 @@ def run(context: Context, folder: StageFolder) -> None:
     assert context.recipe.export is not None
     store, source = Store(context.folder("quantize")), float_source(context)
     for name in context.recipe.export.formats:
-        for shard in sorted((folder.path / name).glob("model-*-of-*.safetensors")):
+        stem = FORMATS[name].STEM
+        for shard in sorted((folder.path / name).glob(f"{stem}-*-of-*.safetensors")):
             folder.adopt(shard)
-        folder.adopt(folder.path / name / "model.safetensors")
+        folder.adopt(folder.path / name / f"{stem}.safetensors")
         for file, digest in export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears):
             folder.add(file, digest)
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
 
 
 def _writes(context: Context) -> tuple[str, ...]:
+    from quantcli.formats.table import FORMATS
+
     assert context.recipe.export is not None
     beside = sorted(file.name for file in context.model.iterdir() if file.suffix not in (".safetensors", ".md"))
-    names = [*_OWN, *map(escape, beside)]
-    return tuple(f"{form}/{name}" for form in context.recipe.export.formats for name in names)
+    names = {
+        form: [*(FORMATS[form].STEM + ending for ending in _WEIGHTS), *_OWN, *map(escape, beside)]
+        for form in context.recipe.export.formats
+    }
+    return tuple(f"{form}/{name}" for form in names for name in names[form])
 
 
 STAGE = Stage("export", ("quantize",), lambda recipe: recipe.export is not None, _identity, run, _writes)

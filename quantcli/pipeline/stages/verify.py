@@ -28,7 +28,9 @@ def run(context: Context, folder: StageFolder) -> None:
     for name in context.recipe.export.formats:
         export = context.folder("export") / name
         check_digests(export, export_digests(context.run.path, name))
-        found[name] = asdict(verify_checkpoint(export, store, source.checkpoint, source.weights, source.cast))
+        found[name] = asdict(
+            verify_checkpoint(export, store, source.checkpoint, source.weights, source.cast, name, source.tied)
+        )
         context.emit("verified", format=name, **found[name])
     write_json(folder.path / RESULT, found)
     folder.add(folder.path / RESULT)

@@ -1,0 +1,298 @@
+"""AscendV1, the format of msModelSlim that vLLM-Ascend and MindIE load. https://gitcode.com/Ascend/msmodelslim
+
+Weights in quant_model_weights*.safetensors; quant_model_description.json maps the name of every tensor to a type. Of a
+linear X with weight [n, k]:
+
+    all              X.weight int8 [n, k]; X.weight_scale, X.weight_offset [n, 1]
+    W8A8, W8A8S,     X.input_scale, X.input_offset float32 [1]; X.quant_bias int32 [n]; X.deq_scale [n], float32 for
+    W8A8_MIX         bfloat16 models, else int64 that holds the bits of the float32
+    FLOAT            X.weight, X.bias; a bias stays beside every other type, too
+
+and of an attention module A: for C8 A.k_proj.kv_cache_scale and .kv_cache_offset, and A.v_proj's, float32 [kv_heads ·
+head_size]; for FAQuant A.fa_q.scale float32 [heads, 1] and .offset int8, and A.fa_k's and A.fa_v's [kv_heads, 1].
+
+    W ≈ (weight − weight_offset) · weight_scale
+    static:  q = clamp(round(x / input_scale + input_offset), −128, 127);  y = (q · weightᵀ + quant_bias) · deq_scale
+             deq_scale = input_scale · weight_scale;  quant_bias = round(bias / deq_scale − input_offset · Σ_k weight)
+    dynamic: y = (q · weightᵀ) · s_token · weight_scale + bias
+    cache:   q = clamp(round(k / kv_cache_scale + kv_cache_offset), −128, 127)
+
+Engines hold input_scale, the weight_scale of dynamic inputs, and the scales of attention in the model's dtype. They are
+rounded to it here, before deq_scale and quant_bias are computed from them, and `decode` returns what is written: what
+is evaluated is what is served. The weight_scale of static inputs is not rounded, since engines multiply by deq_scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.errors import ModelError
+from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.model.structure import Linear
+from quantcli.quant.scheme import AttentionScheme, Scheme
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from quantcli.formats.store import Store, StoredLinear
+
+NAME = "ascend"
+STEM = "quant_model_weights"
+WRITES_TIED_HEAD = True
+"""An output head that is tied to the embedding is written as a copy: engines look for its name in the description."""
+
+DESCRIPTION = "quant_model_description.json"
+TYPES = ("FLOAT", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S")
+"""Types of linears in ascending order: model_quant_type is the last that occurs."""
+
+_SCHEMES = {
+    "W8A16": Scheme(8),
+    "W8A8_DYNAMIC": Scheme(8, activations="dynamic"),
+    "W8A8_MIX": Scheme(8, activations="mix"),
+    "W8A8": Scheme(8, activations="static"),
+    "W8A8S": Scheme(8, activations="static", sparse=True),
+}
+_CACHE = {"k_scale": "k_proj.kv_cache_scale", "k_offset": "k_proj.kv_cache_offset",
+          "v_scale": "v_proj.kv_cache_scale", "v_offset": "v_proj.kv_cache_offset"}  # fmt: skip
+_HEADS = {"fa_q_scale": "fa_q.scale", "fa_k_scale": "fa_k.scale", "fa_v_scale": "fa_v.scale"}
+
+
+def refusal(linear: Linear, scheme: Scheme) -> str:
+    """Why this format cannot hold the linear under the scheme; empty when it can."""
+    if linear.transposed:
+        return "holds weights as [out, in], and this model's are stored transposed (Conv1D)"
+    if scheme.bits != 8:
+        return f"is written with 8-bit weights only, not {scheme.bits}-bit ones"
+    if scheme.granularity == "group":
+        return "holds 8-bit weights with one scale a channel or tensor, not a group"
+    if scheme.activations != "none" and not scheme.symmetric:
+        return "holds int8 activations with symmetric weights"
+    if scheme.activations == "dynamic" and not scheme.activations_symmetric:
+        return "holds symmetric dynamic activations"
+    if scheme.sparse and scheme.activations != "static":
+        return "holds sparse codes with static activations (W8A8S)"
+    return ""
+
+
+def attention_refusal(attention: AttentionScheme) -> str:
+    """Why this format cannot hold keys, values and queries under the scheme; empty when it can."""
+    if attention.kv == "fp8":
+        return "holds an int8 cache, not fp8"
+    if attention.heads and attention.kv != "none":
+        return "holds either an int8 cache or int8 products a head, not both"
+    return ""
+
+
+def type_name(scheme: Scheme) -> str:
+    """The format's name of a scheme that it does not refuse."""
+    if scheme.activations == "static":
+        return "W8A8S" if scheme.sparse else "W8A8"
+    return {"none": "W8A16", "dynamic": "W8A8_DYNAMIC", "mix": "W8A8_MIX"}[scheme.activations]
+
+
+def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensors that stand for X.weight: suffix → (dtype, shape), without a value. Known before anything is computed."""
+    out = linear.out_features
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {"weight": ("int8", (out, linear.in_features))}
+    if scheme.observed:
+        tensors |= {
+            "input_scale": ("float32", (1,)),
+            "input_offset": ("float32", (1,)),
+            "quant_bias": ("int32", (out,)),
+            "deq_scale": ("float32" if dtype == "bfloat16" else "int64", (out,)),
+        }
+    scale = scheme.scale_dtype(dtype)
+    return tensors | {"weight_scale": (scale, (out, 1)), "weight_offset": (scale, (out, 1))}
+
+
+def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of `layout` from the store's codes, for a model of `dtype` and the linear's bias [n], if it has one.
+
+    One scale a tensor is repeated for every channel, as engines want it. Raises ModelError if deq_scale underflows or
+    quant_bias does not fit int32.
+    """
+    import torch
+
+    codes, scale, zero_point = stored.weight
+    own = getattr(torch, dtype)
+    written = getattr(torch, scheme.scale_dtype(dtype))
+    if scheme.activations in ("dynamic", "mix"):
+        scale = _rounded(scale, own).to(scale.dtype)
+    scale = scale.expand(len(codes), 1)
+    tensors = {"weight": codes}
+    if scheme.observed:
+        assert stored.input_scale is not None
+        input_scale = _rounded(stored.input_scale, own)
+        offset = 0 if stored.input_zero_point is None else int(stored.input_zero_point)
+        # in the precision of the scale, which is float32 beside 8-bit activations unless another tool rounded it
+        deq_scale = (input_scale * scale.float()).to(scale.dtype).float().view(-1)
+        tensors |= {
+            "input_scale": input_scale,
+            "input_offset": torch.tensor([float(offset)]),
+            "quant_bias": _quant_bias(codes, offset, deq_scale, bias),
+            "deq_scale": deq_scale if dtype == "bfloat16" else deq_scale.view(torch.int32).to(torch.int64),
+        }
+    weight_scale = scale.to(written).contiguous()
+    weight_offset = torch.zeros_like(weight_scale)
+    if zero_point is not None:
+        weight_offset.copy_(zero_point)
+    return tensors | {"weight_scale": weight_scale, "weight_offset": weight_offset}
+
+
+def _quant_bias(codes: Tensor, offset: int, deq_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """round(bias / deq_scale − offset · Σ_k codes): int32 [n]. The quotient is made in float32 as engines' tools do."""
+    import torch
+
+    if not bool((torch.isfinite(deq_scale) & (deq_scale != 0)).all()):
+        raise ModelError("deq_scale = input_scale · weight_scale is zero or not finite in float32.", "Roll it back.")
+    correction = offset * codes.sum(1, dtype=torch.int64)
+    values = -correction.double()
+    if bias is not None:
+        values += (bias.float() / deq_scale).double()
+    rounded = values.round()
+    if not bool((rounded.abs() < 2**31).all()):
+        raise ModelError("quant_bias = bias / deq_scale does not fit int32.", "Roll it back.")
+    return rounded.to(torch.int32)
+
+
+def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
+    """What the file holds of a linear, from tensors by suffix, which have to have the shapes of `layout`."""
+    import torch
+
+    from quantcli.formats.store import StoredLinear
+    from quantcli.quant.grid import QuantizedWeight
+
+    zero_point = None if scheme.symmetric else tensors["weight_offset"].to(torch.int8)
+    weight = QuantizedWeight(tensors["weight"], tensors["weight_scale"], zero_point)
+    if not scheme.observed:
+        return StoredLinear(weight)
+    input_zero = None if scheme.activations_symmetric else tensors["input_offset"].to(torch.int8)
+    return StoredLinear(weight, tensors["input_scale"], input_zero)
+
+
+def attention_names(path: str, attention: AttentionScheme) -> dict[str, str]:
+    """Tensors of the attention module `path`: name → part of the store, or empty for offsets that are all zero."""
+    if attention.heads:
+        names = {f"{path}.{name}": part for part, name in _HEADS.items()}
+        return names | {name.removesuffix("scale") + "offset": "" for name in names}
+    names = {f"{path}.{name}": part for part, name in _CACHE.items()}
+    return {name: "" if attention.kv_symmetric and part.endswith("offset") else part for name, part in names.items()}
+
+
+def attention_tensors(
+    path: str, parts: Mapping[str, Tensor], attention: AttentionScheme, dtype: str
+) -> dict[str, Tensor]:
+    """The tensors of `attention_names`, scales rounded to the model's dtype."""
+    import torch
+
+    own = getattr(torch, dtype)
+    tensors: dict[str, Tensor] = {}
+    for name, part in attention_names(path, attention).items():
+        if not part:
+            scale = tensors[name.removesuffix("offset") + "scale"]
+            tensors[name] = torch.zeros_like(scale, dtype=torch.int8 if attention.heads else torch.float32)
+        else:
+            tensors[name] = _rounded(parts[part], own) if part.endswith("scale") else parts[part].float()
+    return tensors
+
+
+def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 values that `dtype` holds, neither zero nor infinite."""
+    from quantcli.quant.grid import stored_scale
+
+    return stored_scale(scale.float(), dtype)
+
+
+def documents(
+    config: Mapping[str, Any], store: Store, kept: set[str], owners: Mapping[str, str | None]
+) -> dict[str, dict[str, Any]]:
+    """The JSON files: the description of every tensor, and config.json, which says nothing of quantization.
+
+    `owners` maps every tensor of the export to the linear or attention module that it is quantized for, or None.
+    """
+    present = {type_name(scheme) for scheme in store.schemes.values()} | {"FLOAT"}
+    description: dict[str, Any] = {
+        "model_quant_type": max(present, key=TYPES.index),
+        "version": "1.0.0",
+        "group_size": 0,
+    }
+    attention = store.attention
+    if attention is not None and attention.heads:
+        description["fa_quant_type"] = "FAQuant"
+    elif attention is not None:
+        description |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+    for name, owner in owners.items():
+        if owner is None:
+            description[name] = "FLOAT"
+        elif owner in store.schemes:
+            description[name] = type_name(store.schemes[owner])
+        else:
+            description[name] = "FAQuant" if attention is not None and attention.heads else "C8"
+    return {DESCRIPTION: description, "config.json": _without_quantization(config)}
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    left = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(left.get("text_config"), dict):
+        left["text_config"] = _without_quantization(left["text_config"])
+    return left
+
+
+def recognizes(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a directory holds a checkpoint of this format."""
+    return (directory / DESCRIPTION).is_file()
+
+
+def described(
+    checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, str]
+) -> tuple[dict[str, Scheme], AttentionScheme | None]:
+    """Scheme of each quantized linear, and of attention, from the description and the offsets.
+
+    `weights` maps every linear to the checkpoint name of its weight. One scale a tensor was written as one a channel
+    and is read so. Raises ModelError for a type that is not understood, or a linear that has none.
+    """
+    description = read_json(checkpoint.directory / DESCRIPTION)
+    quantized = {}
+    for module, weight in weights.items():
+        kind = description.get(weight)
+        if kind not in TYPES:
+            raise ModelError(f"{checkpoint.directory / DESCRIPTION}: {weight} has the type {kind!r}.",
+                             f"Known types: {', '.join(TYPES)}.")  # fmt: skip
+        if kind != "FLOAT":
+            quantized[module] = _SCHEMES[kind]
+    offsets = {
+        module: f"{weights[module].removesuffix('.weight')}.{'input' if scheme.observed else 'weight'}_offset"
+        for module, scheme in quantized.items()
+        if scheme.observed or scheme.activations == "none"
+    }
+    values = checkpoint.read(offsets.values())
+    moved = {module for module, name in offsets.items() if bool(values[name].any())}
+    # a zero point may happen to be 0, so that inputs are symmetric only if they are in the whole model
+    asymmetric = any(quantized[module].observed for module in moved)
+    schemes = {
+        module: Scheme(
+            8,
+            symmetric=scheme.activations != "none" or module not in moved,
+            activations=scheme.activations,
+            activations_symmetric=not (scheme.observed and asymmetric),
+            sparse=scheme.sparse,
+        )
+        for module, scheme in quantized.items()
+    }
+    return schemes, _attention(checkpoint, description)
+
+
+def _attention(checkpoint: Checkpoint, description: Mapping[str, Any]) -> AttentionScheme | None:
+    kind = description.get("fa_quant_type"), description.get("kv_cache_type", description.get("kv_quant_type"))
+    if kind == (None, None):
+        return None
+    if kind == ("FAQuant", None):
+        return AttentionScheme(heads=True)
+    if kind != (None, "C8"):
+        raise ModelError(f"{checkpoint.directory / DESCRIPTION}: attention of type {' and '.join(map(str, kind))} is "
+                         "not supported.", "Known types: C8, FAQuant.")  # fmt: skip
+    offsets = checkpoint.read(name for name in checkpoint.entries if name.endswith(".kv_cache_offset"))
+    return AttentionScheme(kv="int8", kv_symmetric=not any(bool(offset.any()) for offset in offsets.values()))

@@ -1,0 +1,134 @@
+"""What an AscendV1 export has to hold, found from the store by other code than wrote it: in NumPy, from the formulas.
+
+Names, types and formulas are those that engines read, not those of `formats.ascend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quantcli.errors import VerificationError
+from quantcli.formats.store import Store, StoredLinear
+from quantcli.quant.scheme import AttentionScheme, Scheme
+
+_ABOUT_THE_MODEL = {"model_quant_type", "version", "group_size", "kv_cache_type", "kv_quant_type", "fa_quant_type"}
+
+
+def check_description(
+    description: Mapping[str, Any],
+    config: Mapping[str, Any],
+    tensors: Collection[str],
+    store: Store,
+    weights: Mapping[str, str],
+    attention_paths: Mapping[str, str],
+) -> None:
+    """Every tensor has the type of its linear or attention module, or FLOAT, and nothing else is described.
+
+    `tensors` are those of the export, `attention_paths` the prefixes of attention modules. Raises VerificationError.
+    """
+    if "quantization_config" in config:
+        raise VerificationError("config.json has a quantization_config, which hides the description.", "Export again.")
+    types = {weights[module].removesuffix(".weight"): _type(scheme) for module, scheme in store.schemes.items()}
+    attention, prefixes = store.attention, tuple(f"{path}." for path in attention_paths.values())
+    of_attention = ("fa_q.", "fa_k.", "fa_v.") if attention and attention.heads else ("k_proj.kv_", "v_proj.kv_")
+    wanted: dict[str, Any] = {}
+    for name in tensors:
+        prefix, _, suffix = name.rpartition(".")
+        wanted[name] = types.get(prefix, "FLOAT") if suffix != "bias" else "FLOAT"
+        below = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), "")
+        if below.startswith(of_attention):
+            wanted[name] = "FAQuant" if attention and attention.heads else "C8"
+    wanted |= {"version": "1.0.0", "group_size": 0, "model_quant_type": _highest(set(types.values()))}
+    if attention is not None and attention.heads:
+        wanted["fa_quant_type"] = "FAQuant"
+    elif attention is not None:
+        wanted |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+    for name in [*wanted, *description]:
+        if description.get(name) != wanted.get(name):
+            kind = "entry" if name in _ABOUT_THE_MODEL else "tensor"
+            raise VerificationError(
+                f"quant_model_description.json: {kind} {name} is {description.get(name)!r}, not {wanted.get(name)!r}.",
+                "Export again.",
+            )
+
+
+def _type(scheme: Scheme) -> str:
+    if scheme.sparse:
+        return "W8A8S"
+    return "W8A16" if scheme.activations == "none" else "W8A8" + {
+        "static": "", "dynamic": "_DYNAMIC", "mix": "_MIX"
+    }[scheme.activations]  # fmt: skip
+
+
+def _highest(types: set[str]) -> str:
+    ascending = ["W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S"]
+    return next((kind for kind in reversed(ascending) if kind in types), "FLOAT")
+
+
+def expected_linear(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor | None]:
+    """The tensors that stand for X.weight in a model of `dtype`, by suffix; bias [n] as the checkpoint holds it."""
+    codes = stored.weight.codes.numpy()
+    scale = np.repeat(_float32(stored.weight.scale).reshape(-1), 1 if len(stored.weight.scale) > 1 else len(codes))
+    zero = np.zeros_like(scale) if stored.weight.zero_point is None else _float32(stored.weight.zero_point)
+    zero = np.broadcast_to(zero.reshape(-1), scale.shape)
+    if scheme.activations in ("dynamic", "mix"):
+        scale = _rounded(scale, dtype)
+    held = dtype if scheme.activations == "none" else "float32"
+    tensors: dict[str, Tensor | None] = {
+        "weight": stored.weight.codes,
+        "weight_scale": torch.from_numpy(scale[:, None].copy()).to(getattr(torch, held)),
+        "weight_offset": torch.from_numpy(zero[:, None].copy()).to(getattr(torch, held)),
+    }
+    if scheme.activations not in ("static", "mix") or stored.input_scale is None:
+        return tensors
+    input_scale = _rounded(_float32(stored.input_scale), dtype)
+    offset = 0 if stored.input_zero_point is None else stored.input_zero_point.item()
+    deq_scale = input_scale * scale
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # a scale of zero is found in the export
+        quotient = np.zeros_like(deq_scale) if bias is None else _float32(bias) / deq_scale
+        quant_bias = np.rint(quotient.astype(np.float64) - offset * codes.astype(np.float64).sum(1)).astype(np.int32)
+    bits = deq_scale if dtype == "bfloat16" else deq_scale.view(np.uint32).astype(np.int64)
+    return tensors | {
+        "input_scale": torch.from_numpy(input_scale),
+        "input_offset": torch.tensor([float(offset)]),
+        "deq_scale": torch.from_numpy(bits),
+        "quant_bias": torch.from_numpy(quant_bias),
+    }
+
+
+def expected_attention(parts: Mapping[str, Tensor], attention: AttentionScheme, dtype: str) -> dict[str, Tensor | None]:
+    """The tensors below an attention module, by the rest of their names."""
+    tensors: dict[str, Tensor | None] = {}
+    for letter in "qkv" if attention.heads else "kv":
+        scale = parts[f"fa_{letter}_scale" if attention.heads else f"{letter}_scale"]
+        rounded = torch.from_numpy(_rounded(_float32(scale), dtype))
+        if attention.heads:
+            tensors[f"fa_{letter}.scale"] = rounded
+            tensors[f"fa_{letter}.offset"] = torch.zeros(scale.shape, dtype=torch.int8)
+        else:
+            tensors[f"{letter}_proj.kv_cache_scale"] = rounded
+            tensors[f"{letter}_proj.kv_cache_offset"] = parts.get(f"{letter}_offset", torch.zeros(scale.shape))
+    return tensors
+
+
+def _float32(tensor: Tensor) -> NDArray[np.float32]:
+    return tensor.float().numpy()
+
+
+def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
+    """Scales as `dtype` holds them, ties to even; what underflows is the smallest normal number, not zero."""
+    if dtype == "bfloat16":
+        bits = values.view(np.uint32)
+        bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
+        found, tiny = (bits & np.uint32(0xFFFF0000)).view(np.float32), 2.0**-126
+    elif dtype == "float16":
+        found, tiny = values.clip(None, 65504).astype(np.float16).astype(np.float32), 2.0**-14
+    else:
+        return values
+    return np.where((found == 0) & (values != 0), np.float32(tiny), found).astype(np.float32)

@@ -1,0 +1,133 @@
+"""Exports from recorded codes and scales are the recorded files of msModelSlim: names, types, and derived tensors.
+
+Each recorded case gives the store its codes, scales and offsets; what an export adds to them (deq_scale, quant_bias,
+offsets of zeros, the description) has to be what the tool wrote, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantcli.formats import ascend
+from quantcli.formats.export import Source, export_checkpoint
+from quantcli.formats.reader import QuantizedCheckpoint
+from quantcli.formats.store import Store, StoredLinear, write_block, write_manifest
+from quantcli.formats.verify import verify_checkpoint
+from quantcli.model.checkpoint import Checkpoint
+from quantcli.model.structure import Linear
+from quantcli.quant.grid import QuantizedWeight
+from quantcli.quant.scheme import AttentionScheme, Scheme
+
+GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "golden"
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the recorded outputs beside the checkout")
+
+STATIC = Scheme(8, activations="static", activations_symmetric=False)
+C8, C8_ASYM = AttentionScheme(kv="int8"), AttentionScheme(kv="int8", kv_symmetric=False)
+CASES: dict[str, tuple[Scheme, AttentionScheme | None]] = {
+    "w8a8_act1_mm0": (STATIC, None),
+    "w8a8_dynamic": (Scheme(8, activations="dynamic"), None),
+    "w8a16_minmax_sym": (Scheme(8), None),
+    "w8a16_minmax_asym": (Scheme(8, symmetric=False), None),
+    "w8a8_pdmix": (Scheme(8, activations="mix", activations_symmetric=False), None),
+    "w8a8_kv_sym": (STATIC, C8),
+    "w8a8_kv_asym": (STATIC, C8_ASYM),
+    "w8a8_fa": (STATIC, AttentionScheme(heads=True)),
+}
+RUNS = [(model, case) for model in ("A", "B", "A_bf16", "A_fp16") for case in CASES if (GOLDEN / model / case).is_dir()]
+
+
+def recorded(model: str, case: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The full tensor set of a case, put together as golden/README.md says, and its description."""
+    folder = GOLDEN / model / case
+    meta = json.loads((folder / "meta.json").read_text())
+    weights = folder / "weights.safetensors"
+    tensors = load_file(weights) if weights.exists() else {}
+    sources = {"model": meta["omitted_equal_to_model"], **(meta.get("tensors_from") or {})}
+    if "same_as_case" in sources["model"]:
+        other = GOLDEN / model / sources["model"]["same_as_case"] / "meta.json"
+        sources["model"] = json.loads(other.read_text())["omitted_equal_to_model"]
+    for source, names in sources.items():
+        file = "model/model.safetensors" if source == "model" else f"{source}/weights.safetensors"
+        found = load_file(GOLDEN / model / file)
+        tensors |= {name: found[name] for name in names}
+    described = meta.get("description_same_as") or case
+    described = described["same_as_case"] if isinstance(described, dict) else described
+    return tensors, json.loads((GOLDEN / model / described / "description.json").read_text())
+
+
+def stored_linear(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) -> StoredLinear:
+    zero = None if scheme.symmetric else tensors[f"{name}.weight_offset"].to(torch.int8)
+    weight = QuantizedWeight(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], zero)
+    if not scheme.observed:
+        return StoredLinear(weight)
+    offset = tensors[f"{name}.input_offset"].to(torch.int8)
+    return StoredLinear(weight, tensors[f"{name}.input_scale"].float(), offset)
+
+
+def stored_attention(tensors: Mapping[str, Tensor], path: str, attention: AttentionScheme) -> dict[str, Tensor]:
+    if attention.heads:
+        return {f"fa_{letter}_scale": tensors[f"{path}.fa_{letter}.scale"] for letter in "qkv"}
+    kinds = ["scale"] if attention.kv_symmetric else ["scale", "offset"]
+    return {f"{x}_{kind}": tensors[f"{path}.{x}_proj.kv_cache_{kind}"].float() for x in "kv" for kind in kinds}
+
+
+def export(place: Path, model: str, case: str) -> tuple[dict[str, Tensor], dict[str, Any], Store, Source, list[Linear]]:
+    """The recorded codes and scales of a case through store and export: tensors and description of the export."""
+    tensors, _ = recorded(model, case)
+    scheme, attention = CASES[case]
+    names = [name.removesuffix(".weight") for name, t in tensors.items() if t.dtype == torch.int8 and "proj." in name]
+    paths = sorted({name.rpartition(".")[0] for name in names if "self_attn" in name}) if attention else []
+    parts = {path: stored_attention(tensors, path, attention) for path in paths if attention is not None}
+    dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
+    (place / "store").mkdir()
+    write_block(place / "store", 0, {name: stored_linear(tensors, name, scheme) for name in names}, parts)
+    quantized = dict.fromkeys(names, (0, scheme))
+    original = Checkpoint(GOLDEN / model / "model")
+    matrices = [e for e in original.entries.values() if len(e.shape) == 2 and "embed" not in e.name]
+    linears = [Linear(e.name.removesuffix(".weight"), e.shape[1], e.shape[0]) for e in matrices]
+    kept = {linear.name: "recorded so" for linear in linears if linear.name not in quantized}
+    write_manifest(place / "store", dtype, quantized, kept, attention, dict.fromkeys(paths, 0))
+    source = Source(original, {linear.name: f"{linear.name}.weight" for linear in linears})
+    store = Store(place / "store")
+    for _ in export_checkpoint(place / "out", ascend, store, source, {linear.name: linear for linear in linears}):
+        pass
+    description = json.loads((place / "out" / "quant_model_description.json").read_text())
+    return load_file(place / "out" / "quant_model_weights.safetensors"), description, store, source, linears
+
+
+@pytest.mark.parametrize(("model", "case"), RUNS)
+def test_the_export_of_recorded_codes_is_the_recorded_file(model: str, case: str, tmp_path: Path) -> None:
+    expected, described = recorded(model, case)
+    found, description, store, _, _ = export(tmp_path, model, case)
+    assert found.keys() == expected.keys()
+    derived = 0
+    for name, tensor in expected.items():
+        if name.endswith((".quant_bias", ".deq_scale")):
+            assert found[name].dtype == tensor.dtype, name
+            derived += 1
+        assert torch.equal(found[name].double(), tensor.double()), name
+    assert derived == (2 * len(store.schemes) if CASES[case][0].observed else 0)
+    assert description.pop("group_size") == 0
+    assert description == described
+
+
+@pytest.mark.parametrize(("model", "case"), [run for run in RUNS if run[0] in ("A", "B")])
+def test_recorded_codes_come_back_and_pass_the_verification(model: str, case: str, tmp_path: Path) -> None:
+    _, _, store, source, linears = export(tmp_path, model, case)
+    reader = QuantizedCheckpoint(tmp_path / "out", {linear.name: linear for linear in linears}, source.weights)
+    assert (reader.schemes, reader.attention) == (store.schemes, store.attention)
+    for name in store.schemes:
+        wanted, read = store.read(name).tensors(), reader.read_linear(name).tensors()
+        assert wanted.keys() == read.keys()
+        assert all(torch.equal(read[part], wanted[part]) for part in wanted), name
+    assert verify_checkpoint(tmp_path / "out", store, source.checkpoint, source.weights, None, "ascend").linears == len(
+        store.schemes
+    )
