@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.recipe.schema import CalibrationSection, MixSection, PerplexitySection
+from quantcli.recipe.data import CalibrationSection, MixSection, PerplexitySection
 
 if TYPE_CHECKING:
     from torch import Tensor

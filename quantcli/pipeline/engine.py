@@ -24,7 +24,8 @@ from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, StageFolder, check_p
 from quantcli.pipeline.source import locate_model, model_identity
 from quantcli.pipeline.stages import calibrate, check, eval_ppl, export, quantize, search, select, sensitivity, verify
 from quantcli.recipe import resolved_yaml
-from quantcli.recipe.schema import CalibrationSection, Recipe
+from quantcli.recipe.data import CalibrationSection
+from quantcli.recipe.schema import Recipe
 
 STAGES: tuple[Stage, ...] = (
     check.STAGE,

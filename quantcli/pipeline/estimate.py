@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from math import prod
 
 from quantcli.model.structure import Linear, Structure
-from quantcli.recipe.schema import Recipe, WeightsSection
+from quantcli.recipe.quantization import WeightsSection
+from quantcli.recipe.schema import Recipe
 
 # Resident memory of Python with torch and transformers loaded; measured on Linux, CPU build (BENCHMARKS.md).
 BASE_MEMORY = 420 << 20

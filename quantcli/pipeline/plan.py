@@ -16,7 +16,8 @@ from quantcli.formats.engines import Verdict, verdicts
 from quantcli.model.structure import Block, Linear, Structure
 from quantcli.pipeline.estimate import Estimate, estimate
 from quantcli.quant.scheme import AttentionScheme, Scheme
-from quantcli.recipe.schema import ActivationsSection, OverrideSection, Recipe, WeightsSection, named_scheme
+from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
+from quantcli.recipe.schema import Recipe
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "int32": 4, "int64": 8}
 

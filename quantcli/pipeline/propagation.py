@@ -24,7 +24,7 @@ from quantcli.pipeline.treatment import input_parameters, observed_of, replaceme
 from quantcli.quant.activation import QMAX, QMIN, static_parameters
 
 if TYPE_CHECKING:
-    from quantcli.recipe.schema import ActivationsSection
+    from quantcli.recipe.quantization import ActivationsSection
 
 Replacement = Int8Weights | Tensor | Callable[[nn.Module, Tensor], Tensor]
 

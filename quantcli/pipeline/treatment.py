@@ -84,7 +84,7 @@ def quantize_weight(
     from quantcli.formats.store import StoredLinear
     from quantcli.quant.grid import QuantizedWeight
     from quantcli.quant.methods import WEIGHT_METHODS, weight_error
-    from quantcli.recipe.schema import SPARSE_METHODS
+    from quantcli.recipe.quantization import SPARSE_METHODS
 
     low, high = torch.aminmax(weight)
     if not (torch.isfinite(low) and torch.isfinite(high)):

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from quantcli.errors import RecipeError
 from quantcli.recipe.document import Document, Keys, dotted, shown
-from quantcli.recipe.schema import ALIASES, Recipe
+from quantcli.recipe.quantization import ALIASES
+from quantcli.recipe.schema import Recipe
 
 MAX_ERRORS = 3
 

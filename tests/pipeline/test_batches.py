@@ -12,7 +12,7 @@ from transformers import ByT5Tokenizer
 from quantcli.calibration.datasets import load_texts
 from quantcli.errors import DataError
 from quantcli.pipeline.batches import calibration_tokens, data_identity, texts_of
-from quantcli.recipe.schema import CalibrationSection, PerplexitySection
+from quantcli.recipe.data import CalibrationSection, PerplexitySection
 
 
 def section(**keys: Any) -> CalibrationSection:

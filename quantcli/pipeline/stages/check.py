@@ -10,7 +10,8 @@ from quantcli.pipeline.batches import batched, data_identity, texts_of
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import needs_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
-from quantcli.recipe.schema import CalibrationSection, PerplexitySection, Recipe
+from quantcli.recipe.data import CalibrationSection, PerplexitySection
+from quantcli.recipe.schema import Recipe
 
 RESULT = "sanity.json"
 TOKENS = 512

@@ -18,7 +18,8 @@ from quantcli.pipeline.plan import fused_groups, make_plan
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.stages.quantize import quantize_blocks, write_store_manifest
 from quantcli.recipe import resolved_yaml
-from quantcli.recipe.schema import Recipe, TargetSection
+from quantcli.recipe.quantization import TargetSection
+from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from quantcli.evaluation.protocols import EvaluationText

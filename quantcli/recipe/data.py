@@ -1,0 +1,146 @@
+"""Sections that name text: calibration sets, and what is evaluated."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
+
+from quantcli.recipe.fields import Count, Length, Section, Text, as_percent, fraction_of, refusal
+
+NAMED_DATASETS = ("builtin", "wikitext2", "boolq", "text", "jsonl", "parquet")
+
+
+def _known_dataset(name: str) -> str:
+    if name in NAMED_DATASETS or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return name
+    raise refusal(
+        "",
+        f"{name!r} is no known dataset",
+        f"Use one of {', '.join(NAMED_DATASETS)} or a hub name such as Salesforce/wikitext; "
+        "a local file goes in `path`, with dataset text, jsonl or parquet.",
+    )
+
+
+Dataset = Annotated[Text, AfterValidator(_known_dataset)]
+
+
+def _check_source(section: CalibrationSection | MixSection | PerplexitySection, default_split: str) -> None:
+    """Refuse path, field and split where the dataset has no use for them."""
+    dataset, on_hub = section.dataset, "/" in section.dataset
+    if section.path is None and dataset in ("text", "jsonl", "parquet"):
+        raise refusal("path", f"is missing, and dataset {dataset} reads a local file", "Name the file.")
+    if section.path is not None and (dataset == "builtin" or on_hub):
+        raise refusal(
+            "path",
+            f"is a local file, but dataset {dataset} is {'on the hub' if on_hub else 'part of quantcli'}",
+            "Remove the path or use dataset text, jsonl or parquet.",
+        )
+    if section.field is not None and dataset in ("builtin", "wikitext2", "boolq", "text"):
+        raise refusal("field", f"names a column, and dataset {dataset} has none to choose", "Remove the key.")
+    asks_hub = on_hub or (dataset in ("wikitext2", "boolq") and section.path is None)
+    if section.split != default_split and not asks_hub:
+        raise refusal("split", f"is for datasets on the hub; dataset {dataset} here has no splits", "Remove the key.")
+
+
+class MixSection(Section):
+    """One source of mixed calibration text."""
+
+    dataset: Dataset = Field(
+        default="builtin",
+        description="builtin, wikitext2, boolq, text, jsonl, parquet, or a hub name such as Salesforce/wikitext.",
+    )
+    path: Text | None = Field(
+        default=None, description="Local file or directory; without it wikitext2 and boolq ask the hub."
+    )
+    field: Text | None = Field(
+        default=None, description="Column that holds the text, for jsonl, parquet and hub datasets."
+    )
+    split: Text = Field(default="train", description="Split of a hub dataset.")
+    share: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Weight among the sources; the weights need not add up to anything."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> MixSection:
+        _check_source(self, "train")
+        return self
+
+
+class CalibrationSection(Section):
+    """The text on which activations are observed."""
+
+    dataset: Dataset = Field(
+        default="builtin",
+        description="builtin, wikitext2, boolq, text, jsonl, parquet, or a hub name such as Salesforce/wikitext.",
+    )
+    path: Text | None = Field(
+        default=None, description="Local file or directory; without it wikitext2 and boolq ask the hub."
+    )
+    field: Text | None = Field(
+        default=None, description="Column that holds the text, for jsonl, parquet and hub datasets."
+    )
+    split: Text = Field(default="train", description="Split of a hub dataset.")
+    mix: Annotated[tuple[MixSection, ...], Field(strict=False)] = Field(
+        default=(), description="Several sources in place of dataset, path, field and split."
+    )
+    samples: Count = Field(default=64, description="Number of sequences.")
+    sequence_length: Length = Field(default=512, description="Tokens in a sequence.")
+    packing: Literal["auto", "packed", "line"] = Field(
+        default="auto",
+        description="packed joins texts and cuts full sequences; line takes one text a sequence; "
+        "auto is line for prompts, packed for other text.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="Seed of the choice of sequences.")
+    drop_outliers: Annotated[
+        float, BeforeValidator(fraction_of, json_schema_input_type=float | str), Field(ge=0, lt=1)
+    ] = Field(
+        default=0.0,
+        description="Share of sequences to drop, as 10% or 0.1: those whose output quantization changes most.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CalibrationSection:
+        if not self.mix:
+            _check_source(self, "train")
+            return self
+        for key, default in (("dataset", "builtin"), ("path", None), ("field", None), ("split", "train")):
+            if getattr(self, key) != default:
+                raise refusal(key, "is replaced by mix, which names its sources itself", "Move it into an item of mix.")
+        named = [source.model_dump(exclude={"share"}) for source in self.mix]
+        for index, source in enumerate(named):
+            if source in named[:index]:
+                raise refusal(f"mix.{index}", "names the same text as an item before it", "Keep one, with both shares.")
+        return self
+
+    @field_serializer("drop_outliers")
+    def _percent(self, value: float) -> str | None:
+        return as_percent(value)
+
+
+class PerplexitySection(Section):
+    """Perplexity of the float and of the exported model on the same text."""
+
+    dataset: Dataset = Field(
+        default="builtin",
+        description="builtin, wikitext2, text, jsonl, parquet, or a hub name such as Salesforce/wikitext.",
+    )
+    path: Text | None = Field(default=None, description="Local file or directory; without it wikitext2 asks the hub.")
+    field: Text | None = Field(
+        default=None, description="Column that holds the text, for jsonl, parquet and hub datasets."
+    )
+    split: Text = Field(default="test", description="Split of a hub dataset.")
+    sequence_length: Length = Field(default=1024, description="Tokens in a window.")
+    windows: Count | None = Field(default=40, description="At most this many windows; null takes the whole text.")
+    protocol: Literal["standard", "golden-stick"] = Field(
+        default="standard", description="How text becomes windows and windows become one number."
+    )
+    phase: Literal["prefill", "decode"] = Field(
+        default="prefill", description="What of activations with scope mix is measured: their dynamic or static scales."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> PerplexitySection:
+        _check_source(self, "test")
+        return self

@@ -1,0 +1,76 @@
+"""What the sections of a recipe are made of: common types, and refusals in the words of the recipe."""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError, PydanticKnownError
+
+
+def refusal(key: str, wrong: str, remedy: str) -> PydanticCustomError:
+    """An error about `key` (dotted, relative to the section whose validator raises it), for the loader to place."""
+    # Braces of the user's text would otherwise be read as fields of the message template.
+    return PydanticCustomError("recipe", "{wrong}", {"key": key, "wrong": wrong, "remedy": remedy})
+
+
+def null_is_default(value: object) -> object:
+    return {} if value is None else value
+
+
+def fraction_of(value: object) -> object:
+    """'2%' or 0.02 as the fraction 0.02."""
+    if value is None:
+        return None
+    fraction, remedy = math.nan, "Write it as 2% or 0.02."
+    if isinstance(value, str):
+        percent = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*%\s*", value)
+        # Decimal keeps '2%' equal to 0.02, which 2 * 0.01 in binary is not for every number.
+        fraction = float(Decimal(percent[1]) / 100) if percent else math.nan
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        # A bare 2 means 2% to most people and 200% to arithmetic; such a gate would never fail.
+        fraction = value if 0 <= value < 1 else math.nan
+        if 1 <= value <= 1000:
+            remedy = f"Write it as {value:g}% or {value / 100:g}."
+    if not math.isfinite(fraction):
+        raise refusal("", f"{value!r} is no fraction", remedy)
+    return float(fraction)
+
+
+def as_percent(value: float | None) -> str | None:
+    """A fraction as a recipe writes it: a percentage, because a bare number of 1 or more is refused on reading."""
+    if value is None:
+        return None
+    digits = format(Decimal(repr(value)) * 100, "f")
+    return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + "%"
+
+
+def whole(value: object) -> object:
+    # Literal compares by ==, and True == 1, 8.0 == 8.
+    if type(value) is not int:
+        raise PydanticKnownError("int_type")
+    return value
+
+
+def pattern(name: str) -> str:
+    if name.startswith("re:"):
+        try:
+            re.compile(name[3:])
+        except (re.error, RecursionError, OverflowError) as error:
+            raise refusal("", f"{name!r} is no regular expression ({error})", "Mend it or use a glob.") from None
+    return name
+
+
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
+Length = Annotated[int, Field(gt=1, le=2**31 - 1)]
+Pattern = Annotated[Text, AfterValidator(pattern)]
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are refused, no type is converted, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())

@@ -1,0 +1,442 @@
+"""The section `quantize`: schemes, rollback and overrides."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from quantcli.recipe.fields import Count, Pattern, Section, as_percent, fraction_of, null_is_default, refusal, whole
+
+DEFAULT_GROUP_SIZE = 128
+SPARSE_METHODS = ("co_sparse", "low_bit", "low_bit_sigma")
+
+# msModelSlim's names of keys, by section: read as the name on the right, with the value translated where it differs.
+ALIASES: dict[tuple[str, ...], str] = {
+    ("quantize", "weights", "w_sym"): "symmetric",
+    ("quantize", "weights", "mm_tensor"): "granularity",
+    ("quantize", "activations", "act_method"): "method",
+    ("quantize", "activations", "pr"): "quantized_share",
+    ("quantize", "rollback", "disable_names"): "names",
+    ("quantize", "rollback", "disable_level"): "level",
+    ("quantize", "rollback", "disable_last_linear"): "last_linear",
+}
+ALIAS_VALUES: dict[tuple[str, ...], dict[Any, Any]] = {
+    ("quantize", "weights", "mm_tensor"): {True: "tensor", False: "channel"},
+    ("quantize", "activations", "act_method"): {1: "minmax", 2: "histogram", 3: "mixed"},
+}
+
+
+def _with_aliases(section: str) -> ConfigDict:
+    """The JSON schema of a section of `quantize`, with the older names of its keys."""
+
+    def add(schema: dict[str, Any]) -> None:
+        for (_, place, older), name in ALIASES.items():
+            if place == section:
+                values = ALIAS_VALUES.get(("quantize", place, older))
+                entry = {"enum": list(values)} if values else {**schema["properties"][name]}
+                schema["properties"][older] = entry | {"title": older, "description": f"Older name of {name}."}
+
+    return ConfigDict(json_schema_extra=add)
+
+
+class WeightsSection(Section):
+    """The integer grid of the weights and how their scales are chosen."""
+
+    model_config = _with_aliases("weights")
+
+    bits: Annotated[Literal[16, 8, 4, 3, 2], BeforeValidator(whole, json_schema_input_type=Literal[16, 8, 4, 3, 2])] = (
+        Field(default=8, description="Bits of a weight code; 16 leaves weights in float.")
+    )
+    symmetric: bool = Field(
+        default=True, description="Zero point fixed at zero; false stores a zero point with each scale."
+    )
+    granularity: Literal["tensor", "channel", "group"] = Field(
+        default="channel",
+        description="One scale a tensor, an output channel, or a group of inputs of an output channel.",
+    )
+    group_size: Count | None = Field(
+        default=None,
+        validate_default=True,
+        description=f"Inputs that share a scale, with granularity group only; {DEFAULT_GROUP_SIZE} there by default.",
+    )
+    method: Literal["minmax", "mse", "co_sparse", "low_bit", "low_bit_sigma"] = Field(
+        default="minmax",
+        description="Range of the grid: minmax keeps the extremes, mse searches the clip of least error; the others "
+        "make most codes small, for engines that compress them (W8A8S).",
+    )
+    importance: Literal["none", "second_moment"] = Field(
+        default="none",
+        description="Weight of an error in method mse: none, or second_moment of the calibrated input channel.",
+    )
+
+    fraction: Annotated[float, Field(ge=0.01, le=0.1)] = Field(
+        default=0.01, description="Share of weights beyond 4 bits in methods co_sparse and low_bit."
+    )
+    sigma_factor: Annotated[float, Field(ge=3, le=4)] = Field(
+        default=3.0, description="Standard deviations within 4 bits in method low_bit_sigma."
+    )
+
+    @field_validator("group_size")
+    @classmethod
+    def _default_group_size(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return DEFAULT_GROUP_SIZE if value is None and info.data.get("granularity") == "group" else value
+
+    @model_validator(mode="after")
+    def _check(self) -> WeightsSection:
+        if self.group_size is not None and self.granularity != "group":
+            raise refusal("group_size", f"has no meaning with granularity {self.granularity}", "Remove it.")
+        if self.importance == "second_moment" and self.method != "mse":
+            raise refusal("importance", f"second_moment has no effect on method {self.method}", "Set method: mse.")
+        if self.sparse and (self.bits != 8 or not self.symmetric or self.granularity == "group"):
+            raise refusal(
+                "method",
+                f"{self.method} makes symmetric 8-bit codes with a scale a channel or tensor",
+                "Set bits: 8, symmetric: true, granularity: channel.",
+            )
+        for key, methods in (("fraction", ("co_sparse", "low_bit")), ("sigma_factor", ("low_bit_sigma",))):
+            if getattr(self, key) != type(self).model_fields[key].default and self.method not in methods:
+                raise refusal(key, f"has no effect on method {self.method}", f"Set method: {' or '.join(methods)}.")
+        return self
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the codes are made for engines that compress them."""
+        return self.method in SPARSE_METHODS
+
+
+def _default_symmetric(data: dict[str, Any]) -> bool:
+    return bool(data["scope"] == "token")
+
+
+class ActivationsSection(Section):
+    """The integer grid of the inputs of quantized linears."""
+
+    model_config = _with_aliases("activations")
+
+    bits: Annotated[Literal[16, 8], BeforeValidator(whole, json_schema_input_type=Literal[16, 8])] = Field(
+        default=16, description="16 leaves activations in float; 8 quantizes them."
+    )
+    scope: Literal["tensor", "token", "mix"] = Field(
+        default="tensor",
+        description="tensor: one static scale, from calibration; token: a dynamic scale for every token; "
+        "mix: dynamic for prompts, static for decoding.",
+    )
+    symmetric: bool = Field(
+        default_factory=_default_symmetric,
+        description="Zero point fixed at zero; default true for token, false for tensor.",
+    )
+    method: Literal["minmax", "histogram", "mixed", "percentile", "mse"] = Field(
+        default="minmax", description="How the range of a static scale is found from what was observed."
+    )
+    aggregation: Literal["max", "mean"] = Field(
+        default="max", description="minmax: the extremes of all samples, or the mean of each sample's extremes."
+    )
+    percentile: Annotated[float, Field(gt=50, le=100)] = Field(
+        default=99.99, description="Share of the values that the range of method percentile covers."
+    )
+    propagation: Literal["float", "quantized"] = Field(
+        default="float", description="What later linears are observed on: the float model, or the quantized one so far."
+    )
+    quantized_share: Annotated[float, Field(le=1)] = Field(
+        default=1.0,
+        description="Share of values that are quantized while calibrating; negative draws it for each batch.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ActivationsSection:
+        if self.quantized_share != 1 and self.propagation != "quantized":
+            raise refusal(
+                "quantized_share", "has no effect while the float model is observed", "Set propagation: quantized."
+            )
+        if self.method != "minmax" and self.aggregation != "max":
+            raise refusal("aggregation", f"has no effect on method {self.method}", "Remove it or set method: minmax.")
+        if self.scope == "token" and not self.symmetric:
+            raise refusal(
+                "symmetric",
+                "is false, but engines read only symmetric scales per token",
+                "Set it true or scope: tensor.",
+            )
+        return self
+
+    @property
+    def observed(self) -> bool:
+        """Whether static scales have to be found by calibration."""
+        return self.bits == 8 and self.scope != "token"
+
+
+class CacheSection(Section):
+    """What the key-value cache holds."""
+
+    bits: Annotated[Literal[8], BeforeValidator(whole, json_schema_input_type=Literal[8])] = Field(
+        default=8, description="Bits of a cached value."
+    )
+    type: Literal["int", "float"] = Field(
+        default="int", description="int: int8 with a scale for each channel (C8); float: fp8 (e4m3) with one scale."
+    )
+    symmetric: bool = Field(default=True, description="Zero point fixed at zero (kv_sym).")
+    observe: Literal["cache", "projection"] = Field(
+        default="cache",
+        description="Where ranges are taken: at what enters the cache, or at the outputs of k_proj and v_proj.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> CacheSection:
+        if self.type == "float" and not self.symmetric:
+            raise refusal("symmetric", "is false, and fp8 has no zero point", "Remove it or set type: int.")
+        return self
+
+
+class AttentionSection(Section):
+    """Queries, keys and values as integers in the products of attention."""
+
+    bits: Annotated[Literal[8], BeforeValidator(whole, json_schema_input_type=Literal[8])] = Field(
+        default=8, description="Bits of a query, key or value; one symmetric scale a head."
+    )
+    coverage: Annotated[float, Field(gt=0.5, le=1)] = Field(
+        default=0.9999, description="Share of the queries and of the keys that the range of a head covers; values: all."
+    )
+
+
+class TargetSection(Section):
+    """What an automatic rollback has to reach; one of the three bounds."""
+
+    perplexity_increase: Annotated[
+        float | None, BeforeValidator(fraction_of, json_schema_input_type=float | str | None)
+    ] = Field(default=None, description="Largest relative increase of perplexity over the float model, as 1% or 0.01.")
+    kl_divergence: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Largest mean Kullback-Leibler divergence from the float model, in nats a token."
+    )
+    size: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Largest checkpoint in GB; as many sensitive linears are rolled back as fit."
+    )
+    windows: Count = Field(default=8, description="Windows of evaluate.perplexity that trials are measured on.")
+    evaluations: Count = Field(default=60, description="At most so many trials.")
+
+    @model_validator(mode="after")
+    def _check(self) -> TargetSection:
+        given = [name for name in ("perplexity_increase", "kl_divergence", "size") if getattr(self, name) is not None]
+        if len(given) != 1:
+            wrong = f"has {' and '.join(given)}" if given else "has no bound"
+            raise refusal("", wrong, "Give one of perplexity_increase, kl_divergence and size.")
+        return self
+
+    @field_serializer("perplexity_increase")
+    def _percent(self, value: float | None) -> str | None:
+        return as_percent(value)
+
+
+def _level(value: object) -> object:
+    """'L5' or 5 as 5."""
+    if isinstance(value, str) and re.fullmatch(r"L(0|[1-9][0-9]{0,8})", value):
+        return int(value[1:])
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9:
+        return value
+    raise refusal("", f"is {value!r}", "Write L5 or 5 for the five most sensitive linears, L0 for none.")
+
+
+class RollbackSection(Section):
+    """Linears that stay in float."""
+
+    model_config = _with_aliases("rollback")
+
+    # Recipes write a list; the tuple keeps the section unchangeable.
+    names: Annotated[tuple[Pattern, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Names, globs, or regular expressions after re:, of linears that are rolled back.",
+    )
+    level: Annotated[int, BeforeValidator(_level, json_schema_input_type=int | str)] = Field(
+        default=0, description="L5 or 5 rolls back the five most sensitive linears besides."
+    )
+    metric: Literal["range_parm", "kurtosis", "quantile", "output_error", "block_error"] | None = Field(
+        default=None,
+        description="What sensitivity is measured by; null is range_parm for level, block_error for target.",
+    )
+    target: TargetSection | None = Field(
+        default=None, description="Search the fewest linears to roll back that meet a bound, measuring the model."
+    )
+    to: Literal["float", "W8A16", "W8A8", "W8A8-dynamic", "W8A8-mix", "W4A16"] = Field(
+        default="float", description="What a rolled-back linear becomes: float, or another scheme."
+    )
+    last_linear: bool | None = Field(
+        default=None,
+        description="true keeps the last linear in float (the output head, or the last of the last block), false "
+        "quantizes the output head too; null keeps the output head in float.",
+    )
+    siblings: Literal["together", "apart"] = Field(
+        default="together",
+        description="Whether linears that engines fuse (q, k, v; gate, up) are rolled back together.",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> RollbackSection:
+        if self.target is not None and self.level:
+            raise refusal("level", "is given beside a target, which finds the number itself", "Remove one of them.")
+        return self
+
+    @property
+    def ranks(self) -> bool:
+        """Whether linears have to be ranked by their sensitivity."""
+        return self.level > 0 or self.target is not None
+
+    @property
+    def ranked_by(self) -> str:
+        """The metric that counts."""
+        return self.metric or ("block_error" if self.target is not None else "range_parm")
+
+
+class OverrideSection(Section):
+    """Another scheme for some linears."""
+
+    match: Pattern = Field(description="A name, a glob, or a regular expression after re:.")
+    scheme: Literal["float", "W8A16", "W8A8", "W8A8-dynamic", "W8A8-mix", "W4A16"] | None = Field(
+        default=None, description="A scheme by its name, in place of quantize.weights and quantize.activations."
+    )
+    weights: dict[str, Any] | None = Field(
+        default=None, description="Keys of quantize.weights that differ, on top of the scheme."
+    )
+    activations: dict[str, Any] | None = Field(
+        default=None, description="Keys of quantize.activations that differ, on top of the scheme."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> OverrideSection:
+        if self.scheme is None and self.weights is None and self.activations is None:
+            raise refusal("", "changes nothing", "Give it a scheme, weights or activations.")
+        if self.scheme == "float" and (self.weights or self.activations):
+            raise refusal("scheme", "is float, beside keys of another scheme", "Remove one of them.")
+        return self
+
+
+# Keys of quantize.weights and quantize.activations that a scheme's name stands for; the rest have their defaults.
+_NAMED_SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "W8A16": ({"bits": 8}, {}),
+    "W8A8": ({"bits": 8}, {"bits": 8, "scope": "tensor"}),
+    "W8A8-dynamic": ({"bits": 8}, {"bits": 8, "scope": "token"}),
+    "W8A8-mix": ({"bits": 8}, {"bits": 8, "scope": "mix"}),
+    "W4A16": ({"bits": 4, "granularity": "group", "method": "mse"}, {}),
+}
+
+
+class QuantizeSection(Section):
+    """The quantization scheme."""
+
+    weights: Annotated[
+        WeightsSection, BeforeValidator(null_is_default, json_schema_input_type=WeightsSection | None)
+    ] = Field(default=WeightsSection(), description="How weights are quantized.")
+    activations: Annotated[
+        ActivationsSection, BeforeValidator(null_is_default, json_schema_input_type=ActivationsSection | None)
+    ] = Field(default=ActivationsSection(), description="How activations are quantized; null leaves them in float.")
+    rollback: Annotated[
+        RollbackSection, BeforeValidator(null_is_default, json_schema_input_type=RollbackSection | None)
+    ] = Field(default=RollbackSection(), description="Linears that stay in float.")
+    overrides: Annotated[tuple[OverrideSection, ...], Field(strict=False)] = Field(
+        default=(), description="Other schemes for some linears; the first match wins."
+    )
+    kv_cache: CacheSection | None = Field(default=None, description="Quantize the key-value cache; {} for int8.")
+    attention: AttentionSection | None = Field(
+        default=None, description="Quantize queries, keys and values in attention (FA3); {} for int8."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> QuantizeSection:
+        _check_treatment(self.weights, self.activations, "")
+        for index, override in enumerate(self.overrides):
+            if override.scheme != "float":
+                _overridden(self, override, f"overrides.{index}.")
+        if self.kv_cache is not None and self.attention is not None:
+            raise refusal("attention", "excludes kv_cache: the cache would be quantized twice", "Remove one of them.")
+        if self.weights.bits == 16 and not (self.overrides or self.kv_cache or self.attention):
+            raise refusal("weights.bits", "is 16, so nothing is quantized", "Set 8, 4, 3 or 2, or add kv_cache.")
+        return self
+
+    def treatment(self, override: OverrideSection | None) -> tuple[WeightsSection, ActivationsSection] | None:
+        """Weights and activations of linears that an override matches (None: of all others); None for float."""
+        if override is None:
+            return None if self.weights.bits == 16 else (self.weights, self.activations)
+        weights, activations = _overridden(self, override, "") if override.scheme != "float" else (None, None)
+        if weights is None or activations is None or weights.bits == 16:
+            return None
+        return weights, activations
+
+
+def named_scheme(name: str) -> tuple[WeightsSection, ActivationsSection] | None:
+    """What the name of a scheme stands for; None for float."""
+    if name == "float":
+        return None
+    weights, activations = _NAMED_SCHEMES[name]
+    return WeightsSection(**weights), ActivationsSection(**activations)
+
+
+def _overridden(
+    section: QuantizeSection, override: OverrideSection, place: str
+) -> tuple[WeightsSection, ActivationsSection]:
+    base = named_scheme(override.scheme) if override.scheme else (section.weights, section.activations)
+    assert base is not None
+    changed: list[Any] = []
+    for part, given, kind in (
+        (base[0], override.weights, WeightsSection),
+        (base[1], override.activations, ActivationsSection),
+    ):
+        keys = given or {}
+        unknown = [key for key in keys if key not in kind.model_fields]
+        name = "weights" if kind is WeightsSection else "activations"
+        if unknown:
+            known = ", ".join(kind.model_fields)
+            raise refusal(f"{place}{name}", f"has the unknown key {unknown[0]}", f"Keys: {known}.")
+        kept = part.model_dump(exclude_unset=True)
+        if keys.get("granularity", "group") != "group":
+            kept.pop("group_size", None)
+        if keys.get("method", "mse") != "mse":
+            kept.pop("importance", None)
+        try:
+            changed.append(kind.model_validate(kept | keys))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"])) or first.get("ctx", {}).get("key", "")
+            wrong = first.get("ctx", {}).get("wrong") or f"is {first['input']!r}: {first['msg']}"
+            remedy = first.get("ctx", {}).get("remedy", "Correct it.")
+            raise refusal(f"{place}{name}", f"{key} {wrong}".strip(), remedy) from None
+    weights, activations = changed
+    _check_treatment(weights, activations, place)
+    return weights, activations
+
+
+def _check_treatment(weights: WeightsSection, activations: ActivationsSection, place: str) -> None:
+    """Refuse combinations of weights and activations that no engine multiplies."""
+    if weights.sparse and not activations.observed:
+        raise refusal(
+            f"{place}weights.method",
+            f"{weights.method} is for static 8-bit activations (W8A8S)",
+            "Set activations: {bits: 8, scope: tensor}.",
+        )
+    if activations.bits == 16:
+        return
+    if weights.bits != 8:
+        raise refusal(
+            f"{place}activations.bits",
+            f"8-bit activations need 8-bit weights, and weights.bits is {weights.bits}",
+            "Set weights.bits: 8 or activations.bits: 16.",
+        )
+    if weights.granularity == "group":
+        raise refusal(
+            f"{place}weights.granularity",
+            "integer products with 8-bit activations cannot use a scale for each group",
+            "Set it to channel or tensor, or activations.bits: 16.",
+        )
+    if not weights.symmetric:
+        raise refusal(
+            f"{place}weights.symmetric",
+            "integer products with 8-bit activations need symmetric weights",
+            "Set it true, or activations.bits: 16.",
+        )
