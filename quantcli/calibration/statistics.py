@@ -1,34 +1,45 @@
-"""Streaming statistics of what enters a linear layer, per input channel."""
+"""Streaming statistics of what enters a linear layer."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import DataError
+from quantcli.quant.observers import VALUES, Observed, count_patterns, in_order, in_patterns
 
-_KEYS = ("count", "minimum", "maximum", "absolute_maximum", "mean_absolute", "second_moment")
+_PER_CHANNEL = ("minimum", "maximum", "absolute_maximum", "mean_absolute", "second_moment")
+_PER_SAMPLE = ("sample_minimum", "sample_maximum")
+_KEYS = ("count", *_PER_CHANNEL, *_PER_SAMPLE, "range_parm")
+RANGE_PARM_SAMPLES = 5
+"""Samples that range_parm is about: the first ones."""
 # Elements reduced at once: on a CPU a float32 copy that stays in the cache, elsewhere one that stays small.
 _CPU_CHUNK = 1 << 20
 _DEVICE_CHUNK = 1 << 26
+_COUNT_CHUNK = 1 << 22
 
 
 class InputStatistics:
-    """Per-channel extremes and moments of activations x, gathered batch by batch.
+    """Extremes, moments and value counts of activations x, gathered batch by batch.
 
         minimum_c = min_t x_tc      maximum_c = max_t x_tc      absolute_maximum_c = max_t |x_tc|
         mean_absolute_c = 1/T Σ_t |x_tc|                        second_moment_c = 1/T Σ_t x_tc²
 
     over all T tokens seen, each float32 of shape [channels]. Every batch is reduced in float32; its sums are added in
     float64 where the device has it, with Kahan's compensation, so that many batches do not lose the small ones. How
-    tokens are divided into batches changes the sums by rounding only, and extremes and count not at all.
+    tokens are divided into batches changes the sums by rounding only, and extremes and counts not at all.
+
+    Over all channels: the extremes of each sample, `range_parm`, and with `counts` how often each value occurs when
+    rounded to bfloat16.
 
     Attributes:
         count: tokens seen; with none seen, every statistic is zero.
         non_finite: elements that were NaN or infinite. They count as zero; whether they matter is the caller's to say.
     """
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, channels: int, device: torch.device | str = "cpu", *, counts: bool = True) -> None:
         self.channels = channels
         self.device = torch.device(device)
         self.count = 0
@@ -39,13 +50,17 @@ class InputStatistics:
         # Rows: Σ|x|, Σx²; and what their rounding lost.
         self._sums = torch.zeros((2, channels), dtype=wide, device=self.device)
         self._lost = torch.zeros_like(self._sums)
+        self._samples = torch.zeros((2, 0), device=self.device)  # rows: -minimum, maximum
+        self._spread = 0.0  # largest standard deviation among the first samples
+        self._patterns = torch.zeros(VALUES, dtype=torch.int64, device=self.device) if counts else None
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Adds a batch.
 
         Args:
-            x: activations [..., channels], any floating dtype; the leading dimensions are tokens.
+            x: activations [samples, ..., channels], any floating dtype; the dimensions between are tokens. [tokens,
+                channels] is one sample.
 
         Raises:
             DataError: the last dimension is not `channels`.
@@ -55,24 +70,38 @@ class InputStatistics:
                 f"Activations of shape {list(x.shape)} do not end in the {self.channels} channels of the linear.",
                 "The stored statistics belong to another model; run calibrate again.",
             )
-        tokens = x.reshape(-1, self.channels)
+        if not x.numel():
+            return
+        x = x.reshape(x.shape[0] if x.ndim > 2 else 1, -1, self.channels)
+        seen, non_finite = self._samples.shape[1], self.non_finite
         size = _CPU_CHUNK if x.device.type == "cpu" else _DEVICE_CHUNK
-        for chunk in tokens.split(max(1, size // max(1, self.channels))):
-            if len(chunk):
-                self._update(chunk)
+        for samples in x.split(max(1, size // x[0].numel())):  # several short samples, or parts of a long one
+            extremes = [self._reduce(part) for part in samples.split(max(1, size // self.channels), dim=1)]
+            self._samples = torch.cat((self._samples, torch.stack(extremes, -1).amax(-1)), 1)
+        if self.non_finite > non_finite:
+            x = x.where(torch.isfinite(x), 0)
+        if seen < RANGE_PARM_SAMPLES:
+            self._spread = max(self._spread, *(_shifted_deviation(sample) for sample in x[: RANGE_PARM_SAMPLES - seen]))
+        if self._patterns is not None:  # apart, in larger pieces: each costs a pass over all the counts
+            for part in x.reshape(-1).split(_COUNT_CHUNK):
+                self._patterns += count_patterns(part).to(self.device)
 
-    def _update(self, x: Tensor) -> None:
-        low, high = x.amin(0).float(), x.amax(0).float()
-        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):  # NaN and infinity reach an extreme
-            self.non_finite += int(x.numel() - torch.isfinite(x).sum())
-            x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-            low, high = x.amin(0).float(), x.amax(0).float()
+    def _reduce(self, x: Tensor) -> Tensor:
+        """Adds [samples, tokens, channels], which may be parts of samples; returns -minimum and maximum of each."""
         wide = x.to(torch.float32, copy=True)
-        sums = torch.stack((wide.abs_().sum(0), wide.square_().sum(0)))
-        torch.minimum(self._minimum, low.to(self.device), out=self._minimum)
-        torch.maximum(self._maximum, high.to(self.device), out=self._maximum)
+        low, high = wide.amin(1), wide.amax(1)
+        if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):  # NaN and infinity reach an extreme
+            finite = torch.isfinite(wide)
+            self.non_finite += int(wide.numel() - finite.sum())
+            wide = wide.where(finite, 0)
+            low, high = wide.amin(1), wide.amax(1)
+        tokens = wide.view(-1, self.channels)
+        sums = torch.stack((tokens.abs_().sum(0), tokens.square_().sum(0)))
+        torch.minimum(self._minimum, low.amin(0).to(self.device), out=self._minimum)
+        torch.maximum(self._maximum, high.amax(0).to(self.device), out=self._maximum)
         self._sums, self._lost = add_compensated(self._sums, self._lost, sums.to(self.device))
-        self.count += len(x)
+        self.count += len(tokens)
+        return torch.stack((-low.amin(1), high.amax(1))).to(self.device)
 
     @property
     def minimum(self) -> Tensor:
@@ -94,16 +123,54 @@ class InputStatistics:
     def second_moment(self) -> Tensor:
         return (self._sums[1] / max(1, self.count)).float()
 
+    @property
+    def sample_minimum(self) -> Tensor:
+        """Least value of each sample, in the order they were seen: float32 [samples]. Empty samples are no samples."""
+        return -self._samples[0]
+
+    @property
+    def sample_maximum(self) -> Tensor:
+        """Greatest value of each sample, likewise."""
+        return self._samples[1].clone()
+
+    @property
+    def range_parm(self) -> float:
+        """max|x| / max_i std(x_i - shift_i) over the first five samples, shift_ic = max_t x_itc + min_t x_itc.
+
+        The measure by which msModelSlim (v0) ranks linears for rollback and chooses observers: the shift is not halved,
+        std is unbiased over all elements of sample i. Without any spread it is infinite, of zeros 0.
+        """
+        largest = float(self._samples[:, :RANGE_PARM_SAMPLES].abs().amax()) if self._samples.numel() else 0.0
+        if self._spread:
+            return largest / self._spread
+        return math.inf if largest else 0.0
+
+    @property
+    def value_counts(self) -> Tensor | None:
+        """How often each value occurred, rounded to bfloat16: int64 [65536] in the order of `observers.bin_values`.
+
+        Float32 and float16 are rounded to nearest, ties to even. None if not counted.
+        """
+        return None if self._patterns is None else in_order(self._patterns)
+
+    @property
+    def observed(self) -> Observed:
+        """What the range of a static activation is made from, on the CPU."""
+        counts = self.value_counts
+        samples = self._samples.cpu()
+        return Observed(-samples[0], samples[1], None if counts is None else counts.cpu(), self.range_parm)
+
     def to_tensors(self) -> dict[str, Tensor]:
-        """The statistics on the CPU, for storage: count int64 [1], the others float32 [channels]."""
-        return {
-            "count": torch.tensor([self.count], dtype=torch.int64),
-            "minimum": self.minimum.cpu(),
-            "maximum": self.maximum.cpu(),
-            "absolute_maximum": self.absolute_maximum.cpu(),
-            "mean_absolute": self.mean_absolute.cpu(),
-            "second_moment": self.second_moment.cpu(),
-        }
+        """The statistics on the CPU, for storage.
+
+        count int64 [1]; minimum, maximum, absolute_maximum, mean_absolute, second_moment float32 [channels];
+        sample_minimum, sample_maximum float32 [samples]; range_parm float32 [1]; value_counts int64 [65536] if counted.
+        """
+        tensors = {"count": torch.tensor([self.count], dtype=torch.int64)}
+        tensors |= {key: getattr(self, key).cpu() for key in (*_PER_CHANNEL, *_PER_SAMPLE)}
+        tensors["range_parm"] = torch.tensor([self.range_parm], dtype=torch.float32)
+        counts = self.value_counts
+        return tensors if counts is None else tensors | {"value_counts": counts.cpu()}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> InputStatistics:
@@ -115,17 +182,42 @@ class InputStatistics:
         missing = [key for key in _KEYS if key not in tensors]
         if missing:
             raise DataError(f"The stored statistics lack {', '.join(missing)}.", "Run calibrate again.")
-        shape = tensors["minimum"].shape
-        if len(shape) != 1 or tensors["count"].numel() != 1 or any(tensors[key].shape != shape for key in _KEYS[1:]):
+        counts = tensors.get("value_counts")
+        if not _fit_together(tensors):
             raise DataError("The stored statistics do not fit together in shape.", "Run calibrate again.")
-        statistics = cls(shape[0], device)
+        statistics = cls(len(tensors["minimum"]), device, counts=counts is not None)
         statistics.count = int(tensors["count"])
-        if statistics.count:
-            statistics._minimum.copy_(tensors["minimum"])
-            statistics._maximum.copy_(tensors["maximum"])
-            means = torch.stack((tensors["mean_absolute"], tensors["second_moment"])).to(statistics._sums)
-            statistics._sums = means * statistics.count
+        if not statistics.count:
+            return statistics
+        statistics._minimum.copy_(tensors["minimum"])
+        statistics._maximum.copy_(tensors["maximum"])
+        means = torch.stack((tensors["mean_absolute"], tensors["second_moment"])).to(statistics._sums)
+        statistics._sums = means * statistics.count
+        statistics._samples = torch.stack((-tensors["sample_minimum"], tensors["sample_maximum"])).to(statistics.device)
+        largest = float(statistics._samples[:, :RANGE_PARM_SAMPLES].abs().amax())
+        statistics._spread = largest / float(tensors["range_parm"]) if largest else 0.0
+        if counts is not None:
+            statistics._patterns = in_patterns(counts).to(statistics.device)
         return statistics
+
+
+def _fit_together(tensors: dict[str, Tensor]) -> bool:
+    channels, samples = tensors["minimum"].shape, tensors["sample_minimum"].shape
+    shapes: dict[str, tuple[int, ...]] = {"count": (1,), "range_parm": (1,), "value_counts": (VALUES,)}
+    for key in _PER_CHANNEL:
+        shapes[key] = channels
+    for key in _PER_SAMPLE:
+        shapes[key] = samples
+    some = bool(tensors["count"].any()) <= (len(samples) == 1 and samples[0] > 0)
+    return some and len(channels) == 1 and all(tensors[key].shape == shapes[key] for key in tensors if key in shapes)
+
+
+def _shifted_deviation(sample: Tensor) -> float:
+    """Unbiased standard deviation of x_tc - (max_c + min_c) over all elements of [tokens, channels], 0 of one alone."""
+    wide = sample.to(torch.float32, copy=True)
+    wide -= wide.amax(0) + wide.amin(0)
+    wide -= wide.mean()
+    return math.sqrt(float(wide.square_().sum()) / max(1, wide.numel() - 1))
 
 
 def add_compensated(total: Tensor, lost: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from torch import Tensor
 from quantcli.calibration import statistics
 from quantcli.calibration.statistics import InputStatistics, add_compensated
 from quantcli.errors import DataError
+from quantcli.quant.observers import bin_values
 
 MOMENTS = ("mean_absolute", "second_moment")
 EXTREMES = ("minimum", "maximum", "absolute_maximum")
@@ -122,6 +126,78 @@ def test_wrong_width_and_damaged_storage_are_refused() -> None:
         InputStatistics.from_tensors({name: tensor for name, tensor in stored.items() if name != "maximum"})
     with pytest.raises(DataError, match="do not fit"):
         InputStatistics.from_tensors(stored | {"maximum": torch.ones(4)})
+    with pytest.raises(DataError, match="do not fit"):
+        InputStatistics.from_tensors(stored | {"value_counts": torch.ones(4, dtype=torch.int64)})
+    with pytest.raises(DataError, match="do not fit"):
+        InputStatistics.from_tensors(stored | {"sample_minimum": torch.ones(0), "sample_maximum": torch.ones(0)})
+
+
+def test_what_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples together, one by one, and through small chunks: extremes, range_parm and counts are the same."""
+    x = activations(4, 7 * 30, 12, torch.bfloat16).reshape(7, 30, 12)
+    x[2, 3, 4], x[6, 0, 0] = torch.nan, -torch.inf
+    clean = torch.where(torch.isfinite(x), x, 0)
+    together = gather([x[:3], x[3:]], 12)
+    assert together.sample_minimum.tolist() == clean.flatten(1).amin(1).tolist()
+    assert together.sample_maximum.tolist() == clean.flatten(1).amax(1).tolist()
+    monkeypatch.setattr(statistics, "_CPU_CHUNK", 12 * 7)
+    monkeypatch.setattr(statistics, "_COUNT_CHUNK", 100)
+    single = gather(list(x), 12)
+    for name in ("sample_minimum", "sample_maximum", "range_parm", "value_counts"):
+        assert torch.equal(single.to_tensors()[name], together.to_tensors()[name]), name
+    assert single.non_finite == together.non_finite == 2
+
+
+def test_range_parm_is_its_definition_over_five_samples() -> None:
+    x = activations(5, 8 * 20, 6, torch.float32).reshape(8, 20, 6)
+    x[5:] *= 1e3  # later samples do not matter
+    deviations = []
+    for sample in x[:5].double():
+        shift = sample.amax(0) + sample.amin(0)
+        deviations.append((sample - shift).flatten().std(correction=1))
+    expected = float(x[:5].double().abs().amax() / torch.stack(deviations).amax())
+    whole = gather([x], 6)
+    assert whole.range_parm == pytest.approx(expected, rel=1e-6)
+    resumed = InputStatistics.from_tensors(gather([x[:2]], 6).to_tensors())
+    resumed.update(x[2:])
+    assert resumed.range_parm == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(resumed.sample_maximum, whole.sample_maximum)
+    assert torch.equal(resumed.to_tensors()["value_counts"], whole.to_tensors()["value_counts"])
+
+
+def test_range_parm_without_spread() -> None:
+    assert gather([torch.zeros(3, 4, 2)], 2).range_parm == 0
+    constant = gather([torch.full((3, 4, 2), 2.5)], 2)
+    assert constant.range_parm == math.inf
+    assert InputStatistics.from_tensors(constant.to_tensors()).range_parm == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_are_counted_exactly(dtype: torch.dtype) -> None:
+    x = activations(6, 200, 9, torch.float32).clamp(-6e4, 6e4).to(dtype)
+    x[:10, 0], x[:7, 1] = 0.0, -0.0
+    expected = Counter(x.bfloat16().flatten().tolist())  # 0.0 == -0.0
+    counts = gather([x.view(4, 50, 9)], 9).to_tensors()["value_counts"]
+    assert int(counts.sum()) == x.numel()
+    found = counts.nonzero().squeeze(1)
+    assert dict(zip(bin_values()[found].tolist(), counts[found].tolist(), strict=True)) == dict(expected)
+
+
+def test_counting_rounds_ties_to_even_and_beyond_the_largest() -> None:
+    """1 + 2^-8 lies between 1 and 1 + 2^-7 (odd); 1 + 3 * 2^-8 between that and 1 + 2^-6."""
+    x = torch.tensor([[1 + 2**-8], [1 + 3 * 2**-8], [torch.finfo(torch.float32).max], [-1e-45]])
+    result = gather([x], 1)
+    assert result.non_finite == 0
+    counts = result.to_tensors()["value_counts"]
+    values = bin_values()[counts.nonzero().squeeze(1)].tolist()
+    assert values == [0.0, 1.0, 1 + 2**-6, torch.finfo(torch.bfloat16).max]
+
+
+def test_counting_can_be_left_out() -> None:
+    plain = InputStatistics(4, counts=False)
+    plain.update(torch.ones(2, 3, 4))
+    assert "value_counts" not in plain.to_tensors()
+    assert InputStatistics.from_tensors(plain.to_tensors()).value_counts is None
 
 
 def test_compensated_sum_keeps_what_float32_alone_loses() -> None:

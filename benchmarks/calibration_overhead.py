@@ -1,0 +1,105 @@
+"""What observing the inputs of linears adds to the time of plain forward passes. Results go to BENCHMARKS.md by hand.
+
+python benchmarks/calibration_overhead.py MODEL SAMPLES [--length 512] [--blocks 6] [--repeats 5]
+
+SAMPLES samples of built-in text go through the first blocks of the model, in the dtype of its checkpoint. Each block
+takes its inputs plainly, with all statistics, and without value counts, in turn and `repeats` times, so that all meet
+the same load of the machine. The ratios are to the plain pass beside it, medians over blocks and repeats: of wall time,
+and of CPU time over all threads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from quantcli.calibration.builtin_text import builtin_documents
+from quantcli.calibration.statistics import InputStatistics
+from quantcli.model.skeleton import Skeleton
+from quantcli.model.stream import BlockStream
+from quantcli.model.structure import Block
+from quantcli.model.structure_cache import find_structure
+
+BATCH_TOKENS = 2048
+OBSERVED = {"all": True, "no counts": False}
+
+
+def token_batches(model: Path, samples: int, length: int) -> list[Tensor]:
+    """Token ids [samples, length], as many samples a batch as calibration takes."""
+    text = "\n\n".join(builtin_documents())[: samples * length * 12]
+    ids = torch.tensor(AutoTokenizer.from_pretrained(model)(text, verbose=False).input_ids)
+    return list(ids[: samples * length].view(samples, length).split(max(1, BATCH_TOKENS // length)))
+
+
+@contextmanager
+def observed(module: nn.Module, block: Block, counts: bool) -> Iterator[None]:
+    handles = []
+    for shared in block.inputs:
+        gathered = InputStatistics(shared.width, counts=counts)
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], _gathered: InputStatistics = gathered) -> None:
+            _gathered.update(args[0])
+
+        handles.append(module.get_submodule(shared.name.removeprefix(f"{block.name}.")).register_forward_pre_hook(hook))
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def timed(work: Callable[[], None]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall, processor = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - processor
+
+
+def measure(model: Path, samples: int, length: int, blocks: int, repeats: int) -> None:
+    structure = find_structure(model)
+    stream = BlockStream(Skeleton(model, structure), token_batches(model, samples, length))
+    states = list(stream.start())
+    seconds: list[float] = []
+    ratios: dict[str, list[tuple[float, float]]] = {label: [] for label in OBSERVED}
+    for index, block in enumerate(structure.blocks[:blocks]):
+        with stream.block(index) as module:
+
+            def forward(index: int = index, states: list[Tensor] = states) -> None:
+                for batch, hidden in enumerate(states):
+                    stream.run(index, batch, hidden)
+
+            forward()  # the first pass of a block reads its weights
+            for _ in range(repeats):
+                for label, counts in OBSERVED.items():
+                    plain = timed(forward)
+                    with observed(module, block, counts):
+                        watched = timed(forward)
+                    seconds.append(plain[0])
+                    ratios[label].append((watched[0] / plain[0], watched[1] / plain[1]))
+            states = [stream.run(index, batch, hidden) for batch, hidden in enumerate(states)]
+    shape = f"{samples} x {length} tokens, {torch.get_num_threads()} threads"
+    print(f"{shape}, plain {statistics.median(seconds):.3f} s a block")
+    print("| observed | wall | quartiles | CPU |\n|---|---|---|---|")
+    for label, found in ratios.items():
+        wall, processor = zip(*found, strict=True)
+        low, _, high = statistics.quantiles(wall)
+        print(
+            f"| {label} | {statistics.median(wall):.3f} | {low:.3f}-{high:.3f} | {statistics.median(processor):.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("samples", type=int)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=5)
+    measure(**vars(parser.parse_args()))
