@@ -43,6 +43,10 @@ RUNS = {
         "w4a16", "--set", "calibration=null", "--set", "quantize.weights.group_size=64",
         "--set", "quantize.weights.importance=none",
     ],
+    "W8A8 dynamic, MLP in W4A16 g64": [
+        "w8a8-dynamic", "--set", 'quantize.overrides=[{match: "*.mlp.*", scheme: W4A16, '
+        "weights: {group_size: 64, importance: none}}]",
+    ],
 }  # fmt: skip
 
 
