@@ -104,8 +104,6 @@ class Recipe(Section):
         section, remedy = self.quantize, "Add a section calibration: {}"
         treatments = [("", section.treatment(None))]
         treatments += [(f"overrides.{i}.", section.treatment(each)) for i, each in enumerate(section.overrides)]
-        if section.rollback.to != "float":
-            treatments.append(("rollback.to: ", named_scheme(section.rollback.to)))
         for place, treatment in treatments if self.calibration is None else ():
             if treatment is not None and treatment[1].observed:
                 key = f"quantize.{place}activations.scope"
@@ -116,6 +114,10 @@ class Recipe(Section):
                     "second_moment needs calibration",
                     f"{remedy} or set importance: none.",
                 )
+        to = named_scheme(section.rollback.to)
+        if self.calibration is None and to is not None and to[1].observed:
+            wrong = f"is {section.rollback.to}, and static scales need calibration"
+            raise refusal("quantize.rollback.to", wrong, f"{remedy} or set to: W8A8-dynamic.")
         for key in ("kv_cache", "attention"):
             if self.calibration is None and getattr(section, key) is not None:
                 raise refusal(f"quantize.{key}", "scales need calibration", f"{remedy}.")
