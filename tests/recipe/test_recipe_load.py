@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from quantcli.errors import RecipeError
 from quantcli.recipe import load_recipe, resolved_yaml
 from quantcli.recipe.document import dump_yaml, parse_yaml
 from quantcli.recipe.explain import known_keys
+from quantcli.recipe.quantization import ALIASES
 
 MINIMAL = "model: {path: org/name}\nquantize: {}\noutput: out\n"
 
@@ -118,11 +119,25 @@ BASE: dict[str, Any] = {
     "version": 1,
     "model": {"path": "org/name", "dtype": "auto"},
     "calibration": {"samples": 8, "mix": [{"share": 2.0}]},
-    "quantize": {"weights": {"bits": 8}, "activations": {"bits": 8}, "rollback": {"names": ["a", "b"]}},
+    "quantize": {
+        "weights": {"bits": 8},
+        "activations": {"bits": 8},
+        "rollback": {"names": ["a", "b"], "target": {"size": 1.5}},
+        "overrides": [{"match": "c", "scheme": "float"}],
+        "kv_cache": {"bits": 8},
+    },
     "export": {"formats": ["compressed-tensors"]},
     "evaluate": {"perplexity": {"windows": 2}, "gates": {"kl_divergence": 1.0}},
     "output": "out",
 }
+
+
+def with_section(keys: tuple[str, ...]) -> dict[str, Any]:
+    """BASE with the section: attention and kv_cache exclude each other."""
+    if keys != ("quantize", "attention"):
+        return BASE
+    quantize = {name: value for name, value in BASE["quantize"].items() if name != "kv_cache"}
+    return BASE | {"quantize": quantize | {"attention": {"bits": 8}}}
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -154,10 +169,10 @@ def test_an_unknown_key_is_refused_at_its_line_wherever_it_stands(
                 lines.append(f"{indent}{name}: {value}")
         return lines
 
-    lines = render(BASE, ())
+    lines = render(with_section(section), ())
     line = next(number for number, text in enumerate(lines, 1) if text.endswith("MARK"))
     message = refused(tmp_path, "\n".join(lines))
-    place = ".".join((*section, key)).replace("mix.", "mix[0].")
+    place = ".".join((*section, key)).replace("mix.", "mix[0].").replace("overrides.", "overrides[0].")
     assert message.startswith(f"r.yaml:{line}: {place}: unknown key. ")
     assert message.count("\n") == 0
 
@@ -214,29 +229,97 @@ _weight_only = _optional(
     {"granularity": st.just("group"), "method": st.just("mse")},
     optional={"group_size": st.none() | _counts, "importance": st.sampled_from(["none", "second_moment"])},
 )
+_sparse = st.fixed_dictionaries(
+    {"method": st.sampled_from(["co_sparse", "low_bit"])}, optional={"fraction": st.floats(0.01, 0.1)}
+) | st.fixed_dictionaries({"method": st.just("low_bit_sigma")}, optional={"sigma_factor": st.floats(3, 4)})
+_static = st.fixed_dictionaries(
+    {"bits": st.just(8)},
+    optional={
+        "scope": st.sampled_from(["tensor", "mix"]),
+        "symmetric": st.booleans(),
+        "percentile": st.floats(50, 100, exclude_min=True),
+    },
+)
+_activations = (
+    st.just({"bits": 8, "scope": "token"})
+    | st.builds(dict.__or__, _static, st.fixed_dictionaries({"aggregation": st.sampled_from(["max", "mean"])}))
+    | st.builds(
+        dict.__or__,
+        _static,
+        st.fixed_dictionaries(
+            {"propagation": st.just("quantized")},
+            optional={"method": st.sampled_from(["histogram", "mse"]), "quantized_share": st.floats(-1, 1)},
+        ),
+    )
+)
 _names = st.lists(_texts.filter(lambda name: not name.startswith("re:")) | st.just("re:.*[0-3].*"), max_size=3)
-_quantize = st.fixed_dictionaries(
-    {}, optional={"weights": _weight_only, "rollback": st.fixed_dictionaries({"names": _names})}
-) | st.fixed_dictionaries(
-    {"activations": st.sampled_from([{"bits": 8}, {"bits": 8, "scope": "token"}, {"bits": 8, "symmetric": True}])},
-    optional={"weights": st.just({"granularity": "tensor"})},
+_rollback = st.fixed_dictionaries(
+    {"names": _names},
+    optional={
+        "metric": st.sampled_from([None, "range_parm", "kurtosis", "quantile", "output_error", "block_error"]),
+        "to": st.sampled_from(["float", "W8A16", "W8A8-dynamic", "W8A8-mix", "W4A16"]),
+        "last_linear": st.none() | st.booleans(),
+        "siblings": st.sampled_from(["together", "apart"]),
+    },
+)
+_bounds = (
+    st.fixed_dictionaries({"perplexity_increase": st.floats(0, 0.999) | st.just("1.5%")})
+    | st.fixed_dictionaries({"kl_divergence": st.floats(1e-9, 10)})
+    | st.fixed_dictionaries({"size": st.floats(1e-3, 1e3)})
+)
+_targets = st.builds(dict.__or__, _bounds, _optional({"windows": _counts, "evaluations": _counts}))
+_ranked = st.builds(dict.__or__, _rollback, st.fixed_dictionaries({"level": st.sampled_from([0, 5, "L0", "L12"])})) | (
+    st.builds(dict.__or__, _rollback, st.fixed_dictionaries({"target": _targets}))
+)
+_overrides = st.lists(
+    st.fixed_dictionaries(
+        {"match": _texts.filter(lambda name: not name.startswith("re:"))},
+        optional={"weights": st.just({"granularity": "tensor"})},
+    ).flatmap(
+        lambda item: (
+            st.sampled_from(["W8A16", "W8A8", "W8A8-mix"]).map(lambda name: {**item, "scheme": name})
+            | st.just({"match": item["match"], "scheme": "float"})
+            | st.just(
+                {"match": item["match"], "activations": {"bits": 8}, "weights": {"bits": 8, "granularity": "channel"}}
+            )
+        )
+    ),
+    max_size=2,
+)
+_inside = st.fixed_dictionaries(
+    {"kv_cache": st.sampled_from([None, {}, {"symmetric": False, "observe": "projection"}, {"type": "float"}])}
+) | st.fixed_dictionaries({"attention": st.sampled_from([None, {}, {"coverage": 0.99}])})
+_quantize = st.builds(
+    dict.__or__,
+    st.fixed_dictionaries({}, optional={"weights": _weight_only, "rollback": _rollback})
+    | st.fixed_dictionaries(
+        {"activations": _activations},
+        optional={"weights": st.just({"granularity": "tensor"}), "rollback": _ranked, "overrides": _overrides},
+    )
+    | st.fixed_dictionaries({"activations": _static, "weights": _sparse}),
+    _inside,
 )
 _evaluate = st.fixed_dictionaries(
     {
         "perplexity": _source(
-            {"windows": st.none() | _counts, "protocol": st.sampled_from(["standard", "golden-stick"])}
+            {
+                "windows": st.none() | _counts,
+                "protocol": st.sampled_from(["standard", "golden-stick"]),
+                "phase": st.sampled_from(["prefill", "decode"]),
+            }
         )
     },
     optional={"gates": _optional({"perplexity_increase": _percent | st.none(), "kl_divergence": st.floats(0, 1e6)})},
 )
 _recipes = st.fixed_dictionaries(
-    {"model": _model, "calibration": _calibration, "quantize": _quantize, "output": _texts},
-    optional={"version": st.just(1), "evaluate": st.none() | _evaluate, "export": st.just({})},
+    {"model": _model, "calibration": _calibration, "quantize": _quantize, "evaluate": _evaluate, "output": _texts},
+    optional={"version": st.just(1), "export": st.just({})},
 )
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
 @given(source=_recipes)
+@example(source={"model": {"path": "a/b"}, "quantize": {}, "output": "o"})
 def test_a_resolved_recipe_loads_back_equal_and_resolves_to_itself(tmp_path: Path, source: dict[str, Any]) -> None:
     recipe = load_recipe(source)
     text = resolved_yaml(recipe)
@@ -250,9 +333,6 @@ def test_a_resolved_recipe_loads_back_equal_and_resolves_to_itself(tmp_path: Pat
 
 
 def test_a_resolved_recipe_shows_every_key() -> None:
-    recipe = load_recipe(BASE)
-    data = yaml.safe_load(resolved_yaml(recipe))
-
     def keys_of(node: dict[str, Any], keys: tuple[str, ...]) -> dict[tuple[str, ...], set[str]]:
         found = {keys: set(node)}
         for name, value in node.items():
@@ -262,8 +342,11 @@ def test_a_resolved_recipe_shows_every_key() -> None:
                 found |= keys_of(value, (*keys, name))
         return found
 
-    expected = {keys: set(names) - {"disable_names"} for keys, names in known_keys().items()}
-    assert keys_of(data, ()) == expected
+    found = {}
+    for section in ((), ("quantize", "attention")):
+        found |= keys_of(yaml.safe_load(resolved_yaml(load_recipe(with_section(section)))), ())
+    expected = {keys: {name for name in names if (*keys, name) not in ALIASES} for keys, names in known_keys().items()}
+    assert found == expected
 
 
 # --- Overrides --------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import yaml
 from quantcli.errors import RecipeError
 from quantcli.recipe import json_schema, load_recipe, shipped_names, shipped_path
 from quantcli.recipe.explain import known_keys
+from quantcli.recipe.quantization import ALIASES, named_scheme
 
 # One key a line, so that every refusal has a line of its own.
 FULL = """\
@@ -146,7 +147,7 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
         ),
         ([("bits: 8", "bits: 5")], "r.yaml:14: quantize.weights.bits: is 5", "8, 4, 3 or 2"),
         ([("bits: 8", "bits: 8.0")], "r.yaml:14: quantize.weights.bits: is 8.0", "whole number"),
-        ([("method: minmax", "method: gptq")], "r.yaml:17: quantize.weights.method: is 'gptq'", "minmax or mse"),
+        ([("method: minmax", "method: gptq")], "r.yaml:17: quantize.weights.method: is 'gptq'", "low_bit_sigma"),
         (
             [("method: minmax", "group_size: 64")],
             "r.yaml:17: quantize.weights.group_size: has no meaning with granularity channel",
@@ -173,14 +174,11 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
             "Set it true",
         ),
         ([("scope: tensor", "scope: token")], "r.yaml:22: quantize.activations.symmetric: is false", "scope: tensor"),
-        ([("scope: tensor", "scope: channel")], "r.yaml:21: quantize.activations.scope:", "tensor or token"),
+        ([("scope: tensor", "scope: channel")], "r.yaml:21: quantize.activations.scope:", "tensor, token or mix"),
         ([("names: []", "names: '*.q'")], "r.yaml:24: quantize.rollback.names: is '*.q'", "a list"),
         ([("names: []", "names:\n- a\n- 're:('")], "r.yaml:26: quantize.rollback.names[1]: 're:('", "Mend"),
         ([("names: []", "names: [*.down_proj]")], "r.yaml:24: no valid YAML", "needs quotes"),
         ([("names: []", "names: []\ndisable_names: []")], "r.yaml:25: quantize.rollback.disable_names:", "Keep one"),
-        ([("names: []", "level: 5")], "r.yaml:24: quantize.rollback.level: unknown key", "names"),
-        ([("rollback:", "kv_cache: {bits: 8}\nrollback:")], "r.yaml:23: quantize.kv_cache: unknown key", "rollback"),
-        ([("rollback:", "overrides: []\nrollback:")], "r.yaml:23: quantize.overrides: unknown key", "Keys of quantize"),
         ([("evaluate:", "smooth: {method: m4}\nevaluate:")], "r.yaml:27: smooth: unknown key", "Keys of a recipe"),
         ([("evaluate:", "bits: 8\nevaluate:")], "r.yaml:27: bits: unknown key", "quantize.weights.bits"),
         ([("formats: [compressed-tensors]", "formats: []")], "r.yaml:26: export.formats: is empty", "remove"),
@@ -221,6 +219,374 @@ def test_refusal_names_line_key_and_remedy(tmp_path: Path, edits: list[tuple[str
     first = message.splitlines()[0]
     assert first.startswith(start)
     assert part in first.removeprefix(start)
+
+
+QUANTIZE = """\
+model: {path: org/name}
+output: out
+calibration: {}
+evaluate: {perplexity: {}}
+quantize:
+"""
+STATIC = "  activations: {bits: 8}\n"
+
+
+@pytest.mark.parametrize(
+    ("quantize", "start", "part"),
+    [
+        # weights
+        ("  weights: {bits: 16}\n", "6: quantize.weights.bits: is 16, so nothing is quantized", "add kv_cache"),
+        (
+            "  weights:\n    method: low_bit\n    bits: 4\n" + STATIC,
+            "7: quantize.weights.method: low_bit makes symmetric 8-bit codes",
+            "bits: 8, symmetric: true, granularity: channel",
+        ),
+        (
+            "  weights:\n    method: co_sparse\n    symmetric: false\n" + STATIC,
+            "7: quantize.weights.method: co_sparse makes symmetric 8-bit codes",
+            "symmetric: true",
+        ),
+        (
+            "  weights:\n    method: low_bit_sigma\n    granularity: group\n" + STATIC,
+            "7: quantize.weights.method: low_bit_sigma makes",
+            "granularity: channel",
+        ),
+        (
+            "  weights:\n    method: co_sparse\n",
+            "7: quantize.weights.method: co_sparse is for static 8-bit activations",
+            "activations: {bits: 8, scope: tensor}",
+        ),
+        (
+            "  weights:\n    method: co_sparse\n  activations: {bits: 8, scope: token}\n",
+            "7: quantize.weights.method: co_sparse is for static",
+            "scope: tensor",
+        ),
+        (
+            "  weights:\n    fraction: 0.05\n",
+            "7: quantize.weights.fraction: has no effect on method minmax",
+            "co_sparse or low_bit",
+        ),
+        (
+            "  weights:\n    method: low_bit_sigma\n    fraction: 0.05\n" + STATIC,
+            "8: quantize.weights.fraction: has no effect on method low_bit_sigma",
+            "co_sparse or low_bit",
+        ),
+        (
+            "  weights:\n    method: low_bit\n    sigma_factor: 4\n" + STATIC,
+            "8: quantize.weights.sigma_factor: has no effect on method low_bit",
+            "Set method: low_bit_sigma.",
+        ),
+        ("  weights:\n    fraction: 0.2\n", "7: quantize.weights.fraction: is 0.2", "at most 0.1"),
+        ("  weights:\n    fraction: 0.001\n", "7: quantize.weights.fraction: is 0.001", "at least 0.01"),
+        ("  weights:\n    sigma_factor: 2.5\n", "7: quantize.weights.sigma_factor: is 2.5", "at least 3"),
+        # activations
+        (
+            STATIC.replace("}", ", quantized_share: 0.5}"),
+            "6: quantize.activations.quantized_share: has no effect while the float model is observed",
+            "propagation: quantized",
+        ),
+        (
+            "  activations:\n    bits: 8\n    propagation: quantized\n    quantized_share: 1.5\n",
+            "9: quantize.activations.quantized_share: is 1.5",
+            "at most 1",
+        ),
+        (
+            "  activations:\n    bits: 8\n    method: histogram\n    aggregation: mean\n",
+            "9: quantize.activations.aggregation: has no effect on method histogram",
+            "method: minmax",
+        ),
+        (
+            "  activations:\n    bits: 8\n    percentile: 50\n",
+            "8: quantize.activations.percentile: is 50",
+            "more than 50",
+        ),
+        (
+            "  activations:\n    bits: 8\n    method: histogramm\n",
+            "8: quantize.activations.method: is 'histogramm'",
+            "Did you mean histogram?",
+        ),
+        (
+            "  weights: {symmetric: false}\n  activations:\n    bits: 8\n    scope: mix\n",
+            "6: quantize.weights.symmetric: integer products",
+            "Set it true",
+        ),
+        # inside attention
+        (
+            "  kv_cache:\n    type: float\n    symmetric: false\n",
+            "8: quantize.kv_cache.symmetric: is false, and fp8 has no zero point",
+            "type: int",
+        ),
+        ("  kv_cache:\n    bits: 4\n", "7: quantize.kv_cache.bits: is 4", "Allowed: 8."),
+        ("  kv_cache:\n    observe: k_proj\n", "7: quantize.kv_cache.observe: is 'k_proj'", "cache or projection"),
+        ("  attention:\n    coverage: 0.5\n", "7: quantize.attention.coverage: is 0.5", "more than 0.5"),
+        (
+            "  kv_cache: {}\n  attention: {}\n",
+            "7: quantize.attention: excludes kv_cache",
+            "Remove one of them.",
+        ),
+        # rollback
+        ("  rollback:\n    level: 5.5\n", "7: quantize.rollback.level: is 5.5", "L5 or 5"),
+        ("  rollback:\n    level: l5\n", "7: quantize.rollback.level: is 'l5'", "L5 or 5"),
+        ("  rollback:\n    level: L05\n", "7: quantize.rollback.level: is 'L05'", "L0 for none"),
+        ("  rollback:\n    level: -1\n", "7: quantize.rollback.level: is -1", "L5 or 5"),
+        ("  rollback:\n    level: true\n", "7: quantize.rollback.level: is True", "L5 or 5"),
+        ("  rollback:\n    metric: std\n", "7: quantize.rollback.metric: is 'std'", "range_parm"),
+        ("  rollback:\n    to: W4A4\n", "7: quantize.rollback.to: is 'W4A4'", "W4A16"),
+        ("  rollback:\n    siblings: split\n", "7: quantize.rollback.siblings: is 'split'", "together or apart"),
+        ("  rollback:\n    last_linear: L1\n", "7: quantize.rollback.last_linear: is 'L1'", "true or false"),
+        (
+            "  rollback:\n    level: 3\n    target: {size: 1}\n",
+            "7: quantize.rollback.level: is given beside a target",
+            "Remove one of them.",
+        ),
+        ("  rollback:\n    target: {}\n", "7: quantize.rollback.target: has no bound", "Give one of"),
+        (
+            "  rollback:\n    target: {size: 1, kl_divergence: 0.1}\n",
+            "7: quantize.rollback.target: has kl_divergence and size",
+            "Give one of perplexity_increase, kl_divergence and size.",
+        ),
+        (
+            "  rollback:\n    target:\n      perplexity_increase: 1\n",
+            "8: quantize.rollback.target.perplexity_increase: 1 is no fraction",
+            "1% or 0.01",
+        ),
+        (
+            "  rollback:\n    target:\n      kl_divergence: 0\n",
+            "8: quantize.rollback.target.kl_divergence: is 0",
+            "more than 0",
+        ),
+        ("  rollback:\n    target:\n      size: 1GB\n", "8: quantize.rollback.target.size: is '1GB'", "a number"),
+        (
+            "  rollback:\n    target:\n      size: 1\n      windows: 0\n",
+            "9: quantize.rollback.target.windows: is 0",
+            "more than 0",
+        ),
+        ("  rollback:\n    levels: 5\n", "7: quantize.rollback.levels: unknown key", "Did you mean level?"),
+        # overrides
+        ("  overrides:\n  - scheme: float\n", "7: quantize.overrides[0].match: is missing", "Add it."),
+        ("  overrides:\n  - match: a\n", "7: quantize.overrides[0]: changes nothing", "scheme, weights or activations"),
+        (
+            "  overrides:\n  - match: a\n    scheme: float\n    weights: {bits: 8}\n",
+            "8: quantize.overrides[0].scheme: is float, beside keys of another scheme",
+            "Remove one of them.",
+        ),
+        (
+            "  overrides:\n  - match: a\n    scheme: W4A4\n",
+            "8: quantize.overrides[0].scheme: is 'W4A4'",
+            "W8A8-dynamic",
+        ),
+        ("  overrides:\n  - match: 're:('\n    scheme: float\n", "7: quantize.overrides[0].match: 're:('", "Mend"),
+        (
+            "  overrides:\n  - match: a\n    scheme: float\n  - match: b\n    weights: {bit: 4}\n",
+            "10: quantize.overrides[1].weights: has the unknown key bit",
+            "Keys: bits, symmetric, granularity",
+        ),
+        (
+            "  overrides:\n  - match: a\n    activations: {scpoe: token}\n",
+            "8: quantize.overrides[0].activations: has the unknown key scpoe",
+            "Keys: bits, scope",
+        ),
+        (
+            "  overrides:\n  - match: a\n    weights: {bits: 5}\n",
+            "8: quantize.overrides[0].weights: bits is 5",
+            "",
+        ),
+        (
+            "  overrides:\n  - match: a\n    weights: {group_size: 32}\n",
+            "8: quantize.overrides[0].weights: group_size has no meaning with granularity channel",
+            "Remove it.",
+        ),
+        (
+            "  overrides:\n  - match: a\n    scheme: W8A8-dynamic\n    activations: {symmetric: false}\n",
+            "9: quantize.overrides[0].activations: symmetric is false, but engines",
+            "scope: tensor",
+        ),
+        (
+            "  overrides:\n  - match: a\n    scheme: W8A8\n    weights:\n      bits: 4\n",
+            "7: quantize.overrides[0].activations.bits: 8-bit activations need 8-bit weights",
+            "activations.bits: 16",
+        ),
+    ],
+)
+def test_refusal_of_what_quantize_says(tmp_path: Path, quantize: str, start: str, part: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(QUANTIZE + quantize)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}:{start}")
+    assert part in message
+    assert len(message.splitlines()) == 1
+
+
+def quantize_of(text: str, *overrides: str) -> Any:
+    return load_recipe(yaml.safe_load(QUANTIZE + text), overrides).quantize
+
+
+@pytest.mark.parametrize(
+    ("older", "present"),
+    [
+        ("activations: {bits: 8, act_method: 1}", "activations: {bits: 8, method: minmax}"),
+        ("activations: {bits: 8, act_method: 2}", "activations: {bits: 8, method: histogram}"),
+        ("activations: {bits: 8, act_method: 3}", "activations: {bits: 8, method: mixed}"),
+        (
+            "activations: {bits: 8, propagation: quantized, pr: 0.5}",
+            "activations: {bits: 8, propagation: quantized, quantized_share: 0.5}",
+        ),
+        ("weights: {mm_tensor: true}", "weights: {granularity: tensor}"),
+        ("weights: {mm_tensor: false}", "weights: {granularity: channel}"),
+        ("weights: {w_sym: false}", "weights: {symmetric: false}"),
+        ("rollback: {disable_level: L5}", "rollback: {level: 5}"),
+        ("rollback: {disable_level: L0}", "rollback: {level: 0}"),
+        ("rollback: {disable_names: ['*.o_proj']}", "rollback: {names: ['*.o_proj']}"),
+        ("rollback: {disable_last_linear: false}", "rollback: {last_linear: false}"),
+    ],
+)
+def test_older_names_mean_what_they_meant(tmp_path: Path, older: str, present: str) -> None:
+    expected = quantize_of(f"  {present}\n")
+    (tmp_path / "r.yaml").write_text(f"{QUANTIZE}  {older}\n")
+    assert load_recipe(tmp_path / "r.yaml").quantize == expected
+    assert quantize_of(f"  {older}\n") == expected
+    section, _, keys = older.partition(": ")
+    settings = [f"quantize.{section}.{entry.replace(': ', '=')}" for entry in keys[1:-1].split(", ")]
+    assert quantize_of("  weights: {}\n", *settings) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "option", "start"),
+    [
+        ("activations: {bits: 8, act_method: 4}", "quantize.activations.act_method=4",
+         "quantize.activations.act_method: is 4. Allowed: 1 (minmax), 2 (histogram), 3 (mixed)."),
+        ("activations: {bits: 8, act_method: true}", "quantize.activations.act_method=true",
+         "quantize.activations.act_method: is true. Allowed: 1 (minmax)"),
+        ("weights: {mm_tensor: 1}", "quantize.weights.mm_tensor=1",
+         "quantize.weights.mm_tensor: is 1. Allowed: true (tensor), false (channel)."),
+        ("rollback: {disable_level: 5L}", "quantize.rollback.disable_level=5L",
+         "quantize.rollback.level: is '5L'. Write L5 or 5"),
+        ("weights: {w_sym: 1}", "quantize.weights.w_sym=1", "quantize.weights.symmetric: is 1."),
+    ],
+)  # fmt: skip
+def test_older_names_are_refused_like_the_others(tmp_path: Path, written: str, option: str, start: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(f"{QUANTIZE}  {written}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    assert str(caught.value).startswith(f"{file}:6: {start}")
+    file.write_text(f"{QUANTIZE}  weights: {{}}\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, [option])
+    assert str(caught.value).startswith(f"--set {option}: {start}")
+
+
+@pytest.mark.parametrize(("older", "name"), [(key, name) for key, name in ALIASES.items()])
+def test_a_key_by_two_names_is_refused(tmp_path: Path, older: tuple[str, ...], name: str) -> None:
+    _, section, key = older
+    file = tmp_path / "r.yaml"
+    file.write_text(f"{QUANTIZE}  {section}:\n    {name}: null\n    {key}: null\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    assert str(caught.value) == f"{file}:8: quantize.{section}.{key}: is the older name of {name}. Keep one of the two."
+
+
+def test_an_override_changes_a_named_scheme_or_that_of_the_recipe() -> None:
+    section = quantize_of(
+        """\
+  weights: {granularity: group, group_size: 64, bits: 4, method: mse, importance: second_moment}
+  overrides:
+  - {match: a, scheme: W8A8, activations: {method: histogram}}
+  - {match: b, scheme: W4A16, weights: {group_size: 32}}
+  - {match: c, weights: {bits: 3}}
+  - {match: d, weights: {bits: 8, granularity: channel, method: minmax}, activations: {bits: 8, scope: token}}
+  - {match: e, scheme: W4A16, weights: {bits: 16}}
+  - {match: f, scheme: float}
+"""
+    )
+    a, b, c, d, e, f = map(section.treatment, section.overrides)
+    assert (a[0].bits, a[0].granularity, a[0].method) == (8, "channel", "minmax")
+    assert (a[1].bits, a[1].scope, a[1].symmetric, a[1].method) == (8, "tensor", False, "histogram")
+    assert (b[0].bits, b[0].group_size, b[0].method, b[0].importance) == (4, 32, "mse", "none")
+    assert (c[0].bits, c[0].group_size, c[0].method, c[0].importance) == (3, 64, "mse", "second_moment")
+    assert (d[0].bits, d[0].group_size, d[0].method, d[0].importance) == (8, None, "minmax", "none")
+    assert (d[1].bits, d[1].scope, d[1].symmetric) == (8, "token", True)
+    assert (e, f) == (None, None)
+    assert section.treatment(None) == (section.weights, section.activations)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "activations"),
+    [
+        ("W8A16", (8, "channel", "minmax"), (16, "tensor", False)),
+        ("W8A8", (8, "channel", "minmax"), (8, "tensor", False)),
+        ("W8A8-dynamic", (8, "channel", "minmax"), (8, "token", True)),
+        ("W8A8-mix", (8, "channel", "minmax"), (8, "mix", False)),
+        ("W4A16", (4, "group", "mse"), (16, "tensor", False)),
+    ],
+)
+def test_names_of_schemes(name: str, weights: tuple[Any, ...], activations: tuple[Any, ...]) -> None:
+    pair = named_scheme(name)
+    assert pair is not None
+    assert (pair[0].bits, pair[0].granularity, pair[0].method) == weights
+    assert (pair[1].bits, pair[1].scope, pair[1].symmetric) == activations
+
+
+@pytest.mark.parametrize(("text", "fraction"), [("1%", 0.01), ("0.5 %", 0.005), ("0.01", 0.01), ("0%", 0.0)])
+def test_a_target_is_a_share_of_the_perplexity(text: str, fraction: float) -> None:
+    target = quantize_of("  activations: {bits: 8}\n", f"quantize.rollback.target.perplexity_increase={text}")
+    assert target.rollback.target.perplexity_increase == fraction
+    assert (target.rollback.ranked_by, target.rollback.ranks) == ("block_error", True)
+    assert quantize_of("  rollback: {level: 3}\n").rollback.ranked_by == "range_parm"
+    assert quantize_of("  rollback: {level: 3, metric: kurtosis}\n").rollback.ranked_by == "kurtosis"
+    assert not quantize_of("  rollback: {names: [a]}\n").rollback.ranks
+
+
+def test_weights_stay_in_float_where_something_else_is_quantized() -> None:
+    for beside in ("kv_cache: {}", "attention: {}", "overrides: [{match: a, scheme: W8A16}]"):
+        section = quantize_of(f"  weights: {{bits: 16}}\n  {beside}\n")
+        assert section.treatment(None) is None
+
+
+NEEDS = "needs calibration. Add a section calibration: {}"
+
+
+@pytest.mark.parametrize(
+    ("quantize", "start"),
+    [
+        ("  activations: {bits: 8, scope: mix}\n",
+         "quantize.activations.scope: static scales need calibration. Add a section calibration: {} or set scope"),
+        ("  overrides: [{match: a, scheme: W8A8}]\n",
+         "quantize.overrides[0].activations.scope: static scales need calibration."),
+        ("  overrides: [{match: a, scheme: float}, {match: b, scheme: W4A16, weights: {importance: second_moment}}]\n",
+         f"quantize.overrides[1].weights.importance: second_moment {NEEDS} or set importance: none."),
+        ("  rollback: {names: [a], to: W8A8}\n",
+         "quantize.rollback.to: is W8A8, and static scales need calibration. Add a section calibration: {} or"),
+        ("  kv_cache: {}\n", "quantize.kv_cache: scales need calibration. Add a section calibration: {}."),
+        ("  attention: {}\n", "quantize.attention: scales need calibration. Add a section calibration: {}."),
+        ("  rollback: {level: 2}\n",
+         "quantize.rollback.level: ranks linears by what they are fed. Add a section calibration: {}."),
+        ("  rollback: {target: {size: 1}}\n", "quantize.rollback.target: ranks linears by what they are fed."),
+    ],
+)  # fmt: skip
+def test_what_needs_calibration_is_refused_without(tmp_path: Path, quantize: str, start: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(QUANTIZE.replace("calibration: {}\n", "") + quantize)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    assert str(caught.value).startswith(f"{file}:5: {start}")
+    file.write_text(QUANTIZE + quantize)
+    load_recipe(file)
+
+
+@pytest.mark.parametrize("bound", ["perplexity_increase: 1%", "kl_divergence: 0.1"])
+def test_a_target_that_is_measured_needs_a_measurement(tmp_path: Path, bound: str) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(QUANTIZE + f"  rollback:\n    target: {{{bound}}}\n")
+    assert load_recipe(file).quantize.rollback.ranks
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file, ["evaluate=null"])
+    assert str(caught.value) == (
+        f"{file}:7: quantize.rollback.target: is measured on evaluate.perplexity, which is absent. Add that section."
+    )
+    load_recipe(file, ["evaluate=null", "quantize.rollback.target={size: 1}"])
 
 
 @pytest.mark.parametrize(
