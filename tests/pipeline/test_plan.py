@@ -1,0 +1,376 @@
+"""What a plan decides for every linear, from a structure alone: no weights are read and no model is made."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import save_tiny_model
+
+from quantcli.errors import ModelError, RecipeError
+from quantcli.model.structure import Block, Linear, SharedInput, Structure
+from quantcli.pipeline.plan import Plan, fused_groups, make_plan, match_names
+from quantcli.recipe import load_recipe
+
+WIDTH, INNER, VOCABULARY = 64, 96, 512
+ATTENTION = ("q_proj", "k_proj", "v_proj")
+
+
+def _block(index: int) -> Block:
+    name = f"model.layers.{index}"
+    linears = [Linear(f"{name}.self_attn.{short}", WIDTH, WIDTH) for short in (*ATTENTION, "o_proj")]
+    linears += [Linear(f"{name}.mlp.{short}", WIDTH, INNER) for short in ("gate_proj", "up_proj")]
+    linears.append(Linear(f"{name}.mlp.down_proj", INNER, WIDTH))
+    q, k, v, o, gate, up, down = (linear.name for linear in linears)
+    inputs = [SharedInput((q, k, v), WIDTH), SharedInput((o,), WIDTH)]
+    inputs += [SharedInput((gate, up), WIDTH), SharedInput((down,), INNER)]
+    return Block(name, tuple(linears), tuple(inputs), ((q, k, v), (gate, up)))
+
+
+def _structure(blocks: int = 2, tied: bool = False) -> Structure:
+    made = tuple(_block(index) for index in range(blocks))
+    parameters = {f"{l.name}.weight": (l.out_features, l.in_features) for block in made for l in block.linears}  # noqa: E741
+    parameters["model.embed_tokens.weight"] = (VOCABULARY, WIDTH)
+    if not tied:
+        parameters["lm_head.weight"] = (VOCABULARY, WIDTH)
+    return Structure("LlamaForCausalLM", "bfloat16", made, parameters, "lm_head", tied, VOCABULARY, WIDTH)
+
+
+LLAMA = _structure()
+
+
+def planned(structure: Structure = LLAMA, *, ranked: dict[str, str] | None = None, **quantize: Any) -> Plan:
+    """The plan of a recipe whose section `quantize` has these keys, with `export` beside them if given."""
+    export = quantize.pop("export", {"formats": ["compressed-tensors"]})
+    recipe = load_recipe(
+        {"model": {"path": "m/n"}, "calibration": {}, "quantize": quantize, "export": export,
+         "evaluate": {"perplexity": {}} if export else None, "output": "o"}
+    )  # fmt: skip
+    return make_plan(recipe, Path("m"), structure, ranked)
+
+
+def schemes(plan: Plan) -> dict[str, str]:
+    """Names without `model.layers.` → scheme, or float."""
+    return {p.linear.name.removeprefix("model.layers."): p.scheme.name if p.scheme else "float" for p in plan.linears}
+
+
+def kept(plan: Plan) -> set[str]:
+    """Linears in float, without `model.layers.` and without the head."""
+    return {name.removeprefix("model.layers.") for name in plan.kept} - {"lm_head"}
+
+
+STATIC = {"activations": {"bits": 8}}
+TOKEN = {"activations": {"bits": 8, "scope": "token"}}
+
+# ------------------------------------------------------------------------------------------------------ patterns
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("model.layers.1.mlp.down_proj", {"1.mlp.down_proj"}),
+        ("*.down_proj", {"0.mlp.down_proj", "1.mlp.down_proj"}),
+        ("model.layers.0.*o_proj", {"0.self_attn.o_proj"}),
+        ("model.layers.[1-9].self_attn.o_?roj", {"1.self_attn.o_proj"}),
+        (r"re:.*\.[01]\.(mlp\.down|self_attn\.o)_proj", {f"{i}.{n}" for i in (0, 1)
+                                                        for n in ("mlp.down_proj", "self_attn.o_proj")}),
+    ],
+)  # fmt: skip
+def test_names_are_exact_globs_or_regular_expressions(pattern: str, expected: set[str]) -> None:
+    plan = planned(**TOKEN, rollback={"names": [pattern]})
+    assert kept(plan) == expected
+    assert all(reason == f"rolled back by {pattern}" for name, reason in plan.kept.items() if name != "lm_head")
+    assert kept(planned(**TOKEN, overrides=[{"match": pattern, "scheme": "float"}])) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("model.layers.1.mlp.dwon_proj", "Did you mean model.layers.1.mlp.down_proj"),
+        ("down_proj", ""),  # a glob matches whole names
+        ("re:down_proj", ""),
+        ("re:.*down", ""),
+        ("zzz", ""),
+    ],
+)
+@pytest.mark.parametrize("place", ["quantize.rollback.names", "quantize.overrides[1].match"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern: str, near: str, place: str) -> None:
+    sections: dict[str, Any] = {"rollback": {"names": ["*.o_proj", pattern]}}
+    if "overrides" in place:
+        sections = {"overrides": [{"match": m, "scheme": "W8A16"} for m in ("*.mlp.*", pattern)]}
+    with pytest.raises(RecipeError) as caught:
+        planned(**TOKEN, **sections)
+    assert str(caught.value).startswith(f"{place}: {pattern!r} matches no linear of this model.")
+    assert near in str(caught.value)
+
+
+def test_the_first_of_several_patterns_is_the_reason() -> None:
+    assert match_names(["*.a", "x.*"], ["x.a", "x.b", "y.a"], "k") == {"x.a": "*.a", "y.a": "*.a", "x.b": "x.*"}
+
+
+# ------------------------------------------------------------------------------------------------------ siblings
+
+
+@pytest.mark.parametrize(
+    ("named", "carried"),
+    [("q_proj", {"k_proj", "v_proj"}), ("v_proj", {"q_proj", "k_proj"}), ("up_proj", {"gate_proj"}), ("o_proj", set())],
+)
+def test_siblings_go_along_unless_they_may_part(named: str, carried: set[str]) -> None:
+    plan = planned(**TOKEN, rollback={"names": [f"*.0.*.{named}"]})
+    assert {name.rpartition(".")[2] for name in kept(plan)} == {named} | carried
+    for name in carried:
+        (reason,) = [why for linear, why in plan.kept.items() if linear.endswith(name)]
+        assert reason == f"fused with {named} in serving engines"
+    noted = f"{len(carried)} linears are rolled back because engines fuse them with one that is."
+    assert (noted in plan.notes) == bool(carried)
+    apart = planned(**TOKEN, rollback={"names": [f"*.0.*.{named}"], "siblings": "apart"})
+    assert {name.rpartition(".")[2] for name in kept(apart)} == {named}
+    assert not any("fuse" in note for note in apart.notes)
+
+
+def test_what_was_ranked_is_rolled_back_with_its_siblings() -> None:
+    name = "model.layers.1.self_attn.k_proj"
+    plan = planned(**STATIC, rollback={"level": 1}, ranked={name: "rolled back by range_parm 41.2"})
+    assert plan.kept[name] == "rolled back by range_parm 41.2"
+    assert kept(plan) == {f"1.self_attn.{short}" for short in ATTENTION}
+    assert not any("After calibration" in note for note in plan.notes)
+
+
+def test_groups_go_together_in_the_order_of_the_model() -> None:
+    names = [linear.name for linear in LLAMA.blocks[0].linears]
+    q, k, v, o, gate, up, down = names
+    assert list(fused_groups(LLAMA, [*reversed(names), "lm_head"])) == [
+        (q, k, v), (o,), (gate, up), (down,), ("lm_head",),
+    ]  # fmt: skip
+    assert list(fused_groups(LLAMA, [up, v, q])) == [(q, v), (up,)]
+
+
+# ------------------------------------------------------------------------------------------------------ overrides
+
+
+def test_the_first_override_that_matches_wins_and_rollback_wins_over_all() -> None:
+    plan = planned(
+        weights={"bits": 8, "granularity": "group", "group_size": 32},
+        rollback={"names": ["*.1.mlp.down_proj"]},
+        overrides=[
+            {"match": "*.0.mlp.down_proj", "scheme": "float"},
+            {"match": "*.mlp.*", "scheme": "W4A16", "weights": {"group_size": 16}},
+            {"match": "*", "scheme": "W8A8-dynamic"},
+        ],
+    )
+    found = schemes(plan)
+    assert found["0.mlp.down_proj"] == "float"
+    assert found["0.mlp.up_proj"] == found["1.mlp.gate_proj"] == "W4A16 g16"
+    assert found["1.mlp.down_proj"] == "float"
+    assert found["0.self_attn.q_proj"] == found["1.self_attn.o_proj"] == "W8A8 dynamic"
+    assert plan.kept["model.layers.0.mlp.down_proj"] == "override *.0.mlp.down_proj"
+    assert plan.kept["model.layers.1.mlp.down_proj"] == "rolled back by *.1.mlp.down_proj"
+    reasons = {p.linear.name: p.reason for p in plan.linears}
+    assert reasons["model.layers.0.mlp.up_proj"] == "override *.mlp.*"
+    swapped = planned(
+        **TOKEN,
+        overrides=[{"match": "*", "scheme": "W8A16"}, {"match": "*.mlp.*", "scheme": "float"}],
+    )
+    assert set(schemes(swapped).values()) == {"W8A16", "float"}
+    assert kept(swapped) == set()
+
+
+@pytest.mark.parametrize(
+    ("match", "pair"), [("*.0.*.k_proj", "q_proj and .*k_proj"), ("*.up_proj", "gate_proj and .*up_proj")]
+)
+def test_parts_of_a_fused_linear_with_different_schemes_are_refused(match: str, pair: str) -> None:
+    overrides = [{"match": match, "scheme": "W8A16"}]
+    with pytest.raises(RecipeError, match=rf"quantize\.overrides: .*{pair} have different schemes") as caught:
+        planned(**TOKEN, overrides=overrides)
+    assert "siblings: apart" in caught.value.remedy
+    plan = planned(**TOKEN, overrides=overrides, rollback={"siblings": "apart"})
+    assert schemes(plan)[f"0.{'self_attn.k_proj' if 'k_proj' in match else 'mlp.up_proj'}"] == "W8A16"
+    assert [v.loads for v in plan.engines if v.engine.startswith("vLLM")] == [False, False]
+
+
+def test_the_same_scheme_found_by_another_method_is_another_treatment() -> None:
+    with pytest.raises(RecipeError, match="have different schemes"):
+        planned(**STATIC, overrides=[{"match": "*.q_proj", "activations": {"method": "histogram"}}])
+
+
+# ------------------------------------------------------------------------------------------------------ the head
+
+
+@pytest.mark.parametrize(
+    ("last_linear", "scheme", "reason"),
+    [
+        (None, "float", "output head, stays in float by default"),
+        (True, "float", "output head, stays in float rollback.last_linear"),
+        (False, "W8A8 static", ""),
+    ],
+)
+def test_the_output_head(last_linear: bool | None, scheme: str, reason: str) -> None:
+    plan = planned(**STATIC, rollback={"last_linear": last_linear})
+    assert schemes(plan)["lm_head"] == scheme
+    assert plan.linears[-1].reason == reason
+    assert plan.linears[-1].block == len(LLAMA.blocks)
+    assert ("lm_head" in plan.schemes) == (last_linear is False)
+
+
+def test_a_tied_head_stays_in_float_and_says_so() -> None:
+    plan = planned(_structure(tied=True), **STATIC, rollback={"last_linear": False})
+    assert plan.kept["lm_head"] == "output head, tied to the embedding"
+    assert "The output head is tied to the embedding and stays in float." in plan.notes
+    assert not any("tied" in note for note in planned(_structure(tied=True), **STATIC).notes)
+
+
+def test_no_pattern_reaches_the_head_but_with_last_linear_false() -> None:
+    plan = planned(**TOKEN, overrides=[{"match": "lm_head", "scheme": "W8A16"}])
+    assert schemes(plan)["lm_head"] == "float"
+    asked = planned(**TOKEN, overrides=[{"match": "lm_head", "scheme": "W8A16"}], rollback={"last_linear": False})
+    assert schemes(asked)["lm_head"] == "W8A16"
+    back = planned(**TOKEN, rollback={"last_linear": False, "names": ["lm_head"]})
+    assert back.kept == {"lm_head": "rolled back by lm_head"}
+
+
+# ------------------------------------------------------------------------------------------------------ treatments
+
+
+@pytest.mark.parametrize(
+    ("to", "name"), [("W8A16", "W8A16"), ("W8A8-dynamic", "W8A8 dynamic"), ("W4A16", "W4A16 g32"), ("float", "float")]
+)
+def test_a_rolled_back_linear_becomes_what_to_says(to: str, name: str) -> None:
+    plan = planned(**STATIC, rollback={"names": ["*.down_proj"], "to": to})
+    found = schemes(plan)
+    assert found["0.mlp.down_proj"] == found["1.mlp.down_proj"] == name
+    assert found["0.mlp.up_proj"] == "W8A8 static"
+    (reason,) = {p.reason for p in plan.linears if p.linear.name.endswith("down_proj")}
+    assert reason == "rolled back by *.down_proj" + ("" if to == "float" else f", to {to}")
+
+
+def test_16_bits_leave_in_float_what_no_override_matches() -> None:
+    plan = planned(weights={"bits": 16}, overrides=[{"match": "*.mlp.*", "scheme": "W8A16"}])
+    assert {name.split(".")[1] for name, scheme in schemes(plan).items() if scheme == "W8A16"} == {"mlp"}
+    assert plan.kept["model.layers.0.self_attn.q_proj"] == "weights.bits is 16"
+    cache = planned(weights={"bits": 16}, kv_cache={"type": "float"})
+    assert cache.schemes == {}
+    assert cache.attention is not None
+    assert cache.attention.name == "KV fp8"
+    assert cache.size_after == cache.size_before
+
+
+def test_group_sizes_are_made_to_divide_for_each_size_that_is_asked_for() -> None:
+    narrow = planned(weights={"bits": 4, "granularity": "group"})  # 128 of widths 64 and 96
+    assert set(schemes(narrow).values()) == {"W4A16 g32", "float"}
+    assert any(note.startswith("Group size 128 does not divide every input width; 32 is used") for note in narrow.notes)
+    several = planned(
+        weights={"bits": 4, "granularity": "group"},
+        overrides=[{"match": "*.down_proj", "weights": {"group_size": 48}}],
+    )
+    assert schemes(several)["0.mlp.down_proj"] == "W4A16 g48"
+    assert schemes(several)["0.mlp.up_proj"] == schemes(several)["0.self_attn.o_proj"] == "W4A16 g64"  # all are 64 wide
+    odd = replace(LLAMA, blocks=(replace(LLAMA.blocks[0], linears=(Linear("x", 40, 8),), fused=()),))
+    with pytest.raises(RecipeError, match=r"no power of two from 16 to 128 divides the input widths \[40\]"):
+        planned(odd, weights={"bits": 4, "granularity": "group"})
+
+
+def test_linears_that_no_forward_reaches_stay_in_float_where_something_is_observed() -> None:
+    first = LLAMA.blocks[0]
+    blind = replace(LLAMA, blocks=(replace(first, inputs=first.inputs[:-1]), *LLAMA.blocks[1:]))
+    assert planned(blind, **STATIC).kept["model.layers.0.mlp.down_proj"] == "no input reaches it"
+    assert kept(planned(blind, **TOKEN)) == set()
+
+
+def test_experts_are_refused() -> None:
+    experts = replace(LLAMA, blocks=(replace(LLAMA.blocks[0], experts=("model.layers.0.mlp.experts",)),))
+    with pytest.raises(ModelError, match="many experts"):
+        planned(experts, **TOKEN)
+
+
+# ------------------------------------------------------------------------------------------------------ notes
+
+
+def test_notes_say_what_is_decided_after_calibration() -> None:
+    level = planned(**STATIC, rollback={"level": "L5"})
+    assert "After calibration 5 more are rolled back: those of the highest range_parm." in level.notes
+    kurtosis = planned(**STATIC, rollback={"level": 2, "metric": "kurtosis"})
+    assert "After calibration 2 more are rolled back: those of the highest kurtosis." in kurtosis.notes
+    target = planned(**STATIC, rollback={"target": {"kl_divergence": 0.1}})
+    assert "After calibration the fewest linears that meet rollback.target are rolled back." in target.notes
+    assert kept(level) == kept(target) == set()
+
+
+def test_calibration_that_is_not_needed_is_noted() -> None:
+    def noted(**quantize: Any) -> bool:
+        return any("needs no calibration data" in note for note in planned(**quantize).notes)
+
+    assert noted(**TOKEN)
+    assert not noted(**TOKEN, overrides=[{"match": "*.down_proj", "scheme": "W8A8"}])
+    assert not noted(**TOKEN, rollback={"names": ["*.down_proj"], "to": "W8A8-mix"}, export=None)
+    assert not noted(**TOKEN, rollback={"level": 1})
+    assert not noted(**TOKEN, kv_cache={"type": "float"})
+
+
+# ------------------------------------------------------------------------------------------------------ formats
+
+
+ASCEND = {"formats": ["ascend"]}
+
+
+@pytest.mark.parametrize(
+    ("quantize", "message"),
+    [
+        ({"kv_cache": {}}, "compressed-tensors cannot hold C8: it holds an fp8 cache"),
+        ({"kv_cache": {"symmetric": False}}, "compressed-tensors cannot hold C8 asym"),
+        ({"attention": {}}, "compressed-tensors cannot hold FA int8"),
+        (
+            {"activations": {"bits": 8, "scope": "mix"}},
+            "compressed-tensors cannot hold model.layers.0.self_attn.q_proj as W8A8 mix: it holds static or dynamic",
+        ),
+        ({"overrides": [{"match": "*.1.mlp.down_proj", "scheme": "W8A8-mix"}]},
+         "compressed-tensors cannot hold model.layers.1.mlp.down_proj as W8A8 mix"),
+        ({"weights": {"bits": 4}, "export": ASCEND},
+         "ascend cannot hold model.layers.0.self_attn.q_proj as W4A16: it is written with 8-bit weights only"),
+        ({"weights": {"granularity": "group"}, "export": ASCEND}, "ascend cannot hold .* as W8A16 g32"),
+        ({"kv_cache": {"type": "float"}, "export": ASCEND}, "ascend cannot hold KV fp8: it holds an int8 cache"),
+        ({"rollback": {"names": ["*.down_proj"], "to": "W4A16"}, "export": ASCEND}, "down_proj as W4A16 g32"),
+        ({"weights": {"bits": 4}, "export": {"formats": ["compressed-tensors", "ascend"]}}, "ascend cannot hold"),
+    ],
+)  # fmt: skip
+def test_a_format_that_cannot_hold_a_scheme_refuses(quantize: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=rf"export\.formats: .*{message}"):
+        planned(**quantize)
+    schemeless = planned(**{**quantize, "export": None})
+    assert schemeless.engines == ()
+    assert schemeless.schemes
+
+
+@pytest.mark.parametrize(
+    ("quantize", "name", "attention"),
+    [
+        ({"activations": {"bits": 8, "scope": "mix"}}, "W8A8 mix", None),
+        ({**STATIC, "kv_cache": {}}, "W8A8 static", "C8"),
+        ({**TOKEN, "attention": {}}, "W8A8 dynamic", "FA int8"),
+        ({**STATIC, "weights": {"method": "co_sparse"}}, "W8A8S static", None),
+    ],
+)
+def test_ascend_holds_them(quantize: dict[str, Any], name: str, attention: str | None) -> None:
+    plan = planned(**quantize, export=ASCEND)
+    assert set(schemes(plan).values()) == {name, "float"}
+    assert (plan.attention.name if plan.attention else None) == attention
+    assert plan.to_json()["attention"] == attention
+    assert "MindIE" in [verdict.engine for verdict in plan.engines if verdict.loads]
+
+
+def test_nothing_left_to_quantize_is_refused() -> None:
+    with pytest.raises(RecipeError, match="every linear is rolled back"):
+        planned(**TOKEN, rollback={"names": ["*"]})
+    assert planned(**TOKEN, rollback={"names": ["*"], "to": "W8A16"}).schemes
+
+
+# ------------------------------------------------------------------------------------------------------ a real model
+
+
+def test_discovered_siblings_are_those_of_the_engines(tmp_path: Path) -> None:
+    from quantcli.model.discovery import discover
+
+    structure = discover(save_tiny_model("qwen2", tmp_path / "model"))
+    plan = planned(structure, **TOKEN, rollback={"names": ["*.0.*.v_proj"]})
+    assert kept(plan) == {f"0.self_attn.{short}" for short in ATTENTION}
