@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import save_tiny_model
 
 import quantcli as api
 from quantcli.errors import QuantcliError
@@ -151,7 +152,7 @@ def test_verify_of_a_copy_finds_what_cannot_be(quantcli: Any, finished: Path, tm
 
 
 def test_recipes_are_listed_shown_and_copied(quantcli: Any, tmp_path: Path) -> None:
-    names = ("demo", "w4a16", "w8a16", "w8a8", "w8a8-dynamic")
+    names = ("demo", "w4a16", "w8a16", "w8a8", "w8a8-dynamic", "w8a8-tuned")
     listed = quantcli("recipes", "list").out
     assert all(name in listed for name in names)
     shown = quantcli("recipes", "show", "w8a8").out
@@ -170,13 +171,14 @@ def test_the_schema_holds_for_the_shipped_recipes(quantcli: Any) -> None:
     jsonschema = pytest.importorskip("jsonschema")
     import yaml
 
-    for name in ("demo", "w4a16", "w8a16", "w8a8", "w8a8-dynamic"):
+    for name in ("demo", "w4a16", "w8a16", "w8a8", "w8a8-dynamic", "w8a8-tuned"):
         jsonschema.validate(yaml.safe_load(quantcli("recipes", "show", name).out), schema)
 
 
 def test_help_names_every_command(quantcli: Any) -> None:
     out = quantcli("--help").out
-    commands = ["run", "plan", "calibrate", "quantize", "export", "eval-ppl", "verify", "inspect", "recipes", "schema"]
+    commands = ["run", "plan", "calibrate", "sensitivity", "search", "quantize", "export", "eval-ppl", "verify"]
+    commands += ["inspect", "recipes", "schema"]
     assert [command for command in commands if f" {command} " not in out] == []
 
 
@@ -188,6 +190,129 @@ def test_stage_commands_go_as_far_as_their_stage(quantcli: Any, recipe_file: Rec
     assert list(content["stages"]) == ["check", "calibrate", "quantize", "export"]
     assert content["stages"]["calibrate"]["reused"] is True
     assert content["perplexity"] is None
+
+
+METRICS = ["range_parm", "kurtosis", "quantile", "output_error", "block_error"]
+
+
+def pasted_block(out: str) -> str:
+    """The rollback block that `quantcli sensitivity` prints behind its table."""
+    lines = out.splitlines()
+    return "\n".join(lines[lines.index("quantize:") :])
+
+
+def test_sensitivity_ranks_every_linear(
+    quantcli: Any, recipe_file: RecipeFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    file = recipe_file()
+    content = json.loads(quantcli("sensitivity", file, "--json").out)
+    assert content["metric"] == "range_parm"
+    assert content["rolled_back"] == {}
+    rows = content["linears"]
+    assert len({row["name"] for row in rows}) == 21
+    assert all(list(row) == ["name", *METRICS] for row in rows)
+    assert all(row["output_error"] > 0 < row["block_error"] for row in rows)
+    for metric in METRICS:
+        ranked = json.loads(quantcli("sensitivity", file, "--json", "--metric", metric, "--quiet").out)
+        values = [row[metric] for row in ranked["linears"]]
+        assert values == sorted(values, reverse=True)
+        assert ranked["metric"] == metric
+        assert sorted(map(str, ranked["linears"])) == sorted(map(str, rows))  # the same numbers, in another order
+    siblings = {row["name"]: row for row in rows}
+    query, key = (siblings[f"model.layers.1.self_attn.{short}_proj"] for short in "qk")
+    assert all(query[metric] == key[metric] for metric in METRICS if metric != "output_error")
+
+    outcome = quantcli("sensitivity", file, "--top", "3")
+    assert "3 of 21 linears, by range_parm" in outcome.out
+    assert f"{rows[0]['range_parm']:.4g}" in outcome.out
+    pasted = tmp_path / "pasted.yaml"
+    pasted.write_text(pasted_block(outcome.out))
+    plan = api.plan(pasted, model=json.loads(file.read_text())["model"]["path"], output=str(tmp_path / "out"))
+    named = [name for name, reason in plan.kept.items() if reason.startswith("rolled back")]
+    assert sorted(named) == sorted(row["name"] for row in rows[:3])
+
+
+def test_sensitivity_of_a_recipe_that_needs_no_data(quantcli: Any, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    """Without a calibration section it is ranked on the default text; errors are those of the recipe's own scheme."""
+    model = save_tiny_model("llama", tmp_path / "model", with_tokenizer=True, num_hidden_layers=1, intermediate_size=64)
+    weights_only = {"quantize.activations": {"bits": 16}, "calibration": None, "evaluate": None}
+    file = recipe_file(model={"path": str(model), "sanity_check": "off"}, **weights_only)
+    outcome = quantcli("sensitivity", file, "--top", "1")
+    assert "32768 tokens in 64 sequences" in outcome.err
+    assert "1 of 7 linears" in outcome.out
+    found = {}
+    for bits in (8, 4):
+        quick = ["calibration={samples: 8, sequence_length: 32}", f"quantize.weights.bits={bits}"]
+        content = json.loads(
+            quantcli("sensitivity", file, "--json", "--quiet", "--set", quick[0], "--set", quick[1]).out
+        )
+        found[bits] = {row["name"]: row for row in content["linears"]}
+    for name, row in found[4].items():
+        assert row["range_parm"] == found[8][name]["range_parm"]
+        assert 100 < row["output_error"] / found[8][name]["output_error"] < 1000  # 16 to 18 times coarser
+
+
+def test_a_level_rolls_back_the_first_of_the_ranking(quantcli: Any, recipe_file: RecipeFile) -> None:
+    file = recipe_file(**{"quantize.rollback": {"level": "L2", "metric": "output_error", "siblings": "apart"}})
+    ranked = json.loads(quantcli("sensitivity", file, "--json", "--quiet").out)
+    first = [row["name"] for row in ranked["linears"][:2]]
+    assert list(ranked["rolled_back"]) == first
+    outcome = quantcli("run", file, "--json")
+    assert json.loads(outcome.out)["stages"]["sensitivity"]["reused"] is True
+    manifest = json.loads((file.parent / "run" / "quantize" / "manifest.json").read_text())
+    assert {name for name in manifest["float"] if name != "lm_head"} == set(first)
+    assert all(manifest["float"][name].startswith("rolled back by output_error ") for name in first)
+    every = quantcli("quantize", file, "--set", "quantize.rollback={level: 99, siblings: apart, to: W8A16}")
+    assert "quantize.rollback.level is 99, and 21 linears are quantized: all of them are rolled back." in every.err
+    manifest = json.loads((file.parent / "run" / "quantize" / "manifest.json").read_text())
+    assert len(manifest["quantized"]) == 21
+    assert {entry["activations"] for entry in manifest["quantized"].values()} == {"none"}
+
+
+def test_a_search_writes_the_recipe_that_it_found(quantcli: Any, recipe_file: RecipeFile) -> None:
+    """That recipe, run as any other, has the same schemes and keeps the bound."""
+    bound = 7e-4  # half the divergence of this model without rollback
+    file = recipe_file(**{"quantize.rollback": {"target": {"kl_divergence": bound, "windows": 4}}})
+    outcome = quantcli("search", file, "--json")
+    assert outcome.status == 0, outcome.err
+    assert list(json.loads(outcome.out)["stages"]) == ["check", "calibrate", "sensitivity", "search"]
+    folder = file.parent / "run" / "search"
+    found = json.loads((folder / "found.json").read_text())
+    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    assert found["evaluations"] == len(trials) == outcome.err.count(" linears rolled back, perplexity")
+    assert 0 < found["measured"]["kl_divergence"] <= bound < trials[0]["kl_divergence"]
+    assert trials[0]["rolled_back"] == []
+    met = [trial for trial in trials if trial["kl_divergence"] <= bound]
+    assert len(found["rolled_back"]) == min(len(trial["rolled_back"]) for trial in met)
+    assert not (folder / "base").exists()
+
+    run = json.loads(quantcli("run", file, "--json", "--quiet").out)
+    assert run["stages"]["search"]["reused"] is True
+    plain = json.loads(quantcli("run", folder / "recipe.yaml", "--output", file.parent / "plain", "--json").out)
+    assert "search" not in plain["stages"]
+    first, second = (
+        json.loads((path / "quantize" / "manifest.json").read_text())
+        for path in (file.parent / "run", file.parent / "plain")
+    )
+    assert first["quantized"] == second["quantized"]
+    assert set(first["float"]) == set(second["float"]) == {*found["rolled_back"], "lm_head"}
+    assert plain["perplexity"]["kl_divergence"] == run["perplexity"]["kl_divergence"] <= bound
+    assert run["perplexity"]["kl_divergence"] == pytest.approx(found["measured"]["kl_divergence"], rel=1e-3)
+
+
+def test_a_search_for_a_size_takes_what_fits(quantcli: Any, recipe_file: RecipeFile) -> None:
+    file = recipe_file(evaluate=None)
+    sizes = [json.loads(quantcli("plan", file, "--json").out)[key] for key in ("size_after", "size_before")]
+    size = (sum(sizes) / 2) / 1e9
+    target = ["--set", f"quantize.rollback.target.size={size}"]
+    assert quantcli("search", file, *target).status == 0
+    found = json.loads((file.parent / "run" / "search" / "found.json").read_text())
+    assert found["size"] <= size * 1e9
+    ranking = json.loads((file.parent / "run" / "sensitivity" / "sensitivity.json").read_text())
+    assert ranking["metric"] == "block_error"
+    assert ranking["linears"][0]["name"] in found["rolled_back"]
+    assert json.loads(quantcli("run", file, *target, "--json", "--quiet").out)["size_after"] == found["size"]
 
 
 def test_the_interface_of_python(

@@ -243,7 +243,20 @@ def test_two_runs_at_once(quantcli: Any, recipe_file: RecipeFile, tiny_llama: Pa
         ({"quantize.weights": {"bits": 5}}, [r"recipe\.yaml:\d+: quantize\.weights\.bits", "Allowed"]),
         ({"quantize.rollback": {"names": ["*.mlp.dwon_proj"]}}, ["matches no linear", r"mlp\.down_proj"]),
         ({"quantize.rollback": {"names": ["*"]}}, ["every linear is rolled back"]),
+        (
+            {"quantize.overrides": [{"match": "*.mlp.gate_porj", "scheme": "W8A16"}]},
+            [r"quantize\.overrides\[0\]\.match: '\*\.mlp\.gate_porj' matches no linear", r"mlp\.gate_proj"],
+        ),
+        (
+            {"quantize.overrides": [{"match": "*.mlp.gate_proj", "scheme": "W8A16"}]},
+            ["gate_proj and .*up_proj have different schemes", "siblings: apart"],
+        ),
+        ({"quantize.kv_cache": {}}, ["compressed-tensors cannot hold C8", "another format"]),
         ({"calibration": None}, ["static scales need calibration"]),
+        (
+            {"calibration": None, "quantize.activations": {"bits": 16}, "quantize.rollback": {"level": 1}},
+            [r"quantize\.rollback\.level: ranks linears by what they are fed", "calibration: {}"],
+        ),
         ({"model.device": "cuda:63"}, ["there is no cuda:63 on this machine", "--device cpu"]),
     ],
 )
@@ -272,6 +285,9 @@ def test_a_recipe_that_is_wrong(
         (["frobnicate"], ["No such command"]),
         (["run"], ["Missing argument"]),
         (["run", "w8a16", "--frob"], ["No such option"]),
+        (["sensitivity", "w8a16", "--model", "m", "--output", "o", "--metric", "std"],
+         ["--set quantize.rollback.metric=std: quantize.rollback.metric: is 'std'", "Allowed: range_parm"]),
+        (["sensitivity", "w8a16", "--model", "m", "--output", "o", "--top", "0"], ["--top"]),
     ],
 )  # fmt: skip
 def test_a_command_line_that_is_wrong(
@@ -288,7 +304,17 @@ def test_a_stage_that_the_recipe_has_nothing_for(quantcli: Any, recipe_file: Rec
     file = recipe_file(**{"quantize.activations": {"bits": 16}, "evaluate": None})
     said(quantcli("calibrate", file), 2, "nothing for stage calibrate")
     said(quantcli("eval-ppl", file), 2, "nothing for stage eval-ppl", "evaluate.perplexity")
+    said(quantcli("search", file), 2, "nothing for stage search", "quantize.rollback.target")
     assert not (file.parent / "run").exists()
+
+
+def test_a_target_that_cannot_be_reached(quantcli: Any, recipe_file: RecipeFile) -> None:
+    file = recipe_file(**{"quantize.rollback": {"target": {"size": 1e-6}}})
+    said(quantcli("search", file), 2, r"quantize\.rollback\.target\.size: nothing rolled back is 0\.0\d+ GB already")
+    few = ["--set", "quantize.rollback.target={kl_divergence: 1.0e-9, evaluations: 3}"]
+    outcome = quantcli("search", file, *few)
+    assert outcome.status == 0
+    assert "Warning: The target a KL divergence of 1e-09 is not met after 3 trials" in outcome.err
 
 
 def test_a_missed_gate_keeps_the_run(quantcli: Any, recipe_file: RecipeFile, finished: Path, tree: ReadTree) -> None:
