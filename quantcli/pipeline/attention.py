@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
 from quantcli.calibration.attention_statistics import AttentionStatistics, attention_scales
 from quantcli.errors import ModelError
 from quantcli.evaluation.simulate_attention import simulated_attention
@@ -17,6 +19,8 @@ from quantcli.quant.scheme import AttentionScheme
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from quantcli.model.stream import BlockStream
 
 
 @contextmanager
@@ -46,12 +50,30 @@ def attention_statistics(context: Context, module: nn.Module, block: Block) -> I
                              "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
 
 
-def scales_of(observed: Mapping[str, Tensor], scheme: AttentionScheme) -> dict[str, Tensor]:
-    """The tensors that the store holds of an attention module, from what the calibrate stage stored of it."""
+@contextmanager
+def observing_heads(context: Context, stream: BlockStream, block: Block) -> Iterator[dict[str, AttentionStatistics]]:
+    """As `attention_statistics`, where queries, keys and values are quantized: those of the quantized model count.
+
+    Of a cache, the float model's do, as in msModelSlim.
+    """
+    if context.plan.attention is None or not context.plan.attention.heads:
+        yield {}
+        return
+    with attention_statistics(context, stream.skeleton.module(block.name), block) as found:
+        yield found
+
+
+def scales_of(observed: Mapping[str, Tensor], scheme: AttentionScheme, model_dtype: str) -> dict[str, Tensor]:
+    """The tensors that the store holds of an attention module, from what was observed of it.
+
+    Scales of channels and heads are rounded to the model's dtype, in which Ascend's engines hold them; fp8 scales are
+    float32, as in compressed-tensors.
+    """
     statistics = AttentionStatistics.from_tensors(dict(observed))
     kind = "heads" if scheme.heads else scheme.kv
     assert kind != "none"
-    return attention_scales(statistics, kind, symmetric=scheme.kv_symmetric).tensors()
+    dtype = torch.float32 if kind == "fp8" else getattr(torch, model_dtype)
+    return attention_scales(statistics, kind, symmetric=scheme.kv_symmetric, dtype=dtype).tensors()
 
 
 @contextmanager

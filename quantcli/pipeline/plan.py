@@ -126,6 +126,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     stored = sum(_stored_bytes(recipe, linear, scheme, structure.dtype) for linear, scheme in quantized)
     weights = sum(linear.weights for linear, _ in quantized)
     after = before - weights * BYTES[structure.dtype] + stored
+    kept = [p.linear.name for p in planned if p.treatment is None]
     by_method = [(p.linear, p.treatment.weights) for p in planned if p.treatment is not None]
     return Plan(
         model=model,
@@ -137,7 +138,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         size_after=after,
         bits_per_weight=8 * stored / max(1, weights),
         estimate=estimate(recipe, structure, after, by_method, needs_calibration(recipe)),
-        engines=tuple(verdicts(quantized, attention, recipe.export.formats)) if recipe.export else (),
+        engines=tuple(verdicts(quantized, attention, recipe.export.formats, kept)) if recipe.export else (),
     )
 
 

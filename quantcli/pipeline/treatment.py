@@ -174,7 +174,8 @@ def _grid(treatment: Treatment, dtype: str) -> WeightGrid:
 
     scheme = treatment.scheme
     scale_dtype = getattr(torch, scheme.scale_dtype(dtype))
-    return WeightGrid(scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size, scale_dtype)
+    signed = treatment.weights.full_range
+    return WeightGrid(scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size, scale_dtype, signed)
 
 
 def _short(value: float) -> float:

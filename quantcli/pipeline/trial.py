@@ -49,19 +49,36 @@ class TrialModel:
 
     def measure(self, rolled_back: Collection[str]) -> Scores:
         """Scores of the model with these linears rolled back against the float model."""
-        hidden = self._through(frozenset(rolled_back))
+        hidden = self.hidden(frozenset(rolled_back))
         scores = []
         with self.stream.head():
             for index, batch in enumerate(self.batches):
                 for sample in range(batch.shape[0]):
                     window = WindowScores()
-                    states = (self.exact[index], hidden[index])
-                    both = [self.stream.logits(each[sample : sample + 1, :-1]) for each in states]
+                    inputs = [each[index][sample : sample + 1, :-1] for each in (self.exact, hidden)]
+                    both = (self.stream.logits(inputs[0]), self.logits(inputs[1], rolled_back))
                     for (positions, of_float), (_, of_quantized) in zip(*both, strict=True):
                         labels = batch[sample, 1:][positions].to(of_float.device)
                         window.add(of_float[0], of_quantized[0], labels, self.text.masked_token)
                     scores.append(window)
         return summarize(scores, quantized=True)
+
+    def logits(self, hidden: Tensor, rolled_back: Collection[str]) -> Iterator[tuple[slice, Tensor]]:
+        """`BlockStream.logits` with the output head as an engine computes it, if it is quantized."""
+        head = self.context.plan.structure.head
+        store = self.other if head in rolled_back else self.base
+        replaced: dict[str, Int8Weights | Tensor] = {}
+        if head is not None and store is not None and head in store.schemes:
+            skeleton = self.stream.skeleton
+            mode = store.schemes[head].activations
+            replaced[head] = replacement(store.read(head), mode, skeleton.dtype, skeleton.device, self.phase)
+        pieces = self.stream.logits(hidden)
+        while True:
+            with simulated(self.stream.skeleton.model, replaced):
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
     def _float_logits_states(self) -> list[Tensor]:
         hidden = self.entered
@@ -70,7 +87,7 @@ class TrialModel:
                 hidden = [self.stream.run(index, batch, states) for batch, states in enumerate(hidden)]
         return hidden
 
-    def _through(self, rolled_back: frozenset[str]) -> list[Tensor]:
+    def hidden(self, rolled_back: frozenset[str]) -> list[Tensor]:
         """The hidden states that leave the last block."""
         begin, hidden, entered = self._known(rolled_back)
         for index in range(begin, self.context.blocks):

@@ -32,6 +32,7 @@ class WeightGrid:
     granularity: Literal["tensor", "channel", "group"] = "channel"
     group_size: int | None = None
     scale_dtype: torch.dtype = torch.float32
+    signed_scales: bool = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -57,9 +58,10 @@ class WeightGrid:
     def full_range(self) -> bool:
         """Whether a symmetric scale takes the sign of the largest weight, so that all 2^b codes are used.
 
-        Not for 8 bits a channel or tensor: that is what integer kernels read, for which a scale is positive.
+        Not for 8 bits a channel or tensor: that is what integer kernels read, for which a scale is positive; and not
+        where `signed_scales` is false.
         """
-        return self.symmetric and (self.bits < 8 or self.granularity == "group")
+        return self.signed_scales and self.symmetric and (self.bits < 8 or self.granularity == "group")
 
 
 class QuantizedWeight(NamedTuple):

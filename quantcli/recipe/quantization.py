@@ -80,6 +80,11 @@ class WeightsSection(Section):
         description="Weight of an error in method mse: none, or second_moment of the calibrated input channel.",
     )
 
+    full_range: bool = Field(
+        default=True,
+        description="Symmetric scales below 8 bits or of groups may be negative, so that all codes are used; false for "
+        "max|w| / (2^(bits-1) - 1).",
+    )
     fraction: Annotated[float, Field(ge=0.01, le=0.1)] = Field(
         default=0.01, description="Share of weights beyond 4 bits in methods co_sparse and low_bit."
     )

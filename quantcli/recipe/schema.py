@@ -40,9 +40,10 @@ class ModelSection(Section):
 class ExportSection(Section):
     """The checkpoints to write."""
 
-    formats: Annotated[tuple[Literal["compressed-tensors"], ...], Field(strict=False, min_length=1)] = Field(
+    formats: Annotated[tuple[Literal["compressed-tensors", "ascend"], ...], Field(strict=False, min_length=1)] = Field(
         default=("compressed-tensors",),
-        description="Checkpoint formats: compressed-tensors, which vLLM and transformers load.",
+        description="Checkpoint formats: compressed-tensors, which vLLM and transformers load; ascend, for vLLM-Ascend "
+        "and MindIE.",
     )
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.calibrate import read_observed, read_statistics
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quantcli.formats.store import StoredLinear
     from quantcli.pipeline.treatment import Facts, Jobs
 
@@ -94,6 +96,7 @@ def _run_propagated(context: Context, folder: StageFolder) -> None:
     from quantcli.model.stream import BlockStream
     from quantcli.model.structure import SharedInput
     from quantcli.model.workers import linear_workers
+    from quantcli.pipeline.attention import observing_heads
     from quantcli.pipeline.propagation import observe_head, propagate_block
     from quantcli.pipeline.treatment import WeightSource, input_parameters, observed_of, with_input
 
@@ -114,15 +117,17 @@ def _run_propagated(context: Context, folder: StageFolder) -> None:
     with linear_workers(context.device) as workers:
         for index in units[stream.enter(cache, done) :]:
             started = time.perf_counter()
+            attention: dict[str, dict[str, Tensor]] = {}
             jobs = source.submit(workers, index, statistics_of, with_inputs=False)
             results = {name: job.result() for name, job in jobs.items()}
             stored = {name: result[0] for name, result in results.items()}
             if index < context.blocks:
                 block = context.plan.structure.blocks[index]
-                stored, ranges = propagate_block(
-                    stream, index, block, cache, stored, context.plan.treatments,
-                    statistics_of, section.seed,
-                )  # fmt: skip
+                with observing_heads(context, stream, block) as seen:
+                    stored, ranges = propagate_block(
+                        stream, index, block, cache, stored, context.plan.treatments, statistics_of, section.seed
+                    )
+                attention = {module: found.to_tensors() for module, found in seen.items()}
             else:
                 ranges = {}
                 for name, entry in stored.items():
@@ -134,7 +139,7 @@ def _run_propagated(context: Context, folder: StageFolder) -> None:
                         scale, zero, ranges[name] = input_parameters(observed_of(statistics.to_tensors()), treatment)
                         stored[name] = with_input(entry, scale, zero)
             facts = {name: result[1] | ranges.get(name, {}) for name, result in results.items()}
-            _write(context, folder.path, folder.add, index, stored, facts, started)
+            _write(context, folder.path, folder.add, index, stored, facts, started, attention)
             if index < context.blocks:
                 cache.commit(index + 1)
     cache.clear()
@@ -155,7 +160,9 @@ def _write(
     stored: dict[str, StoredLinear],
     facts: dict[str, Facts],
     started: float,
+    seen: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
+    """The block's file. `seen`: attention modules observed on the quantized model, in place of the float model's."""
     from quantcli.formats.store import block_file, write_block
     from quantcli.pipeline.attention import scales_of
 
@@ -164,10 +171,13 @@ def _write(
             context.emit("warning", text=f"{name} holds zeros only.")
         context.emit("linear", module=name, scheme=context.plan.treatments[name].scheme.name, **found)
     scheme = context.plan.attention
-    attention = {}
+    attention: dict[str, dict[str, Tensor]] = {}
     if scheme is not None:
         modules = [module for module, block in _attention_modules(context).items() if block == index]
-        attention = {module: scales_of(read_observed(context, index, module), scheme) for module in modules}
+        dtype = context.plan.structure.dtype
+        for module in modules:
+            observed = (seen or {}).get(module) or read_observed(context, index, module)
+            attention[module] = scales_of(observed, scheme, dtype)
     keep(block_file(path, index), write_block(path, index, stored, attention))
     context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
 
