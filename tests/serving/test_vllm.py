@@ -47,6 +47,9 @@ RUNS = {
         "w8a8-dynamic", "--set", 'quantize.overrides=[{match: "*.mlp.*", scheme: W4A16, '
         "weights: {group_size: 64, importance: none}}]",
     ],
+    "W8A8 dynamic, fp8 cache": [
+        "w8a8-dynamic", "--set", "quantize.kv_cache={type: float}", "--set", "calibration.samples=16"
+    ],
 }  # fmt: skip
 
 
@@ -142,5 +145,8 @@ def test_vllm_serves_the_export_with_the_reported_perplexity(name: str, place: P
         assert abs(difference) < max(0.01, 3 * error)
         assert error < 0.02
     else:
-        assert math.exp(mean) == pytest.approx(results["quantized"]["value"], rel=0.01)
+        # vLLM's CPU kernel cuts e4m3 towards zero where transformers and the evaluation round to nearest; an evaluation
+        # that cuts too rises by 0.5 %, of the 1.0 % ± 0.4 % that vLLM is above it
+        near = 0.02 if "fp8 cache" in name else 0.01
+        assert math.exp(mean) == pytest.approx(results["quantized"]["value"], rel=near)
         assert "Paris" in answered["texts"][0]
