@@ -20,11 +20,11 @@ from quantcli.cli import app
 from quantcli.recipe import load_recipe, shipped_names
 from quantcli.recipe.document import parse_yaml
 from quantcli.recipe.explain import known_keys
-from quantcli.recipe.quantization import ALIASES
+from quantcli.recipe.quantization import ALIAS_VALUES, ALIASES
 from quantcli.recipe.schema import Recipe
 
 Quantcli = Callable[[list[str]], tuple[int, str, str]]
-STAGES = ["calibrate", "quantize", "export", "eval-ppl"]
+STAGES = ["calibrate", "search", "quantize", "export", "eval-ppl"]
 
 
 # ------------------------------------------------------------------------------------------------------ recipe
@@ -48,13 +48,15 @@ def test_every_key_is_documented_with_its_default(keys: tuple[str | int, ...]) -
     assert set(documented) == set(known_keys()[keys])
     model = _section_of(keys)
     for name, cell in documented.items():
-        key = model.model_fields[ALIASES.get((*map(str, keys), name), name)]
+        place = (*map(str, keys), name)
+        key = model.model_fields[ALIASES.get(place, name)]
         if key.is_required():
             assert cell == "required"
         elif key.default_factory is not None:
-            assert name == "symmetric"  # depends on the scope, in words
+            assert place == ("quantize", "activations", "symmetric")  # depends on the scope, in words
         else:
             value, _ = parse_yaml(codes(cell)[0], str)
+            value = ALIAS_VALUES[place][value] if place in ALIAS_VALUES else value
             expected = key.get_default()
             if isinstance(expected, BaseModel):
                 value = type(expected).model_validate(value)
@@ -65,8 +67,8 @@ def test_every_key_is_documented_with_its_default(keys: tuple[str | int, ...]) -
 
 def test_the_default_of_symmetric_activations_is_as_documented() -> None:
     (cell,) = [row[1] for row in rows(section("docs/recipes.md", "`quantize.activations`")) if row[0] == "`symmetric`"]
-    assert codes(cell) == ["true", "token", "false", "tensor"]
-    for value, scope in (("true", "token"), ("false", "tensor")):
+    assert codes(cell) == ["true", "token", "false", "tensor", "mix"]
+    for value, scope in (("true", "token"), ("false", "tensor"), ("false", "mix")):
         recipe = load_recipe("w8a8", [f"quantize.activations={{bits: 8, scope: {scope}}}"], model="a/b", output="o")
         assert str(recipe.quantize.activations.symmetric).lower() == value
 
@@ -137,6 +139,11 @@ def test_every_key_of_the_json_is_documented(examples: Path, quantcli: Quantcli)
     assert status == 0, err
     result = json.loads(out)
     for content in (result, *result["stages"].values()):
+        assert set(content) <= named
+    short = ["--set", "calibration={samples: 2, sequence_length: 32}", "--set", "model.sanity_check=off"]
+    _, out, _ = quantcli(["sensitivity", "w8a16", "--model", MODEL, "--output", "out", "--quiet", "--json", *short])
+    ranking = json.loads(out)
+    for content in (ranking, ranking["linears"][0]):
         assert set(content) <= named
     numbers = set(codes(section("docs/evaluation.md", "The numbers")))
     scores = result["perplexity"]

@@ -14,7 +14,7 @@ from quantcli.recipe import load_recipe, shipped_names, shipped_path
 
 Quantcli = Callable[[list[str]], tuple[int, str, str]]
 
-STAGES = {"run", "calibrate", "quantize", "export", "eval-ppl"}
+STAGES = {"run", "calibrate", "sensitivity", "search", "quantize", "export", "eval-ppl"}
 PLACEHOLDERS = {"RECIPE", "PATH", "NAME"}
 # What quicker runs need, by section of the recipe; the example's own options come after and win.
 QUICKER = {
@@ -71,11 +71,13 @@ def _check_other(command: Command) -> None:
 def test_recipes_load_and_fit_a_model(document: Path, index: int, examples: Path) -> None:
     file = examples / "recipe.yaml"
     file.write_text(blocks(document, "yaml")[index], encoding="utf-8")
-    assert load_recipe(file, model=MODEL, output="out").model.path == str(examples / MODEL)
+    recipe = load_recipe(file, model=MODEL, output="out")
+    assert recipe.model.path == str(examples / MODEL)
     made = plan(file, model=MODEL, output="out")
-    assert made.schemes
-    if "rollback" in file.read_text(encoding="utf-8"):
-        assert any("rolled back" in reason for reason in made.kept.values())
+    assert made.schemes or made.attention
+    reasons = [linear.reason for linear in made.linears]
+    assert any("rolled back" in reason for reason in reasons) == bool(recipe.quantize.rollback.names)
+    assert any("override" in reason for reason in reasons) == bool(recipe.quantize.overrides)
 
 
 @pytest.mark.parametrize(
