@@ -102,8 +102,7 @@ def quantize_weight(
     facts: dict[str, Any] = {"scale_max": _short(scale.abs().max().item())}
     if section.method != "minmax":
         facts["error"] = _short(weight_error(weight, QuantizedWeight(codes, scale, zero_point), importance))
-    if low == high == 0:
-        facts["zero"] = True
+    facts["zero_rows"] = int((torch.count_nonzero(weight, dim=1) == 0).sum())
     return StoredLinear(quantized), facts
 
 

@@ -92,7 +92,7 @@ def run(context: Context, folder: StageFolder) -> None:
         with stream.block(index) as module, _observing(context, module, block) as (statistics, attention):
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
-        _check(block, statistics)
+        _check(context, block, statistics)
         _write(folder, index, {**statistics, **attention})
         cache.commit(index + 1)
         context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
@@ -140,13 +140,22 @@ def _observing(
             handle.remove()
 
 
-def _check(block: Block, statistics: dict[str, InputStatistics]) -> None:
+def _check(context: Context, block: Block, statistics: dict[str, InputStatistics]) -> None:
+    """Raise ModelError for inputs that nothing can be found from; warn of those that never vary."""
     for name, gathered in statistics.items():
         if gathered.non_finite:
             raise ModelError(f"{name}: {gathered.non_finite} input values are not finite during calibration.",
                              "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
         if gathered.count == 0:
             raise ModelError(f"{name} in {block.name} saw no token during calibration.", "Use more calibration text.")
+        low, high = gathered.minimum, gathered.maximum
+        constant = int((low == high).sum())
+        if bool((low == 0).all() & (high == 0).all()):
+            context.emit("warning", text=f"The input of {name} was zero for every calibration token; its scale is 1. "
+                         "Use other calibration text, or roll it back.")  # fmt: skip
+        elif constant:
+            context.emit("warning", text=f"{constant} of {len(low)} input channels of {name} never varied during "
+                         "calibration. Use more calibration text if they should.")  # fmt: skip
 
 
 def _write(folder: StageFolder, index: int, statistics: Mapping[str, InputStatistics | AttentionStatistics]) -> None:

@@ -167,8 +167,9 @@ def _write(
     from quantcli.pipeline.attention import scales_of
 
     for name, found in facts.items():
-        if found.pop("zero", False):
-            context.emit("warning", text=f"{name} holds zeros only.")
+        if zero_rows := found.pop("zero_rows", 0):
+            context.emit("warning", text=f"{zero_rows} of {context.linears[name].out_features} output channels of "
+                         f"{name} hold zeros only; their scale is 1. Check the checkpoint.")  # fmt: skip
         context.emit("linear", module=name, scheme=context.plan.treatments[name].scheme.name, **found)
     scheme = context.plan.attention
     attention: dict[str, dict[str, Tensor]] = {}
