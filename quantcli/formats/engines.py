@@ -143,8 +143,8 @@ def _vllm_ascend_cache(attention: AttentionScheme) -> tuple[bool, str]:
 
 ENGINES: dict[str, tuple[_Engine, ...]] = {
     "compressed-tensors": (
-        _Engine("vLLM on a CPU", _vllm_cpu, lambda attention: (False, "has no quantized cache"), _JOINED),
-        _Engine("vLLM on a GPU", _vllm_gpu, _fp8_only("fp8 cache with kv_cache_dtype fp8; not run here"), _JOINED),
+        _Engine("vLLM on a CPU", _vllm_cpu, _fp8_only("fp8 cache, rounded towards zero"), _JOINED),
+        _Engine("vLLM on a GPU", _vllm_gpu, _fp8_only("fp8 cache; not run here"), _JOINED),
         _Engine("transformers", _transformers, _fp8_only("rounds keys and values, holds them in float")),
     ),
     "ascend": (
