@@ -19,8 +19,7 @@ MIXED_RANGE_PARM = 50.0
 
 _HALF = VALUES // 2
 _LEVELS = QMAX - QMIN  # 255 steps
-# msModelSlim's histogram observer: source bins, target bins, quantile step.
-_BINS, _TARGET_BINS, _STEP = 2048, 256, 1e-5
+_BINS = 2048
 # Search of `mse`: ratio and number of the first grid (down to 1e-4 of the extremes), ratios of finer ones around the
 # best _KEPT, and how many steps those reach; along one number if symmetric, across two otherwise.
 _ALONG = (0.99, 900, (0.9985, 0.9998), 8)
@@ -60,13 +59,15 @@ def bin_values() -> Tensor:
     return values.clamp_(-largest, largest)
 
 
-def count_patterns(x: Tensor) -> Tensor:
+def count_patterns(x: Tensor, scratch: Tensor | None = None) -> Tensor:
     """How often each bit pattern of bfloat16 occurs in x rounded to bfloat16 (ties to even): int64 [65536].
 
-    In the order of the patterns as unsigned integers; `in_order` sorts by value. x: any shape and float dtype.
+    In the order of the patterns as unsigned integers; `in_order` sorts by value. x: [elements] of any float dtype;
+    scratch: int32 [elements] to overwrite.
     """
-    patterns = x.to(torch.bfloat16).contiguous().view(torch.uint16).to(torch.int32)
-    return torch.bincount(patterns.view(-1), minlength=VALUES)
+    patterns = x.to(torch.bfloat16).contiguous().view(torch.uint16)
+    wide = patterns.to(torch.int32) if scratch is None else scratch.copy_(patterns)
+    return torch.bincount(wide, minlength=VALUES)
 
 
 def in_order(patterns: Tensor) -> Tensor:
@@ -119,7 +120,7 @@ def activation_range(
     symmetric scales come from the larger end.
 
         minmax      the extremes; with aggregation "mean" the arithmetic means over samples of each sample's extremes
-        histogram   the least quantization error among ranges that drop ever larger quantiles, see `_histogram`
+        histogram   the range of 2048 bins of the least expected squared error, see `_histogram`
         mixed       histogram where range_parm <= 50, minmax above (msModelSlim, act_method 3)
         percentile  the middle `percentile` % of the values, of |x| if symmetric; linear between order statistics
         mse         the least expected squared error of int8 codes over all values
@@ -151,17 +152,19 @@ def _minmax(observed: Observed, symmetric: bool, aggregation: str, percentile: f
 
 
 def _histogram(observed: Observed, symmetric: bool, aggregation: str, percentile: float) -> tuple[float, float]:
-    """The range that torch.ao's HistogramObserver (and msModelSlim's act_method 2) finds in 2048 bins.
+    """Of the ranges between edges of 2048 equal bins over the extremes, the one around the range of least error.
 
-    Quantiles 1e-5 k and 1 - 1e-5 k move inwards, k = 1, 2, …; of the two ends, the one that would pass more bins moves.
-    The search stops where the error first grows: 256 equal target bins over the range, values spread evenly inside
-    each source bin, every value taken to the centre of its target bin, or of the outermost one.
+    torch.ao's HistogramObserver, and msModelSlim's act_method 2 after it, estimate the error from values spread evenly
+    in each bin. Where an outlier makes bins wider than most values, that finds errors that are not there, and clips the
+    outlier: on SmolLM2 the perplexity of the clipped model is twice as high. Here the values themselves count.
     """
     low, high = _extremes(observed)
-    histogram = histogram_of(_counts(observed), low, high)
-    first, last = search_bins(histogram)
-    width = (high - low) / len(histogram)
-    return low + width * first, low + width * (last + 1)
+    best_low, best_high = _mse(observed, symmetric, aggregation, percentile)
+    width = (high - low) / _BINS
+    if not width > 0:
+        return low, high
+    first, last = math.floor((best_low - low) / width), math.ceil((best_high - low) / width)
+    return low + width * max(first, 0), low + width * min(last, _BINS)
 
 
 def _mixed(observed: Observed, symmetric: bool, aggregation: str, percentile: float) -> tuple[float, float]:
@@ -177,55 +180,6 @@ def _percentile(observed: Observed, symmetric: bool, aggregation: str, percentil
     outside = (100 - percentile) / 200
     low, high = _quantiles(*_occupied(counts), outside, 1 - outside)
     return low, high
-
-
-def histogram_of(counts: Tensor, low: float, high: float, bins: int = _BINS) -> Tensor:
-    """Counts in equal bins over [low, high], the last one closed; values outside go to the nearest: float64 [bins]."""
-    values, weights = _occupied(counts)
-    histogram = torch.zeros(bins, dtype=torch.float64)
-    if high <= low:
-        histogram[0] = weights.sum()
-        return histogram
-    index = ((values.double() - low) * (bins / (high - low))).floor_().clamp_(0, bins - 1).long()
-    return histogram.index_add_(0, index, weights)
-
-
-def search_bins(histogram: Tensor) -> tuple[int, int]:
-    """First and last bin of the range that `_histogram` describes. histogram: float64 [bins]."""
-    bins = len(histogram)
-    below = histogram.cumsum(0)
-    total = below[-1]
-    quantiles = torch.arange(1, round(1 / _STEP) + 1, dtype=torch.float64) * _STEP
-    # First bin that reaches the lower quantile, last bin that does not pass the upper one.
-    from_left = torch.searchsorted(below, quantiles * total).tolist()
-    from_right = (torch.searchsorted(below, (1 - quantiles) * total, right=True) - 1).tolist()
-    first, last, error = 0, bins - 1, math.inf
-    left = right = 0  # quantile steps taken at each end
-    while left + right < len(quantiles) and first < last:
-        lower = min(max(from_left[left], first), last)
-        upper = max(min(from_right[right], last), first)
-        trial = (first, last)
-        if lower - first > last - upper:
-            left, trial = left + 1, (lower, last)
-        else:
-            right, trial = right + 1, (first, upper)
-        if trial == (first, last):
-            continue
-        trial_error = bin_error(histogram, *trial)
-        if trial_error > error:
-            break
-        (first, last), error = trial, trial_error
-    return first, last
-
-
-def bin_error(histogram: Tensor, first: int, last: int) -> float:
-    """Squared error, in bin widths, of 256 target bins over source bins first … last, as `_histogram` describes."""
-    target = (last - first + 1) / _TARGET_BINS
-    edges = torch.arange(len(histogram) + 1, dtype=torch.float64) - first
-    index = (edges / target).floor_().clamp_(0, _TARGET_BINS - 1)
-    # The integral of the error from the left end of the range to each edge: whole target bins, then the last one.
-    integral = (index * (target**3 / 4) + (edges - (index + 0.5) * target) ** 3 + (target / 2) ** 3) / 3
-    return float(histogram @ integral.diff())
 
 
 def _mse(observed: Observed, symmetric: bool, aggregation: str, percentile: float) -> tuple[float, float]:

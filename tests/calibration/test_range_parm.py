@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from histogram_rule import search_bins
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quantcli.calibration.statistics import InputStatistics
 from quantcli.quant.activation import static_parameters
-from quantcli.quant.observers import activation_range, search_bins
+from quantcli.quant.observers import activation_range
 
 GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "golden"
 # Reads the embedding through one norm only, so that msModelSlim's quantized linears before it do not matter.

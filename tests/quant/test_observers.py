@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from histogram_rule import bin_error, histogram_of, search_bins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,15 +18,12 @@ from quantcli.quant.observers import (
     VALUES,
     Observed,
     activation_range,
-    bin_error,
     bin_values,
     count_patterns,
-    histogram_of,
     in_order,
     in_patterns,
     kurtosis,
     quantile_score,
-    search_bins,
 )
 
 NORMAL: Callable[[int], Tensor] = lambda n: torch.randn(n, generator=torch.Generator().manual_seed(n))  # noqa: E731
@@ -193,6 +191,29 @@ def slow_search(histogram: Tensor) -> tuple[int, int]:
                 break
             (first, last), error = trial, new
     return first, last
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_histogram_is_the_best_range_of_bin_edges_but_for_a_bin(shape: str, symmetric: bool) -> None:
+    x = values(shape, 5000)
+    low, high = float(x.amin()), float(x.amax())
+    found = activation_range(observed(x), "histogram", symmetric=symmetric)
+    best = activation_range(observed(x), "mse", symmetric=symmetric)
+    width = (high - low) / 2048
+    for edge, end in zip(found, best, strict=True):
+        assert abs(edge - end) <= width * (1 + 1e-6)
+
+
+def test_an_outlier_far_away_is_not_clipped_as_the_rule_of_evenly_spread_values_clips_it() -> None:
+    x = torch.cat((NORMAL(300_000) * 0.3, torch.full((60,), 700.0)))
+    low, high = activation_range(observed(x), "histogram", symmetric=False)
+    assert high == pytest.approx(700.0, rel=0.01)
+    histogram = histogram_of(observed(x).counts, float(x.amin()), float(x.amax()))
+    first, last = search_bins(histogram)
+    width = (float(x.amax()) - float(x.amin())) / len(histogram)
+    theirs = squared_error(x, float(x.amin()) + width * first, float(x.amin()) + width * (last + 1), False)
+    assert squared_error(x, low, high, False) <= theirs
 
 
 def test_mixed_changes_over_above_50() -> None:
