@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from quantcli.calibration.statistics import InputStatistics
+from quantcli.errors import ModelError
 from quantcli.evaluation.simulate import Int8Weights, simulated
 from quantcli.formats.store import StoredLinear
 from quantcli.model.hidden import HiddenCache
@@ -136,6 +137,7 @@ def propagate_block(
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
         for name, quantizer in running.items():
+            require_finite(name, quantizer.statistics)
             observed = observed_of(quantizer.statistics.to_tensors())
             scale, zero, facts[name] = input_parameters(observed, treatments[name])
             found[name] = with_input(stored[name], scale, zero)
@@ -148,6 +150,13 @@ def propagate_block(
 
 def _through(quantizer: RunningInput, weight: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
     return lambda module, x: linear(quantizer(x), weight, getattr(module, "bias", None))
+
+
+def require_finite(name: str, statistics: InputStatistics) -> None:
+    """Raise ModelError, with the linear, if a value that entered it was NaN or infinite."""
+    if statistics.non_finite:
+        raise ModelError(f"{name}: {statistics.non_finite} input values are not finite during calibration.",
+                         "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
 
 
 @torch.inference_mode()
@@ -168,4 +177,5 @@ def observe_head(
                 pieces.clear()
     finally:
         handle.remove()
+    require_finite(head.name, statistics)
     return statistics

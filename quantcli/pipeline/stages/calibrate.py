@@ -142,10 +142,10 @@ def _observing(
 
 def _check(context: Context, block: Block, statistics: dict[str, InputStatistics]) -> None:
     """Raise ModelError for inputs that nothing can be found from; warn of those that never vary."""
+    from quantcli.pipeline.propagation import require_finite
+
     for name, gathered in statistics.items():
-        if gathered.non_finite:
-            raise ModelError(f"{name}: {gathered.non_finite} input values are not finite during calibration.",
-                             "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
+        require_finite(name, gathered)
         if gathered.count == 0:
             raise ModelError(f"{name} in {block.name} saw no token during calibration.", "Use more calibration text.")
         low, high = gathered.minimum, gathered.maximum
@@ -200,6 +200,10 @@ def _manifest(context: Context, folder: StageFolder, tokens: int) -> dict[str, A
         for shared in block.inputs
         for linear in shared.linears
     }
+    if _observes_head(context):
+        head = context.plan.structure.head
+        assert head is not None
+        inputs[head] = {"block": context.blocks, "input": head}
     attention: dict[str, int] = {}
     for index in range(context.blocks) if context.plan.attention else ():
         attention |= dict.fromkeys(_attention_in(folder.path / _block_file(index)), index)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from quantcli.evaluation.simulate import Int8Weights
     from quantcli.model.structure import Block
 
+Metrics = dict[str, float | None]
+
 RESULT = "sensitivity.json"
 HIDDEN = "hidden"
 OF_INPUTS = ("range_parm", "kurtosis", "quantile")
@@ -54,16 +56,17 @@ def run(context: Context, folder: StageFolder) -> None:
 
     range_parm, kurtosis and quantile describe the input (`InputStatistics`). output_error is the relative squared error
     of the linear's output under its scheme, ‖ŷ − y‖² / ‖y‖²; block_error the mean over tokens of that of its block's
-    output, with the linear and those that are fused with it quantized and the rest in float.
+    output, with the linear and those that are fused with it quantized and the rest in float. A metric that is not
+    finite is null, and above every number; the output head has no errors, and without one a linear comes last.
     """
     names = list(context.plan.treatments)
-    rows: dict[str, dict[str, float]] = {name: _of_input(context, name) for name in names}
+    rows: dict[str, Metrics] = {name: _of_input(context, name) for name in names}
     if _measures_outputs(context):
         for name, errors in _of_outputs(context, folder).items():
             rows[name] |= errors
     section = context.recipe.quantize.rollback
     metric = section.ranked_by
-    ranking = sorted(names, key=lambda name: -_comparable(rows[name].get(metric)))
+    ranking = sorted(names, key=lambda name: -_comparable(rows[name], metric))
     level = section.level
     if level > len(ranking):
         context.emit("warning", text=f"quantize.rollback.level is {level}, and {len(ranking)} linears are quantized: "
@@ -72,7 +75,7 @@ def run(context: Context, folder: StageFolder) -> None:
     content = {
         "metric": metric,
         "linears": [{"name": name, **rows[name]} for name in ranking],
-        "rolled_back": {name: f"rolled back by {metric} {rows[name][metric]:.4g}" for name in chosen},
+        "rolled_back": {name: _reason(rows[name], metric) for name in chosen},
     }
     for name in names:
         context.emit("sensitivity", module=name, **rows[name])
@@ -80,8 +83,19 @@ def run(context: Context, folder: StageFolder) -> None:
     folder.add(folder.path / RESULT)
 
 
-def _comparable(value: float | None) -> float:
-    return -math.inf if value is None or math.isnan(value) else value
+def _comparable(row: Metrics, metric: str) -> float:
+    value = row.get(metric, -math.inf)
+    return math.inf if value is None else value
+
+
+def _reason(row: Metrics, metric: str) -> str:
+    value = row.get(metric)
+    return f"rolled back by {metric}" + ("" if value is None else f" {value:.4g}")
+
+
+def _rounded(value: float) -> float | None:
+    """Six digits; JSON has no infinity."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def settle(context: Context) -> None:
@@ -91,7 +105,7 @@ def settle(context: Context) -> None:
         context.plan = make_plan(context.recipe, context.model, context.plan.structure, content["rolled_back"])
 
 
-def _of_input(context: Context, name: str) -> dict[str, float]:
+def _of_input(context: Context, name: str) -> Metrics:
     from quantcli.quant.observers import kurtosis, quantile_score
 
     seen = read_statistics(context, name) if name in _observed(context) else {}
@@ -103,7 +117,7 @@ def _of_input(context: Context, name: str) -> dict[str, float]:
         "kurtosis": kurtosis(seen["value_counts"]),
         "quantile": quantile_score(seen["value_counts"], largest),
     }
-    return {key: float(f"{value:.6g}") for key, value in found.items()}
+    return {key: _rounded(value) for key, value in found.items()}
 
 
 def _observed(context: Context) -> set[str]:
@@ -112,7 +126,7 @@ def _observed(context: Context) -> set[str]:
     return set(content["linears"])
 
 
-def _of_outputs(context: Context, folder: StageFolder) -> dict[str, dict[str, float]]:
+def _of_outputs(context: Context, folder: StageFolder) -> dict[str, Metrics]:
     """output_error and block_error of each linear of the blocks; a block at a time, resumable between blocks."""
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
@@ -137,13 +151,13 @@ def _of_outputs(context: Context, folder: StageFolder) -> dict[str, dict[str, fl
         cache.commit(index + 1)
         context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
     cache.clear()
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Metrics] = {}
     for part in parts:
         found |= json.loads(part.read_text(encoding="utf-8"))
     return found
 
 
-def _block_errors(context: Context, stream: Any, cache: Any, index: int) -> dict[str, dict[str, float]]:
+def _block_errors(context: Context, stream: Any, cache: Any, index: int) -> dict[str, Metrics]:
     import torch
 
     from quantcli.evaluation.simulate import simulated
@@ -161,7 +175,7 @@ def _block_errors(context: Context, stream: Any, cache: Any, index: int) -> dict
         )
         for name, entry in stored.items()
     }
-    errors: dict[str, dict[str, float]] = {name: {} for name in stored}
+    errors: dict[str, Metrics] = {name: {} for name in stored}
     with stream.block(index) as module, torch.inference_mode():
         exact = []
         with _output_errors(module, block, replaced, errors):
@@ -176,7 +190,7 @@ def _block_errors(context: Context, stream: Any, cache: Any, index: int) -> dict
                     lost += float(_relative(output, wanted).sum())
                     tokens += wanted.shape[0] * wanted.shape[1]
             for name in group:
-                errors[name]["block_error"] = float(f"{lost / tokens:.6g}")
+                errors[name]["block_error"] = _rounded(lost / tokens)
     return errors
 
 
@@ -185,7 +199,7 @@ def _output_errors(
     module: nn.Module,
     block: Block,
     replaced: Mapping[str, Int8Weights | Tensor],
-    errors: dict[str, dict[str, float]],
+    errors: dict[str, Metrics],
 ) -> Iterator[None]:
     """While the body runs the block, compare what each linear puts out with what it would put out quantized."""
     from quantcli.evaluation.simulate import forward_of
@@ -210,7 +224,7 @@ def _output_errors(
         for handle in handles:
             handle.remove()
     for name, (lost, whole) in sums.items():
-        errors[name]["output_error"] = float(f"{lost / whole:.6g}") if whole else 0.0
+        errors[name]["output_error"] = _rounded(lost / whole) if whole else 0.0
 
 
 def _relative(output: Tensor, wanted: Tensor) -> Tensor:
