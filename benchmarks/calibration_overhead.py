@@ -3,9 +3,9 @@
 python benchmarks/calibration_overhead.py MODEL SAMPLES [--length 512] [--blocks 6] [--repeats 5]
 
 SAMPLES samples of built-in text go through the first blocks of the model, in the dtype of its checkpoint. Each block
-takes its inputs plainly, with all statistics, and without value counts, in turn and `repeats` times, so that all meet
-the same load of the machine. The ratios are to the plain pass beside it, medians over blocks and repeats: of wall time,
-and of CPU time over all threads.
+takes each batch plainly, with all statistics, and without value counts, in turn and `repeats` times, so that all meet
+the same load of the machine. Wall: median and quartiles of the ratios to the plain pass beside it. CPU: the ratio of
+the processor time of all threads, over all passes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,21 +42,20 @@ def token_batches(model: Path, samples: int, length: int) -> list[Tensor]:
 
 
 @contextmanager
-def observed(module: nn.Module, block: Block, counts: bool) -> Iterator[None]:
+def observed(module: nn.Module, block: Block, gathered: dict[str, InputStatistics]) -> Iterator[None]:
     handles = []
-    for shared in block.inputs:
-        gathered = InputStatistics(shared.width, counts=counts)
+    for name, into in gathered.items():
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], _gathered: InputStatistics = gathered) -> None:
-            _gathered.update(args[0])
+        def hook(_module: nn.Module, args: tuple[Any, ...], _into: InputStatistics = into) -> None:
+            _into.update(args[0])
 
-        handles.append(module.get_submodule(shared.name.removeprefix(f"{block.name}.")).register_forward_pre_hook(hook))
+        handles.append(module.get_submodule(name.removeprefix(f"{block.name}.")).register_forward_pre_hook(hook))
     yield
     for handle in handles:
         handle.remove()
 
 
-def timed(work: Callable[[], None]) -> tuple[float, float]:
+def timed(work: Callable[[], Any]) -> tuple[float, float]:
     """Wall and CPU seconds."""
     wall, processor = time.perf_counter(), time.process_time()
     work()
@@ -66,33 +66,31 @@ def measure(model: Path, samples: int, length: int, blocks: int, repeats: int) -
     structure = find_structure(model)
     stream = BlockStream(Skeleton(model, structure), token_batches(model, samples, length))
     states = list(stream.start())
-    seconds: list[float] = []
-    ratios: dict[str, list[tuple[float, float]]] = {label: [] for label in OBSERVED}
+    wall: dict[str, list[float]] = {label: [] for label in OBSERVED}
+    processor = {label: [0.0, 0.0] for label in OBSERVED}
     for index, block in enumerate(structure.blocks[:blocks]):
         with stream.block(index) as module:
-
-            def forward(index: int = index, states: list[Tensor] = states) -> None:
-                for batch, hidden in enumerate(states):
-                    stream.run(index, batch, hidden)
-
-            forward()  # the first pass of a block reads its weights
+            stream.run(index, 0, states[0])  # the first pass of a block reads its weights
             for _ in range(repeats):
-                for label, counts in OBSERVED.items():
-                    plain = timed(forward)
-                    with observed(module, block, counts):
-                        watched = timed(forward)
-                    seconds.append(plain[0])
-                    ratios[label].append((watched[0] / plain[0], watched[1] / plain[1]))
+                gathered = {
+                    label: {shared.name: InputStatistics(shared.width, counts=counts) for shared in block.inputs}
+                    for label, counts in OBSERVED.items()
+                }
+                for batch, hidden in enumerate(states):
+                    forward = partial(stream.run, index, batch, hidden)
+                    for label, into in gathered.items():
+                        plain = timed(forward)
+                        with observed(module, block, into):
+                            watched = timed(forward)
+                        wall[label].append(watched[0] / plain[0])
+                        for total, seconds in enumerate((plain[1], watched[1])):
+                            processor[label][total] += seconds
             states = [stream.run(index, batch, hidden) for batch, hidden in enumerate(states)]
-    shape = f"{samples} x {length} tokens, {torch.get_num_threads()} threads"
-    print(f"{shape}, plain {statistics.median(seconds):.3f} s a block")
+    print(f"{samples} x {length} tokens, {torch.get_num_threads()} threads")
     print("| observed | wall | quartiles | CPU |\n|---|---|---|---|")
-    for label, found in ratios.items():
-        wall, processor = zip(*found, strict=True)
-        low, _, high = statistics.quantiles(wall)
-        print(
-            f"| {label} | {statistics.median(wall):.3f} | {low:.3f}-{high:.3f} | {statistics.median(processor):.3f} |"
-        )
+    for label, found in wall.items():
+        low, median, high = statistics.quantiles(found)
+        print(f"| {label} | {median:.3f} | {low:.3f} to {high:.3f} | {processor[label][1] / processor[label][0]:.3f} |")
 
 
 if __name__ == "__main__":

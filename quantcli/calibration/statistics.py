@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -15,10 +16,11 @@ _PER_SAMPLE = ("sample_minimum", "sample_maximum")
 _KEYS = ("count", *_PER_CHANNEL, *_PER_SAMPLE, "range_parm")
 RANGE_PARM_SAMPLES = 5
 """Samples that range_parm is about: the first ones."""
-# Elements reduced at once: on a CPU a float32 copy that stays in the cache, elsewhere one that stays small.
-_CPU_CHUNK = 1 << 20
+# Elements reduced or counted at once: float32 copies that stay small. Smaller pieces would fit a CPU's cache, but gain
+# nothing measurable, and each needs its threads to meet some ten times, which waits on a machine with other work.
+_CPU_CHUNK = 1 << 21
 _DEVICE_CHUNK = 1 << 26
-_COUNT_CHUNK = 1 << 22
+_local = threading.local()
 
 
 class InputStatistics:
@@ -50,7 +52,7 @@ class InputStatistics:
         # Rows: Σ|x|, Σx²; and what their rounding lost.
         self._sums = torch.zeros((2, channels), dtype=wide, device=self.device)
         self._lost = torch.zeros_like(self._sums)
-        self._samples = torch.zeros((2, 0), device=self.device)  # rows: -minimum, maximum
+        self._samples = torch.zeros((2, 0), device=self.device)  # rows: minimum, maximum
         self._spread = 0.0  # largest standard deviation among the first samples
         self._patterns = torch.zeros(VALUES, dtype=torch.int64, device=self.device) if counts else None
 
@@ -73,35 +75,24 @@ class InputStatistics:
         if not x.numel():
             return
         x = x.reshape(x.shape[0] if x.ndim > 2 else 1, -1, self.channels)
-        seen, non_finite = self._samples.shape[1], self.non_finite
-        size = _CPU_CHUNK if x.device.type == "cpu" else _DEVICE_CHUNK
-        for samples in x.split(max(1, size // x[0].numel())):  # several short samples, or parts of a long one
-            extremes = [self._reduce(part) for part in samples.split(max(1, size // self.channels), dim=1)]
-            self._samples = torch.cat((self._samples, torch.stack(extremes, -1).amax(-1)), 1)
-        if self.non_finite > non_finite:
-            x = x.where(torch.isfinite(x), 0)
-        if seen < RANGE_PARM_SAMPLES:
-            self._spread = max(self._spread, *(_shifted_deviation(sample) for sample in x[: RANGE_PARM_SAMPLES - seen]))
-        if self._patterns is not None:  # apart, in larger pieces: each costs a pass over all the counts
-            for part in x.reshape(-1).split(_COUNT_CHUNK):
-                self._patterns += count_patterns(part).to(self.device)
-
-    def _reduce(self, x: Tensor) -> Tensor:
-        """Adds [samples, tokens, channels], which may be parts of samples; returns -minimum and maximum of each."""
-        wide = x.to(torch.float32, copy=True)
-        low, high = wide.amin(1), wide.amax(1)
+        low, high, sums = _reduced(x)
         if not bool(torch.isfinite(low).all() & torch.isfinite(high).all()):  # NaN and infinity reach an extreme
-            finite = torch.isfinite(wide)
-            self.non_finite += int(wide.numel() - finite.sum())
-            wide = wide.where(finite, 0)
-            low, high = wide.amin(1), wide.amax(1)
-        tokens = wide.view(-1, self.channels)
-        sums = torch.stack((tokens.abs_().sum(0), tokens.square_().sum(0)))
+            finite = torch.isfinite(x)
+            self.non_finite += int(x.numel() - finite.sum())
+            x = x.where(finite, 0)
+            low, high, sums = _reduced(x)
+        first = x[: max(0, RANGE_PARM_SAMPLES - self._samples.shape[1])]
+        for sample, shift in zip(first, low + high, strict=False):
+            self._spread = max(self._spread, _deviation(sample, shift))
+        samples = torch.stack((low.amin(1), high.amax(1)))
+        self._samples = torch.cat((self._samples, samples.to(self.device)), 1)
         torch.minimum(self._minimum, low.amin(0).to(self.device), out=self._minimum)
         torch.maximum(self._maximum, high.amax(0).to(self.device), out=self._maximum)
         self._sums, self._lost = add_compensated(self._sums, self._lost, sums.to(self.device))
-        self.count += len(tokens)
-        return torch.stack((-low.amin(1), high.amax(1))).to(self.device)
+        self.count += x.shape[0] * x.shape[1]
+        if self._patterns is not None:
+            for part in x.reshape(-1).split(_chunk(x.device)):
+                self._patterns += count_patterns(part, _scratch(part, torch.int32)).to(self.device)
 
     @property
     def minimum(self) -> Tensor:
@@ -126,7 +117,7 @@ class InputStatistics:
     @property
     def sample_minimum(self) -> Tensor:
         """Least value of each sample, in the order they were seen: float32 [samples]. Empty samples are no samples."""
-        return -self._samples[0]
+        return self._samples[0].clone()
 
     @property
     def sample_maximum(self) -> Tensor:
@@ -158,7 +149,7 @@ class InputStatistics:
         """What the range of a static activation is made from, on the CPU."""
         counts = self.value_counts
         samples = self._samples.cpu()
-        return Observed(-samples[0], samples[1], None if counts is None else counts.cpu(), self.range_parm)
+        return Observed(samples[0], samples[1], None if counts is None else counts.cpu(), self.range_parm)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The statistics on the CPU, for storage.
@@ -193,7 +184,7 @@ class InputStatistics:
         statistics._maximum.copy_(tensors["maximum"])
         means = torch.stack((tensors["mean_absolute"], tensors["second_moment"])).to(statistics._sums)
         statistics._sums = means * statistics.count
-        statistics._samples = torch.stack((-tensors["sample_minimum"], tensors["sample_maximum"])).to(statistics.device)
+        statistics._samples = torch.stack((tensors["sample_minimum"], tensors["sample_maximum"])).to(statistics.device)
         largest = float(statistics._samples[:, :RANGE_PARM_SAMPLES].abs().amax())
         statistics._spread = largest / float(tensors["range_parm"]) if largest else 0.0
         if counts is not None:
@@ -212,12 +203,55 @@ def _fit_together(tensors: dict[str, Tensor]) -> bool:
     return some and len(channels) == 1 and all(tensors[key].shape == shapes[key] for key in tensors if key in shapes)
 
 
-def _shifted_deviation(sample: Tensor) -> float:
-    """Unbiased standard deviation of x_tc - (max_c + min_c) over all elements of [tokens, channels], 0 of one alone."""
-    wide = sample.to(torch.float32, copy=True)
-    wide -= wide.amax(0) + wide.amin(0)
-    wide -= wide.mean()
-    return math.sqrt(float(wide.square_().sum()) / max(1, wide.numel() - 1))
+def _reduced(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of [samples, tokens, channels] the extremes of each sample, float32 [samples, channels] each, and the sums of |x|
+    and x² over samples and tokens, [2, channels]."""
+    samples, tokens, channels = x.shape
+    low = torch.full((samples, channels), torch.inf, device=x.device)
+    high = -low
+    sums = torch.zeros((2, channels), device=x.device)
+    pieces = math.ceil(x.numel() / _chunk(x.device))
+    count = math.ceil(samples / pieces)  # whole samples together, or parts of one
+    length = math.ceil(tokens / math.ceil(pieces / samples))
+    for i in range(0, samples, count):
+        for part in x[i : i + count].split(length, dim=1):
+            wide = _scratch(part, torch.float32).copy_(part)
+            torch.minimum(low[i : i + count], wide.amin(1), out=low[i : i + count])
+            torch.maximum(high[i : i + count], wide.amax(1), out=high[i : i + count])
+            rows = wide.view(-1, channels)
+            sums[0] += rows.abs_().sum(0)
+            sums[1] += rows.square_().sum(0)
+    return low, high, sums
+
+
+def _deviation(sample: Tensor, shift: Tensor) -> float:
+    """Unbiased standard deviation of x_tc - shift_c over all elements of [tokens, channels], 0 of one alone.
+
+    shift: max_c + min_c, float32 [channels]. Half its mean is about what the mean of the difference would be, up to the
+    sign; with it added, the squares lose nothing to a common offset.
+    """
+    wide = _scratch(sample, torch.float32).copy_(sample)
+    wide -= shift - shift.mean() / 2
+    total, squares, n = float(wide.sum()), float(wide.square_().sum()), wide.numel()
+    return math.sqrt(max(0.0, squares - total * total / n) / max(1, n - 1))
+
+
+def _chunk(device: torch.device) -> int:
+    return _CPU_CHUNK if device.type == "cpu" else _DEVICE_CHUNK
+
+
+def _scratch(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory in the shape of x to overwrite, of a dtype of 4 bytes; on a CPU the same each time, for each thread.
+
+    There new memory comes as pages that are mapped at first touch, which takes longer than to count what is put there.
+    """
+    if x.device.type != "cpu":
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
+    memory: Tensor | None = getattr(_local, "memory", None)
+    if memory is None or memory.numel() < x.numel():
+        with torch.inference_mode(False):  # usable in both modes
+            memory = _local.memory = torch.empty(x.numel(), dtype=torch.int32)
+    return memory[: x.numel()].view(dtype).view(x.shape)
 
 
 def add_compensated(total: Tensor, lost: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:

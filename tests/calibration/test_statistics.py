@@ -141,7 +141,6 @@ def test_what_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> Non
     assert together.sample_minimum.tolist() == clean.flatten(1).amin(1).tolist()
     assert together.sample_maximum.tolist() == clean.flatten(1).amax(1).tolist()
     monkeypatch.setattr(statistics, "_CPU_CHUNK", 12 * 7)
-    monkeypatch.setattr(statistics, "_COUNT_CHUNK", 100)
     single = gather(list(x), 12)
     for name in ("sample_minimum", "sample_maximum", "range_parm", "value_counts"):
         assert torch.equal(single.to_tensors()[name], together.to_tensors()[name]), name
