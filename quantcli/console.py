@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -116,6 +117,8 @@ def _sentence(event: dict[str, Any]) -> str | None:
         case "plan":
             kept = f"{event['kept']} {'stays' if event['kept'] == 1 else 'stay'} in float"
             return "\n".join([f"{event['linears']} linears to quantize, {kept}", *event["notes"]])
+        case "group" if event["number"] == event["of"] or event["number"] % 10 == 0:
+            return f"  {event['number']} of {event['of']} groups of linears measured"
         case "trial":
             increase = event["perplexity_increase"]
             shown = "undefined" if increase is None else f"{increase:+.2%}"
@@ -188,12 +191,15 @@ def show_sensitivity(found: Mapping[str, Any], top: int) -> None:
     console = Console()
     metric, rows = found["metric"], found["linears"]
     columns = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
-    table = Table(title=f"{min(top, len(rows))} of {len(rows)} linears, by {metric}", title_justify="left")
+    prefix = commonprefix([row["name"] for row in rows]).rpartition(".")[0]  # noqa: RUF071 (cut at a dot)
+    title = f"{min(top, len(rows))} of {len(rows)} linears, by {metric}" + (f"; … is {prefix}" if prefix else "")
+    table = Table(title=title, title_justify="left")
     table.add_column("linear", overflow="fold")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows[:top]:
-        table.add_row(row["name"], *(f"{row[c]:.4g}" if row.get(c) is not None else "" for c in columns))
+        name = f"…{row['name'].removeprefix(prefix)}" if prefix else row["name"]
+        table.add_row(name, *(f"{row[c]:.4g}" if row.get(c) is not None else "" for c in columns))
     console.print(table)
     lines = ["quantize:", "  rollback:", "    names:", *(f"      - {row['name']}" for row in rows[:top])]
     for line in lines:

@@ -39,6 +39,7 @@ class PlannedLinear:
     block: int
     treatment: Treatment | None
     reason: str = ""
+    rolled_back: bool = False
 
     @property
     def scheme(self) -> Scheme | None:
@@ -69,6 +70,11 @@ class Plan:
     def treatments(self) -> dict[str, Treatment]:
         """Quantized linears: name → treatment."""
         return {p.linear.name: p.treatment for p in self.linears if p.treatment is not None}
+
+    @property
+    def rankable(self) -> list[str]:
+        """Quantized linears that are not rolled back already."""
+        return [p.linear.name for p in self.linears if p.treatment is not None and not p.rolled_back]
 
     @property
     def kept(self) -> dict[str, str]:
@@ -127,6 +133,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     weights = sum(linear.weights for linear, _ in quantized)
     after = before - weights * BYTES[structure.dtype] + stored
     kept = [p.linear.name for p in planned if p.treatment is None]
+    _refuse_size(recipe, after, ranked)
     by_method = [(p.linear, p.treatment.weights) for p in planned if p.treatment is not None]
     return Plan(
         model=model,
@@ -140,6 +147,16 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         estimate=estimate(recipe, structure, after, by_method, needs_calibration(recipe)),
         engines=tuple(verdicts(quantized, attention, recipe.export.formats, kept)) if recipe.export else (),
     )
+
+
+def _refuse_size(recipe: Recipe, after: int, ranked: Mapping[str, str] | None) -> None:
+    target = recipe.quantize.rollback.target
+    if ranked is None and target is not None and target.size is not None and after > target.size * 1e9:
+        raise RecipeError(
+            f"quantize.rollback.target.size: {target.size:g} GB is less than the {after / 1e9:.4g} GB of a checkpoint in "
+            "which nothing is rolled back.",
+            "Allow more, or quantize to fewer bits.",
+        )
 
 
 def needs_calibration(recipe: Recipe) -> bool:
@@ -221,7 +238,9 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
         reasons[name] = unseen[name]
     treatments = _treatments(pairs, {name: linear for name, (linear, _) in places.items()}, notes)
     _refuse_split_siblings(recipe, structure.blocks, treatments)
-    return [PlannedLinear(*places[name], treatments.get(name), reasons.get(name, "")) for name in names]
+    return [
+        PlannedLinear(*places[name], treatments.get(name), reasons.get(name, ""), name in rolled_back) for name in names
+    ]
 
 
 def _chosen_overrides(overrides: Sequence[OverrideSection], names: Sequence[str]) -> dict[str, OverrideSection]:

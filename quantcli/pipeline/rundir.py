@@ -267,6 +267,23 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Add a JSON object to a file of one a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What `append_line` added, without a last line that a killed run left unfinished; nothing if there is no file."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file, read in pieces."""
     digest = sha256()

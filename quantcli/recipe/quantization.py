@@ -263,9 +263,11 @@ class RollbackSection(Section):
     level: Annotated[int, BeforeValidator(_level, json_schema_input_type=int | str)] = Field(
         default=0, description="L5 or 5 rolls back the five most sensitive linears besides."
     )
-    metric: Literal["range_parm", "kurtosis", "quantile", "output_error", "block_error"] | None = Field(
-        default=None,
-        description="What sensitivity is measured by; null is range_parm for level, block_error for target.",
+    metric: Literal["range_parm", "kurtosis", "quantile", "output_error", "block_error", "kl_divergence"] | None = (
+        Field(
+            default=None,
+            description="What sensitivity is measured by; null is range_parm for level, kl_divergence for target.",
+        )
     )
     target: TargetSection | None = Field(
         default=None, description="Search the fewest linears to roll back that meet a bound, measuring the model."
@@ -297,7 +299,7 @@ class RollbackSection(Section):
     @property
     def ranked_by(self) -> str:
         """The metric that counts."""
-        return self.metric or ("block_error" if self.target is not None else "range_parm")
+        return self.metric or ("kl_divergence" if self.target is not None else "range_parm")
 
 
 class OverrideSection(Section):

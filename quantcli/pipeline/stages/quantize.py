@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from quantcli.pipeline.stages.calibrate import read_observed, read_statistics
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantcli.formats.store import StoredLinear
+    from quantcli.formats.store import Store, StoredLinear
     from quantcli.pipeline.treatment import Facts, Jobs
 
 HIDDEN = "hidden"
@@ -57,6 +58,18 @@ def write_store_manifest(context: Context, path: Path) -> None:
     plan = context.plan
     modules = _attention_modules(context)
     write_manifest(path, plan.structure.dtype, plan.schemes, plan.kept, plan.attention, modules)
+
+
+def trial_store(context: Context, path: Path) -> Store:
+    """A store of the context's plan at `path`, with scales from the float model, to try the model with."""
+    from quantcli.formats.store import MANIFEST, Store
+
+    path.mkdir(exist_ok=True)
+    if not (path / MANIFEST).is_file():
+        quiet = replace(context, listener=None)
+        quantize_blocks(quiet, path, Path.exists, lambda _file, _digest: None)
+        write_store_manifest(quiet, path)
+    return Store(path)
 
 
 def quantize_blocks(

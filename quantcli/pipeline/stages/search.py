@@ -8,15 +8,13 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import RecipeError
 from quantcli.pipeline.batches import data_identity, texts_of
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import fused_groups, make_plan
-from quantcli.pipeline.rundir import StageFolder, write_json
-from quantcli.pipeline.stages.quantize import quantize_blocks, write_store_manifest
+from quantcli.pipeline.rundir import StageFolder, append_line, read_lines, write_json
+from quantcli.pipeline.stages.quantize import trial_store
 from quantcli.recipe import resolved_yaml
 from quantcli.recipe.quantization import TargetSection
 from quantcli.recipe.schema import Recipe
@@ -90,12 +88,18 @@ def settle(context: Context) -> None:
 
 
 def _ranked_groups(context: Context) -> list[Group]:
-    """What can be rolled back, most sensitive first: fused linears as one, unless siblings may part."""
+    """What can be rolled back, the most sensitive for its number of linears first; fused linears as one, unless
+    siblings may part."""
     content = json.loads((context.folder("sensitivity") / "sensitivity.json").read_text(encoding="utf-8"))
-    order = {entry["name"]: position for position, entry in enumerate(content["linears"])}
+    values = {entry["name"]: entry.get(content["metric"], 0.0) for entry in content["linears"]}
     if context.recipe.quantize.rollback.siblings == "apart":
-        return [(name,) for name in order]
-    return sorted(fused_groups(context.plan.structure, order), key=lambda group: min(order[name] for name in group))
+        return [(name,) for name in values]  # in the order of the ranking
+
+    def share(group: Group) -> float:
+        found = [values[name] for name in group]
+        return math.inf if None in found else max(found) / len(group)
+
+    return sorted(fused_groups(context.plan.structure, values), key=share, reverse=True)
 
 
 def _within_size(context: Context, groups: Sequence[Group], room: float) -> tuple[list[Group], dict[str, Any]]:
@@ -106,12 +110,6 @@ def _within_size(context: Context, groups: Sequence[Group], room: float) -> tupl
         ranked = dict.fromkeys((name for group in chosen for name in group), "size")
         return make_plan(context.recipe, context.model, structure, ranked).size_after
 
-    smallest = size([])
-    if smallest > room:
-        raise RecipeError(
-            f"quantize.rollback.target.size: nothing rolled back is {smallest / 1e9:.4g} GB already.",
-            "Allow more, or quantize to fewer bits.",
-        )
     chosen: list[Group] = []
     for group in groups:
         if size([*chosen, group]) <= room:
@@ -177,13 +175,8 @@ class _Trials:
         self.file = folder.path / TRIALS
         self.known: dict[str, dict[str, Any]] = {}
         self.models: dict[int, TrialModel] = {}
-        if self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    continue  # the last line of a killed run
-                self.known[self._key(entry["windows"], entry["rolled_back"])] = entry
+        for entry in read_lines(self.file):
+            self.known[self._key(entry["windows"], entry["rolled_back"])] = entry
 
     @property
     def count(self) -> int:
@@ -208,8 +201,7 @@ class _Trials:
         if key not in self.known:
             scores = self._model(text).measure(names)
             entry = {"windows": len(text.windows), "rolled_back": names, **_facts(scores)}
-            with self.file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            append_line(self.file, entry)
             self.known[key] = entry
             self.context.emit("trial", number=self.count, windows=entry["windows"], rolled_back=len(names),
                               perplexity_increase=entry["perplexity_increase"],
@@ -240,27 +232,12 @@ def _facts(scores: Scores) -> dict[str, Any]:
 
 def _stores(context: Context, folder: StageFolder) -> tuple[Store, Store | None]:
     """Codes of every linear under its scheme, and under the scheme of rolled-back ones, if that is not float."""
-    from quantcli.formats.store import Store
-
-    found: list[Store | None] = []
-    for name in STORES:
-        if name == "other" and context.recipe.quantize.rollback.to == "float":
-            found.append(None)
-            continue
-        path = folder.path / name
-        path.mkdir(exist_ok=True)
-        if not (path / "manifest.json").is_file():
-            plan = context.plan
-            if name == "other":
-                every = dict.fromkeys(plan.treatments, "trial")
-                plan = make_plan(context.recipe, context.model, plan.structure, every)
-            inner = replace(context, plan=plan, listener=None)
-            quantize_blocks(inner, path, Path.exists, lambda _file, _digest: None)
-            write_store_manifest(inner, path)
-        found.append(Store(path))
-    base, other = found
-    assert base is not None
-    return base, other
+    base = trial_store(context, folder.path / STORES[0])
+    if context.recipe.quantize.rollback.to == "float":
+        return base, None
+    every = dict.fromkeys(context.plan.treatments, "trial")
+    plan = make_plan(context.recipe, context.model, context.plan.structure, every)
+    return base, trial_store(replace(context, plan=plan), folder.path / STORES[1])
 
 
 def _text(context: Context) -> EvaluationText:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.pipeline.batches import batched
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import fused_groups, make_plan
-from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.rundir import StageFolder, append_line, read_lines, write_json
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.calibrate import read_statistics
 from quantcli.recipe.schema import Recipe
@@ -29,8 +30,13 @@ RESULT = "sensitivity.json"
 HIDDEN = "hidden"
 OF_INPUTS = ("range_parm", "kurtosis", "quantile")
 OF_OUTPUTS = ("output_error", "block_error")
+OF_MODEL = "kl_divergence"
+MEASURED = "measured.jsonl"
+STORE = "store"
 TOKENS = 4096
 """Calibration tokens on which errors of outputs are measured; what is known of inputs comes from all of them."""
+MODEL_TOKENS = 2048
+"""Calibration tokens on which the whole model is measured, once for each group of linears."""
 
 
 def _wanted(recipe: Recipe) -> bool:
@@ -51,19 +57,29 @@ def _measures_outputs(context: Context) -> bool:
     return context.ranking or context.recipe.quantize.rollback.ranked_by in OF_OUTPUTS
 
 
+def _measures_model(context: Context) -> bool:
+    return context.recipe.quantize.rollback.ranked_by == OF_MODEL
+
+
 def run(context: Context, folder: StageFolder) -> None:
     """Writes sensitivity.json: the metrics of every quantized linear, most sensitive first, and what is rolled back.
 
     range_parm, kurtosis and quantile describe the input (`InputStatistics`). output_error is the relative squared error
     of the linear's output under its scheme, ‖ŷ − y‖² / ‖y‖²; block_error the mean over tokens of that of its block's
-    output, with the linear and those that are fused with it quantized and the rest in float. A metric that is not
-    finite is null, and above every number; the output head has no errors, and without one a linear comes last.
+    output, with the linear and those that are fused with it quantized and the rest in float; kl_divergence that of the
+    model's logits, in nats a token, quantized likewise, and the only one that costs a pass through the model for each
+    group: it is measured where the recipe ranks by it. A metric that is not finite is null, and above every number; the
+    output head has no errors, and without one a linear comes last.
     """
-    names = list(context.plan.treatments)
+    names = context.plan.rankable
     rows: dict[str, Metrics] = {name: _of_input(context, name) for name in names}
     if _measures_outputs(context):
         for name, errors in _of_outputs(context, folder).items():
-            rows[name] |= errors
+            if name in rows:
+                rows[name] |= errors
+    if _measures_model(context):
+        for name, divergence in _of_model(context, folder).items():
+            rows[name][OF_MODEL] = divergence
     section = context.recipe.quantize.rollback
     metric = section.ranked_by
     ranking = sorted(names, key=lambda name: -_comparable(rows[name], metric))
@@ -131,13 +147,7 @@ def _of_outputs(context: Context, folder: StageFolder) -> dict[str, Metrics]:
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
 
-    samples, taken = [], 0
-    for sample in calibration_samples(context).samples:
-        if taken and taken + len(sample) > TOKENS:
-            break
-        samples.append(sample[:TOKENS])
-        taken += len(sample)
-    stream = BlockStream(context.skeleton(), batched(samples))
+    stream = BlockStream(context.skeleton(), batched(_first_samples(context, TOKENS)))
     cache = HiddenCache(folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype)
     done = cache.resume()
     parts = [folder.path / _part(index) for index in range(context.blocks)]
@@ -155,6 +165,44 @@ def _of_outputs(context: Context, folder: StageFolder) -> dict[str, Metrics]:
     for part in parts:
         found |= json.loads(part.read_text(encoding="utf-8"))
     return found
+
+
+def _of_model(context: Context, folder: StageFolder) -> dict[str, float | None]:
+    """kl_divergence of each linear; a group at a time, resumable between groups."""
+    from quantcli.evaluation.protocols import EvaluationText
+    from quantcli.pipeline.stages.quantize import trial_store
+    from quantcli.pipeline.trial import TrialModel
+
+    file = folder.path / MEASURED
+    found = {name: entry["kl_divergence"] for entry in read_lines(file) for name in entry["linears"]}
+    groups = [g for g in fused_groups(context.plan.structure, context.plan.rankable) if g[0] not in found]
+    if groups:
+        text = EvaluationText("calibration", _first_samples(context, MODEL_TOKENS), 0, None, "")
+        store = trial_store(context, folder.path / STORE)
+        model = TrialModel(context, store, None, text, "prefill")
+        every = set(store.schemes)
+        for number, group in enumerate(groups, start=1):
+            started = time.perf_counter()
+            scores = model.measure(every - set(group))
+            assert scores.kl_divergence is not None
+            divergence = _rounded(scores.kl_divergence)
+            append_line(file, {"linears": list(group), "kl_divergence": divergence})
+            found |= dict.fromkeys(group, divergence)
+            context.emit("group", number=number, of=len(groups), linears=list(group), kl_divergence=divergence,
+                         seconds=round(time.perf_counter() - started, 3))  # fmt: skip
+        shutil.rmtree(folder.path / STORE)
+    return found
+
+
+def _first_samples(context: Context, tokens: int) -> list[list[int]]:
+    """The first calibration samples that together have at most so many tokens; at least one, cut off there."""
+    samples, taken = [], 0
+    for sample in calibration_samples(context).samples:
+        if taken and taken + len(sample) > tokens:
+            break
+        samples.append(sample[:tokens])
+        taken += len(sample)
+    return samples
 
 
 def _block_errors(context: Context, stream: Any, cache: Any, index: int) -> dict[str, Metrics]:
@@ -239,7 +287,7 @@ def _part(index: int) -> str:
 
 
 def _writes(context: Context) -> tuple[str, ...]:
-    return (RESULT, *(_part(index) for index in range(context.blocks)), f"{HIDDEN}/*")
+    return (RESULT, MEASURED, f"{STORE}/*", *(_part(index) for index in range(context.blocks)), f"{HIDDEN}/*")
 
 
 STAGE = Stage("sensitivity", ("calibrate",), _wanted, _identity, run, _writes, settle=settle)
