@@ -310,8 +310,8 @@ def test_a_search_for_a_size_takes_what_fits(quantcli: Any, recipe_file: RecipeF
     found = json.loads((file.parent / "run" / "search" / "found.json").read_text())
     assert found["size"] <= size * 1e9
     ranking = json.loads((file.parent / "run" / "sensitivity" / "sensitivity.json").read_text())
-    assert ranking["metric"] == "block_error"
-    assert ranking["linears"][0]["name"] in found["rolled_back"]
+    assert ranking["metric"] == "kl_divergence"
+    assert found["rolled_back"].keys() & {row["name"] for row in ranking["linears"][:5]}
     assert json.loads(quantcli("run", file, *target, "--json", "--quiet").out)["size_after"] == found["size"]
 
 

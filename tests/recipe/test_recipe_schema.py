@@ -533,7 +533,7 @@ def test_names_of_schemes(name: str, weights: tuple[Any, ...], activations: tupl
 def test_a_target_is_a_share_of_the_perplexity(text: str, fraction: float) -> None:
     target = quantize_of("  activations: {bits: 8}\n", f"quantize.rollback.target.perplexity_increase={text}")
     assert target.rollback.target.perplexity_increase == fraction
-    assert (target.rollback.ranked_by, target.rollback.ranks) == ("block_error", True)
+    assert (target.rollback.ranked_by, target.rollback.ranks) == ("kl_divergence", True)
     assert quantize_of("  rollback: {level: 3}\n").rollback.ranked_by == "range_parm"
     assert quantize_of("  rollback: {level: 3, metric: kurtosis}\n").rollback.ranked_by == "kurtosis"
     assert not quantize_of("  rollback: {names: [a]}\n").rollback.ranks
