@@ -268,9 +268,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Add a JSON object to a file of one a line."""
+    """Add a JSON object to a file of one a line. A line that a kill cut short is ended first."""
+    torn = path.exists() and not _ends_with_newline(path)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
+        file.write("\n" * torn + json.dumps(content) + "\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

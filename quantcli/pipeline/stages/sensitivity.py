@@ -259,13 +259,19 @@ def _output_errors(
         quantized = forward_of(linear, how)
 
         def hook(
-            _module: nn.Module, args: tuple[Any, ...], output: Tensor, _quantized: Any = quantized, _name: str = name
+            _module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            output: Tensor,
+            _quantized: Any = quantized,
+            _name: str = name,
         ) -> None:
             wanted = output.float()
-            sums[_name][0] += float((_quantized(args[0]).float() - wanted).square().sum(dtype=wanted.dtype))
+            found = _quantized(*args, **kwargs).float()
+            sums[_name][0] += float((found - wanted).square().sum(dtype=wanted.dtype))
             sums[_name][1] += float(wanted.square().sum())
 
-        handles.append(linear.register_forward_hook(hook))
+        handles.append(linear.register_forward_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
