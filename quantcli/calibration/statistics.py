@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantcli.errors import DataError
+from quantcli.model.structure import Block
 from quantcli.quant.observers import VALUES, Observed, count_patterns, in_order, in_patterns
 
 _PER_CHANNEL = ("minimum", "maximum", "absolute_maximum", "mean_absolute", "second_moment")
@@ -252,6 +256,30 @@ def _scratch(x: Tensor, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):  # usable in both modes
             memory = _local.memory = torch.empty(x.numel(), dtype=torch.int32)
     return memory[: x.numel()].view(dtype).view(x.shape)
+
+
+@contextmanager
+def inputs_observed(
+    module: nn.Module, block: Block, device: str, counts: bool = True
+) -> Iterator[dict[str, InputStatistics]]:
+    """Statistics that fill while the body runs `module`, the block: one for each shared input, by its name, hooked at
+    its first reader."""
+    found = {shared.name: InputStatistics(shared.width, device, counts=counts) for shared in block.inputs}
+
+    def hook(gathered: InputStatistics) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _module, args, kwargs: gathered.update(args[0] if args else next(iter(kwargs.values())))
+
+    handles = [
+        module.get_submodule(name.removeprefix(f"{block.name}.")).register_forward_pre_hook(
+            hook(gathered), with_kwargs=True
+        )
+        for name, gathered in found.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def add_compensated(total: Tensor, lost: Tensor, addend: Tensor) -> tuple[Tensor, Tensor]:

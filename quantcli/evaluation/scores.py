@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +40,27 @@ class WindowScores:
         # in place: the two tables of log-probabilities are the largest tensors of an evaluation
         difference = logq.neg_().add_(logp)
         self.kl += logp.exp_().mul_(difference).sum(-1).double().sum().item()
+
+
+Pieces = Callable[[int, int], Iterable[tuple[slice, Tensor]]]
+"""(batch, sample) → (positions, logits float32 [1, positions, vocabulary]) over all of its positions but the last."""
+
+
+def score_windows(
+    batches: Sequence[Tensor], of_float: Pieces, of_quantized: Pieces, masked: int | None
+) -> list[WindowScores]:
+    """Scores of every sample of every batch of token ids [samples, tokens], in order. Both models' logits come in equal
+    pieces, since those of a whole window are large."""
+    scores = []
+    for index, batch in enumerate(batches):
+        for sample in range(batch.shape[0]):
+            window = WindowScores()
+            for (positions, exact), (_, rounded) in zip(
+                of_float(index, sample), of_quantized(index, sample), strict=True
+            ):
+                window.add(exact[0], rounded[0], batch[sample, 1:][positions].to(exact.device), masked)
+            scores.append(window)
+    return scores
 
 
 @dataclass(frozen=True)

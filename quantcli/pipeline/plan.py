@@ -153,8 +153,8 @@ def _refuse_size(recipe: Recipe, after: int, ranked: Mapping[str, str] | None) -
     target = recipe.quantize.rollback.target
     if ranked is None and target is not None and target.size is not None and after > target.size * 1e9:
         raise RecipeError(
-            f"quantize.rollback.target.size: {target.size:g} GB is less than the {after / 1e9:.4g} GB of a checkpoint with "
-            "nothing rolled back.",
+            f"quantize.rollback.target.size: {target.size:g} GB is less than the {after / 1e9:.4g} GB "
+            "of a checkpoint with nothing rolled back.",
             "Allow more, or quantize to fewer bits.",
         )
 

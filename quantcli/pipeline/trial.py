@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.evaluation.protocols import EvaluationText
-from quantcli.evaluation.scores import Scores, WindowScores, summarize
+from quantcli.evaluation.scores import Scores, score_windows, summarize
 from quantcli.evaluation.simulate import Int8Weights, simulated
 from quantcli.formats.store import Store
 from quantcli.model.stream import BlockStream
@@ -50,17 +50,13 @@ class TrialModel:
     def measure(self, rolled_back: Collection[str]) -> Scores:
         """Scores of the model with these linears rolled back against the float model."""
         hidden = self.hidden(frozenset(rolled_back))
-        scores = []
         with self.stream.head():
-            for index, batch in enumerate(self.batches):
-                for sample in range(batch.shape[0]):
-                    window = WindowScores()
-                    inputs = [each[index][sample : sample + 1, :-1] for each in (self.exact, hidden)]
-                    both = (self.stream.logits(inputs[0]), self.logits(inputs[1], rolled_back))
-                    for (positions, of_float), (_, of_quantized) in zip(*both, strict=True):
-                        labels = batch[sample, 1:][positions].to(of_float.device)
-                        window.add(of_float[0], of_quantized[0], labels, self.text.masked_token)
-                    scores.append(window)
+            scores = score_windows(
+                self.batches,
+                lambda batch, sample: self.stream.logits(self.exact[batch][sample : sample + 1, :-1]),
+                lambda batch, sample: self.logits(hidden[batch][sample : sample + 1, :-1], rolled_back),
+                self.text.masked_token,
+            )
         return summarize(scores, quantized=True)
 
     def logits(self, hidden: Tensor, rolled_back: Collection[str]) -> Iterator[tuple[slice, Tensor]]:

@@ -231,8 +231,8 @@ def test_linears_that_are_called_with_keywords_are_observed(tiny_llama: Path) ->
     import torch
     from torch import nn
 
+    from quantcli.calibration.statistics import inputs_observed
     from quantcli.model.structure import Block, Linear, SharedInput
-    from quantcli.pipeline.stages.calibrate import _observe
 
     class Keywords(nn.Module):
         def __init__(self) -> None:
@@ -244,12 +244,10 @@ def test_linears_that_are_called_with_keywords_are_observed(tiny_llama: Path) ->
 
     block = Block("b", (Linear("b.inner", 4, 2),), (SharedInput(("b.inner",), 4),), ())
     module = Keywords()
-    statistics, handles = _observe(module, block, "cpu")
     x = torch.tensor([[1.0, -2.0, 3.0, 0.0], [0.0, 5.0, -1.0, 0.0]])
-    module(x)
+    with inputs_observed(module, block, "cpu") as statistics:
+        module(x)
     assert statistics["b.inner"].minimum.tolist() == [0.0, -2.0, -1.0, 0.0]
     assert statistics["b.inner"].maximum.tolist() == [1.0, 5.0, 3.0, 0.0]
-    for handle in handles:
-        handle.remove()
     module(x)
     assert statistics["b.inner"].count == 2

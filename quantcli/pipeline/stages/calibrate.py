@@ -110,24 +110,10 @@ def run(context: Context, folder: StageFolder) -> None:
 def _observing(
     context: Context, module: nn.Module, block: Block
 ) -> Iterator[tuple[dict[str, InputStatistics], dict[str, AttentionStatistics]]]:
-    """Statistics that fill while the block runs: one for each shared input, hooked at its first reader, and one for
-    each attention module, if what is inside attention is quantized."""
-    from quantcli.calibration.statistics import InputStatistics
+    """Statistics that fill while the block runs: of its inputs, and of attention if what is inside is quantized."""
+    from quantcli.calibration.statistics import inputs_observed
 
-    statistics: dict[str, InputStatistics] = {}
-    handles = []
-    counts = _counts(context)
-    for shared in block.inputs:
-        gathered = statistics[shared.name] = InputStatistics(shared.width, context.device, counts=counts)
-
-        def hook(
-            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _gathered: InputStatistics = gathered
-        ) -> None:
-            _gathered.update(args[0] if args else next(iter(kwargs.values())))
-
-        reader = module.get_submodule(shared.name.removeprefix(f"{block.name}."))
-        handles.append(reader.register_forward_pre_hook(hook, with_kwargs=True))
-    try:
+    with inputs_observed(module, block, context.device, _counts(context)) as statistics:
         if context.plan.attention is None:
             yield statistics, {}
         else:
@@ -135,9 +121,6 @@ def _observing(
 
             with attention_statistics(context, module, block) as attention:
                 yield statistics, attention
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _check(context: Context, block: Block, statistics: dict[str, InputStatistics]) -> None:

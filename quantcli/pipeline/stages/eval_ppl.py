@@ -16,7 +16,7 @@ from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from quantcli.evaluation.protocols import EvaluationText
-    from quantcli.evaluation.scores import WindowScores
+    from quantcli.evaluation.scores import Pieces, WindowScores
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
@@ -166,20 +166,13 @@ def _score(
     streams: dict[str, BlockStream], caches: dict[str, HiddenCache], text: EvaluationText, batches: list[Any]
 ) -> list[WindowScores]:
     """Per-window scores from the hidden states that left the last blocks."""
-    from quantcli.evaluation.scores import WindowScores
+    from quantcli.evaluation.scores import score_windows
 
-    scores = []
+    def logits(name: str) -> Pieces:
+        return lambda batch, sample: streams[name].logits(caches[name].get(batch)[sample : sample + 1, :-1])
+
     with streams["float"].head(), streams["quantized"].head():
-        for index, batch in enumerate(batches):
-            hidden = {name: cache.get(index) for name, cache in caches.items()}
-            for sample in range(batch.shape[0]):
-                window = WindowScores()
-                both = [streams[name].logits(hidden[name][sample : sample + 1, :-1]) for name in ("float", "quantized")]
-                for (positions, of_float), (_, of_quantized) in zip(*both, strict=True):
-                    labels = batch[sample, 1:][positions].to(of_float.device)
-                    window.add(of_float[0], of_quantized[0], labels, text.masked_token)
-                scores.append(window)
-    return scores
+        return score_windows(batches, logits("float"), logits("quantized"), text.masked_token)
 
 
 def _number(value: Any) -> Any:

@@ -50,8 +50,8 @@ def run(context: Context, folder: StageFolder) -> None:
 
 
 def _differences(context: Context, found: TokenSet) -> list[float]:
-    from quantcli.calibration.statistics import InputStatistics
-    from quantcli.evaluation.scores import WindowScores
+    from quantcli.calibration.statistics import inputs_observed
+    from quantcli.evaluation.scores import score_windows
     from quantcli.evaluation.simulate import simulated
     from quantcli.model.stream import BlockStream
     from quantcli.model.workers import linear_workers
@@ -64,19 +64,10 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
     source = WeightSource(context)
     dtype = stream.skeleton.dtype
     for index, block in enumerate(context.plan.structure.blocks):
-        statistics = {shared.name: InputStatistics(shared.width, context.device) for shared in block.inputs}
         of = {name: shared.name for shared in block.inputs for name in shared.linears}
         with stream.block(index) as module:
-            handles = [
-                module.get_submodule(name.removeprefix(f"{block.name}.")).register_forward_pre_hook(
-                    lambda _module, args, kwargs, _seen=seen: _seen.update(args[0] if args else kwargs["input"]),
-                    with_kwargs=True,
-                )
-                for name, seen in statistics.items()
-            ]
-            exact = [stream.run(index, batch, hidden) for batch, hidden in enumerate(exact)]
-            for handle in handles:
-                handle.remove()
+            with inputs_observed(module, block, context.device) as statistics:
+                exact = [stream.run(index, batch, hidden) for batch, hidden in enumerate(exact)]
 
             def seen_by(name: str) -> dict[str, Tensor]:
                 return statistics[of[name]].to_tensors()  # noqa: B023
@@ -93,17 +84,14 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
             with simulated(module, replaced):
                 rounded = [stream.run(index, batch, hidden) for batch, hidden in enumerate(rounded)]
         context.emit("block", index=index, of=context.blocks, seconds=0.0)
-    differences = []
     with stream.head():
-        for batch, tokens in enumerate(batches):
-            for sample in range(tokens.shape[0]):
-                window = WindowScores()
-                both = [stream.logits(hidden[batch][sample : sample + 1, :-1]) for hidden in (exact, rounded)]
-                for (positions, of_float), (_, of_quantized) in zip(*both, strict=True):
-                    labels = tokens[sample, 1:][positions].to(of_float.device)
-                    window.add(of_float[0], of_quantized[0], labels, None)
-                differences.append(window.kl / max(1, window.tokens))
-    return differences
+        scores = score_windows(
+            batches,
+            lambda batch, sample: stream.logits(exact[batch][sample : sample + 1, :-1]),
+            lambda batch, sample: stream.logits(rounded[batch][sample : sample + 1, :-1]),
+            None,
+        )
+    return [window.kl / max(1, window.tokens) for window in scores]
 
 
 STAGE = Stage("select", (), _wanted, _identity, run, lambda _: (SELECTION,), guards=("check",))
