@@ -33,6 +33,7 @@ _PRODUCT = {"mul"}
 _WEIGHTED_SUM = {"bmm", "matmul"}  # attention weights times values: channels of the second operand
 
 
+@torch.inference_mode(False)  # inside it products are not taken apart, and nothing could be followed
 def discover(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> Structure:
     """The structure of the model that `config.json` describes; no weights are read.
 

@@ -20,6 +20,7 @@ import quantcli
 from quantcli.evaluation.protocols import EvaluationText, evaluation_windows
 from quantcli.evaluation.scores import Scores
 from quantcli.formats.store import Store
+from quantcli.model.discovery import discover
 from quantcli.pipeline import trial
 from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context
@@ -182,3 +183,12 @@ def test_transposed_linears_are_those_of_the_whole_model(prose: Path, tmp_path: 
         expected = whole(tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (expected - exact).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_is_the_same_inside_inference_mode(family: str, tmp_path: Path) -> None:
+    """Whoever calls from there, as evaluation code does, gets the same structure."""
+    model = save_tiny_model(family, tmp_path / family)
+    expected = discover(model)
+    with torch.inference_mode():
+        assert discover(model) == expected
