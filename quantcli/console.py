@@ -120,10 +120,10 @@ def _sentence(event: dict[str, Any]) -> str | None:
         case "group" if event["number"] == event["of"] or event["number"] % 10 == 0:
             return f"  {event['number']} of {event['of']} groups of linears measured"
         case "trial":
-            increase = event["perplexity_increase"]
+            increase, divergence = event["perplexity_increase"], event["kl_divergence"]
             shown = "undefined" if increase is None else f"{increase:+.2%}"
-            return f"  trial {event['number']}: {event['rolled_back']} linears rolled back, perplexity {shown}, " + (
-                f"KL {event['kl_divergence']:.4g} on {event['windows']} windows"
+            return f"  trial {event['number']}: {event['rolled_back']} linears rolled back, perplexity {shown}, KL " + (
+                f"{'undefined' if divergence is None else f'{divergence:.4g}'} on {event['windows']} windows"
             )
         case "found":
             return f"  {event['rolled_back']} linears are rolled back; as a plain recipe: {event['recipe']}"

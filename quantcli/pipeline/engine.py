@@ -21,7 +21,7 @@ from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context, Listener, Stage
 from quantcli.pipeline.plan import Plan, make_plan, needs_calibration
 from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, StageFolder, check_place, is_run, open_run, room_errors
-from quantcli.pipeline.source import locate_model, model_identity
+from quantcli.pipeline.source import known_positions, locate_model, model_identity
 from quantcli.pipeline.stages import calibrate, check, eval_ppl, export, quantize, search, select, sensitivity, verify
 from quantcli.recipe import resolved_yaml
 from quantcli.recipe.data import CalibrationSection
@@ -110,6 +110,7 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
         check_place(path, model)
         _require_disk(path, plan)
     _require_readable(recipe, plan)
+    _require_positions(recipe, model)
     with open_run(path, model) as run:
         context = Context(recipe, model, plan, run, device, listener, ranking=until == sensitivity.STAGE.name)
         if run.write_recipe(resolved_yaml(recipe)):
@@ -263,6 +264,21 @@ def _require_readable(recipe: Recipe, plan: Plan) -> None:
         texts_of(recipe.calibration)
     if recipe.evaluate is not None and recipe.evaluate.perplexity is not None:
         texts_of(recipe.evaluate.perplexity)
+
+
+def _require_positions(recipe: Recipe, model: Path) -> None:
+    """Refuse sequences that are longer than the model has positions for."""
+    longest = known_positions(model)
+    if longest is None:
+        return
+    calibration = recipe.calibration if needs_calibration(recipe) else None
+    perplexity = recipe.evaluate.perplexity if recipe.evaluate else None
+    for key, section in (("calibration", calibration), ("evaluate.perplexity", perplexity)):
+        if section is not None and section.sequence_length > longest:
+            raise RecipeError(
+                f"{key}.sequence_length: is {section.sequence_length}, and the model has {longest} positions.",
+                f"Set it to {longest} or less.",
+            )
 
 
 def choose_device(wanted: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.errors import ModelError
+from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.rundir import room_errors
 from quantcli.recipe.schema import ModelSection
 
@@ -75,3 +76,13 @@ def model_identity(directory: Path) -> dict[str, object]:
     """
     files = sorted(file for file in directory.iterdir() if file.is_file() and not file.name.startswith("."))
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def known_positions(model: Path) -> int | None:
+    """The longest sequence that config.json says the model was made for, if it says so."""
+    config = read_json(model / "config.json")
+    for section in (config, config.get("text_config")):
+        for key in ("max_position_embeddings", "n_positions", "seq_length"):
+            if isinstance(section, dict) and type(section.get(key)) is int and section[key] > 0:
+                return int(section[key])
+    return None

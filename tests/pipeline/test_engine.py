@@ -251,3 +251,17 @@ def test_linears_that_are_called_with_keywords_are_observed(tiny_llama: Path) ->
     assert statistics["b.inner"].maximum.tolist() == [1.0, 5.0, 3.0, 0.0]
     module(x)
     assert statistics["b.inner"].count == 2
+
+
+def test_sequences_longer_than_the_model_has_positions_for_are_refused(
+    static_recipe: Callable[[Path], dict[str, Any]], tmp_path: Path
+) -> None:
+    recipe = static_recipe(tmp_path / "run")
+    recipe["calibration"]["sequence_length"] = 257
+    with pytest.raises(RecipeError, match=r"calibration\.sequence_length: is 257, and the model has 256 positions"):
+        quantcli.run(recipe)
+    assert not (tmp_path / "run").exists()
+    recipe["calibration"]["sequence_length"] = 256
+    recipe["evaluate"]["perplexity"]["sequence_length"] = 1024
+    with pytest.raises(RecipeError, match=r"evaluate\.perplexity\.sequence_length: is 1024"):
+        quantcli.run(recipe)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from run_contexts import Interrupted, changed, interrupt, read
 
 import quantcli
+from quantcli.console import progress
 from quantcli.errors import RecipeError
 from quantcli.pipeline.stages.search import Group, fewest
 
@@ -284,3 +285,15 @@ def test_a_size_that_nothing_fits_is_refused(recipe: Recipe) -> None:
     smallest = quantcli.plan(recipe).size_after
     with pytest.raises(RecipeError, match=r"target\.size"):
         quantcli.run_stage("search", with_target(recipe, size=(smallest - 1000) / 1e9))
+
+
+def test_a_trial_whose_scores_are_not_finite_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    trial = {"event": "trial", "stage": "search", "number": 1, "rolled_back": 0, "windows": 4}
+    with progress(quiet=False, verbose=False) as listen:
+        assert listen is not None
+        listen({**trial, "perplexity_increase": None, "kl_divergence": None})
+        listen({**trial, "perplexity_increase": 0.0123, "kl_divergence": 0.5})
+    shown = capsys.readouterr()
+    lines = [line.strip() for line in (shown.out + shown.err).splitlines()]
+    assert "trial 1: 0 linears rolled back, perplexity undefined, KL undefined on 4 windows" in lines
+    assert "trial 1: 0 linears rolled back, perplexity +1.23%, KL 0.5 on 4 windows" in lines

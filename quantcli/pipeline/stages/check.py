@@ -10,6 +10,7 @@ from quantcli.pipeline.batches import batched, data_identity, texts_of
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import needs_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.source import known_positions
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
 from quantcli.recipe.schema import Recipe
 
@@ -46,7 +47,8 @@ def run(context: Context, folder: StageFolder) -> None:
     section = _section(context.recipe)
     assert section is not None
     tokenizer = context.tokenizer()
-    found = tokenize(tokenizer, texts_of(section), samples=1, sequence_length=TOKENS, packing="packed", seed=0)
+    length = min(TOKENS, known_positions(context.model) or TOKENS)
+    found = tokenize(tokenizer, texts_of(section), samples=1, sequence_length=length, packing="packed", seed=0)
     vocabulary = context.plan.structure.vocabulary
     highest = max(max(sample) for sample in found.samples)
     if highest >= vocabulary:
