@@ -91,9 +91,6 @@ def rows(
     for level in levels:
         if level:
             yield "mixed", f"L{level} by block_error", first("block_error", level)
-    yield "mixed", "L10 by kurtosis", first("kurtosis", 10)
-    yield "mse", "nothing", set()
-    yield "mse", "L10 by block_error", first("block_error", 10)
 
 
 def main() -> None:
@@ -140,9 +137,7 @@ def measure(
     scores = model.measure(base.schemes)
     asked = f"{questions.accuracy(questions.model.exact):.3f}" if questions else ""
     print(f"float: perplexity {scores.float_model.value:.3f}, BoolQ {asked}; {len(text.windows)} windows of 1024\n")
-    print(
-        "| ranges | in float | linears | perplexity | increase | KL | BoolQ | seconds |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| ranges | in float | linears | perplexity | increase | KL | BoolQ | seconds |\n" + "|---" * 8 + "|")
     ranges: dict[str, OtherRanges] = {}
     known: dict[tuple[str, frozenset[str]], str] = {}
     for method, what, chosen in rows(context, ranking, arguments.levels):

@@ -226,7 +226,7 @@ class TargetSection(Section):
         default=None, description="Largest checkpoint in GB; as many sensitive linears are rolled back as fit."
     )
     windows: Count = Field(default=8, description="Windows of evaluate.perplexity that trials are measured on.")
-    evaluations: Count = Field(default=60, description="At most so many trials.")
+    evaluations: Annotated[int, Field(ge=2, le=2**31 - 1)] = Field(default=60, description="At most so many trials.")
 
     @model_validator(mode="after")
     def _check(self) -> TargetSection:

@@ -125,6 +125,12 @@ class Recipe(Section):
         if self.calibration is None and section.rollback.ranks:
             key = "level" if section.rollback.level else "target"
             raise refusal(f"quantize.rollback.{key}", "ranks linears by what they are fed", f"{remedy}.")
+        if self.calibration is not None and self.calibration.drop_outliers and not any(t for _, t in treatments):
+            raise refusal(
+                "calibration.drop_outliers",
+                "measures what quantized linears change, and none is",
+                "Remove it.",
+            )
         target = section.rollback.target
         if target is not None and target.size is None and (self.evaluate is None or self.evaluate.perplexity is None):
             raise refusal(

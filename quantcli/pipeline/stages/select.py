@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from quantcli.pipeline.batches import batched, data_identity
@@ -64,6 +65,7 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
     source = WeightSource(context)
     dtype = stream.skeleton.dtype
     for index, block in enumerate(context.plan.structure.blocks):
+        started = time.perf_counter()
         of = {name: shared.name for shared in block.inputs for name in shared.linears}
         with stream.block(index) as module:
             with inputs_observed(module, block, context.device) as statistics:
@@ -83,7 +85,7 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
             }
             with simulated(module, replaced):
                 rounded = [stream.run(index, batch, hidden) for batch, hidden in enumerate(rounded)]
-        context.emit("block", index=index, of=context.blocks, seconds=0.0)
+        context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
     with stream.head():
         scores = score_windows(
             batches,
