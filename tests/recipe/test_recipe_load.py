@@ -256,7 +256,7 @@ _names = st.lists(_texts.filter(lambda name: not name.startswith("re:")) | st.ju
 _rollback = st.fixed_dictionaries(
     {"names": _names},
     optional={
-        "metric": st.sampled_from([None, "range_parm", "kurtosis", "quantile", "output_error", "block_error", "kl_divergence"]),
+        "metric": st.sampled_from([None, "range_parm", "kurtosis", "quantile", "output_error", "kl_divergence"]),
         "to": st.sampled_from(["float", "W8A16", "W8A8-dynamic", "W8A8-mix", "W4A16"]),
         "last_linear": st.none() | st.booleans(),
         "siblings": st.sampled_from(["together", "apart"]),
