@@ -110,7 +110,7 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
         check_place(path, model)
         _require_disk(path, plan)
     _require_readable(recipe, plan)
-    _require_positions(recipe, model)
+    _require_positions(recipe, model, until)
     with open_run(path, model) as run:
         context = Context(recipe, model, plan, run, device, listener, ranking=until == sensitivity.STAGE.name)
         if run.write_recipe(resolved_yaml(recipe)):
@@ -135,7 +135,10 @@ def rank_linears(recipe: Recipe, *, listener: Listener | None = None) -> dict[st
     A recipe without calibration section is given the default one, since there is nothing to rank by without data.
     """
     if recipe.calibration is None:
-        recipe = recipe.model_copy(update={"calibration": CalibrationSection()})
+        section, longest = CalibrationSection(), known_positions(locate_model(recipe.model, weights=False))
+        length = min(section.sequence_length, longest or section.sequence_length)
+        section = section.model_copy(update={"sequence_length": length})
+        recipe = recipe.model_copy(update={"calibration": section})
     result = run_recipe(recipe, until=sensitivity.STAGE.name, listener=listener)
     content: dict[str, Any] = read_json(result.path / sensitivity.STAGE.name / sensitivity.RESULT)
     return content
@@ -266,13 +269,14 @@ def _require_readable(recipe: Recipe, plan: Plan) -> None:
         texts_of(recipe.evaluate.perplexity)
 
 
-def _require_positions(recipe: Recipe, model: Path) -> None:
-    """Refuse sequences that are longer than the model has positions for."""
+def _require_positions(recipe: Recipe, model: Path, until: str | None) -> None:
+    """Refuse sequences that are longer than the model has positions for, of the sections that stage `until` needs."""
     longest = known_positions(model)
     if longest is None:
         return
     calibration = recipe.calibration if needs_calibration(recipe) else None
-    perplexity = recipe.evaluate.perplexity if recipe.evaluate else None
+    measures = until is None or {eval_ppl.STAGE.name, search.STAGE.name} & _needed(until)
+    perplexity = recipe.evaluate.perplexity if recipe.evaluate and measures else None
     for key, section in (("calibration", calibration), ("evaluate.perplexity", perplexity)):
         if section is not None and section.sequence_length > longest:
             raise RecipeError(

@@ -47,7 +47,13 @@ def test_a_plan_of_a_known_model_imports_no_torch(finished: Path) -> None:
 def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "quantcli", "run", str(file), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipe = subprocess.PIPE
+    # a shell that runs the tests in the background has them ignore SIGINT, and their children too
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, preexec_fn=_heed_sigint)
+
+
+def _heed_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -56,7 +62,7 @@ def test_an_interrupted_run_says_so_and_goes_on(
 ) -> None:
     much = tmp_path / "much.txt"  # takes seconds to observe, so that the signal comes in time on any machine
     much.write_text(prose.read_text() * 300)
-    text = {"calibration.path": str(much), "calibration.samples": 3000, "calibration.sequence_length": 96}
+    text = {"calibration.path": str(much), "calibration.samples": 1500, "calibration.sequence_length": 96}
     file = recipe_file(**text)
     process = start(file)
     assert process.stderr is not None

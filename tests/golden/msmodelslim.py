@@ -192,7 +192,7 @@ def quantized(model: str, case: str, root: Path, samples: slice = slice(None)) -
     recipe = load_recipe(
         {
             "model": {"path": str(folder), "sanity_check": "off"},
-            "calibration": {"dataset": "jsonl", "path": str(text), "samples": 6, "sequence_length": 512},
+            "calibration": {"dataset": "jsonl", "path": str(text), "samples": 6, "sequence_length": 128},
             "quantize": recipe_of(model, case),
             "export": None,
             "output": str(output),
