@@ -239,7 +239,7 @@ def test_sensitivity_of_a_recipe_that_needs_no_data(quantcli: Any, recipe_file: 
     weights_only = {"quantize.activations": {"bits": 16}, "calibration": None, "evaluate": None}
     file = recipe_file(model={"path": str(model), "sanity_check": "off"}, **weights_only)
     outcome = quantcli("sensitivity", file, "--top", "1")
-    assert "32768 tokens in 64 sequences" in outcome.err
+    assert "16384 tokens in 64 sequences" in outcome.err
     assert "1 of 7 linears" in outcome.out
     found = {}
     for bits in (8, 4):
