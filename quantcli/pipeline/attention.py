@@ -70,7 +70,7 @@ def scales_of(observed: Mapping[str, Tensor], scheme: AttentionScheme, model_dty
     float32, as in compressed-tensors.
     """
     statistics = AttentionStatistics.from_tensors(dict(observed))
-    kind = "heads" if scheme.heads else scheme.kv
+    kind = scheme.kind
     assert kind != "none"
     dtype = torch.float32 if kind == "fp8" else getattr(torch, model_dtype)
     return attention_scales(statistics, kind, symmetric=scheme.kv_symmetric, dtype=dtype).tensors()
@@ -87,7 +87,7 @@ def attention_as_stored(
     if scheme is None:
         yield
         return
-    kind = "heads" if scheme.heads else scheme.kv
+    kind = scheme.kind
     assert kind != "none"
     scales = {
         path.removeprefix(f"{block}."): AttentionScales(kind, **{name: t.float() for name, t in tensors.items()})

@@ -1,4 +1,4 @@
-"""The calibration samples of a run, without those that were found to mislead."""
+"""The tokens of a run: its calibration samples, without those that were found to mislead, and its evaluation text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from quantcli.pipeline.batches import calibration_tokens
+from quantcli.pipeline.batches import calibration_tokens, texts_of
 from quantcli.pipeline.context import Context
 
 if TYPE_CHECKING:
     from quantcli.calibration.tokens import TokenSet
+    from quantcli.evaluation.protocols import EvaluationText
 
 SELECTION = "selection.json"
 
@@ -26,3 +27,15 @@ def calibration_samples(context: Context, *, every: bool = False) -> TokenSet:
     content = json.loads((context.folder("select") / SELECTION).read_text(encoding="utf-8"))
     samples = [found.samples[index] for index in content["kept"]]
     return replace(found, samples=samples, tokens=sum(map(len, samples)))
+
+
+def evaluation_text(context: Context) -> EvaluationText:
+    """The windows that the recipe's section evaluate.perplexity asks for."""
+    from quantcli.evaluation.protocols import evaluation_windows
+
+    assert context.recipe.evaluate is not None
+    section = context.recipe.evaluate.perplexity
+    assert section is not None
+    return evaluation_windows(
+        texts_of(section), context.tokenizer(), section.protocol, section.sequence_length, section.windows
+    )

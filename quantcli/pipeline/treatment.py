@@ -59,6 +59,19 @@ class WeightSource:
         jobs = {name: workers.submit(self.quantize, name, statistics, with_inputs) for name in names}
         return {name: jobs[name] for name in self.by_block.get(index, [])}
 
+    def replacements(self, index: int, statistics: StatisticsOf, dtype: torch.dtype) -> dict[str, Int8Weights | Tensor]:
+        """What takes the place of each planned linear of a block, by its full name; a `mix` has its static scales."""
+        from quantcli.model.workers import linear_workers
+
+        device, treatments = self.context.device, self.context.plan.treatments
+        with linear_workers(device) as workers:
+            jobs = self.submit(workers, index, statistics, with_inputs=True)
+            stored = {name: job.result()[0] for name, job in jobs.items()}
+        return {
+            name: replacement(entry, treatments[name].scheme.activations, dtype, device, "decode")
+            for name, entry in stored.items()
+        }
+
     def quantize(self, name: str, statistics: StatisticsOf, with_inputs: bool) -> tuple[StoredLinear, Facts]:
         treatment = self.context.plan.treatments[name]
         needs = treatment.weights.importance != "none" or (with_inputs and treatment.scheme.observed)

@@ -70,6 +70,11 @@ class AttentionScheme:
     heads: bool = False
 
     @property
+    def kind(self) -> Literal["none", "int8", "fp8", "heads"]:
+        """What the scales belong to: a cache of a kind, or heads."""
+        return "heads" if self.heads else self.kv
+
+    @property
     def name(self) -> str:
         """The field's name: C8, C8 asym, KV fp8, FA int8; empty when nothing is quantized."""
         if self.heads:

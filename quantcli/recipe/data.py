@@ -44,8 +44,8 @@ def _check_source(section: CalibrationSection | MixSection | PerplexitySection, 
         raise refusal("split", f"is for datasets on the hub; dataset {dataset} here has no splits", "Remove the key.")
 
 
-class MixSection(Section):
-    """One source of mixed calibration text."""
+class _CalibrationSource(Section):
+    """Where calibration text comes from."""
 
     dataset: Dataset = Field(
         default="builtin",
@@ -58,6 +58,11 @@ class MixSection(Section):
         default=None, description="Column that holds the text, for jsonl, parquet and hub datasets."
     )
     split: Text = Field(default="train", description="Split of a hub dataset.")
+
+
+class MixSection(_CalibrationSource):
+    """One source of mixed calibration text."""
+
     share: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="Weight among the sources; the weights need not add up to anything."
     )
@@ -68,20 +73,9 @@ class MixSection(Section):
         return self
 
 
-class CalibrationSection(Section):
+class CalibrationSection(_CalibrationSource):
     """The text on which activations are observed."""
 
-    dataset: Dataset = Field(
-        default="builtin",
-        description="builtin, wikitext2, boolq, text, jsonl, parquet, or a hub name such as Salesforce/wikitext.",
-    )
-    path: Text | None = Field(
-        default=None, description="Local file or directory; without it wikitext2 and boolq ask the hub."
-    )
-    field: Text | None = Field(
-        default=None, description="Column that holds the text, for jsonl, parquet and hub datasets."
-    )
-    split: Text = Field(default="train", description="Split of a hub dataset.")
     mix: Annotated[tuple[MixSection, ...], Field(strict=False)] = Field(
         default=(), description="Several sources in place of dataset, path, field and split."
     )

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from quantcli.pipeline.batches import batched, data_identity, texts_of
+from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.samples import evaluation_text
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ def run(context: Context, folder: StageFolder) -> None:
     """Writes results.json. Reads the weights from the export, through its reader, never from the store."""
     import torch
 
-    from quantcli.evaluation.protocols import evaluation_windows
     from quantcli.evaluation.scores import summarize
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.hidden import HiddenCache
@@ -57,9 +57,7 @@ def run(context: Context, folder: StageFolder) -> None:
         for hidden in HIDDEN.values():
             HiddenCache(folder.path / hidden, [], torch.float32).clear()
         return
-    text = evaluation_windows(
-        texts_of(section), context.tokenizer(), section.protocol, section.sequence_length, section.windows
-    )
+    text = evaluation_text(context)
     context.emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=section.protocol)
     batches = batched(text.windows)
     form = context.recipe.export.formats[0]

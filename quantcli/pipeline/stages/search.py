@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quantcli.pipeline.batches import data_identity, texts_of
+from quantcli.pipeline.batches import data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import fused_groups, make_plan
 from quantcli.pipeline.rundir import StageFolder, append_line, read_lines, write_json
+from quantcli.pipeline.samples import evaluation_text
 from quantcli.pipeline.stages.quantize import trial_store
 from quantcli.recipe import resolved_yaml
 from quantcli.recipe.quantization import TargetSection
@@ -122,7 +123,7 @@ def _by_trials(
 ) -> tuple[list[Group], dict[str, Any]]:
     """The smallest set of groups that meets the bound on all windows, found on the first `target.windows` of them."""
     trials = _Trials(context, folder, target)
-    text = _text(context)
+    text = evaluation_text(context)
     some = replace(text, windows=text.windows[: target.windows])
     chosen = fewest(groups, lambda members: trials.meets(some, members), lambda: trials.left > 1)
     if len(text.windows) > target.windows:
@@ -238,17 +239,6 @@ def _stores(context: Context, folder: StageFolder) -> tuple[Store, Store | None]
     every = dict.fromkeys(context.plan.treatments, "trial")
     plan = make_plan(context.recipe, context.model, context.plan.structure, every)
     return base, trial_store(replace(context, plan=plan), folder.path / STORES[1])
-
-
-def _text(context: Context) -> EvaluationText:
-    from quantcli.evaluation.protocols import evaluation_windows
-
-    assert context.recipe.evaluate is not None
-    section = context.recipe.evaluate.perplexity
-    assert section is not None
-    return evaluation_windows(
-        texts_of(section), context.tokenizer(), section.protocol, section.sequence_length, section.windows
-    )
 
 
 def _phase(context: Context) -> Phase:

@@ -55,15 +55,13 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
     from quantcli.evaluation.scores import score_windows
     from quantcli.evaluation.simulate import simulated
     from quantcli.model.stream import BlockStream
-    from quantcli.model.workers import linear_workers
-    from quantcli.pipeline.treatment import WeightSource, replacement
+    from quantcli.pipeline.treatment import WeightSource
 
     batches = batched(found.samples)
     stream = BlockStream(context.skeleton(), batches)
     exact = list(stream.start())
     rounded = list(exact)
     source = WeightSource(context)
-    dtype = stream.skeleton.dtype
     for index, block in enumerate(context.plan.structure.blocks):
         started = time.perf_counter()
         of = {name: shared.name for shared in block.inputs for name in shared.linears}
@@ -74,16 +72,8 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
             def seen_by(name: str) -> dict[str, Tensor]:
                 return statistics[of[name]].to_tensors()  # noqa: B023
 
-            with linear_workers(context.device) as workers:
-                jobs = source.submit(workers, index, seen_by, with_inputs=True)
-                stored = {name: job.result()[0] for name, job in jobs.items()}
-            replaced = {
-                name.removeprefix(f"{block.name}."): replacement(
-                    entry, context.plan.treatments[name].scheme.activations, dtype, context.device, "decode"
-                )
-                for name, entry in stored.items()
-            }
-            with simulated(module, replaced):
+            replaced = source.replacements(index, seen_by, stream.skeleton.dtype)
+            with simulated(module, {name.removeprefix(f"{block.name}."): how for name, how in replaced.items()}):
                 rounded = [stream.run(index, batch, hidden) for batch, hidden in enumerate(rounded)]
         context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
     with stream.head():

@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quantcli.pipeline.batches import batched
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from quantcli.evaluation.simulate import Int8Weights
+    from quantcli.model.hidden import HiddenCache
+    from quantcli.model.stream import BlockStream
     from quantcli.model.structure import Block
+    from quantcli.pipeline.treatment import WeightSource
 
 Metrics = dict[str, float | None]
 
@@ -72,7 +76,8 @@ def run(context: Context, folder: StageFolder) -> None:
     output head has no errors, and without one a linear comes last.
     """
     names = context.plan.rankable
-    rows: dict[str, Metrics] = {name: _of_input(context, name) for name in names}
+    observed = _observed(context)
+    rows: dict[str, Metrics] = {name: _of_input(context, name) if name in observed else {} for name in names}
     if _measures_outputs(context):
         for name, errors in _of_outputs(context, folder).items():
             if name in rows:
@@ -124,9 +129,7 @@ def settle(context: Context) -> None:
 def _of_input(context: Context, name: str) -> Metrics:
     from quantcli.quant.observers import kurtosis, quantile_score
 
-    seen = read_statistics(context, name) if name in _observed(context) else {}
-    if not seen:
-        return {}
+    seen = read_statistics(context, name)
     largest = max(abs(float(seen["minimum"].min())), abs(float(seen["maximum"].max())))
     found = {
         "range_parm": float(seen["range_parm"]),
@@ -146,7 +149,9 @@ def _of_outputs(context: Context, folder: StageFolder) -> dict[str, Metrics]:
     """output_error and block_error of each linear of the blocks; a block at a time, resumable between blocks."""
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.treatment import WeightSource
 
+    source = WeightSource(context)
     stream = BlockStream(context.skeleton(), batched(_first_samples(context, TOKENS)))
     cache = HiddenCache(folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype)
     done = cache.resume()
@@ -155,7 +160,7 @@ def _of_outputs(context: Context, folder: StageFolder) -> dict[str, Metrics]:
         done = None
     for index in range(stream.enter(cache, done), context.blocks):
         started = time.perf_counter()
-        errors = _block_errors(context, stream, cache, index)
+        errors = _block_errors(context, source, stream, cache, index)
         write_json(parts[index], errors)
         folder.add(parts[index])
         cache.commit(index + 1)
@@ -205,32 +210,23 @@ def _first_samples(context: Context, tokens: int) -> list[list[int]]:
     return samples
 
 
-def _block_errors(context: Context, stream: Any, cache: Any, index: int) -> dict[str, Metrics]:
+def _block_errors(
+    context: Context, source: WeightSource, stream: BlockStream, cache: HiddenCache, index: int
+) -> dict[str, Metrics]:
     import torch
 
     from quantcli.evaluation.simulate import simulated
-    from quantcli.model.workers import linear_workers
-    from quantcli.pipeline.treatment import WeightSource, replacement
 
     block: Block = context.plan.structure.blocks[index]
-    source = WeightSource(context)
-    with linear_workers(context.device) as workers:
-        jobs = source.submit(workers, index, lambda name: read_statistics(context, name), with_inputs=True)
-        stored = {name: job.result()[0] for name, job in jobs.items()}
-    replaced = {
-        name: replacement(
-            entry, context.plan.treatments[name].scheme.activations, stream.skeleton.dtype, context.device, "decode"
-        )
-        for name, entry in stored.items()
-    }
-    errors: dict[str, Metrics] = {name: {} for name in stored}
+    replaced = source.replacements(index, partial(read_statistics, context), stream.skeleton.dtype)
+    errors: dict[str, Metrics] = {name: {} for name in replaced}
     with stream.block(index) as module, torch.inference_mode():
         exact = []
         with _output_errors(module, block, replaced, errors):
             for batch in range(len(stream.batches)):
                 exact.append(stream.run(index, batch, cache.get(batch)))
                 cache.put(batch, exact[-1])
-        for group in fused_groups(context.plan.structure, stored):
+        for group in fused_groups(context.plan.structure, replaced):
             lost, tokens = 0.0, 0
             with simulated(module, {name.removeprefix(f"{block.name}."): replaced[name] for name in group}):
                 for batch, wanted in enumerate(exact):
