@@ -32,11 +32,19 @@ class Producer:
     kind `norm`: its output is the very tensor (`weight_offset` is 1 for norms that multiply by 1 + w). kind `linear`:
     its output reaches the input through operations that keep channels apart (v to o through attention, up to down
     through a product). Scaling through it must still be checked numerically.
+
+    segments: the input channels, in order, are the producer's output channels [start, start + length) of each segment;
+    heads that share keys and values repeat a segment, and a part of a fused projection starts inside. Empty: identity.
     """
 
     name: str
     kind: Literal["norm", "linear"]
     weight_offset: float = 0.0
+    segments: tuple[tuple[int, int], ...] = ()
+
+    def channels(self, width: int) -> list[int]:
+        """The producer's output channel behind each of `width` input channels."""
+        return [channel for start, length in self.segments or ((0, width),) for channel in range(start, start + length)]
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,29 @@ class SharedInput:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A norm: y = normalized(x) · (w + weight_offset) + b; `centred` if it subtracts the mean, as LayerNorm does."""
+
+    name: str
+    weight_offset: float
+    centred: bool
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Residual:
+    """How a block meets the residual stream.
+
+    norms: those that read the stream itself. writers: linears whose output is added to it as it is. obstacle: in words,
+    why the stream cannot be rotated through this block; empty if it can.
+    """
+
+    norms: tuple[Norm, ...]
+    writers: tuple[str, ...]
+    obstacle: str = ""
+
+
+@dataclass(frozen=True)
 class Block:
     """A decoder block. `fused`: linears that serving engines join into one (same input, same parent: q/k/v, gate/up).
 
@@ -64,12 +95,17 @@ class Block:
     inputs: tuple[SharedInput, ...]
     fused: tuple[tuple[str, ...], ...]
     experts: tuple[str, ...] = ()
+    residual: Residual | None = None
 
 
 @dataclass(frozen=True)
 class Structure:
     """A whole model. `parameters` maps every stored parameter to its shape, tied ones once; `head` is the output
-    linear; `tuple_output` says that blocks return a tuple whose first item is the hidden states."""
+    linear; `tuple_output` says that blocks return a tuple whose first item is the hidden states.
+
+    embeddings: parameters [·, width] whose rows are added up to what enters the first block. final_norm: what the head
+    reads. outer_obstacle: in words, why the stream cannot be rotated outside the blocks; empty if it can.
+    """
 
     architecture: str
     dtype: str
@@ -80,6 +116,9 @@ class Structure:
     vocabulary: int
     width: int
     tuple_output: bool = False
+    embeddings: tuple[str, ...] = ()
+    final_norm: Norm | None = None
+    outer_obstacle: str = ""
 
     def linears(self) -> Iterator[Linear]:
         for block in self.blocks:
@@ -106,19 +145,28 @@ class Structure:
                 **content,
                 "blocks": tuple(_block(block) for block in content["blocks"]),
                 "parameters": {name: tuple(shape) for name, shape in content["parameters"].items()},
+                "embeddings": tuple(content["embeddings"]),
+                "final_norm": Norm(**content["final_norm"]) if content["final_norm"] else None,
             }
         )
 
 
 def _block(content: dict[str, Any]) -> Block:
     inputs = tuple(
-        SharedInput(tuple(i["linears"]), i["width"], Producer(**i["producer"]) if i["producer"] else None)
+        SharedInput(tuple(i["linears"]), i["width"], _producer(i["producer"]) if i["producer"] else None)
         for i in content["inputs"]
     )
+    residual = content["residual"]
     return Block(
         content["name"],
         tuple(Linear(**linear) for linear in content["linears"]),
         inputs,
         tuple(tuple(group) for group in content["fused"]),
         tuple(content["experts"]),
+        residual
+        and Residual(tuple(Norm(**n) for n in residual["norms"]), tuple(residual["writers"]), residual["obstacle"]),
     )
+
+
+def _producer(content: dict[str, Any]) -> Producer:
+    return Producer(**{**content, "segments": tuple((start, length) for start, length in content["segments"])})
