@@ -112,27 +112,41 @@ def _share_tied(model: nn.Module, sources: dict[str, ParameterSource]) -> None:
             sources[one] = sources[other]
 
 
-def weight_tensors(
-    directory: Path, structure: Structure, entries: Iterable[str], *, trust_remote_code: bool = False
+def parameter_tensors(
+    directory: Path,
+    structure: Structure,
+    entries: Iterable[str],
+    parameters: Iterable[str],
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, str]:
-    """Checkpoint name of the weight of every linear. Raises ModelError for one that is stored joined with others.
+    """Checkpoint name of each parameter. Raises ModelError for one that is stored joined with others.
 
-    Almost always it is the linear's own name plus `.weight`; only otherwise is the model built to ask transformers.
+    Almost always it is the parameter's own name; only otherwise is the model built to ask transformers.
     """
     present = set(entries)
-    names = {linear.name: f"{linear.name}.weight" for linear in structure.matrices()}
-    if all(name in present for name in names.values()):
+    names = {name: name for name in parameters}
+    if all(name in present for name in names):
         return names
     from quantcli.model.skeleton import Skeleton
 
     skeleton = Skeleton(directory, structure, trust_remote_code=trust_remote_code)
-    for module, weight in names.items():
-        source = skeleton.sources[weight]
+    for name in names:
+        source = skeleton.sources[name]
         if source.converter is not None:
-            raise ModelError(f"{module} is stored joined with other weights in this checkpoint.",
+            raise ModelError(f"{name} is stored joined with other weights in this checkpoint.",
                              "Save it once with transformers' save_pretrained and use that.")  # fmt: skip
-        names[module] = source.tensors[0]
+        names[name] = source.tensors[0]
     return names
+
+
+def weight_tensors(
+    directory: Path, structure: Structure, entries: Iterable[str], *, trust_remote_code: bool = False
+) -> dict[str, str]:
+    """Checkpoint name of the weight of every linear, as `parameter_tensors` finds it."""
+    weights = {linear.name: f"{linear.name}.weight" for linear in structure.matrices()}
+    names = parameter_tensors(directory, structure, entries, weights.values(), trust_remote_code=trust_remote_code)
+    return {module: names[weight] for module, weight in weights.items()}
 
 
 def checkpoint_prefix(module: str, weights: Mapping[str, str]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
-from quantcli.model.names import ParameterSource, map_parameters
+from quantcli.model.names import map_parameters
 from quantcli.model.structure import Structure
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -31,7 +33,8 @@ class Skeleton:
     """A causal LM whose parameters are on the meta device until `resident` fills them from the checkpoint.
 
     `checkpoint` takes the place of the weights in `directory`, for instance a quantized checkpoint that is read as a
-    float one. Buffers (rotary tables and the like) are real, because the model computes them from its configuration.
+    float one; `untied` says that its output head is a tensor of its own, whatever config.json says. Buffers (rotary
+    tables and the like) are real, because the model computes them from its configuration.
     """
 
     def __init__(
@@ -43,11 +46,14 @@ class Skeleton:
         device: str = "cpu",
         trust_remote_code: bool = False,
         checkpoint: TensorSource | None = None,
+        untied: bool = False,
     ) -> None:
         self.directory = directory
-        self.structure = structure
+        self.structure = untie(structure) if untied else structure
         self.device = torch.device(device)
         self.config = load_config(directory, trust_remote_code=trust_remote_code)
+        if untied:
+            self.config.tie_word_embeddings = False
         self.dtype = resolve_dtype(self.config, dtype)
         self.checkpoint: TensorSource = Checkpoint(directory) if checkpoint is None else checkpoint
         with _parameters_on_meta():
@@ -76,17 +82,20 @@ class Skeleton:
         """Parameter values on the CPU in the dtype that the model computes in (norms kept in float32 stay so)."""
         state = self.model.state_dict()
         values: dict[str, Tensor] = {}
-        wanted = list(names)
-        sources: dict[int, ParameterSource] = {id(self.sources[name]): self.sources[name] for name in wanted}
-        made = {key: source.assemble(self.model, self.checkpoint.read) for key, source in sources.items()}
-        for name in wanted:
-            parts = made[id(self.sources[name])]
-            value = parts[name] if name in parts else next(iter(parts.values()))
-            stored, expected = tuple(value.shape), tuple(state[name].shape)
-            if stored != expected:
-                raise ModelError(f"{name} has shape {stored} in the checkpoint and {expected} in the model.",
-                                 "Check that config.json belongs to these weights.")  # fmt: skip
-            values[name] = value.to(state[name].dtype)
+        readers: dict[int, list[str]] = defaultdict(list)
+        for name in names:
+            readers[id(self.sources[name])].append(name)
+        for own in readers.values():
+            # in its final dtype before the next is read: folded weights are float32 until then
+            parts = self.sources[own[0]].assemble(self.model, self.checkpoint.read)
+            for name in own:
+                key = name if name in parts else next(iter(parts))
+                stored, expected = tuple(parts[key].shape), tuple(state[name].shape)
+                if stored != expected:
+                    raise ModelError(f"{name} has shape {stored} in the checkpoint and {expected} in the model.",
+                                     "Check that config.json belongs to these weights.")  # fmt: skip
+                # tied parameters share what they become
+                values[name] = parts[key] = parts[key].to(state[name].dtype)
         return values
 
     @contextmanager
@@ -107,6 +116,14 @@ class Skeleton:
         finally:
             for table, leaf, empty in held:
                 table[leaf] = empty
+
+
+def untie(structure: Structure) -> Structure:
+    """The structure of the same model with an output head of its own."""
+    if structure.head is None or not structure.tied:
+        return structure
+    weight = {f"{structure.head}.weight": (structure.vocabulary, structure.width)}
+    return replace(structure, tied=False, parameters={**structure.parameters, **weight})
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:

@@ -7,12 +7,13 @@ here, so the code follows transformers as it changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from quantcli.errors import ModelError
 from quantcli.model.hidden import HiddenCache
@@ -91,6 +92,34 @@ class BlockStream:
         output = self.skeleton.module(self.skeleton.blocks[index])(hidden.to(self.skeleton.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    @torch.inference_mode()
+    def run_with(
+        self, index: int, batch: int, hidden: Tensor, parameters: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Hidden states after block `index` with `parameters` (by full names) in the place of its own, all in `dtype`.
+
+        For checking in float32 or float64 that changed weights compute the same. What the model passes to the block is
+        recorded in its own dtype and cast, masks included; it fits the whole batch only, so a check that is to be
+        cheap needs a short batch of its own in the stream. Raises ModelError if a parameter is missing that is not
+        resident either.
+        """
+        path = self.skeleton.blocks[index]
+        block, device = self.skeleton.module(path), self.skeleton.device
+
+        def cast(value: Any) -> Any:
+            return _each(value, lambda t: t.to(device, dtype if t.is_floating_point() else t.dtype))
+
+        own = {name.removeprefix(f"{path}."): cast(value) for name, value in parameters.items()}
+        for name, value in block.state_dict().items():
+            if name in own:
+                continue
+            if value.is_meta:
+                raise ModelError(f"{path}.{name} is neither given nor resident.")
+            own[name] = cast(value)
+        args, kwargs = self._calls[batch][index]
+        output = functional_call(block, own, (cast(hidden), *cast(args)), cast(kwargs))
+        return output[0] if isinstance(output, tuple) else output
+
     @contextmanager
     def head(self) -> Iterator[None]:
         """Everything after the last block, resident for the duration of the body."""
@@ -135,18 +164,27 @@ class BlockStream:
 
     def _shared(self, value: Any) -> Any:
         """The same structure with equal tensors stored once: tables and masks repeat from batch to batch."""
-        if isinstance(value, Tensor):
+
+        def kept(tensor: Tensor) -> Tensor:
             for known in self._pool:
-                alike = known.shape == value.shape and known.dtype == value.dtype
-                if known is value or (alike and torch.equal(known, value)):
+                alike = known.shape == tensor.shape and known.dtype == tensor.dtype
+                if known is tensor or (alike and torch.equal(known, tensor)):
                     return known
-            self._pool.append(value)
-            return value
-        if isinstance(value, dict):
-            return {key: self._shared(item) for key, item in value.items()}
-        if type(value) in (tuple, list):
-            return type(value)(self._shared(item) for item in value)
-        return value
+            self._pool.append(tensor)
+            return tensor
+
+        return _each(value, kept)
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure of tuples, lists and dictionaries, with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _each(item, change) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_each(item, change) for item in value)
+    return value
 
 
 @contextmanager
