@@ -15,16 +15,17 @@ from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_
 
 @dataclass(frozen=True)
 class Int8Weights:
-    """An int8 linear: codes int8 [out, in], scale float32 [out, 1] or [1, 1].
+    """A linear of integer products: codes int8 [out, in], scale float32 [out, groups], [out, 1] or [1, 1].
 
     Static activations have input_scale float32 [1] and, if asymmetric, input_zero_point int8 [1]; dynamic ones, with
-    one scale a token, have neither.
+    one scale a token and codes of `input_bits`, have neither.
     """
 
     codes: Tensor
     scale: Tensor
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
+    input_bits: int = 8
 
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -35,8 +36,8 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 def simulated(block: nn.Module, linears: Mapping[str, Int8Weights | Tensor | Forward]) -> Iterator[None]:
     """While the body runs, the named linears of `block` compute otherwise.
 
-    Int8Weights: y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b with exact sums. A tensor [out, in], in the input's dtype: y = x·Wᵀ + b
-    with it, as for weights that an engine unpacks. A function: whatever it returns.
+    Int8Weights: y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b, as `quant.activation.int8_linear` has it. A tensor [out, in], in the
+    input's dtype: y = x·Wᵀ + b with it, as for weights that an engine unpacks. A function: whatever it returns.
     """
     modules = {block.get_submodule(name): weights for name, weights in linears.items()}
     try:
@@ -67,7 +68,7 @@ def _forward(module: nn.Module, weights: Int8Weights) -> Callable[[Tensor], Tens
     def forward(input: Tensor) -> Tensor:  # nn.Linear's own name for it, since callers may use it as a keyword
         tokens = input.reshape(-1, input.shape[-1])
         if weights.input_scale is None or zero_point is None:
-            codes, scale = quantize_per_token(tokens)
+            codes, scale = quantize_per_token(tokens, weights.input_bits)
         else:
             scale = weights.input_scale
             codes = quantize_static(tokens, scale, zero_point)

@@ -21,7 +21,7 @@ from quantcli.model.hidden import HiddenCache
 from quantcli.model.stream import BlockStream
 from quantcli.model.structure import Block, SharedInput
 from quantcli.pipeline.plan import Treatment
-from quantcli.pipeline.treatment import input_parameters, observed_of, replacement, with_input
+from quantcli.pipeline.treatment import dequantized, input_parameters, observed_of, replacement, with_input
 from quantcli.quant.activation import QMAX, QMIN, static_parameters
 
 if TYPE_CHECKING:
@@ -125,11 +125,9 @@ def propagate_block(
         for name, entry in found.items():
             short = name.removeprefix(f"{block.name}.")
             if name in running and not final:
-                weight = replacement(entry, "none", dtype, device, "decode")
-                assert isinstance(weight, Tensor)
-                made[short] = _through(running[name], weight)
+                made[short] = _through(running[name], dequantized(entry, dtype, device))
             else:
-                made[short] = replacement(entry, treatments[name].scheme.activations, dtype, device, "decode")
+                made[short] = replacement(entry, treatments[name].scheme, dtype, device, "decode")
         return made
 
     with stream.block(index) as module:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from quantcli.formats.store import StoredLinear
     from quantcli.quant.grid import WeightGrid
     from quantcli.quant.observers import Observed
+    from quantcli.quant.scheme import Scheme
 
     Facts = dict[str, Any]
     Jobs = dict[str, Future[tuple[StoredLinear, Facts]]]
@@ -68,8 +69,7 @@ class WeightSource:
             jobs = self.submit(workers, index, statistics, with_inputs=True)
             stored = {name: job.result()[0] for name, job in jobs.items()}
         return {
-            name: replacement(entry, treatments[name].scheme.activations, dtype, device, "decode")
-            for name, entry in stored.items()
+            name: replacement(entry, treatments[name].scheme, dtype, device, "decode") for name, entry in stored.items()
         }
 
     def quantize(self, name: str, statistics: StatisticsOf, with_inputs: bool) -> tuple[StoredLinear, Facts]:
@@ -159,24 +159,31 @@ Phase = Literal["prefill", "decode"]
 
 
 def replacement(
-    stored: StoredLinear, mode: str, dtype: torch.dtype, device: torch.device | str, phase: Phase
+    stored: StoredLinear, scheme: Scheme, dtype: torch.dtype, device: torch.device | str, phase: Phase
 ) -> Int8Weights | Tensor:
-    """What `evaluation.simulate.simulated` puts in the place of a linear: int8 products, or the dequantized weight.
+    """What `evaluation.simulate.simulated` puts in the place of a linear: integer products, or the dequantized weight.
 
-    `mode` is `Scheme.activations`; of a `mix`, prompts (`prefill`) have dynamic scales, decoding static ones.
+    Of inputs with activations `mix`, prompts (`prefill`) have dynamic scales, decoding static ones.
     """
     from quantcli.evaluation.simulate import Int8Weights
+
+    if scheme.activations == "none":
+        return dequantized(stored, dtype, device)
+    static = scheme.activations == "static" or (scheme.activations == "mix" and phase == "decode")
+    parts = (stored.input_scale, stored.input_zero_point) if static else (None, None)
+    scale, zero_point = (None if part is None else part.to(device) for part in parts)
+    codes, weight_scale = stored.weight.codes.to(device), stored.weight.scale.float().to(device)
+    return Int8Weights(codes, weight_scale, scale, zero_point, scheme.activation_bits)
+
+
+def dequantized(stored: StoredLinear, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """The weight [out, in] that the codes stand for."""
     from quantcli.quant.grid import QuantizedWeight, dequantize
 
-    if mode == "none":
-        codes, scale, zero_point = (None if part is None else part.to(device) for part in stored.weight)
-        assert codes is not None
-        assert scale is not None
-        return dequantize(QuantizedWeight(codes, scale, zero_point), dtype)
-    static = mode == "static" or (mode == "mix" and phase == "decode")
-    parts = (stored.input_scale, stored.input_zero_point) if static else (None, None)
-    on_device = [None if part is None else part.to(device) for part in parts]
-    return Int8Weights(stored.weight.codes.to(device), stored.weight.scale.float().to(device), *on_device)
+    codes, scale, zero_point = (None if part is None else part.to(device) for part in stored.weight)
+    assert codes is not None
+    assert scale is not None
+    return dequantize(QuantizedWeight(codes, scale, zero_point), dtype)
 
 
 def _grid(treatment: Treatment, dtype: str) -> WeightGrid:

@@ -66,8 +66,8 @@ class TrialModel:
         replaced: dict[str, Int8Weights | Tensor] = {}
         if head is not None and store is not None and head in store.schemes:
             skeleton = self.stream.skeleton
-            mode = store.schemes[head].activations
-            replaced[head] = replacement(store.read(head), mode, skeleton.dtype, skeleton.device, self.phase)
+            scheme = store.schemes[head]
+            replaced[head] = replacement(store.read(head), scheme, skeleton.dtype, skeleton.device, self.phase)
         pieces = self.stream.logits(hidden)
         while True:
             with simulated(self.stream.skeleton.model, replaced):
@@ -120,8 +120,8 @@ class TrialModel:
         for name, block in self.base.blocks.items():
             store = self.other if name in rolled_back else self.base
             if block == index and store is not None:
-                mode = store.schemes[name].activations
-                how = replacement(store.read(name), mode, skeleton.dtype, skeleton.device, self.phase)
+                scheme = store.schemes[name]
+                how = replacement(store.read(name), scheme, skeleton.dtype, skeleton.device, self.phase)
                 replaced[name.removeprefix(f"{path}.")] = how
         left_out = {f"{path}.{name}.weight" for name in replaced}
         modules = [module for module, block in self.base.attention_modules.items() if block == index]

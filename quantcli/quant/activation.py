@@ -1,4 +1,4 @@
-"""8-bit activations: their scales, their codes, and the exact integer product of a linear layer."""
+"""Integer activations of 8 or 4 bits: their scales, their codes, and the integer product of a linear layer."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
+
+from quantcli.quant.grid import QuantizedWeight, dequantize
 
 QMIN, QMAX = -128, 127
 
@@ -40,12 +42,16 @@ def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return codes.clamp_(QMIN, QMAX).to(torch.int8)
 
 
-def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric codes (int8, shape of x) with one scale a token: s = max|x| / 127 over the last dimension, float32
-    [..., 1]; a token of zeros gets s = 1. The rule of vLLM's dynamic per-token kernels."""
-    values = x.float()
-    scale = _usable(torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True)) / QMAX)
-    return (values / scale).round_().clamp_(QMIN, QMAX).to(torch.int8), scale
+def quantize_per_token(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Symmetric codes (int8, shape of x) with one scale a token: s = max|x| / (2^(bits-1) - 1) over the last dimension,
+    float32 [..., 1]; q = clamp(round(x / s), -2^(bits-1), 2^(bits-1) - 1). A token of zeros gets s = 1.
+
+    The divisor, 127 or 7, is that of vLLM's kernels (scaled_int8_quant; dynamic_per_token_int8_quant_ref for any bits),
+    which put both ends of the token on the grid. compressed-tensors, and so transformers, divides by 127.5 or 7.5.
+    """
+    values, largest = x.float(), (1 << (bits - 1)) - 1
+    scale = _usable(torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True)) / largest)
+    return (values / scale).round_().clamp_(-largest - 1, largest).to(torch.int8), scale
 
 
 def int8_linear(
@@ -61,7 +67,13 @@ def int8_linear(
 
     x_codes int8 [tokens, in]; x_scale float32 [1] or [tokens, 1]; weight_codes int8 [out, in]; weight_scale [out, 1] or
     [1, 1]; bias [out] or None. The integers in the brackets are exact; they are scaled in float32 and rounded once.
+    Codes of fewer bits are held in int8, too.
+
+    With weight_scale [out, groups], one for each group of inputs g: y = s_x * sum_g s_wg (Xq_g - z_x) Wq_g^T + bias, in
+    float32, in which each product of a 4-bit code, an 8-bit code and a 16-bit scale is exact.
     """
+    if weight_scale.shape[1] > 1:
+        return _grouped_linear(x_codes, x_scale, x_zero_point, weight_codes, weight_scale, bias, dtype)
     offset = None if not x_zero_point else x_zero_point * weight_codes.sum(1, dtype=torch.int64)
     columns = weight_scale.float().view(1, -1)
     output = torch.empty(x_codes.shape[0], weight_codes.shape[0], dtype=dtype, device=x_codes.device)
@@ -75,6 +87,21 @@ def int8_linear(
         y = product.to(torch.float32).mul_(scale * columns)
         output[part] = y if bias is None else y.add_(bias.float())
     return output
+
+
+def _grouped_linear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    x_zero_point: int | None,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """One product with Wq * s_w: one a group would pass over [tokens, out] as often as there are groups."""
+    weight = dequantize(QuantizedWeight(weight_codes, weight_scale, None))
+    y = ((x_codes.float() - (x_zero_point or 0)) @ weight.t()).mul_(x_scale)
+    return (y if bias is None else y.add_(bias.float())).to(dtype)
 
 
 def _integer_product(x_codes: Tensor, weight_codes: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ class Scheme:
 
     activations: `none` leaves the input in float; `static` has one calibrated int8 scale for the tensor; `dynamic` one
     for every token, found while serving; `mix` is dynamic for prompts and static for decoding (W8A8_MIX of Ascend).
+    activation_bits: 8, or 4 for dynamic inputs; without meaning for inputs in float.
     sparse: most codes are zero or small, for engines that compress them (W8A8S of Ascend); the arithmetic is the same.
     """
 
@@ -22,6 +23,7 @@ class Scheme:
     activations: Literal["none", "static", "dynamic", "mix"] = "none"
     activations_symmetric: bool = True
     sparse: bool = False
+    activation_bits: int = 8
 
     @property
     def observed(self) -> bool:
@@ -29,9 +31,16 @@ class Scheme:
         return self.activations in ("static", "mix")
 
     @property
+    def int8_products(self) -> bool:
+        """W8A8 with a scale a channel or tensor: int8 codes that engines multiply as they are stored. Other integer
+        products, such as W4A8, have codes of fewer bits or scales of groups, and are stored packed."""
+        return self.activations != "none" and self.bits == self.activation_bits == 8 and self.granularity != "group"
+
+    @property
     def name(self) -> str:
-        """The field's name, such as W4A16 g64, W4A16 g64 asym or W8A8 static."""
-        parts = [f"W{self.bits}A{16 if self.activations == 'none' else 8}{'S' if self.sparse else ''}"]
+        """The field's name, such as W4A16 g64, W4A16 g64 asym, W8A8 static or W4A8 dynamic g64."""
+        inputs = 16 if self.activations == "none" else self.activation_bits
+        parts = [f"W{self.bits}A{inputs}{'S' if self.sparse else ''}"]
         if self.activations != "none":
             parts.append(self.activations)
         if self.group_size:
@@ -41,8 +50,8 @@ class Scheme:
         return " ".join(parts)
 
     def scale_dtype(self, model_dtype: str) -> str:
-        """The dtype in which engines hold the scale: float32 beside int8 products, else the model's own."""
-        if self.activations != "none" or model_dtype not in ("bfloat16", "float16"):
+        """The dtype in which engines hold the scale: float32 beside W8A8 products, else the model's own."""
+        if self.int8_products or model_dtype not in ("bfloat16", "float16"):
             return "float32"
         return model_dtype
 

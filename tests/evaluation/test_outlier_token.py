@@ -11,6 +11,7 @@ from quantcli.formats.store import StoredLinear
 from quantcli.pipeline.treatment import Phase, replacement
 from quantcli.quant.activation import static_parameters
 from quantcli.quant.grid import QuantizedWeight
+from quantcli.quant.scheme import Scheme
 
 OUT, IN = 24, 48
 OUTLIER = (1, 3)  # sequence, token
@@ -34,7 +35,7 @@ def stored(symmetric: bool, widest: Tensor) -> StoredLinear:
 
 def output(mode: str, phase: Phase, x: Tensor, symmetric: bool = True) -> Tensor:
     block = nn.ModuleDict({"proj": nn.Linear(IN, OUT, bias=False)})
-    how = replacement(stored(symmetric, tokens(1000)), mode, x.dtype, "cpu", phase)
+    how = replacement(stored(symmetric, tokens(1000)), Scheme(8, activations=mode), x.dtype, "cpu", phase)
     with simulated(block, {"proj": how}):
         return block["proj"](x)
 

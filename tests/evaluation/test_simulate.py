@@ -11,36 +11,41 @@ from quantcli.evaluation.simulate import Int8Weights, simulated
 MODES = ("dynamic", "static symmetric", "static asymmetric")
 
 
-def make(mode: str, bias: bool, granularity: str = "channel", seed: int = 0) -> tuple[nn.Module, Int8Weights]:
-    """A block with one linear of 48 → 24, and int8 weights to put in its place."""
+def make(
+    mode: str, bias: bool, granularity: str = "channel", seed: int = 0, bits: tuple[int, int] = (8, 8)
+) -> tuple[nn.Module, Int8Weights]:
+    """A block with one linear of 48 → 24, and integer weights to put in its place; bits of weights and inputs."""
     generator = torch.Generator().manual_seed(seed)
     block = nn.ModuleDict({"proj": nn.Linear(48, 24, bias=bias)})
     if bias:
         nn.init.normal_(block["proj"].bias, generator=generator)
-    codes = torch.randint(-128, 128, (24, 48), generator=generator, dtype=torch.int8)
-    rows = 24 if granularity == "channel" else 1
-    scale = torch.rand(rows, 1, generator=generator) * 0.01 + 1e-3
+    codes = torch.randint(-1 << (bits[0] - 1), 1 << (bits[0] - 1), (24, 48), generator=generator, dtype=torch.int8)
+    shape = {"channel": (24, 1), "tensor": (1, 1), "group": (24, 3)}[granularity]
+    scale = torch.rand(shape, generator=generator) * 0.01 + 1e-3
     static = mode != "dynamic"
     return block, Int8Weights(
         codes,
         scale,
         torch.tensor([0.03]) if static else None,
         torch.tensor([-17], dtype=torch.int8) if mode == "static asymmetric" else None,
+        bits[1],
     )
 
 
 def reference(x: Tensor, weights: Int8Weights, bias: Tensor | None) -> Tensor:
     """y = (q(x) − z)·sx · (Wq·sw)ᵀ + b in float64 from the float32 scales."""
     x = x.float()
+    largest = 2 ** (weights.input_bits - 1) - 1
     if weights.input_scale is None:
-        scale = x.abs().amax(-1, keepdim=True) / 127
+        scale = x.abs().amax(-1, keepdim=True) / largest
         zero = 0
     else:
         scale = weights.input_scale
         zero = 0 if weights.input_zero_point is None else int(weights.input_zero_point)
-    codes = (torch.round(x / scale) + zero).clamp(-128, 127)
+    codes = (torch.round(x / scale) + zero).clamp(-largest - 1, largest)
     inputs = (codes.double() - zero) * scale.double()
-    y = inputs @ (weights.codes.double() * weights.scale.double()).t()
+    columns = weights.scale.repeat_interleave(48 // weights.scale.shape[1], 1)
+    y = inputs @ (weights.codes.double() * columns.double()).t()
     return y if bias is None else y + bias.double()
 
 
@@ -54,6 +59,21 @@ def test_output_is_the_formula_to_float32_rounding(mode: str, bias: bool, granul
         found = block["proj"](x)
     expected = reference(x, weights, block["proj"].bias)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [(4, 8), (4, 4), (8, 4)], ids=["W4A8", "W4A4", "W8A4"])
+@pytest.mark.parametrize("granularity", ["channel", "group"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_bits_and_scales_of_groups_follow_the_formula(
+    bits: tuple[int, int], granularity: str, dtype: torch.dtype
+) -> None:
+    block, weights = make("dynamic", True, granularity, bits=bits)
+    block.to(dtype)
+    x = (torch.randn(2, 5, 48, generator=torch.Generator().manual_seed(1)) * 2).to(dtype)
+    with simulated(block, {"proj": weights}):
+        found = block["proj"](x)
+    rounding = 1e-6 if dtype == torch.float32 else 0.51 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), reference(x, weights, block["proj"].bias), rtol=rounding, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", MODES)

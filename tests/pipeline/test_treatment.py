@@ -89,7 +89,9 @@ def test_weights_alone_give_the_product_with_what_they_stand_for(weights: dict[s
     module, weight, x = linear_with_bias(), random(OUT, IN), random(2, 5, IN, seed=1)
     stored = treated(weights, weight)
     expected = slow_dequantized(stored).float()
-    with simulated(nn.ModuleDict({"proj": module}), {"proj": replacement(stored, "none", x.dtype, "cpu", "prefill")}):
+    with simulated(
+        nn.ModuleDict({"proj": module}), {"proj": replacement(stored, Scheme(4), x.dtype, "cpu", "prefill")}
+    ):
         found = module(x)
     module.weight.data = expected
     assert torch.equal(found, module(x))
@@ -102,7 +104,9 @@ def test_weights_alone_give_the_product_with_what_they_stand_for(weights: dict[s
 def test_transposed_linears_compute_the_same(weights: dict[str, Any]) -> None:
     module, x = conv_with_bias(), random(2, 5, IN, seed=1)
     stored = treated(weights, random(OUT, IN))
-    with simulated(nn.ModuleDict({"proj": module}), {"proj": replacement(stored, "none", x.dtype, "cpu", "prefill")}):
+    with simulated(
+        nn.ModuleDict({"proj": module}), {"proj": replacement(stored, Scheme(4), x.dtype, "cpu", "prefill")}
+    ):
         found = module(x)
     module.weight.data = slow_dequantized(stored).float().t().contiguous()
     torch.testing.assert_close(found, module(x), rtol=1e-6, atol=1e-6)
@@ -128,7 +132,10 @@ def test_inputs_have_the_scale_of_their_mode_and_phase(
     stored = treated({"bits": 8}, random(OUT, IN))
     if mode != "dynamic":
         stored = with_input(stored, torch.tensor([0.07]), None if zero is None else torch.tensor([zero]).to(torch.int8))
-    with simulated(nn.ModuleDict({"proj": module}), {"proj": replacement(stored, mode, x.dtype, "cpu", phase)}):
+    with simulated(
+        nn.ModuleDict({"proj": module}),
+        {"proj": replacement(stored, Scheme(8, activations=mode), x.dtype, "cpu", phase)},
+    ):
         found = module(x)
     scale = float(torch.tensor(0.07)) if static else None
     inputs = slow_input(x, scale, zero or 0 if static else 0)

@@ -71,6 +71,17 @@ def test_per_token_codes_follow_the_formula(dtype: torch.dtype) -> None:
         assert float((ideal - token_codes.double()).abs().max()) <= 0.5 + 1e-5
 
 
+@pytest.mark.parametrize(("bits", "largest_code"), [(8, 127), (4, 7)])
+def test_per_token_codes_reach_the_largest_code_and_no_further(bits: int, largest_code: int) -> None:
+    """s = max|x| / (2^(b-1) - 1): the largest value of a token is the largest code, of either sign."""
+    x = torch.tensor([[0.5, -3.0, 1.4], [3.0, 0.2, -3.0], [0.0, 0.0, 0.0]])
+    codes, scale = quantize_per_token(x, bits)
+    assert scale.flatten().tolist() == pytest.approx([3 / largest_code, 3 / largest_code, 1.0])
+    half, most = round(0.5 / 3 * largest_code), round(1.4 / 3 * largest_code)
+    low = round(0.2 / 3 * largest_code)
+    assert codes.tolist() == [[half, -largest_code, most], [largest_code, low, -largest_code], [0, 0, 0]]
+
+
 @given(
     st.sampled_from([0, 1, 2, 7, 16, 17, 40]),
     st.sampled_from([1, 2, 3, 31, 64, 130]),
@@ -121,3 +132,39 @@ def test_linear_matches_the_product_of_the_dequantized(per_token: bool, dtype: t
     # A few float32 roundings, and one to the output's dtype.
     allowed = exact.abs() * torch.finfo(dtype).eps / 2 + exact.abs().amax() * 1e-6
     assert bool(((y.double() - exact).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("zero", [None, -7])
+@pytest.mark.parametrize(("groups", "size"), [(2, 48), (3, 32), (12, 8), (96, 1)])
+def test_grouped_linear_is_the_sum_of_the_groups_integer_products(groups: int, size: int, zero: int | None) -> None:
+    """Each group's integers summed exactly, then scaled, in float64. What float32 may lose is bounded by the sum of the
+    terms' sizes."""
+    generator = torch.Generator().manual_seed(groups)
+    x = torch.randint(-128, 128, (5, groups * size), dtype=torch.int8, generator=generator)
+    w = torch.randint(-8, 8, (9, groups * size), dtype=torch.int8, generator=generator)
+    x_scale = torch.rand(5, 1, generator=generator) + 0.01
+    w_scale = torch.randn(9, groups, generator=generator)  # a scale may be negative
+    bias = torch.randn(9, generator=generator)
+    expected, sizes = bias.double().expand(5, 9).clone(), torch.zeros(5, 9, dtype=torch.float64)
+    for token in range(5):
+        for out in range(9):
+            for group in range(groups):
+                part = slice(group * size, (group + 1) * size)
+                terms = [
+                    (a - (zero or 0)) * b for a, b in zip(x[token, part].tolist(), w[out, part].tolist(), strict=True)
+                ]
+                scale = float(x_scale[token]) * float(w_scale[out, group])
+                expected[token, out] += sum(terms) * scale
+                sizes[token, out] += sum(map(abs, terms)) * abs(scale)
+    y = int8_linear(x, x_scale, zero, w, w_scale, bias, torch.float64)
+    assert ((y - expected).abs() <= 1e-6 * (sizes + bias.abs().double())).all()
+
+
+def test_grouped_linear_is_exact_where_float32_is() -> None:
+    """Scales that are powers of two lose nothing: the two ways to compute agree to the bit."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(-128, 128, (6, 64), dtype=torch.int8, generator=generator)
+    w = torch.randint(-8, 8, (10, 64), dtype=torch.int8, generator=generator)
+    x_scale, w_scale = torch.full((1,), 0.125), torch.full((10, 1), 2.0**-6)
+    by_channel = int8_linear(x, x_scale, None, w, w_scale, None, torch.bfloat16)
+    assert torch.equal(int8_linear(x, x_scale, None, w, w_scale.expand(10, 4), None, torch.bfloat16), by_channel)

@@ -147,13 +147,13 @@ def _head(context: Context, stream: BlockStream, exported: QuantizedCheckpoint, 
 
 
 def _int8(stream: BlockStream, exported: QuantizedCheckpoint, prefix: str, phase: Phase) -> dict[str, Any]:
-    """What takes the place of linears with 8-bit inputs whose names begin so, by the rest of their names."""
+    """What takes the place of linears with integer inputs whose names begin so, by the rest of their names."""
     from quantcli.pipeline.treatment import replacement
 
     short = prefix if prefix.endswith(".") else ""
     return {
         name.removeprefix(short): replacement(
-            exported.read_linear(name), scheme.activations, stream.skeleton.dtype, stream.skeleton.device, phase
+            exported.read_linear(name), scheme, stream.skeleton.dtype, stream.skeleton.device, phase
         )
         for name, scheme in exported.schemes.items()
         if scheme.activations != "none" and (name == prefix or (short and name.startswith(prefix)))
