@@ -155,6 +155,9 @@ def _stage_command(stage: str | None) -> Callable[..., None]:
 
 
 app.command("run", help="All stages, in order; what is up to date is skipped.")(_stage_command(None))
+app.command("smooth", help="Move outliers of activations into weights, before anything else is found.")(
+    _stage_command("smooth")
+)
 app.command("calibrate", help="Observe activations on calibration text.")(_stage_command("calibrate"))
 app.command("quantize", help="Find codes and scales, after what comes before is up to date.")(
     _stage_command("quantize")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _TITLES = {
     "check": "Checking that the float model is sane",
     "select": "Looking for calibration samples that mislead",
+    "smooth": "Suppressing outliers",
     "calibrate": "Observing activations",
     "sensitivity": "Ranking linears by sensitivity",
     "search": "Searching the fewest linears to roll back",
@@ -161,6 +162,7 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
     for note in plan.notes:
         console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
     show_facts("", {
+        **({"smoothing": plan.smoothing} if plan.smoothing else {}),
         "size": f"{plan.size_before / 1e9:.3f} GB → {plan.size_after / 1e9:.3f} GB "
                 f"({plan.size_after / plan.size_before - 1:+.0%}), {plan.bits_per_weight:.2f} bits a quantized weight",
         "peak memory": f"about {plan.estimate.memory / 1e9:.1f} GB",

@@ -54,6 +54,7 @@ class Plan:
     structure: Structure
     linears: tuple[PlannedLinear, ...]
     attention: AttentionScheme | None
+    smoothing: str | None
     notes: tuple[str, ...]
     size_before: int
     size_after: int
@@ -96,6 +97,7 @@ class Plan:
                 for p in self.linears
             ],
             "attention": self.attention.name if self.attention else None,
+            "smoothing": self.smoothing,
             "notes": list(self.notes),
             "size_before": self.size_before,
             "size_after": self.size_after,
@@ -116,6 +118,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     planned = _planned(recipe, structure, ranked or {}, notes)
     attention = attention_scheme(recipe)
     _refuse_unheld(recipe, planned, attention)
+    excluded_from_smoothing(recipe, structure)
     section = recipe.quantize.rollback
     if ranked is None and section.level:
         notes.append(
@@ -125,7 +128,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         notes.append("After calibration the fewest linears that meet rollback.target are rolled back.")
     if section.last_linear is False and structure.head is not None and structure.tied:
         notes.append("The output head is tied to the embedding and stays in float.")
-    if recipe.calibration is not None and not needs_calibration(recipe):
+    if recipe.calibration is not None and not reads_calibration(recipe):
         notes.append("This scheme needs no calibration data; the calibration section only serves the sanity check.")
     quantized = [(p.linear, p.treatment.scheme) for p in planned if p.treatment is not None]
     before = sum(map(prod, structure.parameters.values())) * BYTES[structure.dtype]
@@ -140,6 +143,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         structure=structure,
         linears=tuple(planned),
         attention=attention,
+        smoothing=recipe.smooth.described() if recipe.smooth else None,
         notes=tuple(notes),
         size_before=before,
         size_after=after,
@@ -160,13 +164,18 @@ def _refuse_size(recipe: Recipe, after: int, ranked: Mapping[str, str] | None) -
 
 
 def needs_calibration(recipe: Recipe) -> bool:
-    """Whether anything is found from activations."""
+    """Whether anything of the quantization itself is found from activations."""
     section = recipe.quantize
     treatments = [section.treatment(None), *map(section.treatment, section.overrides)]
     if section.rollback.to != "float":
         treatments.append(named_scheme(section.rollback.to))
     observed = any(t and (t[1].observed or t[0].importance != "none") for t in treatments)
     return observed or section.rollback.ranks or section.kv_cache is not None or section.attention is not None
+
+
+def reads_calibration(recipe: Recipe) -> bool:
+    """Whether any stage that decides something runs the calibration samples."""
+    return needs_calibration(recipe) or (recipe.smooth is not None and recipe.smooth.scales)
 
 
 def attention_scheme(recipe: Recipe) -> AttentionScheme | None:
@@ -179,7 +188,17 @@ def attention_scheme(recipe: Recipe) -> AttentionScheme | None:
     return None
 
 
-def match_names(patterns: Iterable[str], names: Sequence[str], place: str) -> dict[str, str]:
+def excluded_from_smoothing(recipe: Recipe, structure: Structure) -> dict[str, str]:
+    """Linears and norms that `smooth.exclude` names → the pattern. Raises RecipeError for one that matches nothing."""
+    if recipe.smooth is None:
+        return {}
+    names = [linear.name for linear in structure.linears()]
+    for block in structure.blocks:
+        names += [i.producer.name for i in block.inputs if i.producer is not None and i.producer.kind == "norm"]
+    return match_names(recipe.smooth.exclude, list(dict.fromkeys(names)), "smooth.exclude", "linear or norm")
+
+
+def match_names(patterns: Iterable[str], names: Sequence[str], place: str, kind: str = "linear") -> dict[str, str]:
     """name → the first pattern that it matches: an exact name, a glob, or a regular expression after `re:`.
 
     Raises RecipeError for a pattern that matches nothing, with the nearest names; `place` is the recipe's key.
@@ -193,7 +212,7 @@ def match_names(patterns: Iterable[str], names: Sequence[str], place: str) -> di
             matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             near = get_close_matches(pattern, names, 3, 0.3)
-            raise RecipeError(f"{place}: {pattern!r} matches no linear of this model.",
+            raise RecipeError(f"{place}: {pattern!r} matches no {kind} of this model.",
                               f"Did you mean {', '.join(near)}?" if near else "")  # fmt: skip
         for name in matched:
             found.setdefault(name, pattern)

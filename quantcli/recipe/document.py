@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from quantcli.errors import RecipeError
-from quantcli.recipe.quantization import ALIAS_VALUES, ALIASES
+from quantcli.recipe.aliases import ALIAS_VALUES, ALIASES
 
 Keys = tuple[str | int, ...]
 Place = Callable[[int], str]

@@ -11,8 +11,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from quantcli.errors import RecipeError
+from quantcli.recipe.aliases import ALIASES
 from quantcli.recipe.document import Document, Keys, dotted, shown
-from quantcli.recipe.quantization import ALIASES
 from quantcli.recipe.schema import Recipe
 
 MAX_ERRORS = 3

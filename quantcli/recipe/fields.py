@@ -48,6 +48,30 @@ def as_percent(value: float | None) -> str | None:
     return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + "%"
 
 
+_UNITS = {"B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for base, suffix in ((1000, "B"), (1024, "iB"))
+    for power, prefix in enumerate("kMGT" if suffix == "B" else "KMGT", 1)
+}
+
+
+def size_of(value: object) -> object:
+    """'1GiB' or '500 MB' as bytes. A bare number has no unit, and is refused."""
+    written = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,15})?)\s*(\w+)\s*", value) if isinstance(value, str) else None
+    unit = next((size for name, size in _UNITS.items() if written and name.lower() == written[2].lower()), None)
+    if written is None or unit is None:
+        raise refusal("", f"{value!r} is no size", "Write it with its unit, as 1GiB or 500MB.")
+    return int(Decimal(written[1]) * unit)
+
+
+def as_size(value: int) -> str:
+    """Bytes as a recipe writes them, exactly, in the largest unit of which they are a whole number."""
+    name, unit = max(
+        ((n, u) for n, u in _UNITS.items() if value and value % u == 0), key=lambda n: n[1], default=("B", 1)
+    )
+    return f"{value // unit}{name}"
+
+
 def whole(value: object) -> object:
     # Literal compares by ==, and True == 1, 8.0 == 8.
     if type(value) is not int:

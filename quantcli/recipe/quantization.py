@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     ValidationInfo,
@@ -16,44 +15,17 @@ from pydantic import (
     model_validator,
 )
 
+from quantcli.recipe.aliases import with_aliases
 from quantcli.recipe.fields import Count, Pattern, Section, as_percent, fraction_of, null_is_default, refusal, whole
 
 DEFAULT_GROUP_SIZE = 128
 SPARSE_METHODS = ("co_sparse", "low_bit", "low_bit_sigma")
 
-# msModelSlim's names of keys, by section: read as the name on the right, with the value translated where it differs.
-ALIASES: dict[tuple[str, ...], str] = {
-    ("quantize", "weights", "w_sym"): "symmetric",
-    ("quantize", "weights", "mm_tensor"): "granularity",
-    ("quantize", "activations", "act_method"): "method",
-    ("quantize", "activations", "pr"): "quantized_share",
-    ("quantize", "rollback", "disable_names"): "names",
-    ("quantize", "rollback", "disable_level"): "level",
-    ("quantize", "rollback", "disable_last_linear"): "last_linear",
-}
-ALIAS_VALUES: dict[tuple[str, ...], dict[Any, Any]] = {
-    ("quantize", "weights", "mm_tensor"): {True: "tensor", False: "channel"},
-    ("quantize", "activations", "act_method"): {1: "minmax", 2: "histogram", 3: "mixed"},
-}
-
-
-def _with_aliases(section: str) -> ConfigDict:
-    """The JSON schema of a section of `quantize`, with the older names of its keys."""
-
-    def add(schema: dict[str, Any]) -> None:
-        for (_, place, older), name in ALIASES.items():
-            if place == section:
-                values = ALIAS_VALUES.get(("quantize", place, older))
-                entry = {"enum": list(values)} if values else {**schema["properties"][name]}
-                schema["properties"][older] = entry | {"title": older, "description": f"Older name of {name}."}
-
-    return ConfigDict(json_schema_extra=add)
-
 
 class WeightsSection(Section):
     """The integer grid of the weights and how their scales are chosen."""
 
-    model_config = _with_aliases("weights")
+    model_config = with_aliases("quantize", "weights")
 
     bits: Annotated[Literal[16, 8, 4, 3, 2], BeforeValidator(whole, json_schema_input_type=Literal[16, 8, 4, 3, 2])] = (
         Field(default=8, description="Bits of a weight code; 16 leaves weights in float.")
@@ -127,7 +99,7 @@ def _default_symmetric(data: dict[str, Any]) -> bool:
 class ActivationsSection(Section):
     """The integer grid of the inputs of quantized linears."""
 
-    model_config = _with_aliases("activations")
+    model_config = with_aliases("quantize", "activations")
 
     bits: Annotated[Literal[16, 8], BeforeValidator(whole, json_schema_input_type=Literal[16, 8])] = Field(
         default=16, description="16 leaves activations in float; 8 quantizes them."
@@ -253,7 +225,7 @@ def _level(value: object) -> object:
 class RollbackSection(Section):
     """Linears that stay in float."""
 
-    model_config = _with_aliases("rollback")
+    model_config = with_aliases("quantize", "rollback")
 
     # Recipes write a list; the tuple keeps the section unchangeable.
     names: Annotated[tuple[Pattern, ...], Field(strict=False)] = Field(

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
-from quantcli.recipe.fields import Section, Text, as_percent, fraction_of, refusal, whole
+from quantcli.recipe.fields import Section, Text, as_percent, as_size, fraction_of, refusal, size_of, whole
 from quantcli.recipe.quantization import QuantizeSection, named_scheme
+from quantcli.recipe.smoothing import SmoothSection, check_smoothing
 
 
 class ModelSection(Section):
@@ -29,12 +30,21 @@ class ModelSection(Section):
         default="stop",
         description="What to do when the float model predicts no better than chance: stop, warn, or off.",
     )
+    cache_memory: Annotated[int, BeforeValidator(size_of, json_schema_input_type=str)] = Field(
+        default=1 << 30,
+        description="Hidden states between two blocks that are kept in memory, as 1GiB or 500MB; more go to disk.",
+        json_schema_extra={"default": "1GiB"},
+    )
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
         if self.revision is not None and (self.path.startswith("/") or self.path.endswith(".gguf")):
             raise refusal("revision", f"there are no revisions of the local model {self.path}", "Remove the key.")
         return self
+
+    @field_serializer("cache_memory")
+    def _size(self, value: int) -> str:
+        return as_size(value)
 
 
 class ExportSection(Section):
@@ -95,6 +105,9 @@ class Recipe(Section):
     calibration: CalibrationSection | None = Field(
         default=None, description="Calibration text; null or absent for schemes that need none."
     )
+    smooth: SmoothSection | None = Field(
+        default=None, description="Outlier suppression before quantization; {} for the defaults, null for none."
+    )
     quantize: QuantizeSection = Field(description="The quantization scheme; {} is 8-bit weights, one scale a channel.")
     export: ExportSection | None = Field(default=ExportSection(), description="Checkpoints to write; null writes none.")
     evaluate: EvaluateSection | None = Field(default=None, description="What to measure; null or absent for nothing.")
@@ -131,6 +144,8 @@ class Recipe(Section):
                 "measures what quantized linears change, and none is",
                 "Remove it.",
             )
+        if self.smooth is not None:
+            check_smoothing(self.smooth, section, self.calibration is not None)
         target = section.rollback.target
         if target is not None and target.size is None and (self.evaluate is None or self.evaluate.perplexity is None):
             raise refusal(

@@ -13,6 +13,8 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     for linear in plan["linears"]:
         counts[linear["scheme"]] = counts.get(linear["scheme"], 0) + 1
     yield "schemes", ", ".join(f"{_count(n, 'linear')} {scheme}" for scheme, n in counts.items())
+    if smoothing := result.get("smoothing"):
+        yield "smoothing", _smoothed(smoothing)
     for note in plan["notes"]:
         yield "note", note
     before, after = result["size_before"], result["size_after"]
@@ -28,6 +30,18 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     yield "peak memory", f"{result['peak_memory'] / 1e9:.2f} GB"
     for export in result["exports"]:
         yield "checkpoint", export
+
+
+def _smoothed(found: Mapping[str, Any]) -> str:
+    """What the stage smooth did: groups scaled, by method; groups undone; what was rotated."""
+    scaled = sum(found["methods"].values())
+    parts = [f"{what} rotated" for what in found["rotated"]]
+    if found["methods"] or not parts:
+        methods = ", ".join(f"{method} {count}" for method, count in found["methods"].items())
+        parts.append(f"{_count(scaled, 'group')} of linears scaled" + (f" ({methods})" if methods else ""))
+    if found["undone"]:
+        parts.append(f"{found['undone']} undone: the float model would have changed")
+    return "; ".join(parts)
 
 
 def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -18,13 +18,14 @@ from pydantic import BaseModel
 from quantcli import errors
 from quantcli.cli import app
 from quantcli.recipe import load_recipe, shipped_names
+from quantcli.recipe.aliases import ALIAS_VALUES, ALIASES
 from quantcli.recipe.document import parse_yaml
 from quantcli.recipe.explain import known_keys
-from quantcli.recipe.quantization import ALIAS_VALUES, ALIASES
+from quantcli.recipe.fields import size_of
 from quantcli.recipe.schema import Recipe
 
 Quantcli = Callable[[list[str]], tuple[int, str, str]]
-STAGES = ["calibrate", "search", "quantize", "export", "eval-ppl"]
+STAGES = ["smooth", "calibrate", "search", "quantize", "export", "eval-ppl"]
 
 
 # ------------------------------------------------------------------------------------------------------ recipe
@@ -58,6 +59,8 @@ def test_every_key_is_documented_with_its_default(keys: tuple[str | int, ...]) -
             value, _ = parse_yaml(codes(cell)[0], str)
             value = ALIAS_VALUES[place][value] if place in ALIAS_VALUES else value
             expected = key.get_default()
+            if isinstance(value, str) and isinstance(expected, int):
+                value = size_of(value)
             if isinstance(expected, BaseModel):
                 value = type(expected).model_validate(value)
             elif isinstance(expected, tuple):

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from quantcli.errors import RecipeError
 from quantcli.recipe import load_recipe, resolved_yaml
+from quantcli.recipe.aliases import ALIASES
 from quantcli.recipe.document import dump_yaml, parse_yaml
 from quantcli.recipe.explain import known_keys
-from quantcli.recipe.quantization import ALIASES
 
 MINIMAL = "model: {path: org/name}\nquantize: {}\noutput: out\n"
 
@@ -119,6 +119,7 @@ BASE: dict[str, Any] = {
     "version": 1,
     "model": {"path": "org/name", "dtype": "auto"},
     "calibration": {"samples": 8, "mix": [{"share": 2.0}]},
+    "smooth": {"method": "iterative", "rotation": {"seed": 1}},
     "quantize": {
         "weights": {"bits": 8},
         "activations": {"bits": 8},
@@ -311,9 +312,28 @@ _evaluate = st.fixed_dictionaries(
     },
     optional={"gates": _optional({"perplexity_increase": _percent | st.none(), "kl_divergence": st.floats(0, 1e6)})},
 )
+_rotation = st.none() | _optional({"seed": st.integers(0, 2**63 - 1), "hidden": st.booleans()})
+_any_method = {
+    "folds": st.none() | st.lists(st.sampled_from(["norm", "attention", "mlp"]), min_size=1, unique=True),
+    "exclude": _names,
+    "shift": st.booleans(),
+    "rotation": _rotation,
+    "search_samples": _counts,
+    "save_model": st.booleans(),
+}
+_exponent = st.none() | st.floats(0, 1)
+_smooth = (
+    st.fixed_dictionaries({"method": st.sampled_from(["auto", "m2", "cbq"])}, optional=_any_method)
+    | st.fixed_dictionaries(
+        {"anti_method": st.sampled_from(["m1", "iterative"])}, optional=_any_method | {"alpha": _exponent}
+    )
+    | st.fixed_dictionaries({"method": st.just("flex")}, optional={"alpha": _exponent, "beta": _exponent})
+    | st.fixed_dictionaries({"method": st.just("awq")}, optional={"clip": st.none() | st.booleans()})
+    | st.fixed_dictionaries({"method": st.just("rotate")}, optional={"rotation": _rotation})
+)
 _recipes = st.fixed_dictionaries(
     {"model": _model, "calibration": _calibration, "quantize": _quantize, "evaluate": _evaluate, "output": _texts},
-    optional={"version": st.just(1), "export": st.just({})},
+    optional={"version": st.just(1), "smooth": st.none() | _smooth, "export": st.just({})},
 )
 
 
@@ -393,12 +413,13 @@ def test_overrides_are_yaml_values_that_win_over_the_file(tmp_path: Path) -> Non
             "quantize.weights.bit=4",
             "--set quantize.weights.bit=4: quantize.weights.bit: unknown key. Did you mean bits?",
         ),
-        ("smooth.alpha=1", "--set smooth.alpha=1: smooth: unknown key."),
-        ("quantize.weights.bits=4", "r.yaml:12: quantize.activations.bits: 8-bit activations need 8-bit weights"),
+        ("prune.share=1", "--set prune.share=1: prune: unknown key."),
+        ("smooth.beta=1", "--set smooth.beta=1: smooth.beta: has no effect on method iterative."),
+        ("quantize.weights.bits=4", "r.yaml:16: quantize.activations.bits: 8-bit activations need 8-bit weights"),
         ("quantize.weights.bits=5", "--set quantize.weights.bits=5: quantize.weights.bits: is 5."),
         ("quantize.weights={bits: 5}", "--set quantize.weights={bits: 5}: quantize.weights.bits: is 5."),
         ("version.x=1", "--set version.x=1: version is no section."),
-        ("calibration=null", "r.yaml:12: quantize.activations.scope: static scales need calibration."),
+        ("calibration=null", "r.yaml:16: quantize.activations.scope: static scales need calibration."),
         ("evaluate", "--set evaluate: is no KEY=VALUE."),
         ("=3", "--set =3: is no KEY=VALUE."),
         ("a..b=3", "--set a..b=3: is no KEY=VALUE."),

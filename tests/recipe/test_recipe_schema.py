@@ -10,8 +10,9 @@ import yaml
 
 from quantcli.errors import RecipeError
 from quantcli.recipe import json_schema, load_recipe, shipped_names, shipped_path
+from quantcli.recipe.aliases import ALIASES
 from quantcli.recipe.explain import known_keys
-from quantcli.recipe.quantization import ALIASES, named_scheme
+from quantcli.recipe.quantization import named_scheme
 
 # One key a line, so that every refusal has a line of its own.
 FULL = """\
@@ -179,7 +180,10 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
         ([("names: []", "names:\n- a\n- 're:('")], "r.yaml:26: quantize.rollback.names[1]: 're:('", "Mend"),
         ([("names: []", "names: [*.down_proj]")], "r.yaml:24: no valid YAML", "needs quotes"),
         ([("names: []", "names: []\ndisable_names: []")], "r.yaml:25: quantize.rollback.disable_names:", "Keep one"),
-        ([("evaluate:", "smooth: {method: m4}\nevaluate:")], "r.yaml:27: smooth: unknown key", "Keys of a recipe"),
+        ([("evaluate:", "prune: {share: 1}\nevaluate:")], "r.yaml:27: prune: unknown key", "Keys of a recipe"),
+        ([("device: auto", "cache_memory: 1")], "r.yaml:5: model.cache_memory: 1 is no size", "as 1GiB or 500MB"),
+        ([("device: auto", "cache_memory: 1 gibi")], "r.yaml:5: model.cache_memory: '1 gibi' is no size", "1GiB"),
+        ([("device: auto", "cache_memory: -1GiB")], "r.yaml:5: model.cache_memory: '-1GiB' is no size", "1GiB"),
         ([("evaluate:", "bits: 8\nevaluate:")], "r.yaml:27: bits: unknown key", "quantize.weights.bits"),
         ([("formats: [compressed-tensors]", "formats: []")], "r.yaml:26: export.formats: is empty", "remove"),
         (
@@ -480,12 +484,18 @@ def test_older_names_are_refused_like_the_others(tmp_path: Path, written: str, o
 
 @pytest.mark.parametrize(("older", "name"), [(key, name) for key, name in ALIASES.items()])
 def test_a_key_by_two_names_is_refused(tmp_path: Path, older: tuple[str, ...], name: str) -> None:
-    _, section, key = older
+    *sections, key = older
+    text = QUANTIZE if sections[0] == "quantize" else QUANTIZE + "  weights: {}\n"
+    opened = [section for section in sections if section != "quantize"]
+    for section in opened:
+        text += "  " * (len(sections) - 1) + f"{section}:\n"
+    text += "".join("  " * len(sections) + f"{written}: null\n" for written in (name, key))
     file = tmp_path / "r.yaml"
-    file.write_text(f"{QUANTIZE}  {section}:\n    {name}: null\n    {key}: null\n")
+    file.write_text(text)
     with pytest.raises(RecipeError) as caught:
         load_recipe(file)
-    assert str(caught.value) == f"{file}:8: quantize.{section}.{key}: is the older name of {name}. Keep one of the two."
+    line, place = len(text.splitlines()), ".".join(older)
+    assert str(caught.value) == f"{file}:{line}: {place}: is the older name of {name}. Keep one of the two."
 
 
 def test_an_override_changes_a_named_scheme_or_that_of_the_recipe() -> None:
@@ -705,6 +715,6 @@ def test_json_schema_accepts_shipped_recipes_and_refuses_wrong_ones() -> None:
     validator = pytest.importorskip("jsonschema").Draft202012Validator(json_schema())
     for name in shipped_names():
         assert list(validator.iter_errors(yaml.safe_load(shipped_path(name).read_text()))) == []
-    wrongs: list[dict[str, Any]] = [{"quantize": {"weights": {"bits": 5}}}, {"quantize": {}, "smooth": {}}, {}]
+    wrongs: list[dict[str, Any]] = [{"quantize": {"weights": {"bits": 5}}}, {"quantize": {}, "prune": {}}, {}]
     for wrong in wrongs:
         assert list(validator.iter_errors(wrong))

@@ -76,6 +76,22 @@ def test_a_run_without_evaluation_says_nothing_of_perplexity() -> None:
     assert labels == ["schemes", "note", "size", "time", "peak memory", "checkpoint"]
 
 
+def test_what_was_smoothed_stands_behind_the_schemes() -> None:
+    def row(**smoothing: Any) -> str:
+        rows = list(outcome_rows(PLAN, {**RESULT, "smoothing": smoothing}))
+        assert [label for label, _ in rows[:3]] == ["schemes", "smoothing", "note"]
+        return rows[1][1]
+
+    methods = {"iterative": 30, "smoothquant": 17}
+    assert row(methods=methods, undone=0, rotated=[]) == "47 groups of linears scaled (iterative 30, smoothquant 17)"
+    assert row(methods={"awq": 1}, undone=2, rotated=["residual stream"]) == (
+        "residual stream rotated; 1 group of linears scaled (awq 1); 2 undone: the float model would have changed"
+    )
+    assert row(methods={}, undone=0, rotated=["residual stream", "heads"]) == "residual stream rotated; heads rotated"
+    assert row(methods={}, undone=0, rotated=[]) == "0 groups of linears scaled"
+    assert "smoothing" not in dict(outcome_rows(PLAN, {**RESULT, "smoothing": None}))
+
+
 def test_linears_that_differ_in_their_block_alone_share_a_row() -> None:
     assert list(scheme_rows(PLAN["linears"])) == [  # type: ignore[arg-type]
         ("model.layers.*.self_attn.q_proj", "12", "64 × 32", "W4A16 g32", ""),
