@@ -52,6 +52,16 @@ WITH_ACTIVATIONS = {
     "W8A8 static": Scheme(8, activations="static"),
     "W8A8 static asym": Scheme(8, activations="static", activations_symmetric=False),
 }
+PACKED_WITH_ACTIVATIONS = {
+    "W4A8 dynamic": Scheme(4, activations="dynamic"),
+    "W4A8 dynamic g32": Scheme(4, granularity="group", group_size=32, activations="dynamic"),
+    "W4A4 dynamic": Scheme(4, activations="dynamic", activation_bits=4),
+    "W4A4 dynamic g32": Scheme(4, granularity="group", group_size=32, activations="dynamic", activation_bits=4),
+    "W8A4 dynamic": Scheme(8, activations="dynamic", activation_bits=4),
+    "W8A8 dynamic g32": Scheme(8, granularity="group", group_size=32, activations="dynamic"),
+    "W3A8 dynamic g32": Scheme(3, granularity="group", group_size=32, activations="dynamic"),
+}
+WITH_ACTIVATIONS |= PACKED_WITH_ACTIVATIONS
 SCHEMES = WEIGHT_ONLY | WITH_ACTIVATIONS
 
 

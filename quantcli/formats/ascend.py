@@ -66,6 +66,8 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
         return "holds weights as [out, in], and this model's are stored transposed (Conv1D)"
     if scheme.bits != 8:
         return f"is written with 8-bit weights only, not {scheme.bits}-bit ones"
+    if scheme.activations != "none" and scheme.activation_bits != 8:
+        return f"is written with 8-bit activations only, not {scheme.activation_bits}-bit ones"
     if scheme.granularity == "group":
         return "holds 8-bit weights with one scale a channel or tensor, not a group"
     if scheme.activations != "none" and not scheme.symmetric:

@@ -1,9 +1,13 @@
 """compressed-tensors, the format of llm-compressor and vLLM. https://github.com/vllm-project/compressed-tensors
 
-With quantized activations (`int-quantized`): X.weight int8 [out, in], X.weight_scale float32 [out, 1] or [1], and for
-static ones X.input_scale float32 [1] and, if asymmetric, X.input_zero_point int8 [1]. Weights alone (`pack-quantized`):
-X.weight_packed int32 [out, in·bits/32], X.weight_scale in the model's dtype, X.weight_zero_point int32 packed along the
-output, X.weight_shape int64 [2]. An fp8 cache of attention A: A.k_scale and A.v_scale float32 [1].
+W8A8 (`int-quantized`): X.weight int8 [out, in], X.weight_scale float32 [out, 1] or [1], and for static inputs
+X.input_scale float32 [1] and, if asymmetric, X.input_zero_point int8 [1]. All else (`pack-quantized`), which is weights
+alone, and dynamic inputs of 8 or 4 bits beside weights of fewer bits or with a scale a group: X.weight_packed int32
+[out, in·bits/32], X.weight_scale in the model's dtype, X.weight_zero_point int32 packed along the output,
+X.weight_shape int64 [2]. An fp8 cache of attention A: A.k_scale and A.v_scale float32 [1].
+
+W4A8 could be `int-quantized`, too, a byte a code, as llm-compressor writes it. vLLM loads that on CPUs and XPUs; packed
+it loads it on GPUs and CPUs, and W4A4 with it (CompressedTensorsW4A8Int; CompressedTensorsWNA8Int, WNA4Int).
 
 quantization_config has a group of linears a scheme. With one scheme its target is the class, `Linear`; with several
 each group names its modules in full, which vLLM and transformers read alike. vLLM finds the linears that it joins
@@ -39,8 +43,10 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
         return "describes Linear modules only, and this model's are stored transposed (Conv1D)"
     if scheme.activations == "mix":
         return "holds static or dynamic activations, not both for one linear"
-    if scheme.activations != "none" and (scheme.bits != 8 or scheme.granularity == "group" or not scheme.symmetric):
-        return "holds int8 activations with symmetric 8-bit weights, one scale a channel or tensor"
+    if scheme.activations != "none" and not scheme.symmetric:
+        return "holds integer activations with symmetric weights"
+    if scheme.activations == "static" and not scheme.int8_products:
+        return "holds static activations of 8 bits with 8-bit weights, one scale a channel or tensor"
     return ""
 
 
@@ -50,7 +56,7 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     scale_shape: tuple[int, ...] = scheme.scale_shape(out, inner) if scheme.granularity != "tensor" else (1,)
     scale = (scheme.scale_dtype(dtype), scale_shape)
     tensors: dict[str, tuple[str, tuple[int, ...]]]
-    if scheme.activations != "none":
+    if scheme.int8_products:
         tensors = {"weight": ("int8", (out, inner)), "weight_scale": scale}
         if scheme.activations == "static":
             tensors["input_scale"] = ("float32", (1,))
@@ -75,7 +81,7 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
 
     codes, scale, zero_point = stored.weight
     scale = scale.view(-1) if scheme.granularity == "tensor" else scale
-    if scheme.activations != "none":
+    if scheme.int8_products:
         tensors = {"weight": codes, "weight_scale": scale}
         if stored.input_scale is not None:
             tensors["input_scale"] = stored.input_scale
@@ -100,7 +106,7 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
     scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
     if scheme.granularity == "tensor":
         scale = scale.view(1, 1)
-    if scheme.activations != "none":
+    if scheme.int8_products:
         weight = QuantizedWeight(tensors["weight"], scale, None)
         return StoredLinear(weight, tensors.get("input_scale"), tensors.get("input_zero_point"))
     rows, columns = (int(size) for size in tensors["weight_shape"])
@@ -206,7 +212,7 @@ _FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "s
 
 
 def _form(scheme: Scheme) -> str:
-    return "pack-quantized" if scheme.activations == "none" else "int-quantized"
+    return "int-quantized" if scheme.int8_products else "pack-quantized"
 
 
 def _in_block(module: str) -> bool:
@@ -229,7 +235,7 @@ def _group(scheme: Scheme, targets: list[str]) -> Any:
     if scheme.activations != "none":
         dynamic = scheme.activations == "dynamic"
         activations = QuantizationArgs(
-            num_bits=8,
+            num_bits=scheme.activation_bits,
             type="int",
             symmetric=scheme.activations_symmetric,
             strategy="token" if dynamic else "tensor",
@@ -295,30 +301,30 @@ def _scheme(group: Any, form: str) -> Scheme:
     """The scheme that a config group describes; ModelError for one that this program neither writes nor simulates."""
     weights, inputs = group.weights, group.input_activations
     mode = "none" if inputs is None else ("dynamic" if inputs.dynamic else "static")
-    wanted = "pack-quantized" if inputs is None else "int-quantized"
     understood = (
         weights is not None
         and (weights.type, bool(weights.dynamic), weights.actorder != "group") == ("int", False, True)
         and weights.strategy in ("tensor", "channel", "group")
         and group.output_activations is None
-        and (group.format or form) == wanted
     )
     if understood and inputs is not None:
-        strategy = "token" if mode == "dynamic" else "tensor"
-        understood = (inputs.type, inputs.num_bits, inputs.strategy) == ("int", 8, strategy)
+        strategy, widths = ("token", (8, 4)) if mode == "dynamic" else ("tensor", (8,))
+        understood = (inputs.type, inputs.strategy) == ("int", strategy) and inputs.num_bits in widths
         understood &= weights.symmetric and (inputs.symmetric or mode == "static")
-        understood &= weights.num_bits == 8 and weights.strategy != "group"
-    if not understood:
-        raise ModelError("quantization_config describes a scheme that is not supported: only integer weights, alone or "
-                         "with 8-bit inputs, are.")  # fmt: skip
-    return Scheme(
-        bits=weights.num_bits,
-        symmetric=weights.symmetric,
-        granularity=str(getattr(weights.strategy, "value", weights.strategy)),  # type: ignore[arg-type]
-        group_size=weights.group_size,
-        activations=mode,  # type: ignore[arg-type]
-        activations_symmetric=True if inputs is None else inputs.symmetric,
-    )
+    if understood:
+        scheme = Scheme(
+            bits=weights.num_bits,
+            symmetric=weights.symmetric,
+            granularity=str(getattr(weights.strategy, "value", weights.strategy)),  # type: ignore[arg-type]
+            group_size=weights.group_size,
+            activations=mode,  # type: ignore[arg-type]
+            activations_symmetric=True if inputs is None else inputs.symmetric,
+            activation_bits=8 if inputs is None else inputs.num_bits,
+        )
+        if (group.format or form) == _form(scheme) and (mode != "static" or scheme.int8_products):
+            return scheme
+    raise ModelError("quantization_config describes a scheme that is not supported: only integer weights, alone or "
+                     "with integer inputs as this program writes them, are.")  # fmt: skip
 
 
 def _words(values: int, bits: int) -> int:

@@ -149,7 +149,7 @@ def _check_linear(module: str, tensors: dict[str, Tensor], expected: StoredLinea
         "input_scale": expected.input_scale,
         "input_zero_point": expected.input_zero_point,
     }
-    if scheme.activations != "none":
+    if scheme.int8_products:
         wanted["weight"] = codes
     else:
         wanted |= {"weight_packed": codes, "weight_shape": torch.tensor(codes.shape)}
@@ -261,7 +261,7 @@ def _check_whole(config: Mapping[str, Any], store: Store) -> None:
 
 
 def _form(scheme: Scheme) -> str:
-    return "pack-quantized" if scheme.activations == "none" else "int-quantized"
+    return "int-quantized" if scheme.int8_products else "pack-quantized"
 
 
 def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -283,7 +283,7 @@ def _describes(group: Mapping[str, Any], scheme: Scheme) -> bool:
     inputs = None
     if scheme.activations != "none":
         dynamic = scheme.activations == "dynamic"
-        inputs = {"num_bits": 8, "type": "int", "symmetric": scheme.activations_symmetric,
+        inputs = {"num_bits": scheme.activation_bits, "type": "int", "symmetric": scheme.activations_symmetric,
                   "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}  # fmt: skip
     return (
         _said(group, {"targets", "weights", "input_activations"}) == {"format": _form(scheme)}

@@ -274,6 +274,8 @@ def test_what_the_format_has_no_place_for_is_refused() -> None:
         (Scheme(8, symmetric=False, activations="static"), "symmetric weights"),
         (Scheme(8, activations="dynamic", activations_symmetric=False), "symmetric dynamic"),
         (Scheme(8, sparse=True), "W8A8S"),
+        (Scheme(4, activations="dynamic"), "8-bit weights only"),
+        (Scheme(8, activations="dynamic", activation_bits=4), "8-bit activations only"),
     ]:
         assert reason in ascend.refusal(linear, scheme)
     assert "Conv1D" in ascend.refusal(Linear("x", 64, 64, transposed=True), Scheme(8))

@@ -27,6 +27,7 @@ MIXTURES: dict[str, tuple[str, dict[str, str]]] = {
     "two formats": ("W4A16 g32", {"*.mlp.down_proj": "W8A8 dynamic"}),
     "one format": ("W8A8 dynamic", {"*.mlp.*": "W8A8 static asym", "*.self_attn.o_proj": "W8A8 static"}),
     "weights alone": ("W8A16", {"*.0.mlp.*": "W4A16 g32", "*.1.mlp.down_proj": "W3A16 g32", "*.o_proj": "W8A16 g32"}),
+    "integer inputs of all kinds": ("W4A8 dynamic g32", {"*.down_proj": "W4A4 dynamic", "*.o_proj": "W8A8 dynamic"}),
     "by block": ("W8A8 dynamic", {"model.layers.1.*": "W4A16 g64"}),
     "siblings apart": ("W4A16 g32", {"*.v_proj": "W8A8 dynamic"}),
     "the head too": ("W8A8 dynamic", {"lm_head": "W8A16 g32"}),
@@ -177,6 +178,9 @@ def test_a_head_that_is_not_named_is_found(tmp_path: Path) -> None:
 def test_what_the_format_has_no_place_for_is_refused() -> None:
     linear = Linear("model.layers.0.mlp.up_proj", 64, 64)
     assert "not both" in compressed_tensors.refusal(linear, Scheme(8, activations="mix"))
+    assert "symmetric weights" in compressed_tensors.refusal(linear, Scheme(4, symmetric=False, activations="dynamic"))
+    for static in (Scheme(4, activations="static"), Scheme(8, activations="static", activation_bits=4)):
+        assert "static activations of 8 bits" in compressed_tensors.refusal(linear, static)
     assert compressed_tensors.refusal(linear, Scheme(8, activations="static", sparse=True)) == ""
     for attention in (
         AttentionScheme(kv="int8"),

@@ -12,7 +12,7 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
-from tiny_exports import SCHEMES, WEIGHT_ONLY, Export, export_tiny
+from tiny_exports import PACKED_WITH_ACTIVATIONS, SCHEMES, WEIGHT_ONLY, Export, export_tiny
 from tiny_models import save_tiny_model
 from torch import Tensor
 
@@ -22,7 +22,6 @@ from quantcli.formats.store import StoredLinear
 from quantcli.model.discovery import discover
 from quantcli.pipeline.plan import make_plan
 from quantcli.quant.grid import dequantize
-from quantcli.quant.scheme import Scheme
 from quantcli.recipe.schema import Recipe
 
 SCHEME = pytest.mark.parametrize("name", SCHEMES)
@@ -52,7 +51,7 @@ def test_our_reader_returns_the_store(name: str, exported: Exported) -> None:
     assert made.verify().linears == len(made.store.schemes) == 14
 
 
-@pytest.mark.parametrize("name", WEIGHT_ONLY)
+@pytest.mark.parametrize("name", [*WEIGHT_ONLY, *PACKED_WITH_ACTIVATIONS])
 def test_the_library_unpacks_the_store(name: str, exported: Exported) -> None:
     made, scheme, dtype = exported(name), SCHEMES[name], torch.bfloat16
     tensors = files_of(made)
@@ -85,7 +84,8 @@ def test_configuration_is_the_librarys_own(name: str, exported: Exported) -> Non
     assert group.weights.group_size == scheme.group_size
     assert (group.input_activations is None) == (scheme.activations == "none")
     if group.input_activations is not None:
-        assert group.input_activations.num_bits == 8
+        assert f"A{group.input_activations.num_bits} " in name
+        assert group.input_activations.strategy == ("token" if scheme.activations == "dynamic" else "tensor")
         assert group.input_activations.dynamic == (scheme.activations == "dynamic")
         assert group.input_activations.symmetric == scheme.activations_symmetric
     assert config.quantization_status == "compressed"
@@ -202,15 +202,18 @@ def test_what_stands_beside_the_weights_is_copied(tmp_path: Path) -> None:
     assert (folder / "tokenizer.json").read_bytes() == (made.model / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("scheme", [SCHEMES["W4A16 g32"], SCHEMES["W8A8 static asym"]], ids=["W4A16", "W8A8"])
-def test_a_float32_model_can_be_exported_in_bfloat16(scheme: Scheme, tmp_path: Path) -> None:
-    made = export_tiny(tmp_path, scheme, cast="bfloat16")
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [("W4A16 g32", torch.bfloat16), ("W4A8 dynamic", torch.bfloat16), ("W8A8 static asym", torch.float32)],
+)
+def test_a_float32_model_can_be_exported_in_bfloat16(name: str, scale: torch.dtype, tmp_path: Path) -> None:
+    made = export_tiny(tmp_path, SCHEMES[name], cast="bfloat16")
     original, tensors = load_file(made.model / "model.safetensors"), files_of(made)
     assert original["model.norm.weight"].dtype == torch.float32
     for name in ("model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"):
         assert torch.equal(tensors[name], original[name].bfloat16())
     scales = {t.dtype for name, t in tensors.items() if name.endswith("weight_scale")}
-    assert scales == {torch.bfloat16 if scheme.activations == "none" else torch.float32}
+    assert scales == {scale}
     assert json.loads((made.folder / "config.json").read_text())["dtype"] == "bfloat16"
     made.verify()
 

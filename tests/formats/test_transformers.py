@@ -4,12 +4,12 @@ What transformers 5 does with compressed-tensors 0.20 is not what a serving engi
 model's dtype, dequantizes weights once, and quantizes inputs only to dequantize them again, in the model's dtype:
 
     weights   W = q·s in the model's dtype, s rounded to it (engines: float32 scales beside int8 codes)
-    dynamic   s = max|x| / 127.5 a token, in the model's dtype (engines: max|x| / 127 in float32)
+    dynamic   s = max|x| / 127.5 a token, or 7.5, in the model's dtype (engines: max|x| / 127, or 7, in float32)
     static    q = round(x / s + z), all in the model's dtype (engines: float32)
     product   (q − z)·s times Wᵀ in the model's dtype (engines: exact integers, scaled in float32, rounded once)
 
 The evaluation follows the engines, which tests/serving proves. Here the same streamed evaluation, with those rules in
-the place of its own, has to give the very logits of transformers. In float32 only the 127.5 remains of the difference.
+the place of its own, has to give the very logits of transformers. In float32 only the divisor remains.
 """
 
 from __future__ import annotations
@@ -58,13 +58,15 @@ def by_the_rules_of_transformers(module: nn.Module, weights: Int8Weights) -> Cal
     """The table above as code, in the place of `simulate._forward`."""
 
     def forward(x: Tensor) -> Tensor:
-        weight = weights.codes.to(x.dtype) * weights.scale.to(x.dtype)
+        scale = weights.scale.repeat_interleave(weights.codes.shape[1] // weights.scale.shape[1], 1)
+        weight = weights.codes.to(x.dtype) * scale.to(x.dtype)
+        half = 2 ** (weights.input_bits - 1)
         zero = 0 if weights.input_zero_point is None else weights.input_zero_point.to(x.dtype)
         if weights.input_scale is None:
-            scale = x.abs().amax(-1, keepdim=True) / 127.5
+            scale = x.abs().amax(-1, keepdim=True) / (half - 0.5)
         else:
             scale = weights.input_scale.to(x.dtype)
-        codes = (x / scale + zero).round().clamp(-128, 127)
+        codes = (x / scale + zero).round().clamp(-half, half - 1)
         return linear((codes - zero) * scale, weight, module.bias)
 
     return forward
@@ -95,8 +97,9 @@ def test_activations_by_the_rules_of_transformers_give_its_logits_to_the_bit(
     by_engine = of_evaluation(made)
     monkeypatch.setattr(simulate, "_forward", by_the_rules_of_transformers)
     assert torch.equal(of_evaluation(made), theirs)
-    # by either rule it is the same model: what is left is rounding, far below the logits' own spread
-    assert (by_engine - theirs).std() < 0.1 * theirs.std()
+    # by either rule it is the same model: what is left is rounding, far below the logits' own spread with 8-bit inputs
+    share = 0.1 if SCHEMES[name].activation_bits == 8 else 0.6
+    assert (by_engine - theirs).std() < share * theirs.std()
 
 
 @pytest.mark.parametrize("name", ["W8A8 static", "W8A8 static asym"])
@@ -105,7 +108,7 @@ def test_in_float32_static_activations_agree_as_they_are(name: str, exported: Ex
     assert share_of_equal_tokens(of_evaluation(made), of_transformers(made.folder)) > 0.5
 
 
-@pytest.mark.parametrize("name", ["W8A8 dynamic", "W8A8 dynamic tensor"])
+@pytest.mark.parametrize("name", ["W8A8 dynamic", "W8A8 dynamic tensor", "W4A8 dynamic", "W4A8 dynamic g32"])
 def test_in_float32_dynamic_activations_differ_by_the_divisor_alone(
     name: str, exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,9 +116,10 @@ def test_in_float32_dynamic_activations_differ_by_the_divisor_alone(
     theirs = of_transformers(made.folder)
     assert share_of_equal_tokens(of_evaluation(made), theirs) == 0
 
-    def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-        scale = x.abs().amax(-1, keepdim=True) / 127.5
-        return (x / scale).round().clamp(-128, 127).to(torch.int8), scale
+    def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        half = 2 ** (bits - 1)
+        scale = x.abs().amax(-1, keepdim=True) / (half - 0.5)
+        return (x / scale).round().clamp(-half, half - 1).to(torch.int8), scale
 
     monkeypatch.setattr(simulate, "quantize_per_token", quantize_per_token)
     assert share_of_equal_tokens(of_evaluation(made), theirs) > 0.5

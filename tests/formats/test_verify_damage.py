@@ -19,7 +19,8 @@ from tiny_exports import SCHEMES, Export
 from quantcli.errors import ModelError, VerificationError
 
 Exported = Callable[..., Export]
-NAMES = ["W8A16", "W4A16 g32 asym", "W4A16 tensor asym", "W3A16 g32 asym", "W8A8 dynamic", "W8A8 static asym"]
+NAMES = ["W8A16", "W4A16 g32 asym", "W4A16 tensor asym", "W3A16 g32 asym", "W8A8 dynamic", "W8A8 static asym",
+         "W4A8 dynamic g32"]  # fmt: skip
 UP = "model.layers.1.mlp.up_proj"
 
 
@@ -203,7 +204,7 @@ INPUT_CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("claim", CLAIMS | INPUT_CLAIMS)
-@pytest.mark.parametrize("name", ["W8A16", "W4A16 g32 asym", "W8A8 dynamic", "W8A8 static asym"])
+@pytest.mark.parametrize("name", ["W8A16", "W4A16 g32 asym", "W8A8 dynamic", "W8A8 static asym", "W4A8 dynamic g32"])
 def test_a_false_claim_of_the_configuration_is_found(name: str, claim: str, exported: Exported, tmp_path: Path) -> None:
     made = copy_of(exported(name), tmp_path)
     if claim in INPUT_CLAIMS and SCHEMES[name].activations == "none":
@@ -222,6 +223,26 @@ def test_our_own_reader_refuses_what_it_would_misread(claim: str, exported: Expo
     made = copy_of(exported("W8A8 dynamic"), tmp_path)
     change_config(made, (CLAIMS | INPUT_CLAIMS)[claim])
     with pytest.raises(ModelError, match="quantization_config"):
+        made.reader()
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        lambda c: group(c)["input_activations"].update(num_bits=6),
+        lambda c: group(c)["input_activations"].update(symmetric=False),
+        lambda c: group(c)["input_activations"].update(dynamic=False, strategy="tensor"),
+        lambda c: group(c)["weights"].update(symmetric=False),
+        lambda c: group(c).update(format="int-quantized"),  # a byte a code, as llm-compressor writes W4A8
+    ],
+)
+def test_our_own_reader_refuses_other_kinds_of_w4a8(
+    claim: Callable[[dict[str, Any]], Any], exported: Exported, tmp_path: Path
+) -> None:
+    made = copy_of(exported("W4A8 dynamic g32"), tmp_path)
+    assert made.reader().schemes
+    change_config(made, claim)
+    with pytest.raises(ModelError, match="scheme that is not supported"):
         made.reader()
 
 
