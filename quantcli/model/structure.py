@@ -35,12 +35,16 @@ class Producer:
 
     segments: the input channels, in order, are the producer's output channels [start, start + length) of each segment;
     heads that share keys and values repeat a segment, and a part of a fused projection starts inside. Empty: identity.
+
+    obstacle: in words, why scaling those channels would change the model; empty if all that reads them are linears of
+    shared inputs with this producer.
     """
 
     name: str
     kind: Literal["norm", "linear"]
     weight_offset: float = 0.0
     segments: tuple[tuple[int, int], ...] = ()
+    obstacle: str = ""
 
     def channels(self, width: int) -> list[int]:
         """The producer's output channel behind each of `width` input channels."""

@@ -16,7 +16,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from quantcli.errors import ModelError
-from quantcli.model.discovery import discover, norm_offset
+from quantcli.model.discovery import discover
+from quantcli.model.norms import norm_offset
 from quantcli.model.structure import Block, Structure
 from quantcli.model.structure_cache import find_structure
 
@@ -41,7 +42,7 @@ EXPECTED: dict[str, tuple[list[str], list[str], list[str]]] = {
             "self_attn.qkv_proj <- input_layernorm",
             "self_attn.o_proj <- self_attn.qkv_proj",
             "mlp.gate_up_proj <- post_attention_layernorm",
-            "mlp.down_proj",  # a half of gate_up times a function of the other half
+            "mlp.down_proj <- mlp.gate_up_proj",  # a half of it times a function of the other half
         ],
         [],
         [],
@@ -64,7 +65,7 @@ EXPECTED: dict[str, tuple[list[str], list[str], list[str]]] = {
     "falcon": (
         [
             "self_attention.query_key_value mlp.dense_h_to_4h <- input_layernorm",
-            "self_attention.dense",
+            "self_attention.dense <- self_attention.query_key_value",
             "mlp.dense_4h_to_h",
         ],
         [],

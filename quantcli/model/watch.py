@@ -1,0 +1,269 @@
+"""What is seen of one forward pass of a decoder: who reads what, and what the residual stream meets.
+
+Hooks mark the outputs of embeddings, norms, linears and blocks; between them `ChannelPaths` follows the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from quantcli.model.channel_paths import ChannelPaths
+from quantcli.model.norms import describe_norm, is_norm, is_norm_of, norm_offset, turns_with_its_input
+from quantcli.model.structure import Block, Linear, Norm, Producer, Residual, SharedInput
+
+OUTSIDE = ""
+"""The residual stream outside of the blocks, as a term."""
+
+
+class Watch:
+    """What is seen of one forward: the readers of each input, and what sums norms, linears and blocks meet.
+
+    The residual stream inside a block is a term under the block's own path, outside of the blocks under OUTSIDE.
+    """
+
+    def __init__(self, model: nn.Module, paths: list[str], wanted: set[str]) -> None:
+        self.paths = ChannelPaths()
+        self.linears: dict[str, Linear] = {}
+        self.readers: dict[int, list[str]] = {}
+        self.sources: dict[int, tuple[str, list[int]] | None] = {}
+        self.norms: dict[str, nn.Module] = {}
+        self.sums: dict[str, frozenset[str]] = {}  # what norms and linears read, and what blocks put out
+        self.entrances: dict[str, frozenset[str]] = {}  # what blocks are given
+        self.as_tuple: bool | None = None
+        self.handles: list[Any] = []
+        unwanted = tuple(f"{path}." for path in paths if path not in wanted)
+        for name, module in model.named_modules():
+            if name in paths:
+                self._hook(module, self._enter_block(name, name in wanted), self._leave_block(name, name in wanted))
+            elif name.startswith(unwanted):
+                continue
+            elif is_linear(module):
+                self.linears[name] = _describe(name, module)
+                self._hook(module, self._enter_linear(name), self._leave_linear(name))
+            elif is_norm(module):
+                self._hook(module, self._enter_norm(name), self._leave_norm(name))
+            elif isinstance(module, nn.Embedding):
+                self._hook(module, None, self._leave_embedding(f"{name}.weight"))
+        self.blocks = paths
+
+    def _hook(self, module: nn.Module, enter: Any, leave: Any) -> None:
+        if enter is not None:
+            self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        self.handles.append(module.register_forward_hook(leave, with_kwargs=True))
+
+    def stream_of(self, name: str) -> str:
+        """The name of the residual stream where the module is."""
+        return next((path for path in self.blocks if name.startswith(f"{path}.")), OUTSIDE)
+
+    def _enter_linear(self, name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensor = first_argument(args, kwargs)
+            self.paths.silent += 1
+            self.sums[name] = terms = self.paths.terms_of(tensor)
+            if not any(terms == {norm} and self.stream_of(norm) == self.stream_of(name) for norm in self.norms):
+                self.paths.break_off(terms, f"the linear {name}")
+            source = self.paths.source_of(tensor)
+            if source is not None and self.stream_of(source[0]) != self.stream_of(name):
+                self.paths.read_otherwise(tensor)
+                source = None
+            self.sources[id(tensor)] = source
+            self.paths.kept.append(tensor)
+            self.readers.setdefault(id(tensor), []).append(name)
+
+        return hook
+
+    def _leave_linear(self, name: str) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+            self.paths.silent -= 1
+            self.paths.begin(output, name)
+
+        return hook
+
+    def _enter_norm(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _norms_alone(module, args, kwargs):
+                tensor = first_argument(args, kwargs)
+                self.paths.silent += 1
+                self.norms[name] = module
+                self.sums[name] = terms = self.paths.terms_of(tensor)
+                self.paths.read_otherwise(tensor)
+                if self.stream_of(name) not in terms:
+                    self.paths.break_off(terms, f"the norm {name}")
+
+        return hook
+
+    def _leave_norm(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if _norms_alone(module, args, kwargs):
+                self.paths.silent -= 1
+                self.paths.begin(output, name)
+
+        return hook
+
+    def _leave_embedding(self, name: str) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+            self.paths.begin(output, name, channels=False)
+
+        return hook
+
+    def _enter_block(self, path: str, wanted: bool) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = first_argument(args, kwargs)
+            self.entrances[path] = self.paths.terms_of(hidden)
+            if wanted:
+                self.paths.begin(hidden, path, channels=False)
+
+        return hook
+
+    def _leave_block(self, path: str, wanted: bool) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+            if self.as_tuple is None:
+                self.as_tuple = isinstance(output, tuple)
+            hidden = output[0] if isinstance(output, tuple) else output
+            if wanted:
+                self.sums[path] = self.paths.terms_of(hidden)
+            self.paths.begin(hidden, OUTSIDE, channels=False)
+
+        return hook
+
+    def block(self, path: str, module: nn.Module) -> Block:
+        inside = {name: linear for name, linear in self.linears.items() if name.startswith(f"{path}.")}
+        inputs = []
+        for key, names in self.readers.items():
+            readers = tuple(name for name in names if name in inside)
+            if readers:
+                inputs.append(SharedInput(readers, inside[readers[0]].in_features, self._producer(key, path)))
+        seen = [inside[name] for shared in inputs for name in shared.linears]
+        unseen = [linear for linear in inside.values() if linear not in seen]
+        convolutions = {id(m.weight) for m in module.modules() if isinstance(m, nn.Conv1d)}
+        experts = tuple(n for n, p in module.named_parameters(prefix=path) if p.ndim == 3 and id(p) not in convolutions)
+        residual = self._residual(path, experts)
+        return Block(path, (*seen, *unseen), tuple(inputs), tuple(_fused(inputs)), experts, residual)
+
+    def _producer(self, key: int, path: str) -> Producer | None:
+        source = self.sources[key]
+        if source is None:
+            return None
+        name, channels = source
+        width, others = self.paths.widths[name], self.paths.others.get(name)
+        segments = () if channels == list(range(width)) else _segments(channels)
+        obstacle = ""
+        if others is not None and bool(others[channels].any()):
+            obstacle = f"{name.removeprefix(f'{path}.')} is also read by something that is no linear"
+        if name in self.norms:
+            return Producer(name, "norm", norm_offset(self.norms[name]), segments, obstacle)
+        return Producer(name, "linear", 0.0, segments, obstacle)
+
+    def _residual(self, path: str, experts: tuple[str, ...]) -> Residual:
+        sums = [terms for terms in self.sums.values() if path in terms]
+        norms = [name for name in self.norms if path in self.sums[name] and self.stream_of(name) == path]
+        writers = [name for name in self.linears if any(name in terms for terms in sums)]
+        obstacle = self._residual_obstacle(path, experts, norms, writers).replace(f"{path}.", "")
+        return Residual(tuple(describe_norm(name, self.norms[name]) for name in norms), tuple(writers), obstacle)
+
+    def _residual_obstacle(self, path: str, experts: tuple[str, ...], norms: list[str], writers: list[str]) -> str:
+        """In names without the block's path, so that blocks of one kind have one obstacle."""
+        broken, terms = self.paths.broken, self.sums.get(path, frozenset())
+        if experts:
+            return f"{experts[0]} holds the weights of many experts"
+        for name in self.norms:
+            if name in terms:
+                return f"the output of the norm {name} is added to the residual stream"
+        if broken.get(path) == "add":
+            return "something is added to the residual stream that is not the output of a linear"
+        if path in broken:
+            return f"the residual stream is read by {_reader(broken[path])}"
+        if path not in terms:
+            return "the residual stream is not what the block puts out"
+        for name in norms:
+            if name in broken:
+                return f"the output of {name} is read by {_reader(broken[name])}, not by linears alone"
+        for name in writers:
+            if name in broken:
+                return f"the output of {name} is added to the residual stream and also read by {_reader(broken[name])}"
+        return next((_strange(name) for name in norms if not turns_with_its_input(self.norms[name])), "")
+
+    def outside(self, head: str | None) -> tuple[tuple[str, ...], Norm | None, str]:
+        """Embeddings, final norm and obstacle of `Structure`."""
+        entered = self.entrances.get(self.blocks[0], frozenset())
+        embeddings = tuple(sorted(entered - self.norms.keys() - self.linears.keys()))
+        final = None
+        for name in self.norms:
+            if self.sums[name] == {OUTSIDE} and self.sums.get(head or "") == frozenset({name}):
+                final = name
+        obstacle = self._outer_obstacle(entered, embeddings, head, final)
+        return embeddings, None if final is None else describe_norm(final, self.norms[final]), obstacle
+
+    def _outer_obstacle(
+        self, entered: frozenset[str], embeddings: tuple[str, ...], head: str | None, final: str | None
+    ) -> str:
+        broken = self.paths.broken
+        if not entered:
+            return "what enters the first block is not a sum of embeddings"
+        for name in sorted(entered.difference(embeddings)):
+            return f"{name} stands between the embeddings and the first block"
+        for name in embeddings:
+            if name in broken:
+                return f"{name} is also read by {_reader(broken[name])}"
+        for path in self.blocks[1:]:
+            if self.entrances.get(path) != frozenset({OUTSIDE}):
+                return f"something changes the residual stream before {path}"
+        if head is None:
+            return "the model has no output head"
+        if final is None:
+            return f"{head} does not read the output of a norm of the residual stream"
+        if OUTSIDE in broken:
+            return f"behind the last block the residual stream is read by {_reader(broken[OUTSIDE])}"
+        if final in broken:
+            return f"the output of {final} is read by {_reader(broken[final])}, not by {head} alone"
+        return "" if turns_with_its_input(self.norms[final]) else _strange(final)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or the Conv1D of GPT-2, which is a linear whose weight is stored as [in, out]."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _describe(name: str, module: nn.Module) -> Linear:
+    weight = module.weight
+    transposed = not isinstance(module, nn.Linear)
+    rows, columns = (int(size) for size in weight.shape)  # type: ignore[union-attr]
+    outs, ins = (columns, rows) if transposed else (rows, columns)
+    return Linear(name, ins, outs, module.bias is not None, transposed)
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _norms_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it is called on one tensor, with a weight a channel: some norms also take a gate, some norm groups."""
+    return len(args) + len(kwargs) == 1 and is_norm_of(module, first_argument(args, kwargs))
+
+
+def _segments(channels: list[int]) -> tuple[tuple[int, int], ...]:
+    """Runs of consecutive channels, cut wherever one begins or ends elsewhere: heads that share values stay whole."""
+    cuts = {i for i in range(1, len(channels)) if channels[i] != channels[i - 1] + 1}
+    begins = {channels[i] for i in cuts} | {channels[0]}
+    ends = {channels[i - 1] for i in cuts} | {channels[-1]}
+    starts = [0, *(i for i in range(1, len(channels)) if channels[i] in begins or channels[i - 1] in ends)]
+    return tuple((channels[i], end - i) for i, end in zip(starts, [*starts[1:], len(channels)], strict=True))
+
+
+def _reader(operation: str) -> str:
+    return operation if " " in operation else f"an operation ({operation})"
+
+
+def _strange(norm: str) -> str:
+    return f"{norm} is neither an RMS norm nor a layer norm"
+
+
+def _fused(inputs: list[SharedInput]) -> Iterator[tuple[str, ...]]:
+    for shared in inputs:
+        parents: dict[str, list[str]] = {}
+        for linear in shared.linears:
+            parents.setdefault(linear.rpartition(".")[0], []).append(linear)
+        yield from (tuple(group) for group in parents.values() if len(group) > 1)
