@@ -1,0 +1,300 @@
+"""Rotations of the residual stream and of attention heads, folded into the weights.
+
+QuaRot, https://arxiv.org/abs/2404.00456, section 4; R1 and R2 of SpinQuant, https://arxiv.org/abs/2405.16406.
+
+The float model stays the same function. R1: everything that the residual stream x consists of becomes x R. What writes
+into it is multiplied by R on its outputs, and the gain w of each norm goes into the linears that read the norm:
+norm(x) = x̂·diag(w) + b with x̂ the normalized stream, so that
+
+    E ← E R;   writers W ← Rᵀ W, b ← b R;   norm w ← 1, b ← (b / w) R;   readers W ← W diag(w) R,
+
+since an RMS norm gives (x R)^ = x̂ R for every orthogonal R, and LayerNorm, which also subtracts the mean, for every R
+that keeps the all-ones direction. R2: the values of a head, v, become v R; attention mixes tokens, never the channels
+of a head, so that the readers of its output take W ← W R on the columns of each head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from quantcli.errors import ModelError
+from quantcli.model.folding import Added, Change
+from quantcli.model.structure import Block, Linear, Norm, SharedInput, Structure
+from quantcli.quant.orthogonal import Rotation
+
+# Tensors are rotated a piece at a time: of 2 MB in float64, which stays in a core's cache (half the time of 32 MB).
+PIECE_ELEMENTS = 1 << 18
+_Turn = Callable[[Tensor], Tensor]  # float64 [m, k] → [m, k], each row by itself
+_Step = Callable[[Tensor], None]  # changes a parameter in its place
+
+_WITHOUT_STREAM = "Set smooth.rotation.hidden: false."
+_WITHOUT_HEADS = "Set smooth.rotation.heads: false."
+
+
+@dataclass(frozen=True)
+class ModelRotation:
+    """Which rotations a model gets: of the residual stream (`hidden`, R1), of the values of every attention head
+    (`heads`, R2, blocks of `head_dim` channels), and the seed of both."""
+
+    seed: int
+    hidden: bool
+    heads: bool
+    head_dim: int | None = None
+
+
+class Orthogonal(Protocol):
+    """An orthogonal matrix R [size, size] by what it does: `apply(x)` is x R over the last dimension."""
+
+    @property
+    def size(self) -> int: ...
+
+    def apply(self, x: Tensor) -> Tensor: ...
+
+
+def rotation_changes(
+    structure: Structure, rotation: ModelRotation, read: Callable[[str], Tensor]
+) -> tuple[dict[str, Change], dict[str, Added]]:
+    """What the rotations make of each parameter, by its name, and the parameters that they add: a head that was tied.
+
+    `read` gives a parameter as it is stored; it is called for norms only, at once. After R1 the structure is
+    `untied(structure)`. Changes compute in float64. The new norm biases (b/w)R stay norm biases, so that no linear
+    needs one.
+
+    Raises:
+        ModelError: R1 is asked for and has an obstacle (`rotation_obstacles`), or a norm that adds a bias to a channel
+            that it multiplies by 0; R2 is asked for and no attention output in whole heads is known.
+        ValueError: R2 is asked for without head_dim.
+    """
+    heads = None
+    if rotation.heads:
+        if rotation.head_dim is None:
+            raise ValueError("the rotation of heads needs head_dim")
+        heads = Rotation(rotation.head_dim, rotation.seed)
+    stream = stream_rotation(structure, rotation.seed) if rotation.hidden else None
+    return changes_by(structure, stream, heads, read)
+
+
+def stream_rotation(structure: Structure, seed: int) -> Rotation:
+    """R1 for this model: one that keeps the all-ones direction if any of its norms subtracts the mean."""
+    return Rotation(structure.width, seed, keeps_ones=any(norm.centred for norm in _norms(structure)))
+
+
+def changes_by(
+    structure: Structure, stream: Orthogonal | None, heads: Orthogonal | None, read: Callable[[str], Tensor]
+) -> tuple[dict[str, Change], dict[str, Added]]:
+    """`rotation_changes` by given matrices: `stream` for R1, `heads` for R2, None for neither.
+
+    Where a norm subtracts the mean, `stream` has to keep the all-ones direction.
+    """
+    steps = _Steps()
+    if stream is not None:
+        _rotate_stream(structure, stream, read, steps)
+    if heads is not None:
+        _rotate_heads(structure, heads, steps)
+    changes = {name: _changed_by(tuple(own)) for name, own in steps.items()}
+    added = {}
+    if stream is not None and structure.tied:
+        head = f"{structure.head}.weight"
+        added[head] = Added(_token_embeddings(structure)[0], changes.pop(head))
+    return changes, added
+
+
+def rotation_obstacles(structure: Structure) -> list[str]:
+    """Why the residual stream cannot be rotated, in words, each reason once; empty if it can."""
+    found: dict[str, None] = {}
+    for block in structure.blocks:
+        if block.residual is None:
+            found.setdefault(f"it is not known how {block.name} meets the residual stream")
+        elif block.residual.obstacle:
+            found.setdefault(block.residual.obstacle)
+        else:
+            for norm in block.residual.norms:
+                readers = [shared.producer for shared in block.inputs if _feeds(norm, shared)]
+                reasons = [producer.obstacle for producer in readers if producer is not None and producer.obstacle]
+                found |= dict.fromkeys(reasons if readers else [f"no linear is known to read {norm.name}"])
+    if structure.outer_obstacle:
+        found.setdefault(structure.outer_obstacle)
+    elif not structure.embeddings or structure.final_norm is None or structure.head is None:
+        found.setdefault("it is not known how the residual stream begins and ends")
+    elif structure.tied and len(_token_embeddings(structure)) != 1:
+        found.setdefault("it is not known which embedding the head is tied to")
+    return list(found)
+
+
+def untied(structure: Structure) -> Structure:
+    """The structure whose head has a weight of its own, as it has once R1 is applied."""
+    if not structure.tied or structure.head is None:
+        return structure
+    weight = (structure.vocabulary, structure.width)
+    return replace(structure, tied=False, parameters={**structure.parameters, f"{structure.head}.weight": weight})
+
+
+def head_size(config: Any) -> int | None:
+    """Channels of an attention head by a configuration of transformers: `head_dim`, or hidden size / heads."""
+    text = config.get_text_config()
+    size = getattr(text, "head_dim", None)
+    if size is None and getattr(text, "num_attention_heads", None):
+        size = text.hidden_size // text.num_attention_heads
+    return size
+
+
+def rotatable_heads(structure: Structure, head_dim: int) -> list[SharedInput]:
+    """The inputs that are outputs of attention in whole heads of `head_dim`, whose values a known linear makes.
+
+    Attention is known by what is beside the values: queries as wide as its output, and keys as wide as the values, made
+    by siblings of that linear or by the same one. Then no gate or other factor lies between values and output.
+    """
+    return [shared for block in structure.blocks for shared in block.inputs if _is_rotatable(block, shared, head_dim)]
+
+
+class _Steps(dict[str, list[_Step]]):
+    """Steps of each parameter, in order, by its name."""
+
+    def inputs(self, linear: Linear, turn: _Turn) -> None:
+        """W ← the turn of its rows: every output's weights, over the input channels."""
+        self._add(f"{linear.name}.weight", lambda w: _turn_rows(w.t() if linear.transposed else w, turn))
+
+    def outputs(self, linear: Linear, turn: _Turn) -> None:
+        """W and b ← the turn of their columns: over the output channels."""
+        self._add(f"{linear.name}.weight", lambda w: _turn_rows(w if linear.transposed else w.t(), turn))
+        if linear.bias:
+            self.rows(f"{linear.name}.bias", turn)
+
+    def rows(self, parameter: str, turn: _Turn) -> None:
+        """A parameter [·, k] or [k] that is no linear's weight."""
+        self._add(parameter, lambda p: _turn_rows(p if p.ndim > 1 else p.unsqueeze(0), turn))
+
+    def _add(self, parameter: str, step: _Step) -> None:
+        self.setdefault(parameter, []).append(step)
+
+
+def _rotate_stream(structure: Structure, stream: Orthogonal, read: Callable[[str], Tensor], steps: _Steps) -> None:
+    obstacles = rotation_obstacles(structure)
+    if obstacles:
+        raise ModelError(f"The residual stream of {structure.architecture} cannot be rotated: {obstacles[0]}.",
+                         _WITHOUT_STREAM)  # fmt: skip
+    for embedding in structure.embeddings:
+        steps.rows(embedding, stream.apply)
+    for block in structure.blocks:
+        linears = {linear.name: linear for linear in block.linears}
+        assert block.residual is not None
+        for norm in block.residual.norms:
+            gain = _rotate_norm(norm, stream, read, steps)
+            for shared in block.inputs:
+                for name in shared.linears if _feeds(norm, shared) else ():
+                    steps.inputs(linears[name], _scaled(gain, stream.apply))
+        for name in block.residual.writers:
+            steps.outputs(linears[name], stream.apply)
+    assert structure.final_norm is not None
+    assert structure.head is not None
+    gain = _rotate_norm(structure.final_norm, stream, read, steps)
+    head = Linear(structure.head, structure.width, structure.vocabulary)
+    steps.inputs(head, _scaled(gain, stream.apply))
+
+
+def _rotate_norm(norm: Norm, stream: Orthogonal, read: Callable[[str], Tensor], steps: _Steps) -> Tensor:
+    """The gain [C] float64 that the norm gives to its readers."""
+    gain = read(f"{norm.name}.weight").double() + norm.weight_offset
+    steps.rows(f"{norm.name}.weight", lambda weight: torch.full_like(weight, 1.0 - norm.weight_offset))
+    if norm.bias:
+        bias = read(f"{norm.name}.bias").double()
+        # A channel that the norm leaves zero adds nothing, and takes part in no quotient.
+        quotient = torch.where(bias == 0, 0.0, bias / gain)
+        if not bool(torch.isfinite(quotient.float()).all()):
+            raise ModelError(f"{norm.name} adds a bias to a channel that it multiplies by 0, which no rotation of its "
+                             "input can keep.", _WITHOUT_STREAM)  # fmt: skip
+        steps.rows(f"{norm.name}.bias", lambda _: stream.apply(quotient.unsqueeze(0)))
+    return gain
+
+
+def _rotate_heads(structure: Structure, heads: Orthogonal, steps: _Steps) -> None:
+    found = rotatable_heads(structure, heads.size)
+    if not found:
+        raise ModelError(f"{structure.architecture} has no attention output in whole heads of {heads.size} channels.",
+                         _WITHOUT_HEADS)  # fmt: skip
+    linears = {linear.name: linear for linear in structure.linears()}
+    for shared in found:
+        assert shared.producer is not None
+        steps.outputs(linears[shared.producer.name], _in_heads(heads, _head_starts(shared, heads.size)))
+        for name in shared.linears:
+            steps.inputs(linears[name], _in_heads(heads, list(range(0, shared.width, heads.size))))
+
+
+def _is_rotatable(block: Block, shared: SharedInput, size: int) -> bool:
+    starts = _head_starts(shared, size)
+    if shared.producer is None or shared.producer.obstacle or not starts:
+        return False
+    features = {linear.name: linear.out_features for linear in block.linears}
+    values, name = len(starts) * size, shared.producer.name
+    siblings = next((group for group in block.fused if name in group), (name,))
+    if len(siblings) == 1:
+        return features[name] == shared.width + 2 * values
+    return sorted(features[sibling] for sibling in siblings) == sorted((shared.width, values, values))
+
+
+def _head_starts(shared: SharedInput, size: int) -> list[int]:
+    """First output channel of each head of values behind an input; none if it does not consist of whole heads."""
+    producer = shared.producer
+    if producer is None or producer.kind != "linear":
+        return []
+    segments = producer.segments or ((0, shared.width),)
+    if any(length % size for _, length in segments):
+        return []
+    starts = sorted({head for start, length in segments for head in range(start, start + length, size)})
+    overlapping = any(after - before < size for before, after in pairwise(starts))
+    return [] if overlapping else starts
+
+
+def _feeds(norm: Norm, shared: SharedInput) -> bool:
+    return shared.producer is not None and shared.producer.name == norm.name
+
+
+def _norms(structure: Structure) -> Iterator[Norm]:
+    for block in structure.blocks:
+        yield from block.residual.norms if block.residual else ()
+    if structure.final_norm is not None:
+        yield structure.final_norm
+
+
+def _token_embeddings(structure: Structure) -> list[str]:
+    """The embeddings that may be the one of tokens, by their shape; others are of positions."""
+    shape = (structure.vocabulary, structure.width)
+    return [name for name in structure.embeddings if structure.parameters[name] == shape]
+
+
+def _scaled(gain: Tensor, turn: _Turn) -> _Turn:
+    return lambda rows: turn(rows * gain.to(rows.device))
+
+
+def _in_heads(heads: Orthogonal, starts: list[int]) -> _Turn:
+    def turn(rows: Tensor) -> Tensor:
+        for start in starts:
+            head = rows[:, start : start + heads.size]
+            head.copy_(heads.apply(head))
+        return rows
+
+    return turn
+
+
+def _turn_rows(matrix: Tensor, turn: _Turn) -> None:
+    """matrix [m, k], a view of the parameter, ← the turn of each row, in float64."""
+    for piece in matrix.split(max(1, PIECE_ELEMENTS // matrix.shape[1])):
+        piece.copy_(turn(piece.to(torch.float64, memory_format=torch.contiguous_format)))
+
+
+def _changed_by(steps: tuple[_Step, ...]) -> Change:
+    def change(stored: Tensor) -> Tensor:
+        result = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        # between two steps nothing is rounded
+        value = stored.to(torch.float64 if len(steps) > 1 else result, copy=True)
+        for step in steps:
+            step(value)
+        return value.to(result)
+
+    return change
