@@ -17,6 +17,7 @@ from torch import Tensor
 from quantcli.errors import ModelError
 from quantcli.formats.store import Store
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json, replacing
+from quantcli.model.folding import added_tensors
 from quantcli.model.names import checkpoint_prefix
 from quantcli.model.structure import Linear, Structure
 from quantcli.model.workers import linear_workers
@@ -191,6 +192,8 @@ def _documents(form: ModuleType, store: Store, source: Source, owners: Mapping[s
     for key in ("dtype", "torch_dtype"):
         if key in config:
             config[key] = store.dtype
+    if added_tensors(source.checkpoint):  # a head that was tied has a weight of its own
+        config["tie_word_embeddings"] = False
     documents = form.documents(config, store, {*store.kept, *_other_matrices(store, source)}, owners)
     return {name: json.dumps(content, indent=2) + "\n" for name, content in documents.items()}
 

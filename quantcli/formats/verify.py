@@ -20,9 +20,13 @@ from quantcli.errors import ModelError, VerificationError
 from quantcli.formats import verify_ascend
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.model.folding import added_tensors
 from quantcli.model.names import checkpoint_prefix
 from quantcli.model.workers import linear_workers
+from quantcli.model.writer import DTYPE_NAMES
 from quantcli.quant.scheme import Scheme
+
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ def verify_checkpoint(
         checkpoint = Checkpoint(folder)
         config = read_json(folder / "config.json")
         description = read_json(folder / "quant_model_description.json") if form == "ascend" else {}
+    if added_tensors(source) and config.get("tie_word_embeddings") is not False:
+        raise VerificationError(f"{folder}: config.json ties an output head that is not.", "Export again.")
     paths = {module: checkpoint_prefix(module, weights) for module in store.attention_modules}
     if form == "ascend":
         verify_ascend.check_description(description, config, checkpoint.entries, store, weights, paths)
@@ -90,7 +96,9 @@ def verify_checkpoint(
         if name not in left:
             raise VerificationError(f"{folder}: tensor {name} of the float model is missing.", "Export again.")
         original = source.read([origin])[origin]
-        wanted = original.to(cast) if cast is not None and original.is_floating_point() else original
+        # smoothed tensors are read in float32 and stored in the dtype that the file has
+        own = _TORCH_DTYPES[source.entries[origin].dtype]
+        wanted = original.to(cast if cast is not None and original.is_floating_point() else own)
         with _damage():
             found = checkpoint.read([name])[name]
         if (found.dtype, found.shape) != (wanted.dtype, wanted.shape) or not torch.equal(_bytes(found), _bytes(wanted)):

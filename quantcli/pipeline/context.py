@@ -6,12 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcli.model.structure import Linear
 from quantcli.pipeline.plan import Plan
 from quantcli.pipeline.rundir import RunDirectory, StageFolder
 from quantcli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from quantcli.model.checkpoint import Checkpoint
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -75,8 +78,22 @@ class Context:
             raise ModelError(f"{self.model} has no usable tokenizer: {str(error).splitlines()[0]}.",
                              "Put the tokenizer's files beside the weights.") from error  # fmt: skip
 
-    def skeleton(self) -> Any:
-        """The float model without its weights."""
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The float checkpoint as stages behind `smooth` read it: with what that stage found folded in."""
+        from quantcli.pipeline.smoothed import smoothed_checkpoint
+
+        return smoothed_checkpoint(self.recipe, self.model, self.plan.structure, self.folder("smooth"))
+
+    @property
+    def untied(self) -> bool:
+        """Whether smoothing gave an output head that was tied a weight of its own."""
+        from quantcli.model.folding import added_tensors
+
+        return bool(added_tensors(self.checkpoint))
+
+    def skeleton(self, *, original: bool = False) -> Any:
+        """The float model without its weights, which are read as smoothed, or as stored if `original`."""
         from quantcli.model.skeleton import Skeleton
 
         section = self.recipe.model
@@ -86,6 +103,8 @@ class Context:
             dtype=section.dtype,
             device=self.device,
             trust_remote_code=section.trust_remote_code,
+            checkpoint=None if original else self.checkpoint,
+            untied=not original and self.untied,
         )
 
 

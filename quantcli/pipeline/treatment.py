@@ -31,14 +31,14 @@ StatisticsOf = Callable[[str], Statistics]
 
 
 class WeightSource:
-    """The float weights of a context's linears, and what the plan makes of each."""
+    """The float weights of a context's linears, smoothed or `original`, and what the plan makes of each."""
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, *, original: bool = False) -> None:
         from quantcli.model.checkpoint import Checkpoint
         from quantcli.model.names import weight_tensors
 
         self.context = context
-        self.checkpoint = Checkpoint(context.model)
+        self.checkpoint = Checkpoint(context.model) if original else context.checkpoint
         trust = context.recipe.model.trust_remote_code
         self.names = weight_tensors(
             context.model, context.plan.structure, self.checkpoint.entries, trust_remote_code=trust

@@ -46,15 +46,12 @@ def export_digests(run: Path, form: str) -> dict[str, str]:
 
 
 def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
-    import torch
-
-    from quantcli.formats.export import tied_head
     from quantcli.formats.store import Store
     from quantcli.formats.verify import verify_checkpoint
-    from quantcli.model.checkpoint import Checkpoint
-    from quantcli.model.names import weight_tensors
     from quantcli.model.structure_cache import find_structure
+    from quantcli.pipeline.smoothed import smoothed_checkpoint
     from quantcli.pipeline.source import locate_model
+    from quantcli.pipeline.stages.export import source_of
     from quantcli.recipe import load_recipe
 
     if "export" not in read_json(run / RECORD).get("stages", {}):
@@ -66,12 +63,16 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     section = recipe.model
     model = locate_model(section)
     structure = find_structure(model, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
-    source = Checkpoint(model)
-    weights = weight_tensors(model, structure, source.entries, trust_remote_code=section.trust_remote_code)
-    cast = None if section.dtype == "auto" else getattr(torch, section.dtype)
+    source = source_of(recipe, structure, smoothed_checkpoint(recipe, model, structure, run / "smooth"))
     store = Store(run / "quantize")
-    tied = tied_head(structure, source)
-    found = {n: asdict(verify_checkpoint(run / "export" / n, store, source, weights, cast, n, tied)) for n in formats}
+    found = {
+        name: asdict(
+            verify_checkpoint(
+                run / "export" / name, store, source.checkpoint, source.weights, source.cast, name, source.tied
+            )
+        )
+        for name in formats
+    }
     return {f"{name}: {key}": value for name, facts in found.items() for key, value in facts.items()}
 
 

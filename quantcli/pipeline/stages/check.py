@@ -83,7 +83,7 @@ def _perplexity(context: Context, samples: list[list[int]]) -> float:
     from quantcli.model.stream import BlockStream
 
     (batch,) = batched(samples)
-    stream = BlockStream(context.skeleton(), [batch])
+    stream = BlockStream(context.skeleton(original=True), [batch])
     (hidden,) = stream.start()
     for index in range(context.blocks):
         with stream.block(index):

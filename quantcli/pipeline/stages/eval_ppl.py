@@ -69,8 +69,10 @@ def run(context: Context, folder: StageFolder) -> None:
         device=context.device,
         trust_remote_code=context.recipe.model.trust_remote_code,
         checkpoint=exported,
+        untied=context.untied,
     )
-    streams = {"float": BlockStream(context.skeleton(), batches), "quantized": BlockStream(quantized, batches)}
+    original = context.skeleton(original=True)
+    streams = {"float": BlockStream(original, batches), "quantized": BlockStream(quantized, batches)}
     caches = {
         name: HiddenCache(folder.path / HIDDEN[name], stream.hidden_shapes(), stream.skeleton.dtype)
         for name, stream in streams.items()

@@ -5,11 +5,14 @@ from __future__ import annotations
 from glob import escape
 from typing import TYPE_CHECKING, Any
 
+from quantcli.model.structure import Structure
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder
+from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from quantcli.formats.export import Source
+    from quantcli.model.checkpoint import Checkpoint
 
 
 # What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours, the first
@@ -25,19 +28,20 @@ def _identity(context: Context) -> dict[str, Any]:
 
 def float_source(context: Context) -> Source:
     """The float checkpoint that everything but the quantized linears comes from."""
+    return source_of(context.recipe, context.plan.structure, context.checkpoint)
+
+
+def source_of(recipe: Recipe, structure: Structure, checkpoint: Checkpoint) -> Source:
+    """`float_source` of a run that has no context any more."""
     import torch
 
     from quantcli.formats.export import Source, tied_head
-    from quantcli.model.checkpoint import Checkpoint
     from quantcli.model.names import weight_tensors
 
-    checkpoint = Checkpoint(context.model)
-    section = context.recipe.model
-    weights = weight_tensors(
-        context.model, context.plan.structure, checkpoint.entries, trust_remote_code=section.trust_remote_code
-    )
-    cast = None if section.dtype == "auto" else getattr(torch, section.dtype)
-    return Source(checkpoint, weights, cast, tied_head(context.plan.structure, checkpoint))
+    trust, dtype = recipe.model.trust_remote_code, recipe.model.dtype
+    weights = weight_tensors(checkpoint.directory, structure, checkpoint.entries, trust_remote_code=trust)
+    cast = None if dtype == "auto" else getattr(torch, dtype)
+    return Source(checkpoint, weights, cast, tied_head(structure, checkpoint))
 
 
 def run(context: Context, folder: StageFolder) -> None:

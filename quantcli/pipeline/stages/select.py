@@ -58,10 +58,10 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
     from quantcli.pipeline.treatment import WeightSource
 
     batches = batched(found.samples)
-    stream = BlockStream(context.skeleton(), batches)
+    stream = BlockStream(context.skeleton(original=True), batches)
     exact = list(stream.start())
     rounded = list(exact)
-    source = WeightSource(context)
+    source = WeightSource(context, original=True)
     for index, block in enumerate(context.plan.structure.blocks):
         started = time.perf_counter()
         of = {name: shared.name for shared in block.inputs for name in shared.linears}

@@ -1,0 +1,155 @@
+"""The float checkpoint with what stage `smooth` found folded into its weights, as every later stage reads it.
+
+The stage's folder holds one safetensors file a block, `block-00000.safetensors`, float32: `X.scale` [C] and, if
+channels are shifted too, `X.shift` [C] for each shared input X that is folded; an input without them stays as it is.
+`rotation.json` holds the rotation that comes before, if there is one: scales are those of the rotated model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantcli.errors import ModelError
+from quantcli.model.checkpoint import Checkpoint, read_json, replacing
+from quantcli.model.structure import Structure
+from quantcli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantcli.model.folding import Fold
+    from quantcli.model.rotation import ModelRotation
+
+ROTATION = "rotation.json"
+
+
+def smoothed_checkpoint(recipe: Recipe, model: Path, structure: Structure, folder: Path) -> Checkpoint:
+    """The checkpoint of `model`, changed on reading by what stage `smooth` left in `folder` if the recipe has one.
+
+    Raises ModelError if a file of the stage is missing, damaged or of another model.
+    """
+    from quantcli.model.names import parameter_tensors
+
+    checkpoint, section = Checkpoint(model), recipe.smooth
+    if section is None:
+        return checkpoint
+    names = parameter_tensors(
+        model,
+        structure,
+        checkpoint.entries,
+        _changeable(structure),
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    if section.rotation is not None:
+        checkpoint = rotated_checkpoint(checkpoint, structure, read_rotation(folder), names)
+    if section.scales:
+        folds = [fold for index in range(len(structure.blocks)) for fold in read_folds(folder, index, structure)]
+        checkpoint = folded_checkpoint(checkpoint, structure, folds, names)
+    return checkpoint
+
+
+def rotated_checkpoint(
+    checkpoint: Checkpoint, structure: Structure, rotation: ModelRotation, names: dict[str, str]
+) -> Checkpoint:
+    """The checkpoint read as that of the rotated model. `names` maps parameters to its tensors.
+
+    A tied head becomes a tensor of its own; one that the file holds in spite of tying is what is rotated.
+    """
+    from quantcli.model.folding import Added, TransformedCheckpoint
+    from quantcli.model.rotation import rotation_changes
+
+    changes, added = rotation_changes(structure, rotation, _reader(checkpoint, names))
+    heads = {
+        name: Added(name if name in checkpoint else names[tensor.origin], tensor.change)
+        for name, tensor in added.items()
+    }
+    return TransformedCheckpoint(checkpoint, {names[name]: change for name, change in changes.items()}, heads)
+
+
+def folded_checkpoint(
+    checkpoint: Checkpoint, structure: Structure, folds: Iterable[Fold], names: dict[str, str]
+) -> Checkpoint:
+    """The checkpoint read with the folds in its weights. `names` maps parameters to its tensors."""
+    from quantcli.model.folding import TransformedCheckpoint, fold_changes
+
+    changes = fold_changes(structure, folds, _reader(checkpoint, names))
+    return TransformedCheckpoint(checkpoint, {names[name]: change for name, change in changes.items()})
+
+
+def folds_file(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:05d}.safetensors"
+
+
+def write_folds(folder: Path, index: int, folds: Iterable[Fold]) -> str:
+    """Write the scales and shifts of a block, an empty file if there are none; returns the sha256."""
+    from quantcli.model.writer import PlannedTensor, write_safetensors
+
+    tensors: dict[str, Tensor] = {}
+    for fold in folds:
+        tensors[f"{fold.linears[0]}.scale"] = fold.scale.float()
+        if fold.shift is not None:
+            tensors[f"{fold.linears[0]}.shift"] = fold.shift.float()
+    planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return write_safetensors(folds_file(folder, index), planned, tensors.__getitem__, {"format": "quantcli-folds"})
+
+
+def read_folds(folder: Path, index: int, structure: Structure) -> list[Fold]:
+    """The folds of a block. Raises ModelError for a file that is missing, damaged or of another model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from quantcli.model.folding import Fold
+
+    file = folds_file(folder, index)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.", "Delete it and run again.") from error
+    folds = []
+    for shared in structure.blocks[index].inputs:
+        scale, shift = (tensors.pop(f"{shared.name}.{part}", None) for part in ("scale", "shift"))
+        if scale is not None and shared.producer is not None:
+            folds.append(Fold(shared.producer, shared.linears, scale, shift))
+        elif scale is not None or shift is not None:
+            raise ModelError(f"{file} scales the input of {shared.name}, which cannot be folded.", _RERUN)
+    if tensors:
+        raise ModelError(f"{file} holds {next(iter(tensors))}, which belongs to no input of the block.", _RERUN)
+    return folds
+
+
+_RERUN = "Delete the folder of stage smooth and run again."
+
+
+def write_rotation(folder: Path, rotation: ModelRotation) -> None:
+    with replacing(folder / ROTATION) as temporary:
+        temporary.write_text(json.dumps(asdict(rotation), indent=1) + "\n", encoding="utf-8")
+
+
+def read_rotation(folder: Path) -> ModelRotation:
+    """The rotation of a run. Raises ModelError for a file that is missing or says something else."""
+    from quantcli.model.rotation import ModelRotation
+
+    try:
+        return ModelRotation(**read_json(folder / ROTATION))
+    except TypeError as error:
+        raise ModelError(f"{folder / ROTATION} describes no rotation: {error}.", _RERUN) from error
+
+
+def _reader(checkpoint: Checkpoint, names: dict[str, str]) -> Callable[[str], Tensor]:
+    return lambda parameter: checkpoint.read([names[parameter]])[names[parameter]]
+
+
+def _changeable(structure: Structure) -> Iterator[str]:
+    """The parameters that a fold or a rotation may change: those of linears and norms, and the embeddings."""
+    modules = {linear.name: None for linear in structure.matrices()}
+    for block in structure.blocks:
+        modules |= {shared.producer.name: None for shared in block.inputs if shared.producer is not None}
+        modules |= {norm.name: None for norm in (block.residual.norms if block.residual else ())}
+    if structure.final_norm is not None:
+        modules[structure.final_norm.name] = None
+    own = (f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
+    yield from dict.fromkeys([*(name for name in own if name in structure.parameters), *structure.embeddings])
