@@ -6,7 +6,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
 from quantcli.model.names import map_parameters
+from quantcli.model.rotation import untied as untied_structure
 from quantcli.model.structure import Structure
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -49,7 +49,7 @@ class Skeleton:
         untied: bool = False,
     ) -> None:
         self.directory = directory
-        self.structure = untie(structure) if untied else structure
+        self.structure = untied_structure(structure) if untied else structure
         self.device = torch.device(device)
         self.config = load_config(directory, trust_remote_code=trust_remote_code)
         if untied:
@@ -116,14 +116,6 @@ class Skeleton:
         finally:
             for table, leaf, empty in held:
                 table[leaf] = empty
-
-
-def untie(structure: Structure) -> Structure:
-    """The structure of the same model with an output head of its own."""
-    if structure.head is None or not structure.tied:
-        return structure
-    weight = {f"{structure.head}.weight": (structure.vocabulary, structure.width)}
-    return replace(structure, tied=False, parameters={**structure.parameters, **weight})
 
 
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
