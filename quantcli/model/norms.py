@@ -11,12 +11,18 @@ from quantcli.model.structure import Norm
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A module without children whose weight is a vector; `is_norm_of` says whether it is one number a channel."""
+    """A module without children whose weight is a vector and that takes one tensor [·, channels] and gives another."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.ndim == 1 and not any(module.children())
+    if not isinstance(weight, nn.Parameter) or weight.ndim != 1 or any(module.children()):
+        return False
+    try:
+        return _try(module, 0.0, _probe(module)).shape == (1, weight.shape[0])
+    except Exception:  # whatever it raises, such as for want of a gate, it is something else
+        return False
 
 
 def is_norm_of(module: nn.Module, tensor: Tensor) -> bool:
+    """Whether the weight is one number a channel of that tensor."""
     return tensor.shape[-1] == module.get_parameter("weight").shape[0]
 
 
@@ -42,8 +48,8 @@ def turns_with_its_input(norm: nn.Module) -> bool:
 
 
 def _probe(norm: nn.Module) -> Tensor:
-    """[1, 1, channels] from -1 to 2, so that neither mean nor variance is trivial."""
-    return torch.linspace(-1.0, 2.0, norm.get_parameter("weight").shape[0]).view(1, 1, -1)
+    """[1, channels] from -1 to 2, so that neither mean nor variance is trivial."""
+    return torch.linspace(-1.0, 2.0, norm.get_parameter("weight").shape[0]).view(1, -1)
 
 
 def _try(norm: nn.Module, weight: float, x: Tensor) -> Tensor:
