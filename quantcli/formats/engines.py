@@ -83,20 +83,24 @@ def _split(schemes: Mapping[str, Scheme | None], joined: Iterable[tuple[str, ...
 
 
 def _vllm_cpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.activations != "none":
+    if scheme.int8_products:
         return True, "int8 products (oneDNN)"
     if scheme.granularity == "tensor":
         return False, _NO_TENSOR
     if scheme.bits != 4:
-        return False, f"has no kernel for {scheme.bits}-bit weights with float activations"
+        inputs = "float" if scheme.activations == "none" else f"{scheme.activation_bits}-bit"
+        return False, f"has no kernel for packed {scheme.bits}-bit weights with {inputs} activations"
     odd = [linear.name for linear in linears if linear.in_features % 32 or linear.out_features % 32]
     if odd:
         return False, f"needs widths that are multiples of 32; {odd[0]} has none"
+    # WNA8Int and WNA4Int get CPUWNA16LinearKernel, too, as vLLM's log and its numbers show
+    if scheme.activations != "none":
+        return True, f"computes it as W4A16: inputs stay in float, where W4A{scheme.activation_bits} is evaluated"
     return True, "weights unpacked in the kernel"
 
 
 def _vllm_gpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.activations != "none":
+    if scheme.int8_products:
         return True, "int8 products (CUTLASS); not run here"
     if scheme.granularity == "tensor":
         return False, _NO_TENSOR
@@ -106,6 +110,9 @@ def _vllm_gpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
         return False, "has no kernel for asymmetric 8-bit weights"
     if scheme.group_size not in (None, 32, 64, 128):
         return False, f"Marlin kernels take groups of 32, 64 or 128, not {scheme.group_size}"
+    # choose_mp_linear_kernel takes Machete or Marlin before Humming, the only one that heeds input_activations
+    if scheme.activations != "none":
+        return True, "inputs stay in float unless --linear-backend humming; not run here"
     return True, "Marlin kernels; not run here"
 
 

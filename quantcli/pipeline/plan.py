@@ -337,6 +337,7 @@ def _scheme(weights: WeightsSection, activations: ActivationsSection, group_size
         activations=mode,  # type: ignore[arg-type]
         activations_symmetric=activations.symmetric if mode != "none" else True,
         sparse=weights.sparse,
+        activation_bits=8 if mode == "none" else activations.bits,
     )
 
 

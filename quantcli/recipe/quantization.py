@@ -20,6 +20,7 @@ from quantcli.recipe.fields import Count, Pattern, Section, as_percent, fraction
 
 DEFAULT_GROUP_SIZE = 128
 SPARSE_METHODS = ("co_sparse", "low_bit", "low_bit_sigma")
+SchemeName = Literal["float", "W8A16", "W8A8", "W8A8-dynamic", "W8A8-mix", "W4A16", "W4A8", "W4A4"]
 
 
 class WeightsSection(Section):
@@ -101,8 +102,8 @@ class ActivationsSection(Section):
 
     model_config = with_aliases("quantize", "activations")
 
-    bits: Annotated[Literal[16, 8], BeforeValidator(whole, json_schema_input_type=Literal[16, 8])] = Field(
-        default=16, description="16 leaves activations in float; 8 quantizes them."
+    bits: Annotated[Literal[16, 8, 4], BeforeValidator(whole, json_schema_input_type=Literal[16, 8, 4])] = Field(
+        default=16, description="16 leaves activations in float; 8 or, with scope token, 4 quantize them."
     )
     scope: Literal["tensor", "token", "mix"] = Field(
         default="tensor",
@@ -138,6 +139,9 @@ class ActivationsSection(Section):
             )
         if self.method != "minmax" and self.aggregation != "max":
             raise refusal("aggregation", f"has no effect on method {self.method}", "Remove it or set method: minmax.")
+        if self.bits == 4 and self.scope != "token":
+            raise refusal("scope", f"is {self.scope}, and 4-bit activations have a scale for every token",
+                          "Set scope: token, or bits: 8.")  # fmt: skip
         if self.scope == "token" and not self.symmetric:
             raise refusal(
                 "symmetric",
@@ -149,7 +153,7 @@ class ActivationsSection(Section):
     @property
     def observed(self) -> bool:
         """Whether static scales have to be found by calibration."""
-        return self.bits == 8 and self.scope != "token"
+        return self.bits != 16 and self.scope != "token"
 
 
 class CacheSection(Section):
@@ -244,9 +248,7 @@ class RollbackSection(Section):
     target: TargetSection | None = Field(
         default=None, description="Search the fewest linears to roll back that meet a bound, measuring the model."
     )
-    to: Literal["float", "W8A16", "W8A8", "W8A8-dynamic", "W8A8-mix", "W4A16"] = Field(
-        default="float", description="What a rolled-back linear becomes: float, or another scheme."
-    )
+    to: SchemeName = Field(default="float", description="What a rolled-back linear becomes: float, or another scheme.")
     last_linear: bool | None = Field(
         default=None,
         description="true keeps the last linear in float (the output head, or the last of the last block), false "
@@ -278,7 +280,7 @@ class OverrideSection(Section):
     """Another scheme for some linears."""
 
     match: Pattern = Field(description="A name, a glob, or a regular expression after re:.")
-    scheme: Literal["float", "W8A16", "W8A8", "W8A8-dynamic", "W8A8-mix", "W4A16"] | None = Field(
+    scheme: SchemeName | None = Field(
         default=None, description="A scheme by its name, in place of quantize.weights and quantize.activations."
     )
     weights: dict[str, Any] | None = Field(
@@ -304,6 +306,8 @@ _NAMED_SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "W8A8-dynamic": ({"bits": 8}, {"bits": 8, "scope": "token"}),
     "W8A8-mix": ({"bits": 8}, {"bits": 8, "scope": "mix"}),
     "W4A16": ({"bits": 4, "granularity": "group", "method": "mse"}, {}),
+    "W4A8": ({"bits": 4, "granularity": "group", "method": "mse"}, {"bits": 8, "scope": "token"}),
+    "W4A4": ({"bits": 4, "granularity": "group", "method": "mse"}, {"bits": 4, "scope": "token"}),
 }
 
 
@@ -401,21 +405,27 @@ def _check_treatment(weights: WeightsSection, activations: ActivationsSection, p
         )
     if activations.bits == 16:
         return
-    if weights.bits != 8:
+    if weights.bits == 16:
         raise refusal(
             f"{place}activations.bits",
-            f"8-bit activations need 8-bit weights, and weights.bits is {weights.bits}",
+            f"{activations.bits}-bit activations need quantized weights, and weights.bits is 16",
             "Set weights.bits: 8 or activations.bits: 16.",
         )
-    if weights.granularity == "group":
+    if activations.observed and weights.bits != 8:
+        raise refusal(
+            f"{place}activations.bits",
+            f"8-bit activations of static scales need 8-bit weights, and weights.bits is {weights.bits}",
+            "Set activations.scope: token, weights.bits: 8 or activations.bits: 16.",
+        )
+    if activations.observed and weights.granularity == "group":
         raise refusal(
             f"{place}weights.granularity",
-            "integer products with 8-bit activations cannot use a scale for each group",
-            "Set it to channel or tensor, or activations.bits: 16.",
+            "integer products with static scales cannot use a scale for each group",
+            "Set it to channel or tensor, activations.scope: token, or activations.bits: 16.",
         )
     if not weights.symmetric:
         raise refusal(
             f"{place}weights.symmetric",
-            "integer products with 8-bit activations need symmetric weights",
+            "integer products need symmetric weights",
             "Set it true, or activations.bits: 16.",
         )

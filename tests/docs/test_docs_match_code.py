@@ -169,7 +169,8 @@ def test_the_engines_table_is_what_plan_says() -> None:
         group = re.search(r" g(\d+)", name)
         mode = "none" if activations == 16 else name.split()[1]
         size, granularity = (int(group[1]), "group") if group else (None, "channel")
-        made = Scheme(bits, "asym" not in name, granularity, size, mode)  # type: ignore[arg-type]
+        inputs = min(activations, 8)
+        made = Scheme(bits, "asym" not in name, granularity, size, mode, activation_bits=inputs)  # type: ignore[arg-type]
         assert made.name == name
         return made
 

@@ -63,6 +63,7 @@ def kept(plan: Plan) -> set[str]:
 
 STATIC = {"activations": {"bits": 8}}
 TOKEN = {"activations": {"bits": 8, "scope": "token"}}
+W4A8 = {"weights": {"bits": 4}, "activations": {"bits": 8, "scope": "token"}}
 
 # ------------------------------------------------------------------------------------------------------ patterns
 
@@ -332,6 +333,9 @@ ASCEND = {"formats": ["ascend"]}
         ({"kv_cache": {"type": "float"}, "export": ASCEND}, "ascend cannot hold KV fp8: it holds an int8 cache"),
         ({"rollback": {"names": ["*.down_proj"], "to": "W4A16"}, "export": ASCEND}, "down_proj as W4A16 g32"),
         ({"weights": {"bits": 4}, "export": {"formats": ["compressed-tensors", "ascend"]}}, "ascend cannot hold"),
+        ({**W4A8, "export": ASCEND}, "ascend cannot hold .* as W4A8 dynamic: it is written with 8-bit weights only"),
+        ({**TOKEN, "activations": {"bits": 4, "scope": "token"}, "export": ASCEND},
+         "ascend cannot hold .* as W8A4 dynamic: it is written with 8-bit activations only"),
     ],
 )  # fmt: skip
 def test_a_format_that_cannot_hold_a_scheme_refuses(quantize: dict[str, Any], message: str) -> None:
@@ -340,6 +344,29 @@ def test_a_format_that_cannot_hold_a_scheme_refuses(quantize: dict[str, Any], me
     schemeless = planned(**{**quantize, "export": None})
     assert schemeless.engines == ()
     assert schemeless.schemes
+
+
+def test_the_plan_says_how_engines_compute_inputs_of_few_bits() -> None:
+    """Packed 4-bit weights are loaded, and their inputs left in float; other widths have no kernel on a CPU."""
+    four = planned(weights=W4A8["weights"], activations={"bits": 4, "scope": "token"})
+    assert set(schemes(four).values()) == {"W4A4 dynamic", "float"}
+    notes = {verdict.engine: verdict.note for verdict in four.engines if verdict.loads}
+    assert notes["vLLM on a CPU"] == "computes it as W4A16: inputs stay in float, where W4A4 is evaluated"
+    assert notes["vLLM on a GPU"].startswith("inputs stay in float unless --linear-backend humming")
+    three = planned(weights={"bits": 3}, activations={"bits": 8, "scope": "token"})
+    assert [(v.loads, "kernel" in v.note) for v in three.engines if v.engine.startswith("vLLM")] == [(False, True)] * 2
+    # a code takes 4 bits and the scales their 16, as W4A16
+    assert four.bits_per_weight == planned(weights=W4A8["weights"]).bits_per_weight < 5
+
+
+def test_schemes_of_few_bits_by_name() -> None:
+    plan = planned(
+        overrides=[{"match": "*.mlp.*", "scheme": "W4A8"}, {"match": "*.self_attn.*", "scheme": "W4A4"}],
+        rollback={"names": ["*.0.mlp.down_proj"], "to": "W4A8"},
+    )
+    found = schemes(plan)
+    assert found["1.mlp.up_proj"] == found["0.mlp.down_proj"] == "W4A8 dynamic g32"
+    assert found["0.self_attn.q_proj"] == "W4A4 dynamic g32"
 
 
 @pytest.mark.parametrize(

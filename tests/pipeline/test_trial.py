@@ -61,6 +61,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "static": {"activations": {"bits": 8}},
     "dynamic": {"activations": {"bits": 8, "scope": "token"}},
     "groups": {"weights": {"bits": 4, "granularity": "group", "group_size": 16, "symmetric": False}},
+    "W4A8": {
+        "weights": {"bits": 4, "granularity": "group", "group_size": 16},
+        "activations": {"bits": 8, "scope": "token"},
+        "overrides": [{"match": "*.o_proj", "scheme": "W4A4", "weights": {"group_size": 32}}],
+    },
     "head": {"activations": {"bits": 8}, "rollback": {"last_linear": False}},
     "fp8 cache": {"kv_cache": {"type": "float"}},
     "mixed": {

@@ -242,7 +242,7 @@ _static = st.fixed_dictionaries(
     },
 )
 _activations = (
-    st.just({"bits": 8, "scope": "token"})
+    st.sampled_from([{"bits": bits, "scope": "token"} for bits in (8, 4)])
     | st.builds(dict.__or__, _static, st.fixed_dictionaries({"aggregation": st.sampled_from(["max", "mean"])}))
     | st.builds(
         dict.__or__,
@@ -258,7 +258,7 @@ _rollback = st.fixed_dictionaries(
     {"names": _names},
     optional={
         "metric": st.sampled_from([None, "range_parm", "kurtosis", "quantile", "output_error", "kl_divergence"]),
-        "to": st.sampled_from(["float", "W8A16", "W8A8-dynamic", "W8A8-mix", "W4A16"]),
+        "to": st.sampled_from(["float", "W8A16", "W8A8-dynamic", "W8A8-mix", "W4A16", "W4A8", "W4A4"]),
         "last_linear": st.none() | st.booleans(),
         "siblings": st.sampled_from(["together", "apart"]),
     },
@@ -268,7 +268,7 @@ _bounds = (
     | st.fixed_dictionaries({"kl_divergence": st.floats(1e-9, 10)})
     | st.fixed_dictionaries({"size": st.floats(1e-3, 1e3)})
 )
-_targets = st.builds(dict.__or__, _bounds, _optional({"windows": _counts, "evaluations": _counts}))
+_targets = st.builds(dict.__or__, _bounds, _optional({"windows": _counts, "evaluations": st.integers(2, 2**31 - 1)}))
 _ranked = st.builds(dict.__or__, _rollback, st.fixed_dictionaries({"level": st.sampled_from([0, 5, "L0", "L12"])})) | (
     st.builds(dict.__or__, _rollback, st.fixed_dictionaries({"target": _targets}))
 )
@@ -415,7 +415,7 @@ def test_overrides_are_yaml_values_that_win_over_the_file(tmp_path: Path) -> Non
         ),
         ("prune.share=1", "--set prune.share=1: prune: unknown key."),
         ("smooth.beta=1", "--set smooth.beta=1: smooth.beta: has no effect on method iterative."),
-        ("quantize.weights.bits=4", "r.yaml:16: quantize.activations.bits: 8-bit activations need 8-bit weights"),
+        ("quantize.weights.bits=4", "r.yaml:16: quantize.activations.bits: 8-bit activations of static scales need"),
         ("quantize.weights.bits=5", "--set quantize.weights.bits=5: quantize.weights.bits: is 5."),
         ("quantize.weights={bits: 5}", "--set quantize.weights={bits: 5}: quantize.weights.bits: is 5."),
         ("version.x=1", "--set version.x=1: version is no section."),

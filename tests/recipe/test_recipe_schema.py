@@ -161,8 +161,8 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
         ),
         (
             [("bits: 8", "bits: 4")],
-            "r.yaml:20: quantize.activations.bits: 8-bit activations need",
-            "activations.bits: 16",
+            "r.yaml:20: quantize.activations.bits: 8-bit activations of static scales need 8-bit",
+            "activations.scope: token",
         ),
         (
             [("granularity: channel", "granularity: group")],
@@ -328,6 +328,26 @@ STATIC = "  activations: {bits: 8}\n"
             "7: quantize.attention: excludes kv_cache",
             "Remove one of them.",
         ),
+        # integer products
+        ("  activations: {bits: 4}\n", "6: quantize.activations.scope: is tensor, and 4-bit", "scope: token"),
+        ("  activations: {bits: 4, scope: mix}\n", "6: quantize.activations.scope: is mix, and 4-bit", "scope: token"),
+        ("  activations: {bits: 6, scope: token}\n", "6: quantize.activations.bits: is 6", "16, 8 or 4"),
+        ("  activations: {bits: 4, scope: token, symmetric: false}\n", "6: quantize.activations.symmetric: is", "true"),
+        (
+            "  weights: {bits: 4, symmetric: false}\n  activations: {bits: 8, scope: token}\n",
+            "6: quantize.weights.symmetric: integer products need symmetric weights",
+            "Set it true",
+        ),
+        (
+            "  weights: {bits: 16}\n  activations: {bits: 4, scope: token}\n  kv_cache: {}\n",
+            "7: quantize.activations.bits: 4-bit activations need quantized weights, and weights.bits is 16",
+            "activations.bits: 16",
+        ),
+        (
+            "  overrides:\n  - match: a\n    scheme: W8A8\n    activations: {bits: 4}\n",
+            "9: quantize.overrides[0].activations: scope is tensor, and 4-bit activations",
+            "scope: token",
+        ),
         # rollback
         ("  rollback:\n    level: 5.5\n", "7: quantize.rollback.level: is 5.5", "L5 or 5"),
         ("  rollback:\n    level: l5\n", "7: quantize.rollback.level: is 'l5'", "L5 or 5"),
@@ -335,7 +355,7 @@ STATIC = "  activations: {bits: 8}\n"
         ("  rollback:\n    level: -1\n", "7: quantize.rollback.level: is -1", "L5 or 5"),
         ("  rollback:\n    level: true\n", "7: quantize.rollback.level: is True", "L5 or 5"),
         ("  rollback:\n    metric: std\n", "7: quantize.rollback.metric: is 'std'", "range_parm"),
-        ("  rollback:\n    to: W4A4\n", "7: quantize.rollback.to: is 'W4A4'", "W4A16"),
+        ("  rollback:\n    to: W4A6\n", "7: quantize.rollback.to: is 'W4A6'", "W4A4"),
         ("  rollback:\n    siblings: split\n", "7: quantize.rollback.siblings: is 'split'", "together or apart"),
         ("  rollback:\n    last_linear: L1\n", "7: quantize.rollback.last_linear: is 'L1'", "true or false"),
         (
@@ -375,8 +395,8 @@ STATIC = "  activations: {bits: 8}\n"
             "Remove one of them.",
         ),
         (
-            "  overrides:\n  - match: a\n    scheme: W4A4\n",
-            "8: quantize.overrides[0].scheme: is 'W4A4'",
+            "  overrides:\n  - match: a\n    scheme: W4A6\n",
+            "8: quantize.overrides[0].scheme: is 'W4A6'",
             "W8A8-dynamic",
         ),
         ("  overrides:\n  - match: 're:('\n    scheme: float\n", "7: quantize.overrides[0].match: 're:('", "Mend"),
@@ -407,7 +427,7 @@ STATIC = "  activations: {bits: 8}\n"
         ),
         (
             "  overrides:\n  - match: a\n    scheme: W8A8\n    weights:\n      bits: 4\n",
-            "7: quantize.overrides[0].activations.bits: 8-bit activations need 8-bit weights",
+            "7: quantize.overrides[0].activations.bits: 8-bit activations of static scales need 8-bit weights",
             "activations.bits: 16",
         ),
     ],
@@ -530,6 +550,8 @@ def test_an_override_changes_a_named_scheme_or_that_of_the_recipe() -> None:
         ("W8A8-dynamic", (8, "channel", "minmax"), (8, "token", True)),
         ("W8A8-mix", (8, "channel", "minmax"), (8, "mix", False)),
         ("W4A16", (4, "group", "mse"), (16, "tensor", False)),
+        ("W4A8", (4, "group", "mse"), (8, "token", True)),
+        ("W4A4", (4, "group", "mse"), (4, "token", True)),
     ],
 )
 def test_names_of_schemes(name: str, weights: tuple[Any, ...], activations: tuple[Any, ...]) -> None:
@@ -537,6 +559,19 @@ def test_names_of_schemes(name: str, weights: tuple[Any, ...], activations: tupl
     assert pair is not None
     assert (pair[0].bits, pair[0].granularity, pair[0].method) == weights
     assert (pair[1].bits, pair[1].scope, pair[1].symmetric) == activations
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("weights", ["{bits: 4}", "{bits: 3, granularity: group}", "{bits: 8, granularity: group}"])
+def test_inputs_with_a_scale_a_token_go_with_few_bits_and_groups(bits: int, weights: str) -> None:
+    section = quantize_of(f"  weights: {weights}\n  activations: {{bits: {bits}, scope: token}}\n")
+    pair = section.treatment(None)
+    assert pair == (section.weights, section.activations)
+    assert (section.activations.bits, section.activations.symmetric, section.activations.observed) == (
+        bits,
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize(("text", "fraction"), [("1%", 0.01), ("0.5 %", 0.005), ("0.01", 0.01), ("0%", 0.0)])
