@@ -91,8 +91,7 @@ def _watch_forward(model: nn.Module, paths: list[str], wanted: set[str]) -> Watc
         raise ModelError(f"{type(model).__name__} cannot be followed without its weights: {error}.",
                          "Its architecture is not supported yet.") from error  # fmt: skip
     finally:
-        for handle in watch.handles:
-            handle.remove()
+        watch.stop()
     return watch
 
 

@@ -54,6 +54,10 @@ class Watch:
             self.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         self.handles.append(module.register_forward_hook(leave, with_kwargs=True))
 
+    def stop(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
     def stream_of(self, name: str) -> str:
         """The name of the residual stream where the module is."""
         return next((path for path in self.blocks if name.startswith(f"{path}.")), OUTSIDE)
@@ -150,9 +154,12 @@ class Watch:
         name, channels = source
         width, others = self.paths.widths[name], self.paths.others.get(name)
         segments = () if channels == list(range(width)) else _segments(channels)
-        obstacle = ""
+        obstacle, local = "", name.removeprefix(f"{path}.")
         if others is not None and bool(others[channels].any()):
-            obstacle = f"{name.removeprefix(f'{path}.')} is also read by something that is no linear"
+            obstacle = f"{local} is also read by something that is no linear"
+        for other, its_source in self.sources.items():
+            if other != key and its_source is not None and its_source[0] == name and {*channels} & {*its_source[1]}:
+                obstacle = f"{local} is also read by {self.readers[other][0].removeprefix(f'{path}.')}"
         if name in self.norms:
             return Producer(name, "norm", norm_offset(self.norms[name]), segments, obstacle)
         return Producer(name, "linear", 0.0, segments, obstacle)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from quantcli.model.discovery import discover
 from quantcli.model.norms import describe_norm, norm_offset, turns_with_its_input
 from quantcli.model.structure import Block, Norm, Producer, Structure
 from quantcli.model.structure_cache import find_structure
+from quantcli.model.watch import Watch
 
 # Each shared input as "readers <- producer", + for a norm that multiplies by 1 + w; names without the block's path.
 ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj <- input_layernorm"
@@ -483,3 +485,69 @@ def test_code_from_the_checkpoint_is_not_run(tmp_path: Path) -> None:
     )
     assert find_structure(tmp_path).architecture == "LlamaForCausalLM"
     assert not (tmp_path / "ran").exists()
+
+
+class Toy(nn.Module):
+    """One block: the stream plus what `inner` makes of its norm, with three linears and a second norm at hand."""
+
+    def __init__(self, inner: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        block = nn.Module()
+        block.one, block.two, block.three = (nn.Linear(8, 8) for _ in range(3))
+        block.norm, block.second = nn.RMSNorm(8), nn.RMSNorm(8)
+        block.forward = lambda x: x + inner(block, x)
+        self.blocks = nn.ModuleList([block])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[0](x)
+
+
+@pytest.mark.parametrize(
+    ("inner", "producers", "obstacle"),
+    [
+        (lambda b, x: b.two(b.one(b.norm(x))), {"one": "norm", "two": "one"}, ""),
+        (lambda b, x: b.two(b.second(b.one(b.norm(x)))), {"one": "norm", "two": "second"}, ""),
+        (
+            lambda b, x: b.two((y := b.norm(x)).sigmoid() + b.one(y)),
+            {"one": "norm: norm is also read by something that is no linear", "two": None},
+            "the output of norm is read by an operation (sigmoid), not by linears alone",
+        ),
+        (
+            lambda b, x: b.one(y := b.norm(x)) + b.two(y.clone()),
+            {"one": "norm: norm is also read by two", "two": "norm: norm is also read by one"},
+            "",
+        ),
+        (
+            lambda b, x: (y := b.one(b.norm(x))) + b.two(y),
+            {"one": "norm", "two": "one: one is also read by something that is no linear"},
+            "the output of one is added to the residual stream and also read by the linear two",
+        ),
+        (
+            lambda b, x: b.one(b.norm(x)) + b.two(x),
+            {"one": "norm", "two": None},
+            "the residual stream is read by the linear two",
+        ),
+        (
+            lambda b, x: b.one(b.norm(x)) + b.norm(x).mean(-1, keepdim=True),
+            {"one": "norm: norm is also read by something that is no linear"},
+            "something is added to the residual stream that is not the output of a linear",
+        ),
+    ],
+)
+def test_producers_and_obstacles_of_toys(inner: Any, producers: dict[str, str | None], obstacle: str) -> None:
+    model = Toy(inner).to("meta")
+    watch = Watch(model, ["blocks.0"], {"blocks.0"})
+    with torch.no_grad(), watch.paths:
+        model(torch.zeros(1, 5, 8, device="meta"))
+    watch.stop()
+    block = watch.block("blocks.0", model.blocks[0])
+    found = {
+        shared.name.removeprefix("blocks.0."): shared.producer
+        and shared.producer.name.removeprefix("blocks.0.")
+        + (": " * bool(shared.producer.obstacle))
+        + shared.producer.obstacle
+        for shared in block.inputs
+    }
+    assert found == producers
+    assert block.residual is not None
+    assert block.residual.obstacle == obstacle
