@@ -36,8 +36,8 @@ class Producer:
     segments: the input channels, in order, are the producer's output channels [start, start + length) of each segment;
     heads that share keys and values repeat a segment, and a part of a fused projection starts inside. Empty: identity.
 
-    obstacle: in words, what else reads those channels, so that scaling them for this input would change the model; empty
-    if the linears of this input are all that read them.
+    obstacle: in words, what else reads those channels, so that scaling them would change the model; empty if only the
+    linears of this input read them.
     """
 
     name: str

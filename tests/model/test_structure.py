@@ -6,24 +6,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_config
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from quantcli.errors import ModelError
 from quantcli.model.discovery import discover
-from quantcli.model.norms import describe_norm, norm_offset, turns_with_its_input
-from quantcli.model.structure import Block, Norm, Producer, Structure
+from quantcli.model.structure import Block, Structure
 from quantcli.model.structure_cache import find_structure
-from quantcli.model.watch import Watch
 
 # Each shared input as "readers <- producer", + for a norm that multiplies by 1 + w; names without the block's path.
 ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj <- input_layernorm"
@@ -116,44 +112,7 @@ EXPECTED: dict[str, tuple[list[str], list[str], list[str]]] = {
 }
 
 
-# families → (norms of the stream of the second block, with + for 1 + w, c if centred, b with a bias; writers; obstacle)
-RESIDUAL: dict[tuple[str, ...], tuple[str, str, str]] = {
-    ("llama", "llama-tied", "qwen2", "qwen3", "mistral", "phi3"): (
-        "input_layernorm post_attention_layernorm", "self_attn.o_proj mlp.down_proj", ""
-    ),
-    ("gemma2", "gemma3"): (
-        "input_layernorm+ pre_feedforward_layernorm+", "",
-        "the output of the norm post_attention_layernorm is added to the residual stream",
-    ),
-    ("opt",): ("self_attn_layer_norm:cb final_layer_norm:cb", "self_attn.out_proj fc2", ""),
-    ("gpt2",): ("ln_1:cb ln_2:cb", "attn.c_proj mlp.c_proj", ""),
-    ("falcon",): ("input_layernorm:cb", "self_attention.dense mlp.dense_4h_to_h", ""),
-    ("gpt-neox",): (
-        "input_layernorm:cb post_attention_layernorm:cb", "attention.dense mlp.dense_4h_to_h", ""
-    ),
-    ("cohere",): ("input_layernorm:c", "self_attn.o_proj mlp.down_proj", ""),
-    ("mixtral", "qwen2-moe", "deepseek-v3"): (
-        "input_layernorm post_attention_layernorm", "self_attn.o_proj",
-        "mlp.experts.gate_up_proj holds the weights of many experts",
-    ),
-}  # fmt: skip
-# family → (embeddings, final norm), of models whose stream can be rotated outside of the blocks
-OUTSIDE: dict[str, tuple[list[str], str]] = {
-    "gpt2": (["transformer.wpe.weight", "transformer.wte.weight"], "transformer.ln_f:cb"),
-    "falcon": (["transformer.word_embeddings.weight"], "transformer.ln_f:cb"),
-    "gpt-neox": (["gpt_neox.embed_in.weight"], "gpt_neox.final_layer_norm:cb"),
-    "gemma2": (["model.embed_tokens.weight"], "model.norm+"),
-    "gemma3": (["model.embed_tokens.weight"], "model.norm+"),
-    "cohere": (["model.embed_tokens.weight"], "model.norm:c"),
-}
-
-
 structure_of = cache(discover)
-
-
-def described(norm: Norm) -> str:
-    marks = "c" * norm.centred + "b" * norm.bias
-    return norm.name + "+" * (norm.weight_offset == 1.0) + (f":{marks}" if marks else "")
 
 
 def found_in(block: Block) -> tuple[list[str], list[str], list[str]]:
@@ -179,103 +138,6 @@ def test_families(family: str, tiny_model) -> None:
     assert sorted(inputs) == sorted(expected_inputs)
     assert sorted(fused) == sorted(expected_fused)
     assert experts == expected_experts
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_residual_stream_of_families(family: str, tiny_model) -> None:
-    structure = structure_of(tiny_model(family))
-    norms, writers, obstacle = next(facts for families, facts in RESIDUAL.items() if family in families)
-    block = structure.blocks[1]
-    assert block.residual is not None
-    local = f"{block.name}."
-    assert " ".join(described(norm).removeprefix(local) for norm in block.residual.norms) == norms
-    assert " ".join(name.removeprefix(local) for name in block.residual.writers) == writers
-    assert block.residual.obstacle == obstacle
-    if family == "opt":
-        assert structure.outer_obstacle.startswith("model.decoder.project_in stands between")
-        assert structure.final_norm is None
-    else:
-        embeddings, final = OUTSIDE.get(family, (["model.embed_tokens.weight"], "model.norm"))
-        assert structure.final_norm is not None
-        assert (list(structure.embeddings), described(structure.final_norm)) == (embeddings, final)
-        assert structure.outer_obstacle == ""
-
-
-def test_a_dense_block_beside_experts_has_no_obstacle(tiny_model) -> None:
-    dense, *sparse = structure_of(tiny_model("deepseek-v3")).blocks
-    assert dense.residual is not None
-    assert dense.residual.writers == (f"{dense.name}.self_attn.o_proj", f"{dense.name}.mlp.down_proj")
-    assert not dense.residual.obstacle
-    assert all(block.residual.obstacle for block in sparse)
-
-
-SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 99}
-# model type, changed keys → words of the obstacles inside and outside, and whether a norm or linear has another reader
-OTHERS: dict[tuple[str, str], tuple[dict[str, Any], str, str]] = {
-    ("granite", "multipliers"): ({"residual_multiplier": 0.2, "embedding_multiplier": 12.0}, "", ""),
-    ("gemma", "scaled embedding"): ({"head_dim": 16, "num_key_value_heads": 1}, "", ""),
-    ("mamba", "convolution"): ({}, "", ""),
-    ("minicpm3", "scaled before the head"): ({"num_key_value_heads": 4, "dim_model_base": 32}, "", ""),
-    ("opt", "one width"): ({"ffn_dim": 96, "word_embed_proj_dim": 64}, "", ""),
-    ("olmo2", "norm behind"): ({}, "the norm post_attention_layernorm is added", ""),
-    ("glm4", "norms on both sides"): ({"head_dim": 16}, "the norm post_self_attn_layernorm is added", ""),
-    ("olmo", "norm without weight"): ({}, "read by an operation (native_layer_norm)", "lm_head does not read"),
-    ("opt", "norm on the stream"): (
-        {"ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": False},
-        "the norm final_layer_norm is added",
-        "lm_head does not read",
-    ),
-    ("bloom", "norm of the embedding"): ({"n_head": 4}, "", "word_embeddings_layernorm stands between"),
-    ("xglm", "computed positions"): ({"attention_heads": 4}, "", "not a sum of embeddings"),
-}
-
-
-@pytest.mark.parametrize("case", OTHERS, ids=" ".join)
-def test_obstacles_of_other_models(case: tuple[str, str], tmp_path: Path) -> None:
-    changes, inside, outside = OTHERS[case]
-    AutoConfig.for_model(case[0], **{**SMALL, "pad_token_id": 0, **changes}).save_pretrained(tmp_path)
-    structure = discover(tmp_path)
-    for block in structure.blocks:
-        assert block.residual is not None
-        assert inside in block.residual.obstacle
-        assert bool(inside) == bool(block.residual.obstacle)
-    assert outside in structure.outer_obstacle
-    assert bool(outside) == bool(structure.outer_obstacle)
-
-
-def test_producers_that_something_else_reads(tiny_model) -> None:
-    """A router and experts read the norm that shared experts read; nothing else reads what is scaled elsewhere."""
-    for family in FAMILIES:
-        for block in structure_of(tiny_model(family)).blocks:
-            read = [shared.name for shared in block.inputs if shared.producer and shared.producer.obstacle]
-            assert all("shared_expert" in name and "gate_proj" in name for name in read)
-            assert bool(read) == any("shared_expert" in linear.name for linear in block.linears)
-
-
-def test_segments() -> None:
-    """Worked by hand: 4 query heads on 2 of values; of fused projections the values, interleaved in GPT-NeoX."""
-    assert Producer("v", "linear", segments=((4, 2), (4, 2), (0, 1))).channels(5) == [4, 5, 4, 5, 0]
-    assert Producer("v", "linear").channels(3) == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "segments"),
-    [
-        ("llama", {}, ((0, 16), (0, 16), (16, 16), (16, 16))),
-        ("llama", {"num_key_value_heads": 4}, ()),
-        ("llama", {"num_key_value_heads": 1}, ((0, 16),) * 4),
-        ("phi3", {}, ((96, 16), (96, 16), (112, 16), (112, 16))),
-        ("gpt2", {}, ((128, 64),)),
-        ("falcon", {}, ((80, 16),) * 4),
-        ("falcon", {"multi_query": False}, ((32, 16), (80, 16), (128, 16), (176, 16))),
-        ("gpt-neox", {}, ((32, 16), (80, 16), (128, 16), (176, 16))),
-        ("deepseek-v3", {}, ((16, 16), (48, 16), (80, 16), (112, 16))),
-    ],
-)
-def test_segments_of_values(family: str, changes: dict[str, Any], segments: tuple, tiny_model) -> None:
-    for block in structure_of(tiny_model(family, **changes)).blocks:
-        (values,) = [i.producer for i in block.inputs if i.producer and i.producer.kind == "linear" and "att" in i.name]
-        assert values.segments == segments
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -343,38 +205,6 @@ def test_blocks_of_different_make(tiny_model) -> None:
 def test_a_bias_is_noticed(tiny_model) -> None:
     biased = {linear.name.rpartition(".")[2] for linear in discover(tiny_model("qwen2")).linears() if linear.bias}
     assert biased == {"q_proj", "k_proj", "v_proj"}
-
-
-def test_norms_of_every_family(tiny_model) -> None:
-    """They multiply by w, or by 1 + w in Gemma; a layer norm does not see a constant added to all channels."""
-    for family in FAMILIES:
-        model = AutoModelForCausalLM.from_pretrained(tiny_model(family))
-        (path, norm) = next((n, m) for n, m in model.named_modules() if n.lower().endswith(("norm", "ln_f")))
-        facts = describe_norm(path, norm)
-        assert facts.weight_offset == norm_offset(norm) == (1.0 if family.startswith("gemma") else 0.0), path
-        assert facts.bias == (family in ("opt", "gpt2", "falcon", "gpt-neox"))
-        x = torch.randn(3, norm.weight.shape[0], generator=torch.Generator().manual_seed(0))
-        assert facts.centred == torch.allclose(norm(x), norm(x + 3), atol=1e-4)
-        assert turns_with_its_input(norm)
-        assert not norm.weight.is_meta, "the norm itself is left as it was"
-
-
-class Strange(nn.Module):
-    """x w / max |x|: a rotation changes the maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(8))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x / x.abs().amax(-1, keepdim=True)
-
-
-def test_a_norm_that_does_not_turn() -> None:
-    assert not turns_with_its_input(Strange())
-    assert turns_with_its_input(nn.RMSNorm(8))
-    assert turns_with_its_input(nn.LayerNorm(8, bias=False))
-    assert not turns_with_its_input(nn.GroupNorm(2, 8))
 
 
 def test_remembered_equals_found(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,69 +315,3 @@ def test_code_from_the_checkpoint_is_not_run(tmp_path: Path) -> None:
     )
     assert find_structure(tmp_path).architecture == "LlamaForCausalLM"
     assert not (tmp_path / "ran").exists()
-
-
-class Toy(nn.Module):
-    """One block: the stream plus what `inner` makes of its norm, with three linears and a second norm at hand."""
-
-    def __init__(self, inner: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        block = nn.Module()
-        block.one, block.two, block.three = (nn.Linear(8, 8) for _ in range(3))
-        block.norm, block.second = nn.RMSNorm(8), nn.RMSNorm(8)
-        block.forward = lambda x: x + inner(block, x)
-        self.blocks = nn.ModuleList([block])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.blocks[0](x)
-
-
-@pytest.mark.parametrize(
-    ("inner", "producers", "obstacle"),
-    [
-        (lambda b, x: b.two(b.one(b.norm(x))), {"one": "norm", "two": "one"}, ""),
-        (lambda b, x: b.two(b.second(b.one(b.norm(x)))), {"one": "norm", "two": "second"}, ""),
-        (
-            lambda b, x: b.two((y := b.norm(x)).sigmoid() + b.one(y)),
-            {"one": "norm: norm is also read by something that is no linear", "two": None},
-            "the output of norm is read by an operation (sigmoid), not by linears alone",
-        ),
-        (
-            lambda b, x: b.one(y := b.norm(x)) + b.two(y.clone()),
-            {"one": "norm: norm is also read by two", "two": "norm: norm is also read by one"},
-            "",
-        ),
-        (
-            lambda b, x: (y := b.one(b.norm(x))) + b.two(y),
-            {"one": "norm", "two": "one: one is also read by something that is no linear"},
-            "the output of one is added to the residual stream and also read by the linear two",
-        ),
-        (
-            lambda b, x: b.one(b.norm(x)) + b.two(x),
-            {"one": "norm", "two": None},
-            "the residual stream is read by the linear two",
-        ),
-        (
-            lambda b, x: b.one(b.norm(x)) + b.norm(x).mean(-1, keepdim=True),
-            {"one": "norm: norm is also read by something that is no linear"},
-            "something is added to the residual stream that is not the output of a linear",
-        ),
-    ],
-)
-def test_producers_and_obstacles_of_toys(inner: Any, producers: dict[str, str | None], obstacle: str) -> None:
-    model = Toy(inner).to("meta")
-    watch = Watch(model, ["blocks.0"], {"blocks.0"})
-    with torch.no_grad(), watch.paths:
-        model(torch.zeros(1, 5, 8, device="meta"))
-    watch.stop()
-    block = watch.block("blocks.0", model.blocks[0])
-    found = {
-        shared.name.removeprefix("blocks.0."): shared.producer
-        and shared.producer.name.removeprefix("blocks.0.")
-        + (": " * bool(shared.producer.obstacle))
-        + shared.producer.obstacle
-        for shared in block.inputs
-    }
-    assert found == producers
-    assert block.residual is not None
-    assert block.residual.obstacle == obstacle
