@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,19 +92,32 @@ def export_checkpoint(
     Shards that are there already are kept (the caller clears the folder when anything changed); config.json comes last,
     so an engine never loads half a checkpoint. Raises ModelError for what the format cannot hold.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     with linear_workers() as workers:
         pieces = {piece.planned.name: piece for piece in _pieces(form, store, source, linears, workers)}
         documents = _documents(form, store, source, {name: piece.owner for name, piece in pieces.items()})
-        shards = split_shards([piece.planned for piece in pieces.values()], SHARD_BYTES)
-        for file, shard in zip(shard_names(len(shards), form.STEM), shards, strict=True):
-            digest = ""
-            if not (folder / file).exists():
-                digest = write_safetensors(folder / file, shard, _producer(pieces), {"format": "pt"})
-            yield folder / file, digest
-    for index in write_index(folder, shards, form.STEM):
+        yield from _write(folder, pieces, documents, form.STEM, source.checkpoint.directory)
+
+
+def export_float(folder: Path, source: Source, dtype: str) -> Iterator[tuple[Path, str]]:
+    """Write the float checkpoint itself, as it is read, likewise; `dtype` is the model's."""
+    pieces = {piece.planned.name: piece for piece in map(partial(_float_piece, source), source.checkpoint.entries)}
+    documents = {"config.json": json.dumps(_float_config(source, dtype), indent=2) + "\n"}
+    yield from _write(folder, pieces, documents, "model", source.checkpoint.directory)
+
+
+def _write(
+    folder: Path, pieces: Mapping[str, _Piece], documents: Mapping[str, str], stem: str, origin: Path
+) -> Iterator[tuple[Path, str]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = split_shards([piece.planned for piece in pieces.values()], SHARD_BYTES)
+    for file, shard in zip(shard_names(len(shards), stem), shards, strict=True):
+        digest = ""
+        if not (folder / file).exists():
+            digest = write_safetensors(folder / file, shard, _producer(pieces), {"format": "pt"})
+        yield folder / file, digest
+    for index in write_index(folder, shards, stem):
         yield index, ""
-    yield from _copy_companions(source.checkpoint.directory, folder, set(documents))
+    yield from _copy_companions(origin, folder, set(documents))
     for name, content in documents.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(content, encoding="utf-8")
@@ -147,10 +162,9 @@ def _pieces(
     by_tensor = {tensor: name for name, tensor in source.weights.items() if name in store.schemes}
     modules = [by_tensor[name] for name in source.checkpoint.entries if name in by_tensor]
     encoded = _encoder(form, store, source, modules, workers)
-    for name, entry in source.checkpoint.entries.items():
+    for name in source.checkpoint.entries:
         if name not in by_tensor:
-            planned = PlannedTensor(name, source.stored_dtype(entry), entry.shape)
-            yield _Piece(planned, lambda name=name: source.read(name))  # type: ignore[misc]
+            yield _float_piece(source, name)
             continue
         module = by_tensor[name]
         for suffix, (dtype_name, shape) in form.layout(linears[module], store.schemes[module], store.dtype).items():
@@ -171,6 +185,11 @@ def _pieces(
             yield _Piece(planned, lambda tensor=tensor: tensor, module)  # type: ignore[misc]
 
 
+def _float_piece(source: Source, name: str) -> _Piece:
+    entry = source.checkpoint.entries[name]
+    return _Piece(PlannedTensor(name, source.stored_dtype(entry), entry.shape), lambda: source.read(name))
+
+
 def _producer(pieces: Mapping[str, _Piece]) -> Callable[[str], Tensor]:
     return lambda name: pieces[name].produce()
 
@@ -188,14 +207,20 @@ def _copy_companions(origin: Path, folder: Path, written: set[str]) -> Iterator[
 
 def _documents(form: ModuleType, store: Store, source: Source, owners: Mapping[str, str | None]) -> dict[str, str]:
     """The JSON files of the export as text, config.json last."""
+    config = _float_config(source, store.dtype)
+    documents = form.documents(config, store, {*store.kept, *_other_matrices(store, source)}, owners)
+    return {name: json.dumps(content, indent=2) + "\n" for name, content in documents.items()}
+
+
+def _float_config(source: Source, dtype: str) -> dict[str, Any]:
+    """config.json of the float model as it is read, in the dtype that it is stored in."""
     config = read_json(source.checkpoint.directory / "config.json")
     for key in ("dtype", "torch_dtype"):
         if key in config:
-            config[key] = store.dtype
+            config[key] = dtype
     if added_tensors(source.checkpoint):  # a head that was tied has a weight of its own
         config["tie_word_embeddings"] = False
-    documents = form.documents(config, store, {*store.kept, *_other_matrices(store, source)}, owners)
-    return {name: json.dumps(content, indent=2) + "\n" for name, content in documents.items()}
+    return config
 
 
 def _other_matrices(store: Store, source: Source) -> Iterator[str]:

@@ -47,6 +47,7 @@ class ChannelPaths(TorchDispatchMode):
         self.widths: dict[str, int] = {}
         self.others: dict[str, Mask] = {}
         self.broken: dict[str, str] = {}
+        self.attended: set[str] = set()  # sources that attention weights added up
         self.kept: list[Tensor] = []
         self.silent = 0  # above 0 inside a module whose output is marked as a whole
 
@@ -143,6 +144,7 @@ class ChannelPaths(TorchDispatchMode):
                 first = channels[..., :1, :]  # at one key position; all must agree, for they are added up
                 if bool((channels == first).all()):
                     found[0][source] = first.expand(outputs[0].shape)
+                    self.attended.add(source)
         return found
 
     def _apart(self, one: Any, other: Any) -> Iterator[tuple[str, Map]]:

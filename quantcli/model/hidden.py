@@ -13,20 +13,17 @@ from torch import Tensor
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import replacing
 
-MEMORY_LIMIT = 1 << 30
-"""Bytes of hidden states (one generation; two exist while a block runs) that stay in memory; above it they live in a
-memory-mapped file, of which one batch at a time is resident."""
-
 
 class HiddenCache:
     """The hidden states of every batch, one generation a block boundary.
 
     `get(i)` reads batch i as it enters the current block; `put(i, x)` sets it as it leaves; `commit(k)` makes what was
     put the input of block k and writes it to the folder, so that an interrupted run goes on from there. At most two
-    generations exist at a time. Batches are [samples, tokens, width], all of one dtype.
+    generations exist at a time. Batches are [samples, tokens, width], all of one dtype. A generation of more than
+    `limit` bytes lives in a memory-mapped file, of which one batch at a time is resident.
     """
 
-    def __init__(self, folder: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, limit: int = MEMORY_LIMIT):
+    def __init__(self, folder: Path, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, limit: int = 1 << 30):
         self.folder = folder
         self.shapes = [tuple(shape) for shape in shapes]
         self.dtype = dtype

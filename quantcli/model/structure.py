@@ -45,6 +45,7 @@ class Producer:
     weight_offset: float = 0.0
     segments: tuple[tuple[int, int], ...] = ()
     obstacle: str = ""
+    attention: bool = False
 
     def channels(self, width: int) -> list[int]:
         """The producer's output channel behind each of `width` input channels."""

@@ -162,7 +162,7 @@ class Watch:
                 obstacle = f"{local} is also read by {self.readers[other][0].removeprefix(f'{path}.')}"
         if name in self.norms:
             return Producer(name, "norm", norm_offset(self.norms[name]), segments, obstacle)
-        return Producer(name, "linear", 0.0, segments, obstacle)
+        return Producer(name, "linear", 0.0, segments, obstacle, name in self.paths.attended)
 
     def _residual(self, path: str, experts: tuple[str, ...]) -> Residual:
         sums = [terms for terms in self.sums.values() if path in terms]

@@ -15,6 +15,8 @@ from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from quantcli.model.checkpoint import Checkpoint
+    from quantcli.model.hidden import HiddenCache
+    from quantcli.model.stream import BlockStream
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -92,20 +94,32 @@ class Context:
 
         return bool(added_tensors(self.checkpoint))
 
-    def skeleton(self, *, original: bool = False) -> Any:
-        """The float model without its weights, which are read as smoothed, or as stored if `original`."""
+    def skeleton(
+        self, *, original: bool = False, checkpoint: Checkpoint | None = None, dtype: str | None = None
+    ) -> Any:
+        """The float model without its weights, which are read as smoothed, as stored if `original`, or from another
+        `checkpoint`; in the recipe's dtype or another."""
+        from quantcli.model.folding import added_tensors
         from quantcli.model.skeleton import Skeleton
 
         section = self.recipe.model
+        if not original and checkpoint is None:
+            checkpoint = self.checkpoint
         return Skeleton(
             self.model,
             self.plan.structure,
-            dtype=section.dtype,
+            dtype=dtype or section.dtype,
             device=self.device,
             trust_remote_code=section.trust_remote_code,
-            checkpoint=None if original else self.checkpoint,
-            untied=not original and self.untied,
+            checkpoint=checkpoint,
+            untied=checkpoint is not None and bool(added_tensors(checkpoint)),
         )
+
+    def hidden_cache(self, path: Path, stream: BlockStream) -> HiddenCache:
+        """The hidden states of a stream between its blocks, in memory as far as the recipe allows."""
+        from quantcli.model.hidden import HiddenCache
+
+        return HiddenCache(path, stream.hidden_shapes(), stream.skeleton.dtype, self.recipe.model.cache_memory)
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,21 @@ from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context, Listener, Stage
-from quantcli.pipeline.plan import Plan, make_plan, needs_calibration
+from quantcli.pipeline.plan import Plan, make_plan, reads_calibration
 from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, StageFolder, check_place, is_run, open_run, room_errors
 from quantcli.pipeline.source import known_positions, locate_model, model_identity
-from quantcli.pipeline.stages import calibrate, check, eval_ppl, export, quantize, search, select, sensitivity, verify
+from quantcli.pipeline.stages import (
+    calibrate,
+    check,
+    eval_ppl,
+    export,
+    quantize,
+    search,
+    select,
+    sensitivity,
+    smooth,
+    verify,
+)
 from quantcli.recipe import resolved_yaml
 from quantcli.recipe.data import CalibrationSection
 from quantcli.recipe.schema import Recipe
@@ -30,6 +41,7 @@ from quantcli.recipe.schema import Recipe
 STAGES: tuple[Stage, ...] = (
     check.STAGE,
     select.STAGE,
+    smooth.STAGE,
     calibrate.STAGE,
     sensitivity.STAGE,
     search.STAGE,
@@ -54,6 +66,7 @@ class RunResult:
     stages: dict[str, dict[str, Any]]
     perplexity: dict[str, Any] | None
     peak_memory: int
+    smoothing: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         exported = self.stages.get("export", {}).get("files", {})
@@ -64,6 +77,7 @@ class RunResult:
             "size_after": self.plan.size_after,
             "exports": sorted({str(self.path / "export" / Path(file).parts[0]) for file in exported}),
             "perplexity": self.perplexity,
+            "smoothing": self.smoothing,
             "peak_memory": self.peak_memory,
         }
 
@@ -124,7 +138,8 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
         }
         context.emit("plan", linears=len(plan.schemes), kept=len(plan.kept), notes=list(plan.notes))
         _bring_up_to_date(context, until)
-        result = RunResult(path, context.plan, context.results, _perplexity(context), _peak_of(context))
+        scores, smoothing = _perplexity(context), _smoothing(context)
+        result = RunResult(path, context.plan, context.results, scores, _peak_of(context), smoothing)
     _check_gates(recipe, result)
     return result
 
@@ -238,7 +253,7 @@ def _require_stage(name: str, recipe: Recipe) -> None:
     if stage is None:
         raise RecipeError(f"There is no stage {name!r}.", f"Stages: {', '.join(s.name for s in STAGES)}.")
     if not stage.wanted(recipe) and not (stage is sensitivity.STAGE and recipe.calibration is not None):
-        section = {"calibrate": "a scheme that needs calibration", "sensitivity": "calibration",
+        section = {"calibrate": "a scheme that needs calibration", "sensitivity": "calibration", "smooth": "smooth",
                    "search": "quantize.rollback.target", "select": "calibration.drop_outliers",
                    "export": "export", "verify": "export",
                    "eval-ppl": "evaluate.perplexity"}.get(name, name)  # fmt: skip
@@ -263,7 +278,7 @@ def _require_readable(recipe: Recipe, plan: Plan) -> None:
 
     checkpoint, trust = Checkpoint(plan.model), recipe.model.trust_remote_code
     weight_tensors(plan.model, plan.structure, checkpoint.entries, trust_remote_code=trust)
-    if recipe.calibration is not None and needs_calibration(recipe):
+    if recipe.calibration is not None and reads_calibration(recipe):
         texts_of(recipe.calibration)
     if recipe.evaluate is not None and recipe.evaluate.perplexity is not None:
         texts_of(recipe.evaluate.perplexity)
@@ -274,7 +289,7 @@ def _require_positions(recipe: Recipe, model: Path, until: str | None) -> None:
     longest = known_positions(model)
     if longest is None:
         return
-    calibration = recipe.calibration if needs_calibration(recipe) else None
+    calibration = recipe.calibration if reads_calibration(recipe) else None
     measures = until is None or {eval_ppl.STAGE.name, search.STAGE.name} & _needed(until)
     perplexity = recipe.evaluate.perplexity if recipe.evaluate and measures else None
     for key, section in (("calibration", calibration), ("evaluate.perplexity", perplexity)):
@@ -307,6 +322,13 @@ def _perplexity(context: Context) -> dict[str, Any] | None:
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     content.pop("per_window", None)
     return content
+
+
+def _smoothing(context: Context) -> dict[str, Any] | None:
+    """What stage smooth did: groups by method, folds undone, what is rotated."""
+    if smooth.STAGE.name not in context.results:
+        return None
+    return read_json(context.folder(smooth.STAGE.name) / smooth.MANIFEST)
 
 
 def _check_gates(recipe: Recipe, result: RunResult) -> None:

@@ -13,10 +13,10 @@ from quantcli.recipe.schema import Recipe
 
 # Resident memory of Python with torch and transformers loaded; measured on Linux, CPU build (BENCHMARKS.md).
 BASE_MEMORY = 420 << 20
-HIDDEN_LIMIT = 1 << 30  # model.hidden.MEMORY_LIMIT
 HEAD_MEMORY = 5 * (64 << 20)  # logits of both models and their logarithms, model.stream.HEAD_BYTES at a time
 # Nanoseconds a weight on one core of 2024, by weight method.
 SECONDS_A_WEIGHT = {"minmax": 1e-9, "mse": 60e-9, "co_sparse": 30e-9, "low_bit": 30e-9, "low_bit_sigma": 5e-9}
+SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 700e-9)  # a plain method; auto, which measures
 SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed
 START = 6.0  # imports and the first look at a model
 
@@ -36,9 +36,10 @@ def estimate(
     structure: Structure,
     size_after: int,
     quantized: Iterable[tuple[Linear, WeightsSection]],
-    observes: bool,
+    passes: int,
 ) -> Estimate:
-    """A model of the run: one block and the activations in memory; two operations a weight and token in time."""
+    """A model of the run: one block and the activations in memory; two operations a weight and token in time. `passes`
+    counts how often the calibration samples run through the model."""
     width = 2 if structure.dtype != "float32" else 4
     block_weights = max(sum(linear.weights for linear in block.linears) for block in structure.blocks)
     inside = {f"{block.name}." for block in structure.blocks}
@@ -49,15 +50,17 @@ def estimate(
     )
     linear_weights = sum(linear.weights for linear in structure.linears())
     calibration = recipe.calibration
-    observed = calibration.samples * calibration.sequence_length if calibration and observes else 0
+    observed = calibration.samples * calibration.sequence_length if calibration and passes else 0
     perplexity = recipe.evaluate.perplexity if recipe.evaluate else None
     scored = (perplexity.windows or 300) * perplexity.sequence_length if perplexity else 0
     memory = BASE_MEMORY + block_weights * (width + 2)
     if observed or scored:
-        hidden = min(max(observed, 2 * scored) * structure.width * width, 2 * HIDDEN_LIMIT)
+        hidden = min(max(observed, 2 * scored) * structure.width * width, 2 * recipe.model.cache_memory)
         memory += max(outer + HEAD_MEMORY * bool(scored), block_weights * width * (2 if scored else 1)) + 2 * hidden
-    tokens = observed + 2 * scored
+    tokens = passes * observed + 2 * scored
     seconds = START + SECONDS_A_BYTE * size_after
+    if recipe.smooth is not None and recipe.smooth.scales:
+        seconds += SECONDS_A_SMOOTHED_WEIGHT[recipe.smooth.method == "auto"] * linear_weights
     seconds += sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in quantized)
     if tokens:
         seconds += 2.0 * tokens * (linear_weights + structure.width * structure.vocabulary * (scored > 0)) / _rate()

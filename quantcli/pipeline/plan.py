@@ -148,7 +148,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         size_before=before,
         size_after=after,
         bits_per_weight=8 * stored / max(1, weights),
-        estimate=estimate(recipe, structure, after, by_method, needs_calibration(recipe)),
+        estimate=estimate(recipe, structure, after, by_method, _passes(recipe)),
         engines=tuple(verdicts(quantized, attention, recipe.export.formats, kept)) if recipe.export else (),
     )
 
@@ -173,9 +173,14 @@ def needs_calibration(recipe: Recipe) -> bool:
     return observed or section.rollback.ranks or section.kv_cache is not None or section.attention is not None
 
 
+def _passes(recipe: Recipe) -> int:
+    """How often the calibration samples run through the model to decide something."""
+    return needs_calibration(recipe) + (recipe.smooth is not None and recipe.smooth.scales)
+
+
 def reads_calibration(recipe: Recipe) -> bool:
     """Whether any stage that decides something runs the calibration samples."""
-    return needs_calibration(recipe) or (recipe.smooth is not None and recipe.smooth.scales)
+    return _passes(recipe) > 0
 
 
 def attention_scheme(recipe: Recipe) -> AttentionScheme | None:

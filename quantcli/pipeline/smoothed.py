@@ -32,18 +32,10 @@ def smoothed_checkpoint(recipe: Recipe, model: Path, structure: Structure, folde
 
     Raises ModelError if a file of the stage is missing, damaged or of another model.
     """
-    from quantcli.model.names import parameter_tensors
-
     checkpoint, section = Checkpoint(model), recipe.smooth
     if section is None:
         return checkpoint
-    names = parameter_tensors(
-        model,
-        structure,
-        checkpoint.entries,
-        _changeable(structure),
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
+    names = changeable_tensors(recipe, checkpoint, structure)
     if section.rotation is not None:
         checkpoint = rotated_checkpoint(checkpoint, structure, read_rotation(folder), names)
     if section.scales:
@@ -141,6 +133,15 @@ def read_rotation(folder: Path) -> ModelRotation:
 
 def _reader(checkpoint: Checkpoint, names: dict[str, str]) -> Callable[[str], Tensor]:
     return lambda parameter: checkpoint.read([names[parameter]])[names[parameter]]
+
+
+def changeable_tensors(recipe: Recipe, checkpoint: Checkpoint, structure: Structure) -> dict[str, str]:
+    """The checkpoint's name of every parameter that a fold or a rotation may change."""
+    from quantcli.model.names import parameter_tensors
+
+    trust = recipe.model.trust_remote_code
+    changeable = _changeable(structure)
+    return parameter_tensors(checkpoint.directory, structure, checkpoint.entries, changeable, trust_remote_code=trust)
 
 
 def _changeable(structure: Structure) -> Iterator[str]:

@@ -110,7 +110,7 @@ def quantize_weight(
     method: Callable[..., QuantizedWeight] = WEIGHT_METHODS[section.method]
     if section.method in SPARSE_METHODS:
         method = partial(method, fraction=section.fraction, sigma_factor=section.sigma_factor)
-    codes, scale, zero_point = method(weight, _grid(treatment, dtype), importance)
+    codes, scale, zero_point = method(weight, weight_grid(treatment, dtype), importance)
     quantized = QuantizedWeight(codes.cpu(), scale.cpu(), None if zero_point is None else zero_point.cpu())
     facts: dict[str, Any] = {"scale_max": _short(scale.abs().max().item())}
     if section.method != "minmax":
@@ -186,7 +186,8 @@ def dequantized(stored: StoredLinear, dtype: torch.dtype, device: torch.device |
     return dequantize(QuantizedWeight(codes, scale, zero_point), dtype)
 
 
-def _grid(treatment: Treatment, dtype: str) -> WeightGrid:
+def weight_grid(treatment: Treatment, dtype: str) -> WeightGrid:
+    """The grid of a weight, with scales in the dtype that is stored; `dtype` is the model\'s."""
     import torch
 
     from quantcli.quant.grid import WeightGrid

@@ -82,7 +82,7 @@ def run(context: Context, folder: StageFolder) -> None:
         context.emit("note", text=note)
     skeleton = context.skeleton()
     stream = BlockStream(skeleton, batched(found.samples))
-    cache = HiddenCache(folder.path / HIDDEN, stream.hidden_shapes(), skeleton.dtype)
+    cache = context.hidden_cache(folder.path / HIDDEN, stream)
     done = cache.resume()
     if done is not None and not all(recorded[:done]):
         done = None  # statistics of an earlier block are gone, and so are the hidden states that made them
@@ -205,4 +205,4 @@ def _writes(context: Context) -> tuple[str, ...]:
     return (*(_block_file(index) for index in range(context.blocks + 1)), MANIFEST, f"{HIDDEN}/*")
 
 
-STAGE = Stage("calibrate", ("select",), _wanted, _identity, run, _writes, guards=("check",))
+STAGE = Stage("calibrate", ("select", "smooth"), _wanted, _identity, run, _writes, guards=("check",))

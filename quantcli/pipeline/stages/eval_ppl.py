@@ -73,10 +73,7 @@ def run(context: Context, folder: StageFolder) -> None:
     )
     original = context.skeleton(original=True)
     streams = {"float": BlockStream(original, batches), "quantized": BlockStream(quantized, batches)}
-    caches = {
-        name: HiddenCache(folder.path / HIDDEN[name], stream.hidden_shapes(), stream.skeleton.dtype)
-        for name, stream in streams.items()
-    }
+    caches = {name: context.hidden_cache(folder.path / HIDDEN[name], stream) for name, stream in streams.items()}
     for name, stream in streams.items():
         _advance(context, name, stream, caches[name], exported if name == "quantized" else None, section.phase)
     with _head(context, streams["quantized"], exported, section.phase):

@@ -74,4 +74,4 @@ def _writes(context: Context) -> tuple[str, ...]:
     return tuple(f"{form}/{name}" for form in names for name in names[form])
 
 
-STAGE = Stage("export", ("quantize",), lambda recipe: recipe.export is not None, _identity, run, _writes)
+STAGE = Stage("export", ("smooth", "quantize"), lambda recipe: recipe.export is not None, _identity, run, _writes)

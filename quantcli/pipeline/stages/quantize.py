@@ -119,7 +119,9 @@ def _run_propagated(context: Context, folder: StageFolder) -> None:
         HiddenCache(folder.path / HIDDEN, [], torch.float32).clear()
         return
     stream = BlockStream(context.skeleton(), batched(calibration_samples(context).samples))
-    cache = HiddenCache(folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype)
+    cache = HiddenCache(
+        folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype, context.recipe.model.cache_memory
+    )
     done = cache.resume()
     if done is not None and not all(recorded[:done]):
         done = None
@@ -222,4 +224,4 @@ def _writes(context: Context) -> tuple[str, ...]:
     return (*files, MANIFEST, f"{HIDDEN}/*")
 
 
-STAGE = Stage("quantize", ("calibrate", "sensitivity", "search"), lambda recipe: True, _identity, run, _writes)
+STAGE = Stage("quantize", ("smooth", "calibrate", "sensitivity", "search"), lambda _: True, _identity, run, _writes)

@@ -260,5 +260,5 @@ def _writes(context: Context) -> tuple[str, ...]:
 
 
 STAGE = Stage(
-    "search", ("calibrate", "sensitivity"), _wanted, _identity, run, _writes, guards=("check",), settle=settle
+    "search", ("smooth", "calibrate", "sensitivity"), _wanted, _identity, run, _writes, guards=("check",), settle=settle
 )

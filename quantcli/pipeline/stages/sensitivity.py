@@ -153,7 +153,9 @@ def _of_outputs(context: Context, folder: StageFolder) -> dict[str, Metrics]:
 
     source = WeightSource(context)
     stream = BlockStream(context.skeleton(), batched(_first_samples(context, TOKENS)))
-    cache = HiddenCache(folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype)
+    cache = HiddenCache(
+        folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype, context.recipe.model.cache_memory
+    )
     done = cache.resume()
     parts = [folder.path / _part(index) for index in range(context.blocks)]
     if done is not None and not all(part.name in folder.files for part in parts[:done]):
@@ -292,4 +294,4 @@ def _writes(context: Context) -> tuple[str, ...]:
     return (RESULT, MEASURED, f"{STORE}/*", *(_part(index) for index in range(context.blocks)), f"{HIDDEN}/*")
 
 
-STAGE = Stage("sensitivity", ("calibrate",), _wanted, _identity, run, _writes, settle=settle)
+STAGE = Stage("sensitivity", ("smooth", "calibrate"), _wanted, _identity, run, _writes, settle=settle)

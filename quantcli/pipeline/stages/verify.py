@@ -37,5 +37,10 @@ def run(context: Context, folder: StageFolder) -> None:
 
 
 STAGE = Stage(
-    "verify", ("quantize", "export"), lambda recipe: recipe.export is not None, _identity, run, lambda _: (RESULT,)
+    "verify",
+    ("smooth", "quantize", "export"),
+    lambda recipe: recipe.export is not None,
+    _identity,
+    run,
+    lambda _: (RESULT,),
 )

@@ -1,0 +1,218 @@
+"""Groups of linears as smoothing methods see them, made from a plan and a checkpoint, and what came of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from quantcli.model.structure import Producer, SharedInput
+from quantcli.pipeline.context import Context
+from quantcli.recipe.smoothing import SmoothSection
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantcli.calibration.channel_statistics import ChannelStatistics
+    from quantcli.model.checkpoint import Checkpoint
+    from quantcli.model.folding import Fold
+    from quantcli.pipeline.plan import Treatment
+    from quantcli.smoothing.group import Found, Group
+    from quantcli.smoothing.objective import Target
+
+FoldKind = Literal["norm", "attention", "mlp"]
+
+
+def fold_kind(producer: Producer) -> FoldKind:
+    """What absorbs a scale, as recipes name it."""
+    if producer.kind == "norm":
+        return "norm"
+    return "attention" if producer.attention else "mlp"
+
+
+def folds_taken(section: SmoothSection) -> tuple[FoldKind, ...]:
+    """The kinds of fold that the recipe names, or that its method takes."""
+    if section.folds is not None:
+        return section.folds
+    if section.method == "auto":
+        return ("norm", "attention", "mlp")
+    from quantcli.smoothing.methods import SMOOTHING_METHODS
+
+    kinds = SMOOTHING_METHODS[section.method].kinds
+    return ("norm", "attention", "mlp") if "linear" in kinds else ("norm",)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one group. `fold` is None if it stays as it is; `reason` says why where that was not by choice."""
+
+    shared: SharedInput
+    facts: dict[str, Any]
+    fold: Fold | None
+    reason: str = ""
+
+    def checked(self, difference: float, tolerance: float) -> Outcome:
+        """The outcome, undone if the fold changed what the block adds by more than `tolerance`."""
+        facts = {**self.facts, "difference": _short(difference)}
+        if difference <= tolerance:
+            return replace(self, facts=facts)
+        reason = f"the fold would change the output of the block by {difference:.2g} of what it adds"
+        return Outcome(self.shared, facts, None, reason)
+
+    def to_json(self) -> dict[str, Any]:
+        assert self.shared.producer is not None
+        return {
+            "input": self.shared.name,
+            "linears": list(self.shared.linears),
+            "producer": self.shared.producer.name,
+            "fold": fold_kind(self.shared.producer),
+            "kept": self.fold is not None,
+            "reason": self.reason,
+            **self.facts,
+        }
+
+
+class GroupSource:
+    """Finds the scale of one group after the other, with the float weights of a checkpoint."""
+
+    def __init__(self, context: Context, checkpoint: Checkpoint) -> None:
+        from quantcli.pipeline.smoothed import changeable_tensors
+
+        self.context = context
+        self.checkpoint = checkpoint
+        self.names = changeable_tensors(context.recipe, checkpoint, context.plan.structure)
+
+    def smooth(self, shared: SharedInput, statistics: ChannelStatistics, tokens: Tensor) -> Outcome:
+        """The scale that the recipe's method finds for the linears of an input, under the scheme that the plan has for
+        them, and the output error before and after."""
+        from quantcli.model.folding import Fold
+        from quantcli.smoothing.group import largest_input
+        from quantcli.smoothing.objective import output_error
+
+        producer = shared.producer
+        assert producer is not None
+        if not statistics.count:
+            return Outcome(shared, {"chosen": "none"}, None, "no token reached it during calibration")
+        if statistics.non_finite:
+            reason = f"{statistics.non_finite} of its input values are not finite"
+            return Outcome(shared, {"chosen": "none"}, None, reason)
+        if producer.obstacle:
+            return Outcome(shared, {"chosen": "none"}, None, producer.obstacle)
+        group = self._group(shared, statistics, tokens)
+        target = self._target(shared)
+        error = output_error(group, target, "token")
+        found = self._find(group, target)
+        scale = self._stored_scale(producer, found.scale)
+        shift = self._shift(shared, group)
+        neutral = bool((scale == 1).all()) and shift is None
+        before, after = largest_input(group), largest_input(group) / scale
+        section = self.context.recipe.smooth
+        assert section is not None
+        facts: dict[str, Any] = {"chosen": section.method} | {
+            key: value if isinstance(value, str) else _short(value) for key, value in found.facts.items()
+        }
+        for key, large, loss in (("before", before, error(scale.new_ones(len(scale)))), ("after", after, error(scale))):
+            median = large.median()
+            facts[f"largest_{key}"] = _short(float(large.max()))
+            facts[f"ratio_{key}"] = _short(float(large.max() / median)) if median > 0 else None
+            facts[f"error_{key}"] = _short(loss)
+        fold = None if neutral else Fold(producer, shared.linears, scale.cpu(), shift)
+        return Outcome(shared, facts, fold)
+
+    def _group(self, shared: SharedInput, statistics: ChannelStatistics, tokens: Tensor) -> Group:
+        import torch
+
+        from quantcli.smoothing.group import Group
+
+        assert shared.producer is not None
+        weights = tuple(self._weight(name).float() for name in shared.linears)
+        return Group(
+            kind=shared.producer.kind,
+            weights=weights,
+            channels=torch.tensor(shared.producer.channels(shared.width), device=tokens.device),
+            minimum=statistics.minimum,
+            maximum=statistics.maximum,
+            mean_absolute=statistics.mean_absolute,
+            centred_maximum=statistics.centred_maximum,
+            spread=statistics.spread,
+            tokens=tokens,
+        )
+
+    def _weight(self, linear: str) -> Tensor:
+        tensor = self._read(f"{linear}.weight")
+        return (tensor.t().contiguous() if self.context.linears[linear].transposed else tensor).to(self.context.device)
+
+    def _read(self, parameter: str) -> Tensor:
+        name = self.names[parameter]
+        return self.checkpoint.read([name])[name]
+
+    def _target(self, shared: SharedInput) -> Target:
+        """The scheme of the group's first quantized linear: those that engines fuse share one."""
+        from quantcli.pipeline.treatment import weight_grid
+        from quantcli.quant.grid import dequantize
+        from quantcli.quant.minmax import minmax
+        from quantcli.smoothing.objective import Target
+
+        treatments = self.context.plan.treatments
+        treatment: Treatment = next(treatments[name] for name in shared.linears if name in treatments)
+        scheme = treatment.scheme
+        grid = weight_grid(treatment, self.context.plan.structure.dtype)
+        kind: Literal["none", "static", "dynamic"] = "static" if scheme.observed else "none"
+        return Target(
+            weight=lambda weight: dequantize(minmax(weight, grid, None)),
+            bits=scheme.bits,
+            group_size=scheme.group_size,
+            activations="dynamic" if scheme.activations == "dynamic" else kind,
+            activation_bits=scheme.activation_bits,
+            symmetric=scheme.activations_symmetric,
+        )
+
+    def _find(self, group: Group, target: Target) -> Found:
+        from quantcli.smoothing.auto import auto
+        from quantcli.smoothing.methods import SMOOTHING_METHODS
+        from quantcli.smoothing.objective import ExpectedNoise, output_error
+
+        section = self.context.recipe.smooth
+        assert section is not None
+        if section.method == "auto":
+            return auto(group, output_error(group, target, "token"), ExpectedNoise(group, target))
+        find: Callable[..., Found] = SMOOTHING_METHODS[section.method].find
+        if section.alpha is not None:
+            find = partial(find, alpha=section.alpha)
+        if section.beta is not None:
+            find = partial(find, beta=section.beta)
+        return find(group, output_error(group, target, "mean" if section.method == "awq" else "joint"))
+
+    def _stored_scale(self, producer: Producer, scale: Tensor) -> Tensor:
+        """The scale that the producer gives away exactly, as it will be stored: norms are rounded, linears are not."""
+        import torch
+
+        from quantcli.model.folding import exact_scale
+
+        if producer.kind == "linear":
+            return scale
+        weight = self._read(f"{producer.name}.weight").to(scale.device)
+        stored = getattr(torch, self.context.plan.structure.dtype)
+        whole = scale.new_ones(len(weight))
+        channels = torch.tensor(producer.channels(len(scale)), device=scale.device)
+        whole[channels] = scale
+        return exact_scale(weight, whole, producer.weight_offset, stored)[channels].to(scale)
+
+    def _shift(self, shared: SharedInput, group: Group) -> Tensor | None:
+        """The middle of each channel, if the recipe shifts and every bias that would take it exists."""
+        from quantcli.smoothing.group import shared_maximum
+
+        section, structure = self.context.recipe.smooth, self.context.plan.structure
+        assert section is not None
+        assert shared.producer is not None
+        owners = (shared.producer.name, *shared.linears)
+        if not section.shift or any(f"{name}.bias" not in structure.parameters for name in owners):
+            return None
+        high = shared_maximum(group.maximum, group.channels)
+        low = -shared_maximum(-group.minimum, group.channels)
+        return ((high + low) / 2).cpu()
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,332 @@
+"""smooth: find scales that suppress outliers, block by block, and check on real inputs that they change nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from quantcli.errors import ModelError
+from quantcli.model.structure import Block, SharedInput
+from quantcli.pipeline.batches import batched, data_identity
+from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.plan import excluded_from_smoothing
+from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.samples import calibration_samples
+from quantcli.pipeline.smoothed import ROTATION, folds_file, write_folds
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from quantcli.calibration.channel_statistics import ChannelStatistics
+    from quantcli.model.checkpoint import Checkpoint
+    from quantcli.model.folding import Fold
+    from quantcli.model.rotation import ModelRotation
+    from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.groups import Outcome
+
+MANIFEST = "manifest.json"
+HIDDEN = "hidden"
+MODEL = "model"
+CHECKED_TOKENS = 64
+"""Tokens of the first sample on which folds and rotations are checked in float32."""
+TOLERANCE = 1e-4
+"""Largest error of what a block adds to its input, relative, at which a fold in float32 counts as exact. A fold that is
+wrong changes it by as much as its scales; rounding in float32 by about 1e-6."""
+
+
+def _identity(context: Context) -> dict[str, Any]:
+    recipe = context.recipe
+    assert recipe.smooth is not None
+    section = recipe.model
+    return {
+        "smooth": recipe.smooth.model_dump(mode="json"),
+        "calibration": data_identity(recipe.calibration) if recipe.calibration and recipe.smooth.scales else None,
+        "schemes": {name: scheme.to_json() for name, (_, scheme) in context.plan.schemes.items()},
+        "model": {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code, "device": context.device},
+    }
+
+
+def run(context: Context, folder: StageFolder) -> None:
+    """Writes block-00000.safetensors … with scales, block-00000.json … with what came of each group, rotation.json
+    where the recipe rotates, manifest.json, and the smoothed float model where the recipe asks for it."""
+    section = context.recipe.smooth
+    assert section is not None
+    checkpoint, rotation = _rotated(context, folder)
+    if section.scales or rotation is not None:
+        _go_through_blocks(context, folder, checkpoint, rotation)
+    if MANIFEST not in folder.files:
+        write_json(folder.path / MANIFEST, _manifest(context, folder, rotation))
+        folder.add(folder.path / MANIFEST)
+    if section.save_model:
+        _save_model(context, folder)
+
+
+def _rotated(context: Context, folder: StageFolder) -> tuple[Checkpoint, ModelRotation | None]:
+    """The checkpoint that scales are found for, and the rotation that it is read with, if any."""
+    from quantcli.model.checkpoint import Checkpoint
+    from quantcli.model.rotation import ModelRotation, head_size, rotatable_heads
+    from quantcli.model.skeleton import load_config
+    from quantcli.pipeline.smoothed import changeable_tensors, rotated_checkpoint, write_rotation
+
+    section, structure = context.recipe.smooth, context.plan.structure
+    checkpoint = Checkpoint(context.model)
+    assert section is not None
+    if section.rotation is None:
+        return checkpoint, None
+    size = head_size(load_config(context.model, trust_remote_code=context.recipe.model.trust_remote_code))
+    rotation = ModelRotation(section.rotation.seed, section.rotation.hidden, section.rotation.heads, size)
+    names = changeable_tensors(context.recipe, checkpoint, structure)
+    rotated = rotated_checkpoint(checkpoint, structure, rotation, names)
+    if rotation.heads and size is not None:
+        turned = len(rotatable_heads(structure, size))
+        if turned < context.blocks:
+            context.emit("warning", text=f"The values of attention are rotated in {turned} of {context.blocks} blocks; "
+                         "in the others they do not reach the output projection head by head.")  # fmt: skip
+    if ROTATION not in folder.files:
+        write_rotation(folder.path, rotation)
+        folder.add(folder.path / ROTATION)
+    return rotated, rotation
+
+
+def _go_through_blocks(
+    context: Context, folder: StageFolder, checkpoint: Checkpoint, rotation: ModelRotation | None
+) -> None:
+    import torch
+
+    from quantcli.model.hidden import HiddenCache
+    from quantcli.model.stream import BlockStream
+
+    section = context.recipe.smooth
+    assert section is not None
+    recorded = [_report_file(index) in folder.files for index in range(context.blocks)]
+    if all(recorded):
+        HiddenCache(folder.path / HIDDEN, [], torch.float32).clear()
+        return
+    found = calibration_samples(context) if context.recipe.calibration is not None else None
+    samples = found.samples if found is not None else [list(range(CHECKED_TOKENS))]
+    if found is not None:
+        context.emit("tokens", samples=len(samples), tokens=found.tokens, documents=found.documents_used)
+    batches = batched(samples)
+    skeleton = context.skeleton(checkpoint=checkpoint)
+    stream = BlockStream(skeleton, batches if section.scales else batches[:1])
+    exact = _exact_streams(context, checkpoint, rotation, batches[0][:1, :CHECKED_TOKENS])
+    cache = context.hidden_cache(folder.path / HIDDEN, stream)
+    done = cache.resume()
+    if done is not None and not all(recorded[:done]):
+        done = None
+    excluded = excluded_from_smoothing(context.recipe, context.plan.structure)
+    for index in range(stream.enter(cache, done), context.blocks):
+        started = time.perf_counter()
+        block = context.plan.structure.blocks[index]
+        entering = cache.get(0)[:1, :CHECKED_TOKENS]
+        if rotation is not None:
+            _check_rotation(context, index, exact, entering, rotation)
+        wanted = _wanted_inputs(context, block, excluded) if section.scales else []
+        with stream.block(index) as module, _seen(context, module, block, wanted, len(samples)) as seen:
+            for batch in range(len(stream.batches)):
+                cache.put(batch, stream.run(index, batch, cache.get(batch)))
+        outcomes = _smooth_block(context, index, checkpoint, exact[0], entering, seen) if section.scales else []
+        folds = [outcome.fold for outcome in outcomes if outcome.fold is not None]
+        folder.add(folds_file(folder.path, index), write_folds(folder.path, index, folds))
+        write_json(folder.path / _report_file(index), [outcome.to_json() for outcome in outcomes])
+        folder.add(folder.path / _report_file(index))
+        cache.commit(index + 1)
+        seconds = round(time.perf_counter() - started, 3)
+        context.emit("block", index=index, of=context.blocks, smoothed=len(folds), seconds=seconds)
+    cache.clear()
+
+
+def _exact_streams(
+    context: Context, checkpoint: Checkpoint, rotation: ModelRotation | None, tokens: Tensor
+) -> list[BlockStream]:
+    """A short batch through the model in float32, for checks; beside a rotated one also through the original."""
+    from quantcli.model.stream import BlockStream
+
+    sources: list[dict[str, Any]] = [{"checkpoint": checkpoint}] + [{"original": True}] * (rotation is not None)
+    streams = [BlockStream(context.skeleton(dtype="float32", **source), [tokens]) for source in sources]
+    for stream in streams:
+        list(stream.start())
+    return streams
+
+
+def _check_rotation(
+    context: Context, index: int, exact: list[BlockStream], entering: Tensor, rotation: ModelRotation
+) -> None:
+    """Raise ModelError unless the rotated block puts out what the original does, rotated."""
+    from quantcli.model.rotation import stream_rotation
+
+    turn = stream_rotation(context.plan.structure, rotation.seed) if rotation.hidden else None
+    entering = entering.float()
+    straight = entering if turn is None else turn.apply_transposed(entering)
+    with exact[0].block(index):
+        after = exact[0].run(index, 0, entering)
+    with exact[1].block(index):
+        expected = exact[1].run(index, 0, straight)
+    expected = expected if turn is None else turn.apply(expected)
+    difference = _relative(after, expected, entering)
+    if not difference <= TOLERANCE:
+        raise ModelError(f"Rotated, {context.plan.structure.blocks[index].name} computes something else "
+                         f"(by {difference:.2g} of what it adds).",
+                         "Set smooth.rotation.hidden: false or smooth.rotation.heads: false.")  # fmt: skip
+
+
+def _relative(found: Tensor, expected: Tensor, entering: Tensor) -> float:
+    """‖found − expected‖ / ‖expected − entering‖: against what the block adds, not against what passes through it."""
+    return float((found - expected).norm() / (expected - entering.to(expected.device)).norm().clamp(min=1e-30))
+
+
+def _wanted_inputs(context: Context, block: Block, excluded: dict[str, str]) -> list[SharedInput]:
+    """The inputs that are to be scaled: with a producer, a quantized reader, and nothing that is excluded."""
+    from quantcli.pipeline.groups import fold_kind, folds_taken
+
+    section = context.recipe.smooth
+    assert section is not None
+    return [
+        shared
+        for shared in block.inputs
+        if shared.producer is not None
+        and fold_kind(shared.producer) in folds_taken(section)
+        and any(name in context.plan.treatments for name in shared.linears)
+        and not {*shared.linears, shared.producer.name} & excluded.keys()
+    ]
+
+
+@contextmanager
+def _seen(
+    context: Context, module: nn.Module, block: Block, wanted: list[SharedInput], samples: int
+) -> Iterator[dict[str, tuple[SharedInput, ChannelStatistics, list[Tensor]]]]:
+    """Statistics of each wanted input and the tokens kept of it, which fill while the block runs.
+
+    The first `search_samples` samples are kept in part; `auto` leaves them out of the statistics, so that it judges
+    on tokens that they do not know. At most half of the samples are.
+    """
+    from quantcli.calibration.channel_statistics import ChannelStatistics
+
+    section = context.recipe.smooth
+    assert section is not None
+    kept = min(section.search_samples, max(1, samples // 2) if section.method == "auto" else samples)
+    per_sample = -(-section.search_tokens // kept)
+    apart = section.method == "auto" and samples > 1
+    found = {s.name: (s, ChannelStatistics(s.width, context.device), list[Any]()) for s in wanted}
+
+    def hook(statistics: ChannelStatistics, tokens: list[Tensor]) -> Any:
+        position = 0
+
+        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal position
+            x = args[0] if args else next(iter(kwargs.values()))
+            x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else x[None]
+            searched = x[: max(0, kept - position)]
+            for sample in searched:
+                step = max(1, len(sample) // per_sample)
+                tokens.append(sample[::step][:per_sample].float())
+            position += len(x)
+            rest = x[len(searched) :] if apart else x
+            if len(rest):
+                statistics.update(rest)
+
+        return look
+
+    handles = [
+        module.get_submodule(name.removeprefix(f"{block.name}.")).register_forward_pre_hook(
+            hook(statistics, tokens), with_kwargs=True
+        )
+        for name, (_, statistics, tokens) in found.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _smooth_block(
+    context: Context,
+    index: int,
+    checkpoint: Checkpoint,
+    exact: BlockStream,
+    entering: Tensor,
+    seen: dict[str, tuple[SharedInput, ChannelStatistics, list[Tensor]]],
+) -> list[Outcome]:
+    """Scales for each group of the block, checked one after the other on top of those that were kept."""
+    import torch
+
+    from quantcli.pipeline.groups import GroupSource
+
+    source = GroupSource(context, checkpoint)
+    kept: list[Fold] = []
+    outcomes = []
+    with exact.block(index), torch.no_grad():
+        before = exact.run(index, 0, entering.float()) if seen else entering
+        for shared, statistics, tokens in seen.values():
+            outcome = source.smooth(shared, statistics, torch.cat(tokens))
+            if outcome.fold is not None:
+                changed = _changed_parameters(context, exact, [*kept, outcome.fold])
+                after = exact.run_with(index, 0, entering.float(), changed, torch.float32)
+                difference = _relative(after, before, entering.float())
+                outcome = outcome.checked(difference, TOLERANCE)
+            if outcome.fold is not None:
+                kept.append(outcome.fold)
+            if outcome.reason:
+                context.emit("warning", text=f"{shared.name} is not smoothed: {outcome.reason}.")
+            context.emit("smoothed", **outcome.to_json())
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _changed_parameters(context: Context, exact: BlockStream, folds: list[Fold]) -> dict[str, Tensor]:
+    """The parameters of a resident block in float32 with folds in them."""
+    from quantcli.model.folding import fold_changes
+
+    def read(name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        parameter: torch.nn.Parameter = getattr(exact.skeleton.module(path), leaf)
+        return parameter.detach().cpu()
+
+    changes = fold_changes(context.plan.structure, folds, read)
+    return {name: change(read(name)) for name, change in changes.items()}
+
+
+def _manifest(context: Context, folder: StageFolder, rotation: ModelRotation | None) -> dict[str, Any]:
+    """How many groups each method smoothed, how many folds were undone, and what is rotated."""
+    methods: dict[str, int] = {}
+    undone = 0
+    for index in range(context.blocks):
+        file = folder.path / _report_file(index)
+        for outcome in json.loads(file.read_text(encoding="utf-8")) if file.is_file() else ():
+            if outcome["kept"]:
+                methods[outcome["chosen"]] = methods.get(outcome["chosen"], 0) + 1
+            undone += bool(outcome["reason"])
+    parts = [] if rotation is None else ["residual stream"] * rotation.hidden + ["heads"] * rotation.heads
+    return {"methods": dict(sorted(methods.items())), "undone": undone, "rotated": parts}
+
+
+def _save_model(context: Context, folder: StageFolder) -> None:
+    """The smoothed float model as an ordinary checkpoint, smooth/model."""
+    from quantcli.formats.export import export_float
+    from quantcli.pipeline.stages.export import source_of
+
+    source = source_of(context.recipe, context.plan.structure, context.checkpoint)
+    for shard in sorted((folder.path / MODEL).glob("model*.safetensors")):
+        folder.adopt(shard)
+    for file, digest in export_float(folder.path / MODEL, source, context.plan.structure.dtype):
+        folder.add(file, digest)
+        context.emit("file", format="float", file=file.name, bytes=file.stat().st_size)
+
+
+def _report_file(index: int) -> str:
+    return f"block-{index:05d}.json"
+
+
+def _writes(context: Context) -> tuple[str, ...]:
+    own = [name for i in range(context.blocks) for name in (folds_file(context.folder(""), i).name, _report_file(i))]
+    return (*own, ROTATION, MANIFEST, f"{HIDDEN}/*", f"{MODEL}/*")
+
+
+STAGE = Stage(
+    "smooth", ("select",), lambda recipe: recipe.smooth is not None, _identity, run, _writes, guards=("check",)
+)
