@@ -73,6 +73,32 @@ class Outcome:
         }
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of one input: the tokens that are kept of some samples, statistics of those samples where they are
+    held `apart`, and of the `rest`: all samples where none are."""
+
+    tokens: list[Tensor]
+    apart: ChannelStatistics
+    rest: ChannelStatistics
+
+
+def _whole(group: Group, seen: Seen) -> Group:
+    """The group with statistics of all samples, as far as `auto` reads them; others hold no samples apart."""
+    import torch
+
+    if not seen.apart.count:
+        return group
+    one, other = seen.apart, seen.rest
+    counts = one.count + other.count
+    return replace(
+        group,
+        minimum=torch.minimum(one.minimum, other.minimum),
+        maximum=torch.maximum(one.maximum, other.maximum),
+        mean_absolute=(one.mean_absolute * one.count + other.mean_absolute * other.count) / counts,
+    )
+
+
 class GroupSource:
     """Finds the scale of one group after the other, with the float weights of a checkpoint."""
 
@@ -83,7 +109,7 @@ class GroupSource:
         self.checkpoint = checkpoint
         self.names = changeable_tensors(context.recipe, checkpoint, context.plan.structure)
 
-    def smooth(self, shared: SharedInput, statistics: ChannelStatistics, tokens: Tensor) -> Outcome:
+    def smooth(self, shared: SharedInput, seen: Seen) -> Outcome:
         """The scale that the recipe's method finds for the linears of an input, under the scheme that the plan has for
         them, and the output error before and after."""
         from quantcli.model.folding import Fold
@@ -92,17 +118,18 @@ class GroupSource:
 
         producer = shared.producer
         assert producer is not None
-        if not statistics.count:
+        if not seen.rest.count:
             return Outcome(shared, {"chosen": "none"}, None, "no token reached it during calibration")
-        if statistics.non_finite:
-            reason = f"{statistics.non_finite} of its input values are not finite"
+        if seen.rest.non_finite or seen.apart.non_finite:
+            reason = f"{seen.rest.non_finite + seen.apart.non_finite} of its input values are not finite"
             return Outcome(shared, {"chosen": "none"}, None, reason)
         if producer.obstacle:
             return Outcome(shared, {"chosen": "none"}, None, producer.obstacle)
-        group = self._group(shared, statistics, tokens)
+        group = self._group(shared, seen)
         target = self._target(shared)
+        found = self._find(group, seen, target)
+        group = _whole(group, seen)
         error = output_error(group, target, "token")
-        found = self._find(group, target)
         scale = self._stored_scale(producer, found.scale)
         shift = self._shift(shared, group)
         neutral = bool((scale == 1).all()) and shift is None
@@ -120,12 +147,13 @@ class GroupSource:
         fold = None if neutral else Fold(producer, shared.linears, scale.cpu(), shift)
         return Outcome(shared, facts, fold)
 
-    def _group(self, shared: SharedInput, statistics: ChannelStatistics, tokens: Tensor) -> Group:
+    def _group(self, shared: SharedInput, seen: Seen) -> Group:
         import torch
 
         from quantcli.smoothing.group import Group
 
         assert shared.producer is not None
+        tokens, statistics = torch.cat(seen.tokens), seen.rest
         weights = tuple(self._weight(name).float() for name in shared.linears)
         return Group(
             kind=shared.producer.kind,
@@ -168,15 +196,15 @@ class GroupSource:
             symmetric=scheme.activations_symmetric,
         )
 
-    def _find(self, group: Group, target: Target) -> Found:
+    def _find(self, group: Group, seen: Seen, target: Target) -> Found:
         from quantcli.smoothing.auto import auto
         from quantcli.smoothing.methods import SMOOTHING_METHODS
-        from quantcli.smoothing.objective import ExpectedNoise, output_error
+        from quantcli.smoothing.objective import output_error
 
         section = self.context.recipe.smooth
         assert section is not None
         if section.method == "auto":
-            return auto(group, output_error(group, target, "token"), ExpectedNoise(group, target))
+            return auto(group, _whole(group, seen), target)
         find: Callable[..., Found] = SMOOTHING_METHODS[section.method].find
         if section.alpha is not None:
             find = partial(find, alpha=section.alpha)

@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+
 import torch
 from torch import Tensor
 
 from quantcli.smoothing.group import (
     FLOOR,
-    ErrorOf,
     Found,
     Group,
     largest_input,
     largest_weight,
     shared_maximum,
 )
-from quantcli.smoothing.objective import ExpectedNoise
+from quantcli.smoothing.objective import ExpectedNoise, Target, output_error
 from quantcli.smoothing.outliers import cbq
 
 ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BETAS = (0.0, 0.15, 0.3, 0.5)
 MEASURED = 3
 """Strengths of least expected noise whose error is measured."""
-STEPS, RATE = 40, 0.05
+STEPS, RATE = 20, 0.1
 
 
-def auto(group: Group, error: ErrorOf, noise: ExpectedNoise) -> Found:
-    """The scale of least `error` among: none, the MEASURED best of A^α / Wmax^β on a grid by expected noise (mean|x|^α
-    where inputs stay in float), CBQ's, and the best of all moved downhill on the expected noise.
+def auto(group: Group, whole: Group, target: Target) -> Found:
+    """The scale of least output error under `target`, of several methods and a descent.
 
-    Trials are compared by `error` on tokens that the statistics A and mean|x| have not seen, so that the most elaborate
-    does not win by fitting. A scale is normalized to a geometric mean of 1, which changes nothing that is rounded.
+    The trials are none, the MEASURED best of A^α / Wmax^β on a grid by expected noise (mean|x|^α / Wmax^β where inputs
+    stay in float), and CBQ's. They are made from the statistics of `group`, which have not seen its kept tokens, and
+    compared by their error on those. The winner is made anew from `whole`, whose statistics have seen all samples, as
+    the range of a static input has, and moved downhill on the expected noise if that lowers the error. A scale is
+    divided by its geometric mean, which changes nothing that is rounded.
     """
-    weight = shared_maximum(largest_weight(group), group.channels)
-    seen = group.mean_absolute if noise.target.activations == "none" else largest_input(group)
-    size = shared_maximum(seen, group.channels)
-    grid = {(alpha, beta): _strength(size, weight, alpha, beta) for alpha in ALPHAS for beta in BETAS}
-    expected = {exponents: float(noise(scale.log())) for exponents, scale in grid.items()}
-    best = sorted(expected, key=expected.__getitem__)[:MEASURED]
-    trials = {f"strength {alpha:g} {beta:g}": grid[alpha, beta] for alpha, beta in best}
-    trials["cbq"] = _centred(cbq(group, error).scale)
-    losses = {name: error(scale) for name, scale in trials.items()}
-    start = min(losses, key=losses.__getitem__)
-    trials |= {"descent": downhill(trials[start], group.channels, noise), "none": torch.ones_like(size)}
-    losses |= {name: error(trials[name]) for name in ("descent", "none")}
+    noise = ExpectedNoise(group, target)
+    expected = {each: float(noise(_strength(group, target, *each).log())) for each in product(ALPHAS, BETAS)}
+    trials: dict[str, Callable[[Group], Tensor]] = {
+        f"strength {alpha:g} {beta:g}": partial(_strength, target=target, alpha=alpha, beta=beta)
+        for alpha, beta in sorted(expected, key=expected.__getitem__)[:MEASURED]
+    }
+    error = output_error(group, target, "token")
+    trials |= {"cbq": lambda seen: _centred(cbq(seen, error).scale), "none": lambda seen: torch.ones_like(seen.minimum)}
+    losses = {name: error(make(group)) for name, make in trials.items()}
     name = min(losses, key=losses.__getitem__)
-    return Found(trials[name], {"chosen": name, "error": losses[name]})
+    found = trials[name](whole)
+    error = output_error(whole, target, "token")
+    moved = downhill(found, whole.channels, ExpectedNoise(whole, target))
+    loss, lower = error(found), error(moved)
+    if lower < loss:
+        return Found(moved, {"chosen": f"{name}, descent", "error": lower})
+    return Found(found, {"chosen": name, "error": loss})
 
 
 def downhill(scale: Tensor, channels: Tensor, noise: ExpectedNoise) -> Tensor:
@@ -67,10 +75,12 @@ def downhill(scale: Tensor, channels: Tensor, noise: ExpectedNoise) -> Tensor:
     return _centred(best)
 
 
-def _strength(large: Tensor, weight: Tensor, alpha: float, beta: float) -> Tensor:
-    """A^α / Wmax^β; channels without input or weights are left alone."""
-    scale = large.clamp(min=FLOOR) ** alpha / weight.clamp(min=FLOOR) ** beta
-    return _centred(torch.where((large > 0) & (weight > 0), scale, torch.nan))
+def _strength(group: Group, target: Target, alpha: float, beta: float) -> Tensor:
+    """A^α / Wmax^β, with mean|x| for A where inputs stay in float; channels without input or weights are left alone."""
+    seen = group.mean_absolute if target.activations == "none" else largest_input(group)
+    size, weight = (shared_maximum(each, group.channels) for each in (seen, largest_weight(group)))
+    scale = size.clamp(min=FLOOR) ** alpha / weight.clamp(min=FLOOR) ** beta
+    return _centred(torch.where((size > 0) & (weight > 0), scale, torch.nan))
 
 
 def _centred(scale: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class ExpectedNoise:
     Without a product with the tokens it is far cheaper than `output_error`, though less exact.
     """
 
-    def __init__(self, group: Group, target: Target, tokens: int = 256) -> None:
+    def __init__(self, group: Group, target: Target, tokens: int = 128) -> None:
         step = max(1, len(group.tokens) // tokens)
         kept = group.tokens[::step]
         self.group, self.target = group, target

@@ -21,12 +21,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from quantcli.calibration.channel_statistics import ChannelStatistics
     from quantcli.model.checkpoint import Checkpoint
     from quantcli.model.folding import Fold
     from quantcli.model.rotation import ModelRotation
     from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.groups import Outcome
+    from quantcli.pipeline.groups import Outcome, Seen
 
 MANIFEST = "manifest.json"
 HIDDEN = "hidden"
@@ -198,22 +197,30 @@ def _wanted_inputs(context: Context, block: Block, excluded: dict[str, str]) -> 
 @contextmanager
 def _seen(
     context: Context, module: nn.Module, block: Block, wanted: list[SharedInput], samples: int
-) -> Iterator[dict[str, tuple[SharedInput, ChannelStatistics, list[Tensor]]]]:
+) -> Iterator[dict[str, tuple[SharedInput, Seen]]]:
     """Statistics of each wanted input and the tokens kept of it, which fill while the block runs.
 
     The first `search_samples` samples are kept in part; `auto` leaves them out of the statistics, so that it judges
-    on tokens that they do not know. At most half of the samples are.
+    on tokens that they have not seen. At most half of the samples are.
     """
     from quantcli.calibration.channel_statistics import ChannelStatistics
+    from quantcli.pipeline.groups import Seen
 
     section = context.recipe.smooth
     assert section is not None
     kept = min(section.search_samples, max(1, samples // 2) if section.method == "auto" else samples)
     per_sample = -(-section.search_tokens // kept)
     apart = section.method == "auto" and samples > 1
-    found = {s.name: (s, ChannelStatistics(s.width, context.device), list[Any]()) for s in wanted}
+    device = context.device
+    found = {
+        shared.name: (
+            shared,
+            Seen([], ChannelStatistics(shared.width, device), ChannelStatistics(shared.width, device)),
+        )
+        for shared in wanted
+    }
 
-    def hook(statistics: ChannelStatistics, tokens: list[Tensor]) -> Any:
+    def hook(seen: Seen) -> Any:
         position = 0
 
         def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -223,19 +230,18 @@ def _seen(
             searched = x[: max(0, kept - position)]
             for sample in searched:
                 step = max(1, len(sample) // per_sample)
-                tokens.append(sample[::step][:per_sample].float())
+                seen.tokens.append(sample[::step][:per_sample].float())
             position += len(x)
-            rest = x[len(searched) :] if apart else x
-            if len(rest):
-                statistics.update(rest)
+            seen.apart.update(searched if apart else x[:0])
+            seen.rest.update(x[len(searched) :] if apart else x)
 
         return look
 
     handles = [
         module.get_submodule(name.removeprefix(f"{block.name}.")).register_forward_pre_hook(
-            hook(statistics, tokens), with_kwargs=True
+            hook(seen), with_kwargs=True
         )
-        for name, (_, statistics, tokens) in found.items()
+        for name, (_, seen) in found.items()
     ]
     try:
         yield found
@@ -250,7 +256,7 @@ def _smooth_block(
     checkpoint: Checkpoint,
     exact: BlockStream,
     entering: Tensor,
-    seen: dict[str, tuple[SharedInput, ChannelStatistics, list[Tensor]]],
+    seen: dict[str, tuple[SharedInput, Seen]],
 ) -> list[Outcome]:
     """Scales for each group of the block, checked one after the other on top of those that were kept."""
     import torch
@@ -262,8 +268,8 @@ def _smooth_block(
     outcomes = []
     with exact.block(index), torch.no_grad():
         before = exact.run(index, 0, entering.float()) if seen else entering
-        for shared, statistics, tokens in seen.values():
-            outcome = source.smooth(shared, statistics, torch.cat(tokens))
+        for shared, own in seen.values():
+            outcome = source.smooth(shared, own)
             if outcome.fold is not None:
                 changed = _changed_parameters(context, exact, [*kept, outcome.fold])
                 after = exact.run_with(index, 0, entering.float(), changed, torch.float32)
