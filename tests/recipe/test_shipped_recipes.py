@@ -21,6 +21,7 @@ from quantcli.recipe import shipped as shipped_module
 SCHEMES = {
     "demo": (8, "channel", 8, "tensor", True),
     "w4a16": (4, "group", 16, "tensor", True),
+    "w4a16-awq": (4, "group", 16, "tensor", True),
     "w8a16": (8, "group", 16, "tensor", False),
     "w8a8": (8, "channel", 8, "tensor", True),
     "w8a8-dynamic": (8, "channel", 8, "token", False),
