@@ -25,7 +25,7 @@ from torch import Tensor
 
 from quantcli.errors import ModelError
 from quantcli.model.folding import Added, Change
-from quantcli.model.structure import Block, Linear, Norm, SharedInput, Structure
+from quantcli.model.structure import Block, Linear, Norm, SharedInput, Structure, rotation_obstacles
 from quantcli.quant.orthogonal import Rotation
 
 # Tensors are rotated a piece at a time: of 2 MB in float64, which stays in a core's cache (half the time of 32 MB).
@@ -101,30 +101,8 @@ def changes_by(
     added = {}
     if stream is not None and structure.tied:
         head = f"{structure.head}.weight"
-        added[head] = Added(_token_embeddings(structure)[0], changes.pop(head))
+        added[head] = Added(structure.token_embeddings[0], changes.pop(head))
     return changes, added
-
-
-def rotation_obstacles(structure: Structure) -> list[str]:
-    """Why the residual stream cannot be rotated, in words, each reason once; empty if it can."""
-    found: dict[str, None] = {}
-    for block in structure.blocks:
-        if block.residual is None:
-            found.setdefault(f"it is not known how {block.name} meets the residual stream")
-        elif block.residual.obstacle:
-            found.setdefault(block.residual.obstacle)
-        else:
-            for norm in block.residual.norms:
-                readers = [shared.producer for shared in block.inputs if _feeds(norm, shared)]
-                reasons = [producer.obstacle for producer in readers if producer is not None and producer.obstacle]
-                found |= dict.fromkeys(reasons if readers else [f"no linear is known to read {norm.name}"])
-    if structure.outer_obstacle:
-        found.setdefault(structure.outer_obstacle)
-    elif not structure.embeddings or structure.final_norm is None or structure.head is None:
-        found.setdefault("it is not known how the residual stream begins and ends")
-    elif structure.tied and len(_token_embeddings(structure)) != 1:
-        found.setdefault("it is not known which embedding the head is tied to")
-    return list(found)
 
 
 def untied(structure: Structure) -> Structure:
@@ -187,7 +165,7 @@ def _rotate_stream(structure: Structure, stream: Orthogonal, read: Callable[[str
         for norm in block.residual.norms:
             gain = _rotate_norm(norm, stream, read, steps)
             for shared in block.inputs:
-                for name in shared.linears if _feeds(norm, shared) else ():
+                for name in shared.linears if shared.is_output_of(norm) else ():
                     steps.inputs(linears[name], _scaled(gain, stream.apply))
         for name in block.residual.writers:
             steps.outputs(linears[name], stream.apply)
@@ -251,21 +229,11 @@ def _head_starts(shared: SharedInput, size: int) -> list[int]:
     return [] if overlapping else starts
 
 
-def _feeds(norm: Norm, shared: SharedInput) -> bool:
-    return shared.producer is not None and shared.producer.name == norm.name
-
-
 def _norms(structure: Structure) -> Iterator[Norm]:
     for block in structure.blocks:
         yield from block.residual.norms if block.residual else ()
     if structure.final_norm is not None:
         yield structure.final_norm
-
-
-def _token_embeddings(structure: Structure) -> list[str]:
-    """The embeddings that may be the one of tokens, by their shape; others are of positions."""
-    shape = (structure.vocabulary, structure.width)
-    return [name for name in structure.embeddings if structure.parameters[name] == shape]
 
 
 def _scaled(gain: Tensor, turn: _Turn) -> _Turn:

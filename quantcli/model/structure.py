@@ -64,6 +64,9 @@ class SharedInput:
     def name(self) -> str:
         return self.linears[0]
 
+    def is_output_of(self, norm: Norm) -> bool:
+        return self.producer is not None and self.producer.name == norm.name
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -140,6 +143,11 @@ class Structure:
         """The output head where it has weights of its own: not of a model whose head is tied to the embedding."""
         return None if self.head is None or self.tied else Linear(self.head, self.width, self.vocabulary)
 
+    @property
+    def token_embeddings(self) -> list[str]:
+        """The embeddings that may be the one of tokens, by their shape; others are of positions."""
+        return [name for name in self.embeddings if self.parameters[name] == (self.vocabulary, self.width)]
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -154,6 +162,28 @@ class Structure:
                 "final_norm": Norm(**content["final_norm"]) if content["final_norm"] else None,
             }
         )
+
+
+def rotation_obstacles(structure: Structure) -> list[str]:
+    """Why the residual stream cannot be rotated, in words, each reason once; empty if it can."""
+    found: dict[str, None] = {}
+    for block in structure.blocks:
+        if block.residual is None:
+            found.setdefault(f"it is not known how {block.name} meets the residual stream")
+        elif block.residual.obstacle:
+            found.setdefault(block.residual.obstacle)
+        else:
+            for norm in block.residual.norms:
+                readers = [shared.producer for shared in block.inputs if shared.is_output_of(norm)]
+                reasons = [producer.obstacle for producer in readers if producer is not None and producer.obstacle]
+                found |= dict.fromkeys(reasons if readers else [f"no linear is known to read {norm.name}"])
+    if structure.outer_obstacle:
+        found.setdefault(structure.outer_obstacle)
+    elif not structure.embeddings or structure.final_norm is None or structure.head is None:
+        found.setdefault("it is not known how the residual stream begins and ends")
+    elif structure.tied and len(structure.token_embeddings) != 1:
+        found.setdefault("it is not known which embedding the head is tied to")
+    return list(found)
 
 
 def _block(content: dict[str, Any]) -> Block:

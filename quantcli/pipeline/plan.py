@@ -13,7 +13,7 @@ from typing import Any
 
 from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import Verdict, verdicts
-from quantcli.model.structure import Block, Linear, Structure
+from quantcli.model.structure import Block, Linear, Structure, rotation_obstacles
 from quantcli.pipeline.estimate import Estimate, estimate
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
@@ -110,8 +110,9 @@ class Plan:
 def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping[str, str] | None = None) -> Plan:
     """Decide the treatment of every linear. `ranked`: linears rolled back for their sensitivity → why, once known.
 
-    Raises RecipeError for a pattern that matches nothing, a group size that cannot divide, or a scheme that no chosen
-    format holds; ModelError for mixture-of-experts models, whose experts are not quantized yet.
+    Raises RecipeError for a pattern that matches nothing, a group size that cannot divide, a scheme that no chosen
+    format holds, or a rotation that the model does not allow; ModelError for mixture-of-experts models, whose experts
+    are not quantized yet.
     """
     _refuse_experts(structure)
     notes: list[str] = []
@@ -119,6 +120,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     attention = attention_scheme(recipe)
     _refuse_unheld(recipe, planned, attention)
     excluded_from_smoothing(recipe, structure)
+    _refuse_rotation(recipe, structure)
     section = recipe.quantize.rollback
     if ranked is None and section.level:
         notes.append(
@@ -151,6 +153,14 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         estimate=estimate(recipe, structure, after, by_method, _passes(recipe)),
         engines=tuple(verdicts(quantized, attention, recipe.export.formats, kept)) if recipe.export else (),
     )
+
+
+def _refuse_rotation(recipe: Recipe, structure: Structure) -> None:
+    rotation = recipe.smooth.rotation if recipe.smooth is not None else None
+    obstacles = rotation_obstacles(structure) if rotation is not None and rotation.hidden else []
+    if obstacles:
+        raise RecipeError(f"smooth.rotation.hidden: {structure.architecture} cannot be rotated: {obstacles[0]}.",
+                          "Set smooth.rotation.hidden: false, or rotation: null and a method that scales.")  # fmt: skip
 
 
 def _refuse_size(recipe: Recipe, after: int, ranked: Mapping[str, str] | None) -> None:

@@ -25,11 +25,10 @@ from quantcli.model.rotation import (
     head_size,
     rotatable_heads,
     rotation_changes,
-    rotation_obstacles,
     stream_rotation,
     untied,
 )
-from quantcli.model.structure import Structure
+from quantcli.model.structure import Structure, rotation_obstacles
 from quantcli.quant.orthogonal import Rotation
 
 GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "golden" / "A"

@@ -285,6 +285,34 @@ def test_experts_are_refused() -> None:
         planned(experts, **TOKEN)
 
 
+@pytest.mark.parametrize(
+    ("family", "smooth", "reason"),
+    [
+        ("gemma2", {"method": "rotate"}, "post_attention_layernorm"),
+        ("gemma2", {"method": "smoothquant", "rotation": {"heads": False}}, "post_attention_layernorm"),
+        ("gemma2", {"rotation": {"hidden": False}}, None),
+        ("gemma2", {}, None),
+        ("llama", {"method": "rotate"}, None),
+    ],
+)
+def test_a_rotation_that_the_residual_stream_does_not_allow_is_refused(
+    family: str, smooth: dict[str, Any], reason: str | None, tmp_path: Path
+) -> None:
+    from quantcli.model.discovery import discover
+
+    directory = save_tiny_model(family, tmp_path / "model")
+    content = {"model": {"path": str(directory)}, "calibration": {}, "smooth": smooth, "quantize": TOKEN, "output": "o"}
+    recipe = load_recipe(content)
+    structure = discover(directory)
+    if reason is None:
+        assert make_plan(recipe, directory, structure).smoothing
+        return
+    with pytest.raises(RecipeError, match=reason) as caught:
+        make_plan(recipe, directory, structure)
+    assert caught.value.message.startswith("smooth.rotation.hidden: Gemma2ForCausalLM cannot be rotated: ")
+    assert "smooth.rotation.hidden: false" in caught.value.remedy
+
+
 # ------------------------------------------------------------------------------------------------------ notes
 
 
