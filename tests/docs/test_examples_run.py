@@ -109,6 +109,16 @@ def test_commands_inside_a_sentence_exist(document: Path) -> None:
             assert words[2] in {*PLACEHOLDERS, *shipped_names()}, code
 
 
+@pytest.mark.parametrize("name", shipped_names())
+def test_every_shipped_recipe_runs(name: str, examples: Path, quantcli: Quantcli) -> None:
+    gates = ["--set", "evaluate.gates=null"] if "gates" in shipped_path(name).read_text(encoding="utf-8") else []
+    status, out, err = quantcli(_quicker(["run", name, "--model", MODEL, "--output", "out", *gates]))
+    assert status == 0, err
+    recipe = load_recipe(name, model=MODEL, output="out")
+    assert ("smoothing" in _labels(out.splitlines())) == (recipe.smooth is not None)
+    assert quantcli(["verify", "out"])[0] == 0
+
+
 def test_the_outcome_of_the_readme_is_what_a_run_prints(examples: Path, quantcli: Quantcli) -> None:
     (run,) = [c for c in commands(ROOT / "README.md") if c.words[:2] == ["quantcli", "run"]]
     _, out, _ = quantcli(_quicker(run.words[1:]))

@@ -24,7 +24,7 @@ SCHEMES = {
     "w4a16-awq": (4, "group", 16, "tensor", True),
     "w8a16": (8, "group", 16, "tensor", False),
     "w8a8": (8, "channel", 8, "tensor", True),
-    "w8a8-dynamic": (8, "channel", 8, "token", False),
+    "w8a8-dynamic": (8, "channel", 8, "token", True),
     "w8a8-tuned": (8, "channel", 8, "tensor", True),
 }
 
