@@ -33,14 +33,20 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
 
 
 def _smoothed(found: Mapping[str, Any]) -> str:
-    """What the stage smooth did: groups scaled, by method; groups undone; what was rotated."""
+    """What the stage smooth did: what was rotated; groups scaled, by method without exponents; groups left for a
+    reason."""
     scaled = sum(found["methods"].values())
+    counts: dict[str, int] = {}
+    for method, count in found["methods"].items():
+        name = re.split(r"[ ,]", method)[0]
+        name = "descent" if name == "none" else name  # auto began at no scale
+        counts[name] = counts.get(name, 0) + count
     parts = [f"{what} rotated" for what in found["rotated"]]
     if found["methods"] or not parts:
-        methods = ", ".join(f"{method} {count}" for method, count in found["methods"].items())
+        methods = ", ".join(f"{name} {count}" for name, count in counts.items())
         parts.append(f"{_count(scaled, 'group')} of linears scaled" + (f" ({methods})" if methods else ""))
     if found["undone"]:
-        parts.append(f"{found['undone']} undone: the float model would have changed")
+        parts.append(f"{found['undone']} left as found, for reasons in smooth/block-*.json")
     return "; ".join(parts)
 
 
