@@ -220,28 +220,38 @@ def _seen(
         for shared in wanted
     }
 
-    def hook(seen: Seen) -> Any:
-        position = 0
+    position, batch = 0, (0, 0)  # samples before the batch that runs; its samples and tokens of each
 
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal position, batch
+        position += batch[0]
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        batch = hidden.shape[0], hidden.shape[1]
+
+    def hook(shared: SharedInput, seen: Seen) -> Any:
         def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal position
             x = args[0] if args else next(iter(kwargs.values()))
-            x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 2 else x[None]
-            searched = x[: max(0, kept - position)]
+            samples, length = batch
+            first = max(0, min(samples, kept - position))
+            if x.numel() == samples * length * shared.width:  # some models take all tokens of a batch in one row
+                x = x.reshape(samples, length, shared.width)
+                searched, others = x[:first], x[first:]
+            else:  # tokens routed to an expert, which still are in the order of samples
+                x = x.reshape(1, -1, shared.width)
+                searched, others = x.tensor_split([x.shape[1] * first // samples], dim=1)
             for sample in searched:
                 step = max(1, len(sample) // per_sample)
                 seen.tokens.append(sample[::step][:per_sample].float())
-            position += len(x)
             seen.apart.update(searched if apart else x[:0])
-            seen.rest.update(x[len(searched) :] if apart else x)
+            seen.rest.update(others if apart else x)
 
         return look
 
-    handles = [
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True)] + [
         module.get_submodule(name.removeprefix(f"{block.name}.")).register_forward_pre_hook(
-            hook(seen), with_kwargs=True
+            hook(shared, seen), with_kwargs=True
         )
-        for name, (_, seen) in found.items()
+        for name, (shared, seen) in found.items()
     ]
     try:
         yield found

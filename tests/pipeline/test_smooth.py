@@ -1,0 +1,327 @@
+"""Stage `smooth`: scales and rotations are made, keep the float model the same function, and reach every artifact."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_contexts import changed, float_model, read
+from safetensors.torch import load_file, save_file
+from test_resume import artifacts, kill_at
+from tiny_models import save_tiny_model, token_batches
+from torch import Tensor
+
+import quantcli
+from quantcli.errors import RecipeError
+from quantcli.model.structure import Producer
+from quantcli.pipeline import engine
+from quantcli.recipe import load_recipe
+
+Recipe = dict[str, Any]
+Tree = dict[str, str]
+
+NORM = {"norm"}
+ALL = {"norm", "attention", "mlp"}
+# What each family has linears for that absorb scales; an activation function between up and down leaves no `mlp`.
+FAMILIES = {
+    "llama": ALL,
+    "llama-tied": ALL,
+    "qwen2": ALL,
+    "qwen3": ALL,
+    "gemma2": ALL,
+    "gemma3": ALL,
+    "phi3": ALL,
+    "opt": ALL,  # ReLU passes a scale on
+    "gpt2": {"norm", "attention"},
+}
+UNROTATED = {"gemma2", "gemma3", "opt"}  # norms behind linears; a projection behind the embedding
+METHODS = {"m1": NORM, "m2": NORM, "m3": NORM, "m4": ALL, "m5": NORM, "m6": ALL}
+EXACT = 1e-5
+
+
+def _pairs(methods: Iterable[str], quick: set[str], thorough: set[str]) -> list[Any]:
+    """Every family with every method; `quick` methods, and `thorough` families, in each run of the tests."""
+    return [
+        pytest.param(family, method, marks=() if method in quick or family in thorough else pytest.mark.slow)
+        for family in FAMILIES
+        for method in methods
+    ]
+
+
+FAMILY_METHODS = _pairs(METHODS, {"m6"}, {"llama-tied"})
+FAMILY_ROTATIONS = _pairs(("rotate", "auto"), {"rotate"}, {"llama-tied", "gpt2"})
+
+
+@pytest.fixture(scope="module")
+def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The path of a model with outliers: a channel of each norm, of the values and of up is 12 times larger."""
+
+    @cache
+    def make(family: str) -> Path:
+        folder = save_tiny_model(family, tmp_path_factory.mktemp(family), with_tokenizer=True)
+        tensors = load_file(folder / "model.safetensors")
+        for name, tensor in tensors.items():
+            if re.search(r"(ln_\d|norm)\.weight$", name) and len(tensor) == 64:
+                tensor[9] = 12
+            elif re.search(r"(v_proj|up_proj|qkv_proj)\.weight$", name):
+                tensor[-3] *= 12
+            elif name.endswith("c_attn.weight"):
+                tensor[:, -3] *= 12
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def recipe(model_of: Callable[[str], Path], prose: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """W8A8 of a family with a section `smooth`; further values as in `changed`."""
+
+    def make(family: str, smooth: dict[str, Any], **values: Any) -> Recipe:
+        text = {"dataset": "text", "path": str(prose)}
+        whole = {
+            "version": 1,
+            "model": {"path": str(model_of(family)), "sanity_check": "off"},
+            "calibration": {**text, "samples": 4, "sequence_length": 24},
+            "smooth": {"search_tokens": 64} | smooth if smooth.get("method") != "rotate" else smooth,
+            "quantize": {"activations": {"bits": 8, "scope": "tensor"}},
+            "evaluate": {"perplexity": {**text, "sequence_length": 32, "windows": 4}},
+            "output": str(tmp_path / "run"),
+        }
+        if family == "gpt2":  # whose linears are transposed, which no format holds
+            whole |= {"export": None, "evaluate": None}
+        return changed(whole, **values)
+
+    return make
+
+
+def smoothed(recipe: Recipe) -> list[dict[str, Any]]:
+    """Run as far as `smooth`; what came of each group."""
+    engine.run_recipe(load_recipe(recipe), until="smooth")
+    files = sorted((Path(recipe["output"]) / "smooth").glob("block-*.json"))
+    return [outcome for file in files for outcome in json.loads(file.read_text())]
+
+
+def scales(recipe: Recipe) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted((Path(recipe["output"]) / "smooth").glob("block-*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+@cache
+def logits_of(path: Path) -> Tensor:
+    """In float64, of a fixed batch."""
+    (tokens,) = token_batches((2, 20))
+    with torch.inference_mode():
+        return float_model(path, torch.float64, attn_implementation="eager")(tokens).logits
+
+
+def distance(recipe: Recipe) -> float:
+    """Relative distance of the smoothed model's logits, as transformers loads it, from the original's."""
+    original = logits_of(Path(recipe["model"]["path"]))
+    found = logits_of(Path(recipe["output"]) / "smooth" / "model")
+    return float((found - original).norm() / original.norm())
+
+
+@pytest.mark.parametrize(("family", "method"), FAMILY_METHODS)
+def test_methods_make_folds_that_change_nothing(family: str, method: str, recipe: Callable[..., Recipe]) -> None:
+    asked = recipe(family, {"method": method, "save_model": True})
+    outcomes = smoothed(asked)
+    assert distance(asked) < EXACT
+    assert not [outcome for outcome in outcomes if outcome["reason"]]
+    assert {outcome["fold"] for outcome in outcomes} == METHODS[method] & FAMILIES[family]
+    kept = {outcome["input"] for outcome in outcomes if outcome["kept"]}
+    assert {outcome["fold"] for outcome in outcomes if outcome["kept"]} == METHODS[method] & FAMILIES[family]
+    assert {f"{name}.scale" for name in kept} == scales(asked).keys()
+    for scale in scales(asked).values():
+        assert scale.max() / scale.min() > 1.5  # m2 and m5 leave the most channels at 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_lowers_the_error_of_every_group_that_it_scales(family: str, recipe: Callable[..., Recipe]) -> None:
+    asked = recipe(family, {"method": "auto", "save_model": True})
+    outcomes = smoothed(asked)
+    assert distance(asked) < EXACT
+    assert {outcome["fold"] for outcome in outcomes} == FAMILIES[family]
+    kept = [outcome for outcome in outcomes if outcome["kept"]]
+    assert {f"{outcome['input']}.scale" for outcome in kept} == scales(asked).keys()
+    assert "norm" in {outcome["fold"] for outcome in kept}
+    for outcome in outcomes:
+        assert outcome["error_after"] <= outcome["error_before"]
+        assert outcome["kept"] or outcome["chosen"].startswith("none")
+    for outcome in kept:
+        if outcome["fold"] == "norm":  # whose input has an outlier by its gain
+            assert outcome["ratio_after"] < outcome["ratio_before"] / 2
+            assert outcome["error_after"] < outcome["error_before"]
+
+
+@pytest.mark.parametrize(("family", "method"), FAMILY_ROTATIONS)
+def test_rotations_change_nothing(family: str, method: str, recipe: Callable[..., Recipe]) -> None:
+    rotation = {"seed": 3, "hidden": family not in UNROTATED}
+    asked = recipe(family, {"method": method, "rotation": rotation, "save_model": True})
+    outcomes = smoothed(asked)
+    assert distance(asked) < EXACT
+    assert not [outcome for outcome in outcomes if outcome["reason"]]
+    assert bool(scales(asked)) == (method == "auto")
+    assert read(asked, "smooth", "manifest.json")["rotated"] == ["residual stream"] * rotation["hidden"] + ["heads"]
+    before = load_file(Path(asked["model"]["path"]) / "model.safetensors")
+    after = load_file(next((Path(asked["output"]) / "smooth" / "model").glob("*.safetensors")))
+    turned = [name for name in before if before[name].ndim == 2 and not torch.equal(before[name], after[name])]
+    wanted = [name for name in before if before[name].ndim == 2 and ("embed" in name or "wte" in name)]
+    assert set(wanted) <= set(turned) or not rotation["hidden"]
+    assert any(re.search(r"(o_proj|out_proj|c_proj)\.weight", name) for name in turned)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "phi3"])
+def test_a_smoothed_export_is_nearer_to_the_float_model(family: str, recipe: Callable[..., Recipe]) -> None:
+    asked = recipe(family, {"method": "auto"})
+    quantcli.run(asked)
+    divergence = read(asked, "eval-ppl", "results.json")["kl_divergence"]
+    exported = load_file(Path(asked["output"]) / "export" / "compressed-tensors" / "model.safetensors")
+    original = load_file(Path(asked["model"]["path"]) / "model.safetensors")
+    norm = "model.layers.0.input_layernorm.weight"
+    first = "qkv_proj" if family == "phi3" else "q_proj"
+    scale = scales(asked)[f"model.layers.0.self_attn.{first}.scale"]
+    torch.testing.assert_close(exported[norm], original[norm] / scale, rtol=1e-6, atol=0)
+    plain = {key: value for key, value in asked.items() if key != "smooth"}
+    quantcli.run(plain)
+    assert 0 < divergence < read(plain, "eval-ppl", "results.json")["kl_divergence"]
+
+
+def test_a_fold_that_changes_the_block_is_undone(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wrong map of channels from up to down, so that the wrong rows give away the scale."""
+    right = Producer.channels
+
+    def channels(self: Producer, width: int) -> list[int]:
+        return right(self, width)[::-1] if self.name.endswith("up_proj") else right(self, width)
+
+    monkeypatch.setattr(Producer, "channels", channels)
+    asked = recipe("llama-tied", {"method": "m4", "save_model": True})
+    undone = {name for name in (outcome["input"] for outcome in smoothed(asked)) if name.endswith("down_proj")}
+    outcomes = {outcome["input"]: outcome for outcome in smoothed(asked)}
+    events = [json.loads(line) for line in (Path(asked["output"]) / "events.jsonl").read_text().splitlines()]
+    warnings = [event["text"] for event in events if event["event"] == "warning"]
+    assert len(undone) == 2
+    for name, outcome in outcomes.items():
+        assert outcome["kept"] == (name not in undone)
+        assert (f"{name}.scale" in scales(asked)) == (name not in undone)
+        if name in undone:
+            assert outcome["difference"] > 1e-2
+            assert outcome["reason"].startswith("the fold would change the output of the block by ")
+            assert any(text.startswith(f"{name} is not smoothed: the fold would change") for text in warnings)
+        else:
+            assert outcome["difference"] < 1e-5
+    assert read(asked, "smooth", "manifest.json")["undone"] == 2
+    assert distance(asked) < EXACT
+
+
+def test_what_is_excluded_stays_as_it_is(recipe: Callable[..., Recipe]) -> None:
+    """By a linear, or by the norm that would absorb the scale."""
+    whole = {outcome["input"] for outcome in smoothed(recipe("llama-tied", {"method": "m4"}))}
+    patterns = ["*.0.mlp.*", "model.layers.1.input_layernorm"]
+    asked = recipe("llama-tied", {"method": "m4", "exclude": patterns, "save_model": True})
+    found = {outcome["input"] for outcome in smoothed(asked)}
+    left = {"model.layers.0.mlp.gate_proj", "model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"}
+    assert whole - found == left
+    assert not found - whole
+    before = load_file(Path(asked["model"]["path"]) / "model.safetensors")
+    after = load_file(next((Path(asked["output"]) / "smooth" / "model").glob("*.safetensors")))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")} <= same
+    assert {f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk"} <= same
+    assert "model.layers.1.input_layernorm.weight" in same
+
+
+@pytest.mark.parametrize("folds", [["norm"], ["attention"], ["mlp"], ["norm", "mlp"]])
+def test_only_the_folds_that_are_asked_for(folds: list[str], recipe: Callable[..., Recipe]) -> None:
+    for method in ("m1", "auto"):
+        asked = recipe("llama-tied", {"method": method, "folds": folds})
+        assert {outcome["fold"] for outcome in smoothed(asked)} == set(folds)
+
+
+def test_shifts_go_into_biases(recipe: Callable[..., Recipe]) -> None:
+    asked = recipe("opt", {"method": "m1", "shift": True, "save_model": True})
+    smoothed(asked)
+    shifts = {name: value for name, value in scales(asked).items() if name.endswith(".shift")}
+    assert {name.rsplit(".", 2)[-2] for name in shifts} == {"q_proj", "fc1"}
+    assert all(float(value.abs().max()) > 0.1 for value in shifts.values())
+    before = load_file(Path(asked["model"]["path"]) / "model.safetensors")
+    after = load_file(next((Path(asked["output"]) / "smooth" / "model").glob("*.safetensors")))
+    layer = "model.decoder.layers.0"
+    scale, shift = (scales(asked)[f"{layer}.fc1.{part}"] for part in ("scale", "shift"))
+    bias = (before[f"{layer}.final_layer_norm.bias"] - shift) / scale
+    torch.testing.assert_close(after[f"{layer}.final_layer_norm.bias"], bias, rtol=1e-5, atol=1e-6)
+    bias = before[f"{layer}.fc1.bias"] + before[f"{layer}.fc1.weight"] @ shift
+    torch.testing.assert_close(after[f"{layer}.fc1.bias"], bias, rtol=1e-4, atol=1e-5)
+    assert distance(asked) < EXACT
+
+
+def test_nothing_is_shifted_where_no_bias_would_take_it(recipe: Callable[..., Recipe]) -> None:
+    smoothed(asked := recipe("llama-tied", {"method": "m1", "shift": True}))
+    assert scales(asked)
+    assert not [name for name in scales(asked) if name.endswith(".shift")]
+
+
+def test_a_stream_that_cannot_be_rotated_is_refused_before_anything_is_written(recipe: Callable[..., Recipe]) -> None:
+    asked = recipe("gemma2", {"method": "rotate"})
+    with pytest.raises(RecipeError, match="post_attention_layernorm") as caught:
+        quantcli.run(asked)
+    assert caught.value.exit_code == 2
+    assert "smooth.rotation.hidden: false" in caught.value.remedy
+    assert not Path(asked["output"]).exists()
+
+
+def test_a_killed_stage_goes_on_to_the_same_bytes(
+    recipe: Callable[..., Recipe], tree: Callable[[Path], Tree], tmp_path: Path
+) -> None:
+    asked = recipe("llama-tied", {"method": "m4", "save_model": True}, model__cache_memory="0B")
+    kill_at(14, changed(asked, export=None, evaluate=None), tree, tmp_path / "run")
+
+
+def test_memory_of_the_cache_makes_no_difference(
+    recipe: Callable[..., Recipe], tree: Callable[[Path], Tree], tmp_path: Path
+) -> None:
+    found = []
+    for number, memory in enumerate(("0B", "1GiB")):
+        output = tmp_path / str(number)
+        asked = recipe("qwen3", {"method": "auto"}, model__cache_memory=memory, output=str(output))
+        smoothed(asked)
+        found.append(artifacts(tree, output / "smooth"))
+    assert found[0] == found[1]
+    assert any(name.endswith("00001.safetensors") for name in found[0])
+
+
+def test_what_depends_on_smoothing_runs_again(recipe: Callable[..., Recipe]) -> None:
+    def ran(asked: Recipe) -> set[str]:
+        return {name for name, record in quantcli.run(asked).stages.items() if not record["reused"]}
+
+    asked = recipe("llama-tied", {"method": "m1"}, model__sanity_check="warn")
+    whole = ran(asked)
+    assert {"check", "smooth", "calibrate", "quantize", "export", "verify", "eval-ppl"} <= whole
+    assert not ran(asked)
+    behind = {"smooth", "calibrate", "quantize", "export", "verify", "eval-ppl"}
+    assert ran(changed(asked, smooth__alpha=0.7)) & behind == behind
+    assert "check" not in ran(changed(asked, smooth__alpha=0.6))
+    plain = {key: value for key, value in asked.items() if key != "smooth"}
+    assert {"calibrate", "quantize", "export"} <= ran(plain)
+
+
+def test_the_outcome_of_a_group_tells_what_scales_did_to_its_outliers(recipe: Callable[..., Recipe]) -> None:
+    asked = recipe("llama-tied", {"method": "m1"})
+    outcomes = smoothed(asked)
+    other = smoothed(changed(asked, smooth__alpha=0.0))
+    for outcome, without in zip(outcomes, other, strict=True):
+        assert outcome["largest_after"] < outcome["largest_before"]
+        assert outcome["ratio_after"] < outcome["ratio_before"] / 2
+        assert without["largest_before"] == outcome["largest_before"]
+        assert without["ratio_before"] == outcome["ratio_before"] > 3
+        assert outcome["error_before"] == without["error_before"] > 0
