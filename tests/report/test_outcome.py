@@ -85,7 +85,8 @@ def test_what_was_smoothed_stands_behind_the_schemes() -> None:
     methods = {"iterative": 30, "smoothquant": 17}
     assert row(methods=methods, undone=0, rotated=[]) == "47 groups of linears scaled (iterative 30, smoothquant 17)"
     assert row(methods={"awq": 1}, undone=2, rotated=["residual stream"]) == (
-        "residual stream rotated; 1 group of linears scaled (awq 1); 2 left as found, for reasons in smooth/block-*.json"
+        "residual stream rotated; 1 group of linears scaled (awq 1); "
+        "2 left as found, for reasons in smooth/block-*.json"
     )
     found = {"none, descent": 1, "strength 0.5 0": 2, "strength 0.8 0.3, descent": 3}
     assert row(methods=found, undone=0, rotated=[]) == "6 groups of linears scaled (descent 1, strength 5)"
