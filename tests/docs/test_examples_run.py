@@ -131,7 +131,7 @@ def test_the_plan_of_the_readme_is_what_plan_prints(examples: Path, quantcli: Qu
     (shown,) = [c for c in commands(ROOT / "README.md") if c.words[:2] == ["quantcli", "plan"]]
     _, out, _ = quantcli(shown.words[1:])
     labels = _labels(out.splitlines())
-    assert _labels(shown.output) == labels[labels.index("size") :]
+    assert _labels(shown.output) == labels[labels.index("smoothing") :]
 
 
 def _labels(lines: list[str]) -> list[str]:

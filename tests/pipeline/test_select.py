@@ -171,3 +171,18 @@ def test_a_scheme_without_calibration_drops_nothing(static_recipe: Callable[[Pat
     recipe = changed(static_recipe(tmp_path / "run"), quantize={"weights": {"bits": 8}}, export=None, evaluate=None)
     recipe["calibration"]["drop_outliers"] = 0.5
     assert "select" not in quantcli.run(recipe).stages
+
+
+def test_smoothing_alone_reads_samples_and_sees_what_is_kept(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path
+) -> None:
+    quantize = {"activations": {"bits": 8, "scope": "token"}}
+    recipe = changed(
+        static_recipe(tmp_path / "run"), quantize=quantize, smooth={"method": "smoothquant"}, evaluate=None
+    )
+    recipe["calibration"]["drop_outliers"] = 0.5
+    events: list[dict[str, Any]] = []
+    quantcli.run_stage("smooth", recipe, listener=events.append)
+    seen = [event["samples"] for event in events if event["event"] == "tokens" and event["stage"] == "smooth"]
+    assert seen == [len(selection(recipe)["kept"])]
+    assert seen[0] < len(selection(recipe)["differences"])

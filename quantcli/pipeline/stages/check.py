@@ -8,7 +8,7 @@ from typing import Any
 from quantcli.errors import ModelError
 from quantcli.pipeline.batches import batched, data_identity, texts_of
 from quantcli.pipeline.context import Context, Stage
-from quantcli.pipeline.plan import needs_calibration
+from quantcli.pipeline.plan import reads_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.source import known_positions
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
@@ -24,7 +24,7 @@ HIGHEST_PERPLEXITY = 1000.0
 
 def _section(recipe: Recipe) -> CalibrationSection | PerplexitySection | None:
     """The text that the model will be run on; None when it is not run at all."""
-    if recipe.calibration is not None and needs_calibration(recipe):
+    if recipe.calibration is not None and reads_calibration(recipe):
         return recipe.calibration
     return recipe.evaluate.perplexity if recipe.evaluate else None
 

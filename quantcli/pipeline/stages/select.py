@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
-from quantcli.pipeline.plan import needs_calibration
+from quantcli.pipeline.plan import reads_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import SELECTION, calibration_samples
 from quantcli.recipe.schema import Recipe
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _wanted(recipe: Recipe) -> bool:
-    return recipe.calibration is not None and recipe.calibration.drop_outliers > 0 and needs_calibration(recipe)
+    return recipe.calibration is not None and recipe.calibration.drop_outliers > 0 and reads_calibration(recipe)
 
 
 def _identity(context: Context) -> dict[str, Any]:
