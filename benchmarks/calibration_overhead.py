@@ -3,8 +3,9 @@
 python benchmarks/calibration_overhead.py MODEL SAMPLES [--length 512] [--blocks 6] [--repeats 5]
 
 SAMPLES samples of built-in text go through the first blocks of the model, in the dtype of its checkpoint. Each block
-takes each batch plainly, with all statistics, and without value counts, in turn and `repeats` times, so that all meet
-the same load of the machine. Wall: median and quartiles of the ratios to the plain pass beside it. CPU: the ratio of
+takes each batch plainly, and with what calibration gathers for static `minmax` (extremes), for static `histogram`
+(value counts too) and at most (second moments too), in turn and `repeats` times, so that all meet the same load of the
+machine. Wall: median and quartiles of the ratios to the plain pass beside it. CPU: the ratio of
 the processor time of all threads, over all passes.
 """
 
@@ -31,7 +32,11 @@ from quantcli.model.structure import Block
 from quantcli.model.structure_cache import find_structure
 
 BATCH_TOKENS = 2048
-OBSERVED = {"all": True, "no counts": False}
+OBSERVED = {  # counts, moments
+    "static minmax": (False, False),
+    "static histogram": (True, False),
+    "all": (True, True),
+}
 
 
 def token_batches(model: Path, samples: int, length: int) -> list[Tensor]:
@@ -73,8 +78,8 @@ def measure(model: Path, samples: int, length: int, blocks: int, repeats: int) -
             stream.run(index, 0, states[0])  # the first pass of a block reads its weights
             for _ in range(repeats):
                 gathered = {
-                    label: {shared.name: InputStatistics(shared.width, counts=counts) for shared in block.inputs}
-                    for label, counts in OBSERVED.items()
+                    label: {s.name: InputStatistics(s.width, counts=counts, moments=moments) for s in block.inputs}
+                    for label, (counts, moments) in OBSERVED.items()
                 }
                 for batch, hidden in enumerate(states):
                     forward = partial(stream.run, index, batch, hidden)

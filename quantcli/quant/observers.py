@@ -34,7 +34,8 @@ class Observed:
     """What calibration saw of one activation.
 
     sample_minimum, sample_maximum: extremes of each sample over all its elements, float32 [samples].
-    counts: how often each bfloat16 value occurred, int64 [65536] in the order of `bin_values`; None if not counted.
+    counts: how often each bfloat16 value occurred, or an estimate of it from some of the tokens, int64 [65536] in the
+        order of `bin_values`; None if not counted.
     range_parm: max|x| over the spread of the first samples (`InputStatistics.range_parm`).
     """
 

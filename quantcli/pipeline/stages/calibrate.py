@@ -39,14 +39,22 @@ def _identity(context: Context) -> dict[str, Any]:
         "calibration": data_identity(context.recipe.calibration),
         "model": _reading(context),
         "counts": _counts(context),
+        "moments": _moments(context),
         "head": _observes_head(context),
         "attention": attention and [attention.to_json(), cache and cache.observe, _coverage(context)],
     }
 
 
 def _counts(context: Context) -> bool:
-    """Whether the distribution of values is of use, and not their extremes and moments alone."""
-    return context.ranks or any(t.scheme.observed for t in context.plan.treatments.values())
+    """Whether the distribution of values is read: by measures of linears, or by a range other than of extremes."""
+    return context.ranks or any(
+        t.scheme.observed and t.activations.propagation == "float" and t.activations.method != "minmax"
+        for t in context.plan.treatments.values()
+    )
+
+
+def _moments(context: Context) -> bool:
+    return any(t.weights.importance != "none" for t in context.plan.treatments.values())
 
 
 def _observes_head(context: Context) -> bool:
@@ -100,7 +108,8 @@ def run(context: Context, folder: StageFolder) -> None:
         head = context.plan.structure.head_linear
         assert head is not None
         shared = SharedInput((head.name,), head.in_features)
-        _write(folder, context.blocks, {head.name: observe_head(stream, cache, shared, context.device, True)})
+        entering = observe_head(stream, cache, shared, context.device, _counts(context))
+        _write(folder, context.blocks, {head.name: entering})
     write_json(folder.path / MANIFEST, _manifest(context, folder, found.tokens))
     folder.add(folder.path / MANIFEST)
     cache.clear()
@@ -113,7 +122,8 @@ def _observing(
     """Statistics that fill while the block runs: of its inputs, and of attention if what is inside is quantized."""
     from quantcli.calibration.statistics import inputs_observed
 
-    with inputs_observed(module, block, context.device, _counts(context)) as statistics:
+    gathers = {"counts": _counts(context), "moments": _moments(context)}
+    with inputs_observed(module, block, context.device, **gathers) as statistics:
         if context.plan.attention is None:
             yield statistics, {}
         else:
