@@ -61,11 +61,13 @@ def left_out(model: str, case: str, entry: dict[str, Any]) -> str:
     """Why a case is not compared; empty if it is."""
     if entry["status"] != "ok":
         return "the tool failed"
-    if case.startswith(("anti_", "m1_", "m2_", "m3_", "m4_", "m6_")):
-        return "outlier suppression is not there yet"
+    if case in SMOOTHED_APART:
+        return SMOOTHED_APART[case]
+    if smoothing_of(model, case):
+        return ""
     smoothing = ("smooth", "awq", "quarot", "float_sparse", "autoround")
     if case.startswith("v1_") and (any(word in case for word in smoothing) or case == "v1_default_w8a8"):
-        return "smoothing, rotation, pruning and learned rounding are not there yet"
+        return "these smoothing methods, pruning and learned rounding have no counterpart"
     for word, reason in (
         ("gptq", "gptq is not there yet"),
         ("hqq", "hqq is not there yet"),
@@ -84,9 +86,63 @@ def left_out(model: str, case: str, entry: dict[str, Any]) -> str:
     return ""
 
 
+_SEARCHED = "its search differs from that of m6 and m3, whose cases are compared"
+_SIGNED = "defect of the tool: the largest weight of v to o and up to down is taken with its sign"
+SMOOTHED_APART = {
+    "m2_w8a8_act3": "the loss that chooses the outliers is not known",
+    "m6_w8a8": "the tool searches scales for v to o that query heads of one KV head do not share",
+    "m3_w4a16_g32": "the tool searches for weights by row and quantizes them by group; here both are by group",
+    "v1_flex_smooth": _SEARCHED,
+    "v1_flex_smooth_default_adapter": _SEARCHED,
+    "v1_flex_awq_ssz": _SEARCHED,
+    "v1_awq": _SEARCHED,
+    "v1_awq_w4": _SEARCHED,
+    "v1_iter_smooth": _SIGNED,
+    "v1_iter_smooth_asym": _SIGNED,
+    "v1_iter_smooth_w8a8": _SIGNED,
+    "v1_kv_smooth": "scales of keys against queries have no counterpart",
+    "v1_quarot": "its rotation comes from another generator of random numbers",
+    "v1_quarot_w8a8": "its rotation comes from another generator of random numbers",
+}
+_ALL_SAMPLES = {"search_samples": 6, "search_tokens": 10**6}  # every token of every sample
+_SMOOTHED: dict[str, Recipe] = {
+    "v1_smooth_quant": {"method": "m1"},
+    "v1_smooth_quant_default_adapter": {"method": "m1"},
+    "v1_iter_smooth_a05_normlinear": {"method": "m4", "alpha": 0.5, "folds": ["norm"]},
+    "v1_iter_smooth_default_adapter": {"method": "m4", "folds": ["norm"]},
+    # its norms see the rows that the other folds have scaled: tests/smoothing compares them so
+    "v1_flex_smooth_a07_b03": {"method": "m6", "alpha": 0.7, "beta": 0.3, "folds": ["attention", "mlp"]},
+}
+
+
+def smoothing_of(model: str, case: str) -> Recipe | None:
+    """The section `smooth` that asks for the same; None if the case smooths nothing."""
+    if case in _SMOOTHED:
+        return _SMOOTHED[case]
+    config = meta_of(model, case).get("anti_outlier_config")
+    if not config:
+        return None
+    section: Recipe = {"method": config["anti_method"], **_ALL_SAMPLES}
+    if "a07_b03" in case:
+        section |= {"alpha": 0.7, "beta": 0.3}
+    return section | {"clip": False} if config["anti_method"] == "m3" else section
+
+
+def only_smoothed(model: str, case: str, entry: dict[str, Any]) -> bool:
+    """Whether the case smooths, quantizes nothing, and is compared."""
+    return not left_out(model, case, entry) and (GOLDEN / model / case / "scales.safetensors").is_file()
+
+
 def recipe_of(model: str, case: str) -> Recipe:
     """The section `quantize` that asks for the same."""
     meta = meta_of(model, case)
+    if smoothing_of(model, case) and not meta.get("quant_config"):  # the scheme that searches are for
+        config = meta.get("anti_outlier_config") or {}
+        weights = {"bits": config.get("w_bit", 8), "symmetric": not case.endswith("asym")}
+        if weights["bits"] == 4 and weights["symmetric"]:
+            weights["full_range"] = False
+        inputs = {"bits": 16} if config.get("a_bit") == 16 else {"bits": 8, "scope": "tensor", "symmetric": False}
+        return {"weights": weights, "activations": inputs}
     return _v1(meta, case) if meta["api"] == "v1" else _v0(meta, case)
 
 
@@ -178,30 +234,50 @@ def model_with_tokens(model: str, calibration: str, root: Path) -> tuple[Path, P
     return folder, root / f"{model}-{calibration}.jsonl"
 
 
-@contextmanager
-def quantized(model: str, case: str, root: Path, samples: slice = slice(None)) -> Iterator[tuple[Context, Store]]:
-    """The case run by this program; the context and its store."""
-    meta = meta_of(model, case)
-    folder, text = model_with_tokens(model, meta.get("calibration") or "calibration", root)
+def recipe_with_model(model: str, case: str, root: Path, samples: slice = slice(None)) -> Recipe:
+    """The whole recipe of the case, on the samples that the tool looks at."""
+    folder, text = model_with_tokens(model, meta_of(model, case).get("calibration") or "calibration", root)
     output = root / "runs" / f"{model}-{case}"
+    smooth = smoothing_of(model, case)
+    if smooth and smooth["method"] == "m3":
+        samples = slice(1)  # the first one tells mean |x| and the error
     if samples != slice(None):
         chosen = output.with_suffix(".jsonl")
         chosen.parent.mkdir(exist_ok=True)
         chosen.write_text("\n".join(text.read_text().splitlines()[samples]) + "\n")
         text = chosen
-    recipe = load_recipe(
-        {
-            "model": {"path": str(folder), "sanity_check": "off"},
-            "calibration": {"dataset": "jsonl", "path": str(text), "samples": 6, "sequence_length": 128},
-            "quantize": recipe_of(model, case),
-            "export": None,
-            "output": str(output),
-        }
-    )
+    count = len(text.read_text().splitlines())
+    whole = {
+        "model": {"path": str(folder), "sanity_check": "off"},
+        "calibration": {"dataset": "jsonl", "path": str(text), "samples": 6, "sequence_length": 128},
+        "quantize": recipe_of(model, case),
+        "export": None,
+        "output": str(output),
+    }
+    if smooth:
+        whole["calibration"] |= {"samples": count}
+        whole["smooth"] = smooth
+    return whole
+
+
+@contextmanager
+def quantized(model: str, case: str, root: Path, samples: slice = slice(None)) -> Iterator[tuple[Context, Store]]:
+    """The case run by this program; the context and its store."""
+    recipe = load_recipe(recipe_with_model(model, case, root, samples))
     result = engine.run_recipe(recipe, until="quantize")
-    with open_run(output, folder) as run:
-        context = Context(recipe, folder, result.plan, run, "cpu", results=result.stages)
-        yield context, Store(output / "quantize")
+    with open_run(Path(recipe.output), Path(recipe.model.path)) as run:
+        context = Context(recipe, Path(recipe.model.path), result.plan, run, "cpu", results=result.stages)
+        yield context, Store(context.folder("quantize"))
+
+
+def smoothed_scales(model: str, case: str, root: Path) -> dict[str, Tensor]:
+    """The scales that this program finds for the case, by the first linear that takes them."""
+    recipe = load_recipe(recipe_with_model(model, case, root))
+    engine.run_recipe(recipe, until="smooth")
+    found: dict[str, Tensor] = {}
+    for file in sorted((Path(recipe.output) / "smooth").glob("block-*.safetensors")):
+        found |= load_file(file)
+    return {name.removesuffix(".scale"): scale for name, scale in found.items()}
 
 
 class MovedInputs(Store):

@@ -30,6 +30,7 @@ TOLERANCE = {
     "A_bf16": (2**-7, 0.05, 0.12, None),
     "A_fp16": (2**-9, 0.02, 0.02, None),
 }
+SMOOTHED = 2e-6  # relative distance of smoothing scales, products of powers in float32
 # A code at a tie falls to either side: static input scales are also tried this much off, which is within the tolerance.
 MOVES = (0.0, 3e-7, -3e-7)
 # Cases whose static input scales follow from a defect of the tool; names, weights and ranking are compared.
@@ -50,11 +51,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_recorded_case_is_reproduced(model: str, case: str, entry: dict[str, Any], root: Path) -> None:
     if reason := golden.left_out(model, case, entry):
         pytest.skip(reason)
+    if golden.only_smoothed(model, case, entry):
+        _compare_scales(model, case, root)
+        return
     # the tool's v1 keeps the extremes of the last sample alone
     samples = slice(-1, None) if case.startswith("v1_kvcache") else slice(None)
     with golden.quantized(model, case, root, samples) as (context, store):
         recorded, meta = golden.tensors_of(model, case), golden.meta_of(model, case)
         scale_error, input_error, code_share, logit_error = TOLERANCE[model]
+        if golden.smoothing_of(model, case):  # folded weights differ by roundings, which move codes at a tie
+            scale_error, code_share = max(scale_error, SMOOTHED), max(code_share, 1e-3)
         assert set(meta.get("rollback_names") or _float_linears(recorded, context)) == set(store.kept)
         _compare_ranking(context, meta)
         defective = any(word in case for word in DEFECTIVE_INPUTS)
@@ -84,6 +90,33 @@ def test_the_recorded_case_is_reproduced(model: str, case: str, entry: dict[str,
             simulated = [golden.simulated_logits(context, each, tokens) for each in moved]
             distances = [float((ours - theirs.view_as(ours)).norm() / theirs.norm()) for ours in simulated]
             assert min(distances) < logit_error
+
+
+# By the first linear of a group: what the tool's scales are called after its name.
+SCALES = {
+    "self_attn.q_proj": "input_layernorm.norm_scale",
+    "mlp.gate_proj": "post_attention_layernorm.norm_scale",
+    "self_attn.o_proj": "self_attn.o_proj.col_times",
+    "mlp.down_proj": "mlp.down_proj.col_times",
+}
+
+
+def _compare_scales(model: str, case: str, root: Path) -> None:
+    theirs, ours = (
+        load_file(golden.GOLDEN / model / case / "scales.safetensors"),
+        golden.smoothed_scales(model, case, root),
+    )
+    assert ours
+    for name, scale in ours.items():
+        block, reader = ".".join(name.split(".")[:3]), ".".join(name.split(".")[3:])
+        if case == "anti_m6" and reader == "self_attn.o_proj":
+            continue  # the tool searches scales that query heads of one KV head do not share
+        wanted = theirs[f"{block}.{SCALES[reader]}"]
+        if case == "anti_m2":  # which channels are outliers follows from a loss that is not known
+            both = (scale != 1) & ((wanted - 1).abs() > 1e-6)
+            assert both.any()
+            scale, wanted = scale[both], wanted[both]
+        torch.testing.assert_close(scale, wanted, rtol=SMOOTHED, atol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def _float_linears(recorded: dict[str, Tensor], context: Context) -> set[str]:

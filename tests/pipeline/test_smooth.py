@@ -284,7 +284,7 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
     recipe: Callable[..., Recipe], tree: Callable[[Path], Tree], tmp_path: Path
 ) -> None:
     asked = recipe("llama-tied", {"method": "m4", "save_model": True}, model__cache_memory="0B")
-    kill_at(14, changed(asked, export=None, evaluate=None), tree, tmp_path / "run")
+    kill_at(29, changed(asked, export=None, evaluate=None), tree, tmp_path / "run")
 
 
 def test_memory_of_the_cache_makes_no_difference(

@@ -1,0 +1,65 @@
+"""`auto` never loses on the tokens that it judges by, and finds outliers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from test_objective import by_row
+from test_smoothing_methods import SHARED, group_from, random_group
+
+from quantcli.smoothing.auto import auto
+from quantcli.smoothing.group import Group
+from quantcli.smoothing.objective import output_error
+
+Activations = Literal["none", "static", "dynamic"]
+
+
+@pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_auto_is_never_worse_than_nothing(activations: Activations, bits: int) -> None:
+    """Whether there are outliers or not, and whether scales have to be shared or not."""
+    target = replace(by_row(bits), activations=activations)
+    for seed in range(3):
+        for channels in (None, SHARED):
+            group = random_group(seed, channels, outlier=5 if seed % 2 else None)
+            found = auto(group, group, target)
+            error = output_error(group, target, "token")
+            assert error(found.scale) <= error(torch.ones(16))
+            assert error(found.scale) == pytest.approx(found.facts["error"], rel=1e-5)
+            assert bool((torch.isfinite(found.scale) & (found.scale > 0)).all())
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_auto_finds_a_planted_outlier(activations: Activations) -> None:
+    group = random_group(1, outlier=5)
+    target = replace(by_row(8), activations=activations)
+    found = auto(group, group, target)
+    others = torch.cat([found.scale[:5], found.scale[6:]])
+    assert int(found.scale.argmax()) == 5
+    assert found.scale[5] > 3 * others.max()
+    error = output_error(group, target, "token")
+    assert error(found.scale) < 0.5 * error(torch.ones(16))
+
+
+@pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
+def test_channels_of_one_producer_share_a_scale(activations: Activations) -> None:
+    group = random_group(2, SHARED)
+    scale = auto(group, group, replace(by_row(4), activations=activations)).scale
+    for producer in set(SHARED):
+        own = scale[group.channels == producer]
+        assert torch.equal(own, own[:1].expand_as(own))
+    assert scale.unique().numel() > 1
+
+
+def test_dead_channels_get_a_usable_scale() -> None:
+    group = random_group(3)
+    x, weights = group.tokens.clone(), [w.clone() for w in group.weights]
+    x[:, 2] = 0
+    for weight in weights:
+        weight[:, 7] = 0
+    dead: Group = group_from(x, *weights)
+    scale = auto(dead, dead, replace(by_row(8), activations="dynamic")).scale
+    assert bool((torch.isfinite(scale) & (scale > 0)).all())

@@ -1,0 +1,131 @@
+"""Output errors of a group against a slow reference, and the expected noise against measured errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from test_smoothing_methods import group_from
+from torch import Tensor
+
+from quantcli.smoothing.group import Group
+from quantcli.smoothing.objective import ExpectedNoise, Reduction, Target, output_error, token_shares
+
+Activations = Literal["none", "static", "dynamic"]
+
+
+def by_row(bits: int) -> Target:
+    high = 2 ** (bits - 1) - 1
+
+    def weight(w: Tensor) -> Tensor:
+        step = w.abs().amax(1, keepdim=True) / high
+        return (w / step).round() * step
+
+    return Target(weight=weight, bits=bits)
+
+
+def gaussian(tokens: int = 96, channels: int = 32) -> Group:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(tokens, channels, generator=generator) + 0.3
+    return group_from(x, *(torch.randn(rows, channels, generator=generator) for rows in (24, 40)))
+
+
+def scale_of(group: Group, seed: int = 1) -> Tensor:
+    return (torch.randn(group.tokens.shape[1], generator=torch.Generator().manual_seed(seed)) * 0.7).exp()
+
+
+def slow_error(group: Group, scale: Tensor, target: Target, reduction: Reduction) -> float:
+    """One value at a time where it is quantized, in float64."""
+    x = (group.tokens.double() / scale.double()).tolist()
+    if target.activations == "dynamic":
+        for row in x:
+            step = max(abs(value) for value in row) / 127
+            row[:] = [round(value / step) * step for value in row]
+    if target.activations == "static":
+        low = min(0.0, float((group.minimum / scale).min()))
+        high = max(0.0, float((group.maximum / scale).max()))
+        if target.symmetric:
+            step, zero = max(high, -low) / 127, 0
+        else:
+            step = (high - low) / 255
+            zero = round(-128 - low / step)
+        for row in x:
+            row[:] = [(min(127, max(-128, round(value / step) + zero)) - zero) * step for value in row]
+    quantized = torch.tensor(x, dtype=torch.float64)
+    outputs = [group.tokens.double() @ w.double().t() for w in group.weights]
+    energy = [sum(float(y[t].square().sum()) for y in outputs) for t in range(len(x))]
+    median = sorted(energy)[(len(energy) - 1) // 2]
+    share = torch.tensor([min(1.0, median / e) for e in energy], dtype=torch.float64)
+    total, whole = 0.0, sum(float(y.square().sum()) for y in outputs)
+    for w, y in zip(group.weights, outputs, strict=True):
+        squares = (quantized @ target.weight(w.double() * scale.double()).t() - y).square()
+        if reduction == "mean":
+            total += float(squares.mean())
+        elif reduction == "joint":
+            total += float(squares.sum()) / whole
+        else:
+            total += float((share * squares.sum(1)).sum() / (share * y.square().sum(1)).sum())
+    return total
+
+
+@pytest.mark.parametrize("reduction", ["mean", "joint", "token"])
+@pytest.mark.parametrize(
+    ("activations", "symmetric"), [("none", True), ("static", True), ("static", False), ("dynamic", True)]
+)
+def test_the_error_is_that_of_the_slow_reference(
+    activations: Activations, symmetric: bool, reduction: Reduction
+) -> None:
+    group = gaussian()
+    group = replace(group, tokens=group.tokens.clone())
+    group.tokens[3] *= 50  # a token whose output is far larger than the others'
+    group = group_from(group.tokens, *group.weights)
+    target = replace(by_row(8), activations=activations, symmetric=symmetric)
+    for scale in (torch.ones(32), scale_of(group)):
+        found = output_error(group, target, reduction)(scale)
+        assert found == pytest.approx(slow_error(group, scale, target, reduction), rel=0.02)
+
+
+def test_a_large_token_counts_as_the_median() -> None:
+    outputs = [torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0.0], [0.0], [4.0]])]
+    assert token_shares(outputs).tolist() == pytest.approx([1, 1, 4 / 25])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
+def test_expected_noise_is_about_the_error(activations: Activations, bits: int) -> None:
+    group = gaussian()
+    target = replace(by_row(bits), activations=activations)
+    noise, error = ExpectedNoise(group, target), output_error(group, target, "token")
+    for scale in (torch.ones(32), scale_of(group)):
+        assert 0.5 < float(noise(scale.log())) / error(scale) < 2
+
+
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
+def test_a_common_factor_of_all_scales_changes_nothing(activations: Activations, group_size: int | None) -> None:
+    group = gaussian()
+    target = replace(by_row(8), activations=activations, group_size=group_size, symmetric=False)
+    noise, scale = ExpectedNoise(group, target), scale_of(group)
+    expected = float(noise(scale.log()))
+    for factor in (1e-3, 7.0, 1e3):
+        assert float(noise((scale * factor).log())) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
+def test_the_gradient_is_that_of_finite_differences(activations: Activations) -> None:
+    single = gaussian(tokens=24, channels=12)
+    # in float64, so that differences are not lost in rounding
+    group = group_from(single.tokens.double(), *(w.double() for w in single.weights))
+    noise = ExpectedNoise(group, replace(by_row(8), activations=activations))
+    at = scale_of(group).double().log().requires_grad_()
+    noise(at).backward()
+    assert at.grad is not None
+    assert at.grad.abs().max() > 0
+    with torch.no_grad():
+        for channel in range(12):
+            move = torch.zeros(12, dtype=torch.float64)
+            move[channel] = 1e-6
+            slope = float(noise(at + move) - noise(at - move)) / 2e-6
+            assert float(at.grad[channel]) == pytest.approx(slope, rel=1e-3, abs=1e-9)
