@@ -66,7 +66,7 @@ def divergences(recipe: Recipe) -> tuple[list[float], list[list[int]]]:
         samples = calibration_samples(context).samples
         whole = float_model(context.model)
         replaced = {
-            name: replacement(store.read(name), scheme.activations, torch.float32, "cpu", "decode")
+            name: replacement(store.read(name), scheme, torch.float32, "cpu", "decode")
             for name, scheme in store.schemes.items()
         }
     found = []
