@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantcli.model.structure import Producer, SharedInput
 from quantcli.pipeline.context import Context
+from quantcli.pipeline.plan import excluded_from_smoothing
 from quantcli.recipe.smoothing import SmoothSection
 
 if TYPE_CHECKING:
@@ -99,6 +100,18 @@ def _whole(group: Group, seen: Seen) -> Group:
     )
 
 
+def _shifted(group: Group, shift: Tensor) -> Group:
+    """The group with x − z in the place of its input x. Of |x − z| the mean is that of the kept tokens."""
+    tokens = group.tokens - shift
+    return replace(
+        group,
+        minimum=group.minimum - shift,
+        maximum=group.maximum - shift,
+        mean_absolute=tokens.abs().mean(0),
+        tokens=tokens,
+    )
+
+
 class GroupSource:
     """Finds the scale of one group after the other, with the float weights of a checkpoint."""
 
@@ -108,6 +121,50 @@ class GroupSource:
         self.context = context
         self.checkpoint = checkpoint
         self.names = changeable_tensors(context.recipe, checkpoint, context.plan.structure)
+        self.excluded = excluded_from_smoothing(context.recipe, context.plan.structure)
+
+    def folds(self, shared: SharedInput) -> bool:
+        """Whether an input is to be scaled: with a producer, a quantized reader, and nothing that is excluded."""
+        section, producer = self.context.recipe.smooth, shared.producer
+        assert section is not None
+        if not section.scales or producer is None or fold_kind(producer) not in folds_taken(section):
+            return False
+        planned = any(name in self.context.plan.treatments for name in shared.linears)
+        return planned and not {*shared.linears, producer.name} & self.excluded.keys()
+
+    def clipped(self, shared: SharedInput) -> list[str]:
+        """The readers of an input whose weights are to be clipped."""
+        section, treatments = self.context.recipe.smooth, self.context.plan.treatments
+        assert section is not None
+        planned = [name for name in shared.linears if name in treatments and name not in self.excluded]
+        return [name for name in planned if section.clips(treatments[name].weights, treatments[name].activations)]
+
+    def clips(
+        self, shared: SharedInput, seen: Seen, folds: list[Fold], changed: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Bounds of the weights that are to be clipped among the readers of an input, with the block's folds in them.
+
+        changed: the parameters of the block that the folds change, with these changes.
+        """
+        import torch
+
+        from quantcli.smoothing.clip import clip_bounds
+
+        names = self.clipped(shared)
+        if not names or not seen.tokens:
+            return {}
+        tokens = torch.cat(seen.tokens)
+        for fold in folds:
+            if fold.linears == shared.linears:
+                tokens = tokens / fold.scale.to(tokens.device)
+        target, found = self._target(shared), {}
+        for name in names:
+            weight = changed.get(f"{name}.weight")
+            if weight is not None and self.context.linears[name].transposed:
+                weight = weight.t().contiguous()
+            weight = self._weight(name).float() if weight is None else weight.to(tokens.device)
+            found[name] = clip_bounds(weight, tokens, target.weight, target.group_size)
+        return found
 
     def smooth(self, shared: SharedInput, seen: Seen) -> Outcome:
         """The scale that the recipe's method finds for the linears of an input, under the scheme that the plan has for
@@ -126,25 +183,31 @@ class GroupSource:
         if producer.obstacle:
             return Outcome(shared, {"chosen": "none"}, None, producer.obstacle)
         group = self._group(shared, seen)
+        whole = _whole(group, seen)
         target = self._target(shared)
-        found = self._find(group, seen, target)
-        group = _whole(group, seen)
-        error = output_error(group, target, "token")
+        before, at_first = largest_input(whole), output_error(whole, target, "token")
+        shift = self._shift(shared, whole)
+        if shift is not None:
+            group, whole = _shifted(group, shift), _shifted(whole, shift)
+        found = self._find(group, whole, target)
+        error = output_error(whole, target, "token")
         scale = self._stored_scale(producer, found.scale)
-        shift = self._shift(shared, group)
         neutral = bool((scale == 1).all()) and shift is None
-        before, after = largest_input(group), largest_input(group) / scale
+        after = largest_input(whole) / scale
         section = self.context.recipe.smooth
         assert section is not None
         facts: dict[str, Any] = {"chosen": section.method} | {
             key: value if isinstance(value, str) else _short(value) for key, value in found.facts.items()
         }
-        for key, large, loss in (("before", before, error(scale.new_ones(len(scale)))), ("after", after, error(scale))):
+        for key, large, loss in (
+            ("before", before, at_first(scale.new_ones(len(scale)))),
+            ("after", after, error(scale)),
+        ):
             median = large.median()
             facts[f"largest_{key}"] = _short(float(large.max()))
             facts[f"ratio_{key}"] = _short(float(large.max() / median)) if median > 0 else None
             facts[f"error_{key}"] = _short(loss)
-        fold = None if neutral else Fold(producer, shared.linears, scale.cpu(), shift)
+        fold = None if neutral else Fold(producer, shared.linears, scale.cpu(), None if shift is None else shift.cpu())
         return Outcome(shared, facts, fold)
 
     def _group(self, shared: SharedInput, seen: Seen) -> Group:
@@ -196,7 +259,7 @@ class GroupSource:
             symmetric=scheme.activations_symmetric,
         )
 
-    def _find(self, group: Group, seen: Seen, target: Target) -> Found:
+    def _find(self, group: Group, whole: Group, target: Target) -> Found:
         from quantcli.smoothing.auto import auto
         from quantcli.smoothing.methods import SMOOTHING_METHODS
         from quantcli.smoothing.objective import output_error
@@ -204,7 +267,7 @@ class GroupSource:
         section = self.context.recipe.smooth
         assert section is not None
         if section.method == "auto":
-            return auto(group, _whole(group, seen), target)
+            return auto(group, whole, target)
         find: Callable[..., Found] = SMOOTHING_METHODS[section.method].find
         if section.alpha is not None:
             find = partial(find, alpha=section.alpha)
@@ -228,18 +291,21 @@ class GroupSource:
         return exact_scale(weight, whole, producer.weight_offset, stored)[channels].to(scale)
 
     def _shift(self, shared: SharedInput, group: Group) -> Tensor | None:
-        """The middle of each channel, if the recipe shifts and every bias that would take it exists."""
+        """The middle of each channel, if the recipe shifts and every bias that would take it exists. What a product
+        with another activation passes on is scaled by it, and cannot be shifted."""
         from quantcli.smoothing.group import shared_maximum
 
         section, structure = self.context.recipe.smooth, self.context.plan.structure
         assert section is not None
         assert shared.producer is not None
         owners = (shared.producer.name, *shared.linears)
-        if not section.shift or any(f"{name}.bias" not in structure.parameters for name in owners):
+        if not section.shift or fold_kind(shared.producer) == "mlp":
+            return None
+        if any(f"{name}.bias" not in structure.parameters for name in owners):
             return None
         high = shared_maximum(group.maximum, group.channels)
         low = -shared_maximum(-group.minimum, group.channels)
-        return ((high + low) / 2).cpu()
+        return (high + low) / 2
 
 
 def _short(value: float) -> float:

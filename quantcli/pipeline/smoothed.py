@@ -2,13 +2,14 @@
 
 The stage's folder holds one safetensors file a block, `block-00000.safetensors`, float32: `X.scale` [C] and, if
 channels are shifted too, `X.shift` [C] for each shared input X that is folded; an input without them stays as it is.
+`L.clip` [out, groups] are bounds that the weight of linear L is held within when it is quantized, and only then.
 `rotation.json` holds the rotation that comes before, if there is one: scales are those of the rotated model.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from quantcli.model.rotation import ModelRotation
 
 ROTATION = "rotation.json"
+CLIP = "clip"
 
 
 def smoothed_checkpoint(recipe: Recipe, model: Path, structure: Structure, folder: Path) -> Checkpoint:
@@ -76,8 +78,8 @@ def folds_file(folder: Path, index: int) -> Path:
     return folder / f"block-{index:05d}.safetensors"
 
 
-def write_folds(folder: Path, index: int, folds: Iterable[Fold]) -> str:
-    """Write the scales and shifts of a block, an empty file if there are none; returns the sha256."""
+def write_folds(folder: Path, index: int, folds: Iterable[Fold], clips: Mapping[str, Tensor] | None = None) -> str:
+    """Write scales, shifts and clips of a block, an empty file if there are none; returns the sha256."""
     from quantcli.model.writer import PlannedTensor, write_safetensors
 
     tensors: dict[str, Tensor] = {}
@@ -85,22 +87,17 @@ def write_folds(folder: Path, index: int, folds: Iterable[Fold]) -> str:
         tensors[f"{fold.linears[0]}.scale"] = fold.scale.float()
         if fold.shift is not None:
             tensors[f"{fold.linears[0]}.shift"] = fold.shift.float()
+    tensors |= {f"{linear}.{CLIP}": bounds.float().cpu() for linear, bounds in (clips or {}).items()}
     planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
     return write_safetensors(folds_file(folder, index), planned, tensors.__getitem__, {"format": "quantcli-folds"})
 
 
 def read_folds(folder: Path, index: int, structure: Structure) -> list[Fold]:
     """The folds of a block. Raises ModelError for a file that is missing, damaged or of another model."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     from quantcli.model.folding import Fold
 
     file = folds_file(folder, index)
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} cannot be read: {error}.", "Delete it and run again.") from error
+    tensors = _load(file, lambda name: not name.endswith(f".{CLIP}"))
     folds = []
     for shared in structure.blocks[index].inputs:
         scale, shift = (tensors.pop(f"{shared.name}.{part}", None) for part in ("scale", "shift"))
@@ -111,6 +108,21 @@ def read_folds(folder: Path, index: int, structure: Structure) -> list[Fold]:
     if tensors:
         raise ModelError(f"{file} holds {next(iter(tensors))}, which belongs to no input of the block.", _RERUN)
     return folds
+
+
+def read_clip(folder: Path, index: int, linear: str) -> Tensor | None:
+    """The bounds of the weight of a linear in a block, if it has them."""
+    return _load(folds_file(folder, index), lambda name: name == f"{linear}.{CLIP}").get(f"{linear}.{CLIP}")
+
+
+def _load(file: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys() if wanted(name)}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.", _RERUN) from error
 
 
 _RERUN = "Delete the folder of stage smooth and run again."

@@ -43,6 +43,7 @@ class WeightSource:
         self.names = weight_tensors(
             context.model, context.plan.structure, self.checkpoint.entries, trust_remote_code=trust
         )
+        self.original = original
         self.by_block: dict[int, list[str]] = {}
         for name, (block, _) in context.plan.schemes.items():
             self.by_block.setdefault(block, []).append(name)
@@ -51,6 +52,15 @@ class WeightSource:
         """The float weight [out, in] on the device."""
         weight = self.checkpoint.read([self.names[name]])[self.names[name]]
         return (weight.t().contiguous() if self.context.linears[name].transposed else weight).to(self.context.device)
+
+    def bounds(self, name: str) -> Tensor | None:
+        """The bounds that smoothing found for the weight of a linear, if it clips."""
+        from quantcli.pipeline.smoothed import read_clip
+
+        section, index = self.context.recipe.smooth, self.context.linear_blocks[name]
+        if section is None or not section.scales or self.original or index >= self.context.blocks:
+            return None
+        return read_clip(self.context.folder("smooth"), index, name)
 
     def submit(self, workers: ThreadPoolExecutor, index: int, statistics: StatisticsOf, with_inputs: bool) -> Jobs:
         """One job for each planned linear of a block: its stored form, and facts. `statistics` is asked for a linear
@@ -77,7 +87,12 @@ class WeightSource:
         needs = treatment.weights.importance != "none" or (with_inputs and treatment.scheme.observed)
         seen = statistics(name) if needs else None
         dtype = self.context.plan.structure.dtype
-        stored, facts = quantize_weight(name, self.read(name), treatment, dtype, seen)
+        weight, bounds = self.read(name), self.bounds(name)
+        if bounds is not None:
+            from quantcli.smoothing.clip import clamped
+
+            weight = clamped(weight.float(), bounds.to(weight.device))
+        stored, facts = quantize_weight(name, weight, treatment, dtype, seen)
         if with_inputs and treatment.scheme.observed:
             assert seen is not None
             scale, zero, ranges = input_parameters(observed_of(seen), treatment)

@@ -33,8 +33,8 @@ def auto(group: Group, whole: Group, target: Target) -> Found:
     The trials are none, the MEASURED best of A^α / Wmax^β on a grid by expected noise (mean|x|^α / Wmax^β where inputs
     stay in float), and CBQ's. They are made from the statistics of `group`, which have not seen its kept tokens, and
     compared by their error on those. The winner is made anew from `whole`, whose statistics have seen all samples, as
-    the range of a static input has, and moved downhill on the expected noise if that lowers the error. A scale is
-    divided by its geometric mean, which changes nothing that is rounded.
+    the range of a static input has, and moved downhill on the expected noise; of the two and none the best is kept. A
+    scale is divided by its geometric mean, which changes nothing that is rounded.
     """
     noise = ExpectedNoise(group, target)
     expected = {each: float(noise(_strength(group, target, *each).log())) for each in product(ALPHAS, BETAS)}
@@ -49,10 +49,10 @@ def auto(group: Group, whole: Group, target: Target) -> Found:
     found = trials[name](whole)
     error = output_error(whole, target, "token")
     moved = downhill(found, whole.channels, ExpectedNoise(whole, target))
-    loss, lower = error(found), error(moved)
-    if lower < loss:
-        return Found(moved, {"chosen": f"{name}, descent", "error": lower})
-    return Found(found, {"chosen": name, "error": loss})
+    last = {"none": torch.ones_like(found), name: found, f"{name}, descent": moved}
+    losses = {name: error(scale) for name, scale in last.items()}
+    name = min(losses, key=losses.__getitem__)
+    return Found(last[name], {"chosen": name, "error": losses[name]})
 
 
 def downhill(scale: Tensor, channels: Tensor, noise: ExpectedNoise) -> Tensor:

@@ -12,7 +12,6 @@ from quantcli.errors import ModelError
 from quantcli.model.structure import Block, SharedInput
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
-from quantcli.pipeline.plan import excluded_from_smoothing
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.smoothed import ROTATION, folds_file, write_folds
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from quantcli.model.folding import Fold
     from quantcli.model.rotation import ModelRotation
     from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.groups import Outcome, Seen
+    from quantcli.pipeline.groups import GroupSource, Outcome, Seen
 
 MANIFEST = "manifest.json"
 HIDDEN = "hidden"
@@ -98,6 +97,7 @@ def _go_through_blocks(
 
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.groups import GroupSource
 
     section = context.recipe.smooth
     assert section is not None
@@ -117,20 +117,20 @@ def _go_through_blocks(
     done = cache.resume()
     if done is not None and not all(recorded[:done]):
         done = None
-    excluded = excluded_from_smoothing(context.recipe, context.plan.structure)
+    source = GroupSource(context, checkpoint)
     for index in range(stream.enter(cache, done), context.blocks):
         started = time.perf_counter()
         block = context.plan.structure.blocks[index]
         entering = cache.get(0)[:1, :CHECKED_TOKENS]
         if rotation is not None:
             _check_rotation(context, index, exact, entering, rotation)
-        wanted = _wanted_inputs(context, block, excluded) if section.scales else []
+        wanted = [shared for shared in block.inputs if source.folds(shared) or source.clipped(shared)]
         with stream.block(index) as module, _seen(context, module, block, wanted, len(samples)) as seen:
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
-        outcomes = _smooth_block(context, index, checkpoint, exact[0], entering, seen) if section.scales else []
+        outcomes, clips = _smooth_block(context, index, source, exact[0], entering, seen)
         folds = [outcome.fold for outcome in outcomes if outcome.fold is not None]
-        folder.add(folds_file(folder.path, index), write_folds(folder.path, index, folds))
+        folder.add(folds_file(folder.path, index), write_folds(folder.path, index, folds, clips))
         write_json(folder.path / _report_file(index), [outcome.to_json() for outcome in outcomes])
         folder.add(folder.path / _report_file(index))
         cache.commit(index + 1)
@@ -176,22 +176,6 @@ def _check_rotation(
 def _relative(found: Tensor, expected: Tensor, entering: Tensor) -> float:
     """‖found − expected‖ / ‖expected − entering‖: against what the block adds, not against what passes through it."""
     return float((found - expected).norm() / (expected - entering.to(expected.device)).norm().clamp(min=1e-30))
-
-
-def _wanted_inputs(context: Context, block: Block, excluded: dict[str, str]) -> list[SharedInput]:
-    """The inputs that are to be scaled: with a producer, a quantized reader, and nothing that is excluded."""
-    from quantcli.pipeline.groups import fold_kind, folds_taken
-
-    section = context.recipe.smooth
-    assert section is not None
-    return [
-        shared
-        for shared in block.inputs
-        if shared.producer is not None
-        and fold_kind(shared.producer) in folds_taken(section)
-        and any(name in context.plan.treatments for name in shared.linears)
-        and not {*shared.linears, shared.producer.name} & excluded.keys()
-    ]
 
 
 @contextmanager
@@ -263,22 +247,23 @@ def _seen(
 def _smooth_block(
     context: Context,
     index: int,
-    checkpoint: Checkpoint,
+    source: GroupSource,
     exact: BlockStream,
     entering: Tensor,
     seen: dict[str, tuple[SharedInput, Seen]],
-) -> list[Outcome]:
-    """Scales for each group of the block, checked one after the other on top of those that were kept."""
+) -> tuple[list[Outcome], dict[str, Tensor]]:
+    """Scales for each group of the block, checked one after the other on top of those that were kept, and bounds of the
+    weights that are to be clipped."""
     import torch
 
-    from quantcli.pipeline.groups import GroupSource
-
-    source = GroupSource(context, checkpoint)
     kept: list[Fold] = []
     outcomes = []
+    clips: dict[str, Tensor] = {}
     with exact.block(index), torch.no_grad():
         before = exact.run(index, 0, entering.float()) if seen else entering
         for shared, own in seen.values():
+            if not source.folds(shared):
+                continue
             outcome = source.smooth(shared, own)
             if outcome.fold is not None:
                 changed = _changed_parameters(context, exact, [*kept, outcome.fold])
@@ -291,7 +276,10 @@ def _smooth_block(
                 context.emit("warning", text=f"{shared.name} is not smoothed: {outcome.reason}.")
             context.emit("smoothed", **outcome.to_json())
             outcomes.append(outcome)
-    return outcomes
+        changed = _changed_parameters(context, exact, kept)
+        for shared, own in seen.values():
+            clips |= source.clips(shared, own, kept, changed)
+    return outcomes, clips
 
 
 def _changed_parameters(context: Context, exact: BlockStream, folds: list[Fold]) -> dict[str, Tensor]:

@@ -1,0 +1,70 @@
+"""Bounds of weights: the best of the tried ones for each row and group, by a slow search over real outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantcli.quant.grid import WeightGrid, dequantize
+from quantcli.quant.minmax import minmax
+from quantcli.smoothing.clip import RATIOS, clamped, clip_bounds
+
+GRID = WeightGrid(4, True, "group", 8, torch.float32, True)
+
+
+def quantized(weight: Tensor) -> Tensor:
+    return dequantize(minmax(weight, GRID, None))
+
+
+def example() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(6, 24, generator=generator)
+    weight[:, 5] = 6  # an outlier in each row whose input is nearly always small
+    tokens = torch.randn(200, 24, generator=generator)
+    tokens[:, 5] *= 0.01
+    return weight, tokens
+
+
+def test_the_bound_is_the_best_of_those_tried_by_a_search_over_outputs() -> None:
+    weight, tokens = example()
+    bounds = clip_bounds(weight, tokens, quantized, 8)
+    for row in range(6):
+        for group in range(3):
+            part = slice(8 * group, 8 * group + 8)
+            losses = {}
+            for ratio in RATIOS:
+                bound = float(weight[row, part].abs().max()) * ratio
+                trial = weight.clone()
+                trial[row, part] = trial[row, part].clamp(-bound, bound)
+                lost = (quantized(trial)[row, part] - weight[row, part]).double()
+                losses[bound] = float((tokens[:, part].double() @ lost).square().sum())
+            best = min(losses, key=losses.__getitem__)
+            chosen = min(losses, key=lambda bound: abs(bound - float(bounds[row, group])))
+            assert losses[chosen] <= losses[best] * (1 + 1e-4)
+
+
+def test_an_outlier_that_meets_small_inputs_is_clipped_and_the_output_gains() -> None:
+    weight, tokens = example()
+    bounds = clip_bounds(weight, tokens, quantized, 8)
+    assert (bounds[:, 0] < weight[:, :8].abs().amax(1)).all()
+    output = tokens @ weight.t()
+    plain = (tokens @ quantized(weight).t() - output).square().sum()
+    better = (tokens @ quantized(clamped(weight, bounds)).t() - output).square().sum()
+    assert better < 0.5 * plain
+
+
+def test_clamped_holds_every_group_within_its_bound_and_changes_nothing_inside() -> None:
+    weight, _ = example()
+    bounds = torch.full((6, 3), 1.5)
+    held = clamped(weight, bounds)
+    assert held.abs().max() <= 1.5
+    inside = weight.abs() <= 1.5
+    assert torch.equal(held[inside], weight[inside])
+
+
+def test_without_groups_there_is_one_bound_a_row() -> None:
+    weight, tokens = example()
+    grid = WeightGrid(4, True, "channel", None, torch.float32, True)
+    bounds = clip_bounds(weight, tokens, lambda w: dequantize(minmax(w, grid, None)), None)
+    assert bounds.shape == (6, 1)
+    assert torch.equal(clamped(weight, weight.abs().amax(1, keepdim=True)), weight)
