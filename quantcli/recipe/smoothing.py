@@ -86,7 +86,7 @@ class SmoothSection(Section):
     search_samples: Count = Field(
         default=8, description="Calibration samples whose inputs are kept for searches; auto judges on them alone."
     )
-    search_tokens: Count = Field(default=1024, description="Tokens of those samples that are used.")
+    search_tokens: Count = Field(default=512, description="Tokens of those samples that are used.")
     save_model: bool = Field(default=False, description="Write the smoothed float model as an ordinary checkpoint.")
 
     @field_validator("alpha")

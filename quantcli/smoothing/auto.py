@@ -20,8 +20,8 @@ from quantcli.smoothing.group import (
 from quantcli.smoothing.objective import ExpectedNoise, Target, output_error
 from quantcli.smoothing.outliers import cbq
 
-ALPHAS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-BETAS = (0.0, 0.15, 0.3, 0.5)
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+BETAS = (0.0, 0.15, 0.4)
 MEASURED = 3
 """Strengths of least expected noise whose error is measured."""
 STEPS, RATE = 20, 0.1
