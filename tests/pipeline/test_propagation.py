@@ -264,7 +264,7 @@ def test_other_ranges_run_the_block_again_with_the_final_scales(recipe: Recipe, 
                 low, high = activation_range(seen[name].observed, method, symmetric=True, percentile=99)
                 assert entry.input_scale is not None
                 assert math.isclose(entry.input_scale.item(), max(-low, high) / 127, rel_tol=1e-6), name
-                final[name] = replacement(entry, "static", torch.float32, "cpu", "decode")
+                final[name] = replacement(entry, context.plan.treatments[name].scheme, torch.float32, "cpu", "decode")
             with simulated(model, final):
                 expected = leaving(model, stream, index)
             torch.testing.assert_close(hidden[0], expected[0], rtol=1e-5, atol=1e-5)
