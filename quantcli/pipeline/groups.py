@@ -13,6 +13,7 @@ from quantcli.pipeline.plan import excluded_from_smoothing
 from quantcli.recipe.smoothing import SmoothSection
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from quantcli.calibration.channel_statistics import ChannelStatistics
@@ -156,6 +157,8 @@ class GroupSource:
         tokens = torch.cat(seen.tokens)
         for fold in folds:
             if fold.linears == shared.linears:
+                if fold.shift is not None:
+                    tokens = tokens - fold.shift.to(tokens.device)
                 tokens = tokens / fold.scale.to(tokens.device)
         target, found = self._target(shared), {}
         for name in names:
@@ -175,8 +178,8 @@ class GroupSource:
 
         producer = shared.producer
         assert producer is not None
-        if not seen.rest.count:
-            return Outcome(shared, {"chosen": "none"}, None, "no token reached it during calibration")
+        if not seen.rest.count or not any(len(part) for part in seen.tokens):
+            return Outcome(shared, {"chosen": "none"}, None, "no token reached it in some part of the calibration text")
         if seen.rest.non_finite or seen.apart.non_finite:
             reason = f"{seen.rest.non_finite + seen.apart.non_finite} of its input values are not finite"
             return Outcome(shared, {"chosen": "none"}, None, reason)
@@ -234,6 +237,13 @@ class GroupSource:
         tensor = self._read(f"{linear}.weight")
         return (tensor.t().contiguous() if self.context.linears[linear].transposed else tensor).to(self.context.device)
 
+    def _stored_dtype(self, parameter: str) -> torch.dtype:
+        """The dtype that the checkpoint's file holds a parameter in."""
+        from quantcli.model.writer import DTYPE_NAMES
+
+        names = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+        return names[self.checkpoint.entries[self.names[parameter]].dtype]
+
     def _read(self, parameter: str) -> Tensor:
         name = self.names[parameter]
         return self.checkpoint.read([name])[name]
@@ -284,7 +294,8 @@ class GroupSource:
         if producer.kind == "linear":
             return scale
         weight = self._read(f"{producer.name}.weight").to(scale.device)
-        stored = getattr(torch, self.context.plan.structure.dtype)
+        dtype = self.context.recipe.model.dtype
+        stored = self._stored_dtype(f"{producer.name}.weight") if dtype == "auto" else getattr(torch, dtype)
         whole = scale.new_ones(len(weight))
         channels = torch.tensor(producer.channels(len(scale)), device=scale.device)
         whole[channels] = scale

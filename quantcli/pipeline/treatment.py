@@ -60,7 +60,13 @@ class WeightSource:
         section, index = self.context.recipe.smooth, self.context.linear_blocks[name]
         if section is None or not section.scales or self.original or index >= self.context.blocks:
             return None
-        return read_clip(self.context.folder("smooth"), index, name)
+        treatment = self.context.plan.treatments[name]
+        if not section.clips(treatment.weights, treatment.activations):
+            return None
+        found, linear = read_clip(self.context.folder("smooth"), index, name), self.context.linears[name]
+        shape = treatment.scheme.scale_shape(linear.out_features, linear.in_features)
+        # a linear that was rolled back since to other groups has bounds that were found for those it had
+        return found if found is not None and tuple(found.shape) == shape else None
 
     def submit(self, workers: ThreadPoolExecutor, index: int, statistics: StatisticsOf, with_inputs: bool) -> Jobs:
         """One job for each planned linear of a block: its stored form, and facts. `statistics` is asked for a linear

@@ -72,7 +72,7 @@ def downhill(scale: Tensor, channels: Tensor, noise: ExpectedNoise) -> Tensor:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return _centred(best)
+    return _centred(torch.where(scale == 1, 1.0, best))
 
 
 def _strength(group: Group, target: Target, alpha: float, beta: float) -> Tensor:

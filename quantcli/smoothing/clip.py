@@ -17,14 +17,14 @@ def clip_bounds(
     """For each row and group of inputs the bound b of least Σ_t ((w − Q(clamp(w, −b, b))) · x_t)² over the group alone.
 
     AWQ, https://arxiv.org/abs/2306.00978, and `auto_clip.py` of its code. The sum is a quadratic form with the Gram
-    matrix of the group's inputs, so it costs no pass over the tokens for each bound.
+    matrix of the group's inputs, so where tokens are many it costs no pass over them for each bound.
 
     weight float32 [out, C]; tokens float32 [T, C]; quantized: a weight to its quantized value. Returns float32
     [out, groups]: the largest magnitude itself where clipping does not help.
     """
     size = group_size or weight.shape[1]
-    inputs = tokens.unflatten(1, (-1, size)).transpose(0, 1)  # [groups, T, size]
-    gram = inputs.transpose(1, 2) @ inputs
+    inputs = tokens.unflatten(1, (-1, size)).permute(1, 2, 0)  # [groups, size, T]
+    gram = inputs @ inputs.transpose(1, 2) if size <= len(tokens) else None
     groups = weight.unflatten(1, (-1, size))
     largest = groups.abs().amax(2)
     best, least = largest.clone(), torch.full_like(largest, torch.inf)
@@ -32,7 +32,8 @@ def clip_bounds(
         bound = largest * ratio
         clamped = torch.minimum(torch.maximum(groups, -bound[..., None]), bound[..., None])
         lost = (quantized(clamped.flatten(1)).unflatten(1, (-1, size)) - groups).transpose(0, 1)  # [groups, out, size]
-        error = ((lost @ gram) * lost).sum(2).t()
+        outputs = (lost @ inputs).square() if gram is None else (lost @ gram) * lost
+        error = outputs.sum(2).t()
         better = error < least
         best, least = torch.where(better, bound, best), torch.where(better, error, least)
     return best

@@ -76,7 +76,7 @@ def token_shares(outputs: list[Tensor]) -> Tensor:
     """min(1, median of ‖y‖² / ‖y_t‖²) for each token t, with ‖y_t‖² over all outputs [T, out]: float32 [T]."""
     energy = torch.stack([y.square().sum(1) for y in outputs]).sum(0)
     median = energy.median()
-    return torch.where(energy > median, median / energy, 1.0)
+    return torch.where(energy > median, median / energy, 1.0) if median > 0 else torch.ones_like(energy)
 
 
 class ExpectedNoise:

@@ -43,7 +43,10 @@ def _identity(context: Context) -> dict[str, Any]:
     return {
         "smooth": recipe.smooth.model_dump(mode="json"),
         "calibration": data_identity(recipe.calibration) if recipe.calibration and recipe.smooth.scales else None,
-        "schemes": {name: scheme.to_json() for name, (_, scheme) in context.plan.schemes.items()},
+        "schemes": {
+            name: [treatment.scheme.to_json(), treatment.weights.full_range]
+            for name, treatment in context.plan.treatments.items()
+        },
         "model": {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code, "device": context.device},
     }
 
@@ -101,18 +104,21 @@ def _go_through_blocks(
 
     section = context.recipe.smooth
     assert section is not None
-    recorded = [_report_file(index) in folder.files for index in range(context.blocks)]
+    written = [(folds_file(folder.path, index).name, _report_file(index)) for index in range(context.blocks)]
+    recorded = [{*names} <= folder.files.keys() for names in written]
     if all(recorded):
         HiddenCache(folder.path / HIDDEN, [], torch.float32).clear()
         return
-    found = calibration_samples(context) if context.recipe.calibration is not None else None
+    found = calibration_samples(context) if section.scales else None
     samples = found.samples if found is not None else [list(range(CHECKED_TOKENS))]
     if found is not None:
         context.emit("tokens", samples=len(samples), tokens=found.tokens, documents=found.documents_used)
     batches = batched(samples)
     skeleton = context.skeleton(checkpoint=checkpoint)
     stream = BlockStream(skeleton, batches if section.scales else batches[:1])
-    exact = _exact_streams(context, checkpoint, rotation, batches[0][:1, :CHECKED_TOKENS])
+    exact, embedded = _exact_streams(context, checkpoint, rotation, batches[0][:1, :CHECKED_TOKENS])
+    if rotation is not None:
+        _check_outside(context, exact, embedded, rotation)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     done = cache.resume()
     if done is not None and not all(recorded[:done]):
@@ -141,15 +147,33 @@ def _go_through_blocks(
 
 def _exact_streams(
     context: Context, checkpoint: Checkpoint, rotation: ModelRotation | None, tokens: Tensor
-) -> list[BlockStream]:
-    """A short batch through the model in float32, for checks; beside a rotated one also through the original."""
+) -> tuple[list[BlockStream], list[Tensor]]:
+    """A short batch through the model in float32, for checks, beside a rotated one also through the original; and what
+    enters the first block of each."""
     from quantcli.model.stream import BlockStream
 
     sources: list[dict[str, Any]] = [{"checkpoint": checkpoint}] + [{"original": True}] * (rotation is not None)
     streams = [BlockStream(context.skeleton(dtype="float32", **source), [tokens]) for source in sources]
-    for stream in streams:
-        list(stream.start())
-    return streams
+    return streams, [next(iter(list(stream.start()))) for stream in streams]
+
+
+def _check_outside(context: Context, exact: list[BlockStream], embedded: list[Tensor], rotation: ModelRotation) -> None:
+    """Raise ModelError unless rotated embeddings are the original's, rotated, and the head makes the same of them."""
+    import torch
+
+    from quantcli.model.rotation import stream_rotation
+
+    turn = stream_rotation(context.plan.structure, rotation.seed) if rotation.hidden else None
+    pairs = [(embedded[0], embedded[1] if turn is None else turn.apply(embedded[1]))]
+    logits = []
+    for stream, hidden in zip(exact, embedded, strict=True):
+        with stream.head():
+            logits.append(torch.cat([piece for _, piece in stream.logits(hidden)], dim=1))
+    for (found, expected), what in zip([*pairs, (logits[0], logits[1])], ("embedding", "output head"), strict=True):
+        difference = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+        if not difference <= TOLERANCE:
+            raise ModelError(f"Rotated, the {what} gives something else (by {difference:.2g}).",
+                             "Set smooth.rotation.hidden: false.")  # fmt: skip
 
 
 def _check_rotation(
