@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from quantcli.model.structure import Producer, SharedInput
 from quantcli.pipeline.context import Context
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from quantcli.model.folding import Fold
     from quantcli.pipeline.plan import Treatment
     from quantcli.smoothing.group import Found, Group
-    from quantcli.smoothing.objective import Target
+    from quantcli.smoothing.objective import Target, Targets
 
 FoldKind = Literal["norm", "attention", "mlp"]
 
@@ -110,7 +110,17 @@ def _shifted(group: Group, shift: Tensor) -> Group:
         maximum=group.maximum - shift,
         mean_absolute=tokens.abs().mean(0),
         tokens=tokens,
+        shift=shift,
     )
+
+
+class _Tried(NamedTuple):
+    """What a method found; the scale as it will be stored; the ranges of the inputs and the output error with it."""
+
+    found: Found
+    scale: Tensor
+    largest: Tensor
+    error: float
 
 
 class GroupSource:
@@ -123,6 +133,7 @@ class GroupSource:
         self.checkpoint = checkpoint
         self.names = changeable_tensors(context.recipe, checkpoint, context.plan.structure)
         self.excluded = excluded_from_smoothing(context.recipe, context.plan.structure)
+        self.targets: dict[Treatment, Target] = {}
 
     def folds(self, shared: SharedInput) -> bool:
         """Whether an input is to be scaled: with a producer, a quantized reader, and nothing that is excluded."""
@@ -160,18 +171,21 @@ class GroupSource:
                 if fold.shift is not None:
                     tokens = tokens - fold.shift.to(tokens.device)
                 tokens = tokens / fold.scale.to(tokens.device)
-        target, found = self._target(shared), {}
+        found = {}
         for name in names:
             weight = changed.get(f"{name}.weight")
             if weight is not None and self.context.linears[name].transposed:
                 weight = weight.t().contiguous()
             weight = self._weight(name).float() if weight is None else weight.to(tokens.device)
+            target = self._target(name)
+            assert target is not None
             found[name] = clip_bounds(weight, tokens, target.weight, target.group_size)
         return found
 
-    def smooth(self, shared: SharedInput, seen: Seen) -> Outcome:
+    def smooth(self, shared: SharedInput, seen: Seen, *, shifting: bool = True) -> Outcome:
         """The scale that the recipe's method finds for the linears of an input, under the scheme that the plan has for
-        them, and the output error before and after."""
+        each, and the output error before and after. A shift that the recipe asks for is taken where it does not make
+        that error larger; without `shifting` none is tried."""
         from quantcli.model.folding import Fold
         from quantcli.smoothing.group import largest_input
         from quantcli.smoothing.objective import output_error
@@ -187,31 +201,40 @@ class GroupSource:
             return Outcome(shared, {"chosen": "none"}, None, producer.obstacle)
         group = self._group(shared, seen)
         whole = _whole(group, seen)
-        target = self._target(shared)
-        before, at_first = largest_input(whole), output_error(whole, target, "token")
-        shift = self._shift(shared, whole)
-        if shift is not None:
-            group, whole = _shifted(group, shift), _shifted(whole, shift)
-        found = self._find(group, whole, target)
-        error = output_error(whole, target, "token")
-        scale = self._stored_scale(producer, found.scale)
-        neutral = bool((scale == 1).all()) and shift is None
-        after = largest_input(whole) / scale
+        targets = [self._target(name) for name in shared.linears]
+        chosen = self._tried(producer, group, whole, targets)
+        middle = self._shift(shared, whole) if shifting else None
+        shift: Tensor | None = None
         section = self.context.recipe.smooth
         assert section is not None
-        facts: dict[str, Any] = {"chosen": section.method} | {
-            key: value if isinstance(value, str) else _short(value) for key, value in found.facts.items()
-        }
-        for key, large, loss in (
-            ("before", before, at_first(scale.new_ones(len(scale)))),
-            ("after", after, error(scale)),
-        ):
+        facts: dict[str, Any] = {"chosen": section.method}
+        if middle is not None:
+            moved = self._tried(producer, _shifted(group, middle), _shifted(whole, middle), targets)
+            if moved.error <= chosen.error:
+                chosen, shift = moved, middle
+            facts["shifted"] = shift is not None
+        found, scale, after, error = chosen
+        facts |= {key: value if isinstance(value, str) else _short(value) for key, value in found.facts.items()}
+        before = output_error(whole, targets, "token")(scale.new_ones(len(scale)))
+        for key, large, loss in (("before", largest_input(whole), before), ("after", after, error)):
             median = large.median()
             facts[f"largest_{key}"] = _short(float(large.max()))
             facts[f"ratio_{key}"] = _short(float(large.max() / median)) if median > 0 else None
             facts[f"error_{key}"] = _short(loss)
-        fold = None if neutral else Fold(producer, shared.linears, scale.cpu(), None if shift is None else shift.cpu())
-        return Outcome(shared, facts, fold)
+        if shift is None and bool((scale == 1).all()):
+            return Outcome(shared, facts, None)
+        return Outcome(
+            shared, facts, Fold(producer, shared.linears, scale.cpu(), None if shift is None else shift.cpu())
+        )
+
+    def _tried(self, producer: Producer, group: Group, whole: Group, targets: Targets) -> _Tried:
+        from quantcli.smoothing.group import largest_input
+        from quantcli.smoothing.objective import output_error
+
+        found = self._find(group, whole, targets)
+        scale = self._stored_scale(producer, found.scale)
+        error = output_error(whole, targets, "token")(scale)
+        return _Tried(found, scale, largest_input(whole) / scale, error)
 
     def _group(self, shared: SharedInput, seen: Seen) -> Group:
         import torch
@@ -222,7 +245,6 @@ class GroupSource:
         tokens, statistics = torch.cat(seen.tokens), seen.rest
         weights = tuple(self._weight(name).float() for name in shared.linears)
         return Group(
-            kind=shared.producer.kind,
             weights=weights,
             channels=torch.tensor(shared.producer.channels(shared.width), device=tokens.device),
             minimum=statistics.minimum,
@@ -248,28 +270,31 @@ class GroupSource:
         name = self.names[parameter]
         return self.checkpoint.read([name])[name]
 
-    def _target(self, shared: SharedInput) -> Target:
-        """The scheme of the group's first quantized linear: those that engines fuse share one."""
+    def _target(self, linear: str) -> Target | None:
+        """How the plan quantizes a linear, None if it stays in float; one and the same of linears treated alike."""
         from quantcli.pipeline.treatment import weight_grid
         from quantcli.quant.grid import dequantize
         from quantcli.quant.minmax import minmax
         from quantcli.smoothing.objective import Target
 
-        treatments = self.context.plan.treatments
-        treatment: Treatment = next(treatments[name] for name in shared.linears if name in treatments)
-        scheme = treatment.scheme
-        grid = weight_grid(treatment, self.context.plan.structure.dtype)
-        kind: Literal["none", "static", "dynamic"] = "static" if scheme.observed else "none"
-        return Target(
-            weight=lambda weight: dequantize(minmax(weight, grid, None)),
-            bits=scheme.bits,
-            group_size=scheme.group_size,
-            activations="dynamic" if scheme.activations == "dynamic" else kind,
-            activation_bits=scheme.activation_bits,
-            symmetric=scheme.activations_symmetric,
-        )
+        treatment = self.context.plan.treatments.get(linear)
+        if treatment is None:
+            return None
+        if treatment not in self.targets:
+            scheme = treatment.scheme
+            grid = weight_grid(treatment, self.context.plan.structure.dtype)
+            kind: Literal["none", "static", "dynamic"] = "static" if scheme.observed else "none"
+            self.targets[treatment] = Target(
+                weight=lambda weight: dequantize(minmax(weight, grid, None)),
+                bits=scheme.bits,
+                group_size=scheme.group_size,
+                activations="dynamic" if scheme.activations == "dynamic" else kind,
+                activation_bits=scheme.activation_bits,
+                symmetric=scheme.activations_symmetric,
+            )
+        return self.targets[treatment]
 
-    def _find(self, group: Group, whole: Group, target: Target) -> Found:
+    def _find(self, group: Group, whole: Group, targets: Targets) -> Found:
         from quantcli.smoothing.auto import auto
         from quantcli.smoothing.methods import SMOOTHING_METHODS
         from quantcli.smoothing.objective import output_error
@@ -277,13 +302,13 @@ class GroupSource:
         section = self.context.recipe.smooth
         assert section is not None
         if section.method == "auto":
-            return auto(group, whole, target)
+            return auto(group, whole, targets)
         find: Callable[..., Found] = SMOOTHING_METHODS[section.method].find
         if section.alpha is not None:
             find = partial(find, alpha=section.alpha)
         if section.beta is not None:
             find = partial(find, beta=section.beta)
-        return find(group, output_error(group, target, "mean" if section.method == "awq" else "joint"))
+        return find(group, output_error(group, targets, "mean" if section.method == "awq" else "joint"))
 
     def _stored_scale(self, producer: Producer, scale: Tensor) -> Tensor:
         """The scale that the producer gives away exactly, as it will be stored: norms are rounded, linears are not."""

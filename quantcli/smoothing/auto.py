@@ -9,15 +9,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from quantcli.smoothing.group import (
-    FLOOR,
-    Found,
-    Group,
-    largest_input,
-    largest_weight,
-    shared_maximum,
-)
-from quantcli.smoothing.objective import ExpectedNoise, Target, output_error
+from quantcli.smoothing.group import FLOOR, Found, Group, largest_input, largest_weight, shared_maximum
+from quantcli.smoothing.objective import ExpectedNoise, Targets, output_error
 from quantcli.smoothing.outliers import cbq
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -27,8 +20,8 @@ MEASURED = 3
 STEPS, RATE = 20, 0.1
 
 
-def auto(group: Group, whole: Group, target: Target) -> Found:
-    """The scale of least output error under `target`, of several methods and a descent.
+def auto(group: Group, whole: Group, targets: Targets) -> Found:
+    """The scale of least output error under `targets`, of several methods and a descent.
 
     The trials are none, the MEASURED best of A^α / Wmax^β on a grid by expected noise (mean|x|^α / Wmax^β where inputs
     stay in float), and CBQ's. They are made from the statistics of `group`, which have not seen its kept tokens, and
@@ -36,19 +29,23 @@ def auto(group: Group, whole: Group, target: Target) -> Found:
     the range of a static input has, and moved downhill on the expected noise; of the two and none the best is kept. A
     scale is divided by its geometric mean, which changes nothing that is rounded.
     """
-    noise = ExpectedNoise(group, target)
-    expected = {each: float(noise(_strength(group, target, *each).log())) for each in product(ALPHAS, BETAS)}
+    noise = ExpectedNoise(group, targets)
+    rounded = any(target is not None and target.activations != "none" for target in targets)
+    expected = {each: float(noise(_strength(group, rounded, *each).log())) for each in product(ALPHAS, BETAS)}
     trials: dict[str, Callable[[Group], Tensor]] = {
-        f"strength {alpha:g} {beta:g}": partial(_strength, target=target, alpha=alpha, beta=beta)
+        f"strength {alpha:g} {beta:g}": partial(_strength, rounded=rounded, alpha=alpha, beta=beta)
         for alpha, beta in sorted(expected, key=expected.__getitem__)[:MEASURED]
     }
-    error = output_error(group, target, "token")
-    trials |= {"cbq": lambda seen: _centred(cbq(seen, error).scale), "none": lambda seen: torch.ones_like(seen.minimum)}
+    error = output_error(group, targets, "token")
+    trials |= {
+        "cbq": lambda seen: _around_one(cbq(seen, error).scale),
+        "none": lambda seen: torch.ones_like(seen.minimum),
+    }
     losses = {name: error(make(group)) for name, make in trials.items()}
     name = min(losses, key=losses.__getitem__)
     found = trials[name](whole)
-    error = output_error(whole, target, "token")
-    moved = downhill(found, whole.channels, ExpectedNoise(whole, target))
+    error = output_error(whole, targets, "token")
+    moved = downhill(found, whole.channels, ExpectedNoise(whole, targets))
     last = {"none": torch.ones_like(found), name: found, f"{name}, descent": moved}
     losses = {name: error(scale) for name, scale in last.items()}
     name = min(losses, key=losses.__getitem__)
@@ -72,18 +69,18 @@ def downhill(scale: Tensor, channels: Tensor, noise: ExpectedNoise) -> Tensor:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return _centred(torch.where(scale == 1, 1.0, best))
+    return _around_one(torch.where(scale == 1, 1.0, best))
 
 
-def _strength(group: Group, target: Target, alpha: float, beta: float) -> Tensor:
-    """A^α / Wmax^β, with mean|x| for A where inputs stay in float; channels without input or weights are left alone."""
-    seen = group.mean_absolute if target.activations == "none" else largest_input(group)
+def _strength(group: Group, rounded: bool, alpha: float, beta: float) -> Tensor:
+    """A^α / Wmax^β, with mean|x| for A where inputs are not `rounded`; channels without input or weights are 1."""
+    seen = largest_input(group) if rounded else group.mean_absolute
     size, weight = (shared_maximum(each, group.channels) for each in (seen, largest_weight(group)))
     scale = size.clamp(min=FLOOR) ** alpha / weight.clamp(min=FLOOR) ** beta
-    return _centred(torch.where((size > 0) & (weight > 0), scale, torch.nan))
+    return _around_one(torch.where((size > 0) & (weight > 0), scale, torch.nan))
 
 
-def _centred(scale: Tensor) -> Tensor:
+def _around_one(scale: Tensor) -> Tensor:
     """Divided by its geometric mean; channels that have no scale (NaN) get 1."""
     known = scale[torch.isfinite(scale)]
     centre = known.log().mean().exp() if len(known) else torch.ones(())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,16 +26,15 @@ class Group:
     """Linears that read one input x, whose channels are scaled: x' = x / s, W' = W · s, so that W' x' = W x.
 
     Attributes:
-        kind: what absorbs 1/s: a norm's weight, or the rows of a linear.
         weights: of the linears, float32 [out, C] each.
         channels: the producer's channel of each input channel, int64 [C]. Channels that share one (query heads over
             one KV head) get one scale.
         minimum, maximum, mean_absolute, centred_maximum, spread: of x, as in `calibration.channel_statistics`, float32
             [C] and one number.
         tokens: inputs kept for searches, float32 [T, C].
+        shift: what was subtracted from x and the linears give back in their biases, float32 [C]; None for nothing.
     """
 
-    kind: Literal["norm", "linear"]
     weights: tuple[Tensor, ...]
     channels: Tensor
     minimum: Tensor
@@ -44,6 +43,7 @@ class Group:
     centred_maximum: Tensor
     spread: float
     tokens: Tensor
+    shift: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ Reduction = Literal["mean", "joint", "token"]
 
 @dataclass(frozen=True)
 class Target:
-    """How the linears of a group are to be quantized.
+    """How a linear is to be quantized. Linears of one scheme are to have one and the same target.
 
     weight: float32 [out, C] → the weight quantized and back. bits: of its codes; group_size: inputs that share a scale,
     None for all. activations: `none`, `static` (one scale for the tensor) or `dynamic` (one a token), of
@@ -30,6 +30,10 @@ class Target:
     activations: Literal["none", "static", "dynamic"] = "none"
     activation_bits: int = 8
     symmetric: bool = True
+
+
+Targets = Sequence[Target | None]
+"""How each linear of a group is to be quantized; None stays in float, and makes no error."""
 
 
 def quantized_input(group: Group, scale: Tensor, target: Target) -> Tensor:
@@ -46,30 +50,46 @@ def quantized_input(group: Group, scale: Tensor, target: Target) -> Tensor:
     return x
 
 
-def output_error(group: Group, target: Target, reduction: Reduction) -> ErrorOf:
-    """scale [C] → squared error of Q(x/s) Q(W diag(s))ᵀ against x Wᵀ over the kept tokens.
+def output_error(group: Group, targets: Targets, reduction: Reduction) -> ErrorOf:
+    """scale [C] → squared error of Q(x/s) Q(W diag(s))ᵀ against x Wᵀ over the kept tokens, with each linear's target.
 
     reduction: `mean` adds up the mean squares of the linears (msModelSlim's AWQ), `joint` is all squares over those of
     all outputs (its flex smoothing); `token` is relative for each linear and counts a token whose output is larger than
     the median's as much as the median's, because the norm behind it divides by its size: without that, the first token
-    of a text, whose outputs are a thousand times larger in some models, would decide alone.
+    of a text, whose outputs are a thousand times larger in some models, would decide alone. Sizes of outputs are those
+    before a shift.
     """
     outputs = [group.tokens @ weight.t() for weight in group.weights]
-    share = token_shares(outputs) if reduction == "token" else None
-    whole = sum(float(y.square().sum()) for y in outputs) if reduction == "joint" else 0.0
+    whole = _unshifted(group, outputs)
+    share = token_shares(whole) if reduction == "token" else None
+    joint = sum(float(y.square().sum()) for y in whole) if reduction == "joint" else 0.0
 
     def error(scale: Tensor) -> float:
-        x = quantized_input(group, scale, target)
         total = 0.0
-        for weight, y in zip(group.weights, outputs, strict=True):
-            squares = (x @ target.weight(weight * scale).t()).sub_(y).square_()
-            if share is not None:
-                total += float(share @ squares.sum(1)) / max(float(share @ y.square().sum(1)), _TINY)
-            else:
-                total += float(squares.mean()) if reduction == "mean" else float(squares.sum()) / max(whole, _TINY)
+        for target in _different(targets):
+            x = quantized_input(group, scale, target)
+            for own, weight, y, size in zip(targets, group.weights, outputs, whole, strict=True):
+                if own is not target:
+                    continue
+                squares = (x @ target.weight(weight * scale).t()).sub_(y).square_()
+                if share is not None:
+                    total += float(share @ squares.sum(1)) / max(float(share @ size.square().sum(1)), _TINY)
+                else:
+                    total += float(squares.mean()) if reduction == "mean" else float(squares.sum()) / max(joint, _TINY)
         return total
 
     return error
+
+
+def _different(targets: Targets) -> list[Target]:
+    return list(dict.fromkeys(target for target in targets if target is not None))
+
+
+def _unshifted(group: Group, outputs: list[Tensor]) -> list[Tensor]:
+    """x Wᵀ of the inputs before what was subtracted from them: each linear's bias gives it back."""
+    if group.shift is None:
+        return outputs
+    return [y + weight @ group.shift for y, weight in zip(outputs, group.weights, strict=True)]
 
 
 def token_shares(outputs: list[Tensor]) -> Tensor:
@@ -90,40 +110,46 @@ class ExpectedNoise:
     Without a product with the tokens it is far cheaper than `output_error`, though less exact.
     """
 
-    def __init__(self, group: Group, target: Target, tokens: int = 128) -> None:
+    def __init__(self, group: Group, targets: Targets, tokens: int = 128) -> None:
         step = max(1, len(group.tokens) // tokens)
         kept = group.tokens[::step]
-        self.group, self.target = group, target
-        outputs = [kept @ weight.t() for weight in group.weights]
+        self.group = group
+        outputs = _unshifted(group, [kept @ weight.t() for weight in group.weights])
         share = token_shares(outputs)
         self.share = share / share.sum()
         self.inputs = kept.abs()
         self.squares = kept.square()
         self.moment = self.share @ self.squares
         relative = [1 / max(float(self.share @ y.square().sum(1)), _TINY) for y in outputs]
-        pairs = list(zip(relative, group.weights, strict=True))
-        self.columns = torch.stack([factor * weight.square().sum(0) for factor, weight in pairs]).sum(0)
-        self.weights = torch.cat([weight.abs() * factor**0.5 for factor, weight in pairs])
-        self.weight_squares = self.weights.square()
+        self.parts = []
+        for target in _different(targets):
+            pairs = [(f, w) for f, w, own in zip(relative, group.weights, targets, strict=True) if own is target]
+            columns = torch.stack([factor * weight.square().sum(0) for factor, weight in pairs]).sum(0)
+            weights = torch.cat([weight.abs() * factor**0.5 for factor, weight in pairs])
+            self.parts.append((target, columns, weights, weights.square()))
 
     def __call__(self, log_scale: Tensor) -> Tensor:
-        scale, target = log_scale.exp(), self.target
-        half, high = 2 ** (target.bits - 1) - 1, 2 ** (target.activation_bits - 1) - 1
-        size = target.group_size or len(scale)
-        scaled = (self.weights * scale).unflatten(1, (-1, size))
-        steps = scaled.amax(2, keepdim=True).div(half).square().div(12)
-        lost = torch.minimum(self.weight_squares, (steps / scale.square().view(1, -1, size)).flatten(1))
-        noise = (lost.sum(0) * self.moment).sum()
-        if target.activations == "none":
-            return noise
+        scale = log_scale.exp()
+        noise = scale.new_zeros(())
+        for target, columns, weights, squares in self.parts:
+            size = target.group_size or len(scale)
+            steps = (weights * scale).unflatten(1, (-1, size)).amax(2, keepdim=True)
+            steps = steps.div(2 ** (target.bits - 1) - 1).square().div(12)
+            lost = torch.minimum(squares, (steps / scale.square().view(1, -1, size)).flatten(1))
+            noise = noise + (lost.sum(0) * self.moment).sum()
+            if target.activations != "none":
+                rounding = torch.minimum(self.squares, self._input_step(scale, target) * (scale.square() / 12))
+                noise = noise + self.share @ (rounding @ columns)
+        return noise
+
+    def _input_step(self, scale: Tensor, target: Target) -> Tensor:
+        """Squared step of the inputs over s: [T, 1] with a scale a token, [1, 1] with one for all."""
+        high = 2 ** (target.activation_bits - 1) - 1
         if target.activations == "dynamic":
-            step = ((self.inputs / scale).amax(1, keepdim=True) / high).square()
-        else:
-            top, bottom = (self.group.maximum / scale).amax(), (self.group.minimum / scale).amin()
-            width = torch.maximum(top, -bottom) * 2 if target.symmetric else top.clamp(min=0) - bottom.clamp(max=0)
-            step = (width / (2 * high + 1)).square().view(1, 1)
-        rounding = torch.minimum(self.squares, step * (scale.square() / 12))
-        return noise + self.share @ (rounding @ self.columns)
+            return ((self.inputs / scale).amax(1, keepdim=True) / high).square()
+        top, bottom = (self.group.maximum / scale).amax(), (self.group.minimum / scale).amin()
+        width = torch.maximum(top, -bottom) * 2 if target.symmetric else top.clamp(min=0) - bottom.clamp(max=0)
+        return (width / (2 * high + 1)).square().view(1, 1)
 
 
 _TINY = 1e-30

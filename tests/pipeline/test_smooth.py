@@ -19,6 +19,7 @@ from torch import Tensor
 
 import quantcli
 from quantcli.errors import RecipeError
+from quantcli.model import folding
 from quantcli.model.structure import Producer
 from quantcli.pipeline import engine
 from quantcli.recipe import load_recipe
@@ -263,6 +264,43 @@ def test_shifts_go_into_biases(recipe: Callable[..., Recipe]) -> None:
     bias = before[f"{layer}.fc1.bias"] + before[f"{layer}.fc1.weight"] @ shift
     torch.testing.assert_close(after[f"{layer}.fc1.bias"], bias, rtol=1e-4, atol=1e-5)
     assert distance(asked) < EXACT
+
+
+@pytest.mark.parametrize("scope", ["tensor", "token"])
+@pytest.mark.parametrize("method", ["m1", "auto"])
+def test_a_shift_never_makes_the_error_larger(method: str, scope: str, recipe: Callable[..., Recipe]) -> None:
+    asked = recipe("opt", {"method": method, "shift": True}, quantize__activations={"bits": 8, "scope": scope})
+    shifted = {outcome["input"]: outcome for outcome in smoothed(asked)}
+    taken = {name for name, outcome in shifted.items() if outcome.get("shifted")}
+    assert 0 < len(taken) < len([outcome for outcome in shifted.values() if "shifted" in outcome])
+    assert {f"{name}.shift" for name in taken} == {name for name in scales(asked) if name.endswith(".shift")}
+    for outcome in smoothed(changed(asked, smooth__shift=False)):
+        assert shifted[outcome["input"]]["error_after"] <= outcome["error_after"]
+
+
+def test_a_fold_whose_shift_fails_the_check_is_tried_without(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A producer whose bias keeps what its readers' biases get as well."""
+    monkeypatch.setattr(folding, "_shift_and_divide", lambda scale, _shift: lambda bias: bias.div_(scale.to(bias)))
+    asked = recipe("opt", {"method": "m1", "shift": True, "save_model": True})
+    outcomes = smoothed(asked)
+    assert all(outcome["kept"] and outcome["difference"] < 1e-5 for outcome in outcomes)
+    assert {f"{outcome['input']}.scale" for outcome in outcomes} == scales(asked).keys()
+    events = [json.loads(line) for line in (Path(asked["output"]) / "events.jsonl").read_text().splitlines()]
+    warnings = [event["text"] for event in events if event["event"] == "warning"]
+    assert any("fc1 is not shifted: the fold would change the output of the block by" in text for text in warnings)
+    assert distance(asked) < EXACT
+
+
+def test_every_linear_of_a_group_is_judged_by_its_own_scheme(recipe: Callable[..., Recipe]) -> None:
+    asked = recipe("llama-tied", {"method": "m1"}, export=None, evaluate=None)
+    before = {outcome["input"]: outcome["error_before"] for outcome in smoothed(asked)}
+    overrides = [{"match": "*.v_proj", "weights": {"bits": 4}, "activations": {"bits": 16}}]
+    mixed = changed(asked, quantize__overrides=overrides, quantize__rollback__siblings="apart")
+    for outcome in smoothed(mixed):
+        v = "attention" if outcome["fold"] == "norm" and "q_proj" in outcome["input"] else ""
+        assert (outcome["error_before"] > 3 * before[outcome["input"]]) == bool(v)
 
 
 def test_nothing_is_shifted_where_no_bias_would_take_it(recipe: Callable[..., Recipe]) -> None:

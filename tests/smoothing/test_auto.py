@@ -25,8 +25,8 @@ def test_auto_is_never_worse_than_nothing(activations: Activations, bits: int) -
     for seed in range(3):
         for channels in (None, SHARED):
             group = random_group(seed, channels, outlier=5 if seed % 2 else None)
-            found = auto(group, group, target)
-            error = output_error(group, target, "token")
+            found = auto(group, group, [target, target])
+            error = output_error(group, [target, target], "token")
             assert error(found.scale) <= error(torch.ones(16))
             assert error(found.scale) == pytest.approx(found.facts["error"], rel=1e-5)
             assert bool((torch.isfinite(found.scale) & (found.scale > 0)).all())
@@ -36,18 +36,18 @@ def test_auto_is_never_worse_than_nothing(activations: Activations, bits: int) -
 def test_auto_finds_a_planted_outlier(activations: Activations) -> None:
     group = random_group(1, outlier=5)
     target = replace(by_row(8), activations=activations)
-    found = auto(group, group, target)
+    found = auto(group, group, [target, target])
     others = torch.cat([found.scale[:5], found.scale[6:]])
     assert int(found.scale.argmax()) == 5
     assert found.scale[5] > 3 * others.max()
-    error = output_error(group, target, "token")
+    error = output_error(group, [target, target], "token")
     assert error(found.scale) < 0.5 * error(torch.ones(16))
 
 
 @pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
 def test_channels_of_one_producer_share_a_scale(activations: Activations) -> None:
     group = random_group(2, SHARED)
-    scale = auto(group, group, replace(by_row(4), activations=activations)).scale
+    scale = auto(group, group, [replace(by_row(4), activations=activations)] * 2).scale
     for producer in set(SHARED):
         own = scale[group.channels == producer]
         assert torch.equal(own, own[:1].expand_as(own))
@@ -61,5 +61,5 @@ def test_dead_channels_get_a_usable_scale() -> None:
     for weight in weights:
         weight[:, 7] = 0
     dead: Group = group_from(x, *weights)
-    scale = auto(dead, dead, replace(by_row(8), activations="dynamic")).scale
+    scale = auto(dead, dead, [replace(by_row(8), activations="dynamic")] * 2).scale
     assert bool((torch.isfinite(scale) & (scale > 0)).all())

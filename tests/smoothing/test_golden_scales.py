@@ -77,7 +77,6 @@ def group_of(model: str, what: str, layer: int, samples: int = 6) -> Group:
     for x in seen:
         statistics.update(x)
     return Group(
-        kind="norm" if what in ("qkv", "mlp") else "linear",
         weights=tuple(network(model).get_submodule(name).weight.detach() for name in names),
         channels=OV_CHANNELS if what == "ov" else torch.arange(width),
         minimum=statistics.minimum,

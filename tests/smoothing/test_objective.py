@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -83,8 +83,38 @@ def test_the_error_is_that_of_the_slow_reference(
     group = group_from(group.tokens, *group.weights)
     target = replace(by_row(8), activations=activations, symmetric=symmetric)
     for scale in (torch.ones(32), scale_of(group)):
-        found = output_error(group, target, reduction)(scale)
+        found = output_error(group, [target, target], reduction)(scale)
         assert found == pytest.approx(slow_error(group, scale, target, reduction), rel=0.02)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "joint", "token"])
+def test_every_linear_counts_under_its_own_scheme(reduction: Reduction) -> None:
+    """Those that stay in float make no error, and errors add up over schemes; likewise the expected noise."""
+    group, scale = gaussian(), scale_of(gaussian())
+    few, many = replace(by_row(4), activations="dynamic"), by_row(8)
+    each = [(few, None), (None, many)]
+    tried: list[tuple[Any, Tensor]] = [
+        (lambda targets: output_error(group, targets, reduction), scale),
+        (lambda targets: ExpectedNoise(group, targets), scale.log()),
+    ]
+    for error, at in tried:
+        first, second = (float(error(targets)(at)) for targets in each)
+        assert first > 10 * second > 0
+        assert float(error((few, many))(at)) == pytest.approx(first + second, rel=1e-5)
+        assert float(error((None, None))(at)) == 0
+
+
+def test_outputs_of_shifted_inputs_are_those_before_the_shift() -> None:
+    """Errors of a shifted group compare with those of the group as it was."""
+    group, target = gaussian(), by_row(4)
+    shift = torch.full((32,), 5.0)
+    far = replace(group, tokens=group.tokens + shift, minimum=group.minimum + shift, maximum=group.maximum + shift)
+    back = replace(far, tokens=far.tokens - shift, minimum=group.minimum, maximum=group.maximum, shift=shift)
+    for w in group.weights:
+        lost = back.tokens @ (target.weight(w) - w).T
+        one = replace(back, weights=(w,))
+        expected = float(lost.square().sum() / (far.tokens @ w.T).square().sum())
+        assert output_error(one, [target], "joint")(torch.ones(32)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_large_token_counts_as_the_median() -> None:
@@ -97,7 +127,7 @@ def test_a_large_token_counts_as_the_median() -> None:
 def test_expected_noise_is_about_the_error(activations: Activations, bits: int) -> None:
     group = gaussian()
     target = replace(by_row(bits), activations=activations)
-    noise, error = ExpectedNoise(group, target), output_error(group, target, "token")
+    noise, error = ExpectedNoise(group, [target, target]), output_error(group, [target, target], "token")
     for scale in (torch.ones(32), scale_of(group)):
         assert 0.5 < float(noise(scale.log())) / error(scale) < 2
 
@@ -107,7 +137,7 @@ def test_expected_noise_is_about_the_error(activations: Activations, bits: int) 
 def test_a_common_factor_of_all_scales_changes_nothing(activations: Activations, group_size: int | None) -> None:
     group = gaussian()
     target = replace(by_row(8), activations=activations, group_size=group_size, symmetric=False)
-    noise, scale = ExpectedNoise(group, target), scale_of(group)
+    noise, scale = ExpectedNoise(group, [target, target]), scale_of(group)
     expected = float(noise(scale.log()))
     for factor in (1e-3, 7.0, 1e3):
         assert float(noise((scale * factor).log())) == pytest.approx(expected, rel=1e-4)
@@ -118,7 +148,7 @@ def test_the_gradient_is_that_of_finite_differences(activations: Activations) ->
     single = gaussian(tokens=24, channels=12)
     # in float64, so that differences are not lost in rounding
     group = group_from(single.tokens.double(), *(w.double() for w in single.weights))
-    noise = ExpectedNoise(group, replace(by_row(8), activations=activations))
+    noise = ExpectedNoise(group, [replace(by_row(8), activations=activations)] * 2)
     at = scale_of(group).double().log().requires_grad_()
     noise(at).backward()
     assert at.grad is not None

@@ -22,7 +22,6 @@ def group_from(x: Tensor, *weights: Tensor, channels: list[int] | None = None) -
     """The group of inputs [tokens, C] seen as one sample."""
     middle = (x.amax(0) + x.amin(0)) / 2
     return Group(
-        kind="norm",
         weights=weights,
         channels=torch.arange(x.shape[1]) if channels is None else torch.tensor(channels),
         minimum=x.amin(0),

@@ -285,15 +285,21 @@ def _smooth_block(
     clips: dict[str, Tensor] = {}
     with exact.block(index), torch.no_grad():
         before = exact.run(index, 0, entering.float()) if seen else entering
+
+        def checked(outcome: Outcome) -> Outcome:
+            if outcome.fold is None:
+                return outcome
+            changed = _changed_parameters(context, exact, [*kept, outcome.fold])
+            after = exact.run_with(index, 0, entering.float(), changed, torch.float32)
+            return outcome.checked(_relative(after, before, entering.float()), TOLERANCE)
+
         for shared, own in seen.values():
             if not source.folds(shared):
                 continue
-            outcome = source.smooth(shared, own)
-            if outcome.fold is not None:
-                changed = _changed_parameters(context, exact, [*kept, outcome.fold])
-                after = exact.run_with(index, 0, entering.float(), changed, torch.float32)
-                difference = _relative(after, before, entering.float())
-                outcome = outcome.checked(difference, TOLERANCE)
+            outcome = checked(found := source.smooth(shared, own))
+            if outcome.fold is None and found.fold is not None and found.fold.shift is not None:
+                context.emit("warning", text=f"{shared.name} is not shifted: {outcome.reason}.")
+                outcome = checked(source.smooth(shared, own, shifting=False))
             if outcome.fold is not None:
                 kept.append(outcome.fold)
             if outcome.reason:
