@@ -325,7 +325,7 @@ def _perplexity(context: Context) -> dict[str, Any] | None:
 
 
 def _smoothing(context: Context) -> dict[str, Any] | None:
-    """What stage smooth did: groups by method, folds undone, what is rotated."""
+    """What stage smooth did: groups scaled by method, groups left by cause, what is rotated."""
     if smooth.STAGE.name not in context.results:
         return None
     return read_json(context.folder(smooth.STAGE.name) / smooth.MANIFEST)

@@ -45,13 +45,20 @@ def folds_taken(section: SmoothSection) -> tuple[FoldKind, ...]:
     return ("norm", "attention", "mlp") if "linear" in kinds else ("norm",)
 
 
+Cause = Literal["no gain", "no token", "not finite", "obstacle", "check"]
+"""Why a group stays as it is: no scale was better; no token reached it; what entered it was not finite; something else
+reads what its producer makes; the fold changed what the block computes."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one group. `fold` is None if it stays as it is; `reason` says why where that was not by choice."""
+    """What came of one group. `fold` is None if it stays as it is; `cause` says why, and `reason` in words where that
+    was not by choice."""
 
     shared: SharedInput
     facts: dict[str, Any]
     fold: Fold | None
+    cause: Cause = "no gain"
     reason: str = ""
 
     def checked(self, difference: float, tolerance: float) -> Outcome:
@@ -60,7 +67,7 @@ class Outcome:
         if difference <= tolerance:
             return replace(self, facts=facts)
         reason = f"the fold would change the output of the block by {difference:.2g} of what it adds"
-        return Outcome(self.shared, facts, None, reason)
+        return Outcome(self.shared, facts, None, "check", reason)
 
     def to_json(self) -> dict[str, Any]:
         assert self.shared.producer is not None
@@ -70,6 +77,7 @@ class Outcome:
             "producer": self.shared.producer.name,
             "fold": fold_kind(self.shared.producer),
             "kept": self.fold is not None,
+            "cause": self.cause if self.fold is None else "",
             "reason": self.reason,
             **self.facts,
         }
@@ -192,13 +200,13 @@ class GroupSource:
 
         producer = shared.producer
         assert producer is not None
-        if not seen.rest.count or not any(len(part) for part in seen.tokens):
-            return Outcome(shared, {"chosen": "none"}, None, "no token reached it in some part of the calibration text")
-        if seen.rest.non_finite or seen.apart.non_finite:
-            reason = f"{seen.rest.non_finite + seen.apart.non_finite} of its input values are not finite"
-            return Outcome(shared, {"chosen": "none"}, None, reason)
+        left = partial(Outcome, shared, {"chosen": "none"}, None)
         if producer.obstacle:
-            return Outcome(shared, {"chosen": "none"}, None, producer.obstacle)
+            return left("obstacle", producer.obstacle)
+        if not seen.rest.count or not any(len(part) for part in seen.tokens):
+            return left("no token", "no token reached it in some part of the calibration text")
+        if lost := seen.rest.non_finite + seen.apart.non_finite:
+            return left("not finite", f"{lost} of its input values are not finite")
         group = self._group(shared, seen)
         whole = _whole(group, seen)
         targets = [self._target(name) for name in shared.linears]

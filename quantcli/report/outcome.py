@@ -33,8 +33,8 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
 
 
 def _smoothed(found: Mapping[str, Any]) -> str:
-    """What the stage smooth did: what was rotated; groups scaled, by method without exponents; groups left for a
-    reason."""
+    """What the stage smooth did: what was rotated; groups scaled, by method without exponents; groups left, by
+    cause."""
     scaled = sum(found["methods"].values())
     counts: dict[str, int] = {}
     for method, count in found["methods"].items():
@@ -45,8 +45,9 @@ def _smoothed(found: Mapping[str, Any]) -> str:
     if found["methods"] or not parts:
         methods = ", ".join(f"{name} {count}" for name, count in counts.items())
         parts.append(f"{_count(scaled, 'group')} of linears scaled" + (f" ({methods})" if methods else ""))
-    if found["undone"]:
-        parts.append(f"{found['undone']} left as found, for reasons in smooth/block-*.json")
+    if found["left"]:
+        causes = ", ".join(f"{cause} {count}" for cause, count in found["left"].items())
+        parts.append(f"{sum(found['left'].values())} left as found ({causes})")
     return "; ".join(parts)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from torch import Tensor
 import quantcli
 from quantcli.errors import RecipeError
 from quantcli.model import folding
-from quantcli.model.structure import Producer
+from quantcli.model.structure import Producer, SharedInput
+from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline import engine
+from quantcli.pipeline.stages import smooth
 from quantcli.recipe import load_recipe
 
 Recipe = dict[str, Any]
@@ -221,8 +224,38 @@ def test_a_fold_that_changes_the_block_is_undone(
             assert any(text.startswith(f"{name} is not smoothed: the fold would change") for text in warnings)
         else:
             assert outcome["difference"] < 1e-5
-    assert read(asked, "smooth", "manifest.json")["undone"] == 2
+        assert outcome["cause"] == ("check" if name in undone else "")
+    assert read(asked, "smooth", "manifest.json")["left"] == {"check": 2}
     assert distance(asked) < EXACT
+
+
+def test_an_obstacle_is_told_once_with_its_blocks(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two causes that leave groups, each is counted by itself."""
+    asked = recipe("llama-tied", {"method": "outlier_suppression", "folds": ["norm", "mlp"]})
+    found = find_structure(Path(asked["model"]["path"]))
+
+    def hindered(shared: SharedInput) -> SharedInput:
+        assert shared.producer is not None
+        obstacle = "up is also read by act" if shared.name.endswith("down_proj") else ""
+        return replace(shared, producer=replace(shared.producer, obstacle=obstacle))
+
+    blocks = tuple(replace(block, inputs=tuple(map(hindered, block.inputs))) for block in found.blocks)
+    monkeypatch.setattr(engine, "find_structure", lambda *_, **__: replace(found, blocks=blocks))
+    outcomes = smoothed(asked)
+    events = [json.loads(line) for line in (Path(asked["output"]) / "events.jsonl").read_text().splitlines()]
+    warnings = [event["text"] for event in events if event["event"] == "warning"]
+    assert warnings == ["mlp.down_proj of blocks 0 to 1 is not smoothed: up is also read by act."]
+    assert [outcome["cause"] for outcome in outcomes if outcome["reason"]] == ["obstacle"] * 2
+    assert read(asked, "smooth", "manifest.json")["left"] == {"obstacle": 2}
+
+
+@pytest.mark.parametrize(
+    ("indices", "words"), [([3], "block 3"), ([0, 1, 2, 5], "blocks 0 to 2, 5"), ([0, 2, 3], "blocks 0, 2 to 3")]
+)
+def test_blocks_are_told_by_their_ranges(indices: list[int], words: str) -> None:
+    assert smooth._blocks(indices) == words
 
 
 def test_what_is_excluded_stays_as_it_is(recipe: Callable[..., Recipe]) -> None:

@@ -83,15 +83,14 @@ def test_what_was_smoothed_stands_behind_the_schemes() -> None:
         return rows[1][1]
 
     methods = {"iterative": 30, "smoothquant": 17}
-    assert row(methods=methods, undone=0, rotated=[]) == "47 groups of linears scaled (iterative 30, smoothquant 17)"
-    assert row(methods={"awq": 1}, undone=2, rotated=["residual stream"]) == (
-        "residual stream rotated; 1 group of linears scaled (awq 1); "
-        "2 left as found, for reasons in smooth/block-*.json"
+    assert row(methods=methods, left={}, rotated=[]) == "47 groups of linears scaled (iterative 30, smoothquant 17)"
+    assert row(methods={"awq": 1}, left={"check": 1, "no gain": 4}, rotated=["residual stream"]) == (
+        "residual stream rotated; 1 group of linears scaled (awq 1); 5 left as found (check 1, no gain 4)"
     )
     found = {"none, descent": 1, "strength 0.5 0": 2, "strength 0.8 0.3, descent": 3}
-    assert row(methods=found, undone=0, rotated=[]) == "6 groups of linears scaled (descent 1, strength 5)"
-    assert row(methods={}, undone=0, rotated=["residual stream", "heads"]) == "residual stream rotated; heads rotated"
-    assert row(methods={}, undone=0, rotated=[]) == "0 groups of linears scaled"
+    assert row(methods=found, left={}, rotated=[]) == "6 groups of linears scaled (descent 1, strength 5)"
+    assert row(methods={}, left={}, rotated=["residual stream", "heads"]) == "residual stream rotated; heads rotated"
+    assert row(methods={}, left={}, rotated=[]) == "0 groups of linears scaled"
     assert "smoothing" not in dict(outcome_rows(PLAN, {**RESULT, "smoothing": None}))
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
-from quantcli.model.structure import Block, SharedInput
+from quantcli.model.structure import Block, SharedInput, Structure
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
@@ -124,6 +125,8 @@ def _go_through_blocks(
     if done is not None and not all(recorded[:done]):
         done = None
     source = GroupSource(context, checkpoint)
+    for text in _obstacles(context.plan.structure, source):
+        context.emit("warning", text=text)
     for index in range(stream.enter(cache, done), context.blocks):
         started = time.perf_counter()
         block = context.plan.structure.blocks[index]
@@ -143,6 +146,30 @@ def _go_through_blocks(
         seconds = round(time.perf_counter() - started, 3)
         context.emit("block", index=index, of=context.blocks, smoothed=len(folds), seconds=seconds)
     cache.clear()
+
+
+def _obstacles(structure: Structure, source: GroupSource) -> Iterator[str]:
+    """What keeps groups from being scaled, each once with its blocks: blocks of one make have the same."""
+    found: dict[tuple[str, str], list[int]] = {}
+    for index, block in enumerate(structure.blocks):
+        for shared in filter(source.folds, block.inputs):
+            if shared.producer is not None and shared.producer.obstacle:
+                name = shared.name.removeprefix(f"{block.name}.")
+                found.setdefault((name, shared.producer.obstacle), []).append(index)
+    for (name, obstacle), indices in found.items():
+        yield f"{name} of {_blocks(indices)} is not smoothed: {obstacle}."
+
+
+def _blocks(indices: list[int]) -> str:
+    """[0, 1, 2, 5] → blocks 0 to 2, 5."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and runs[-1][1] == index - 1:
+            runs[-1][1] = index
+        else:
+            runs.append([index, index])
+    parts = [f"{first} to {last}" if first < last else str(first) for first, last in runs]
+    return f"block{'s' * (len(indices) > 1)} {', '.join(parts)}"
 
 
 def _exact_streams(
@@ -302,7 +329,7 @@ def _smooth_block(
                 outcome = checked(source.smooth(shared, own, shifting=False))
             if outcome.fold is not None:
                 kept.append(outcome.fold)
-            if outcome.reason:
+            if outcome.reason and outcome.cause != "obstacle":
                 context.emit("warning", text=f"{shared.name} is not smoothed: {outcome.reason}.")
             context.emit("smoothed", **outcome.to_json())
             outcomes.append(outcome)
@@ -326,17 +353,16 @@ def _changed_parameters(context: Context, exact: BlockStream, folds: list[Fold])
 
 
 def _manifest(context: Context, folder: StageFolder, rotation: ModelRotation | None) -> dict[str, Any]:
-    """How many groups each method smoothed, how many folds were undone, and what is rotated."""
-    methods: dict[str, int] = {}
-    undone = 0
+    """How many groups each method smoothed, how many were left for each cause, and what is rotated."""
+    methods: Counter[str] = Counter()
+    left: Counter[str] = Counter()
     for index in range(context.blocks):
         file = folder.path / _report_file(index)
         for outcome in json.loads(file.read_text(encoding="utf-8")) if file.is_file() else ():
-            if outcome["kept"]:
-                methods[outcome["chosen"]] = methods.get(outcome["chosen"], 0) + 1
-            undone += bool(outcome["reason"])
+            counted = methods if outcome["kept"] else left
+            counted[outcome["chosen"] if outcome["kept"] else outcome["cause"]] += 1
     parts = [] if rotation is None else ["residual stream"] * rotation.hidden + ["heads"] * rotation.heads
-    return {"methods": dict(sorted(methods.items())), "undone": undone, "rotated": parts}
+    return {"methods": dict(sorted(methods.items())), "left": dict(sorted(left.items())), "rotated": parts}
 
 
 def _save_model(context: Context, folder: StageFolder) -> None:
