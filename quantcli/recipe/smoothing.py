@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from quantcli.recipe.aliases import with_aliases
 from quantcli.recipe.fields import Count, Pattern, Section, refusal
@@ -98,6 +98,16 @@ class SmoothSection(Section):
     @classmethod
     def _default_rotation(cls, value: RotationSection | None, info: ValidationInfo) -> RotationSection | None:
         return RotationSection() if value is None and info.data.get("method") == "rotate" else value
+
+    @field_serializer("alpha")
+    def _given_alpha(self, value: float | None) -> float | None:
+        """What the method takes by itself stays null, so that another method set over it takes its own."""
+        return None if value == DEFAULT_ALPHA.get(self.method) else value
+
+    @field_serializer("rotation")
+    def _given_rotation(self, value: RotationSection | None) -> dict[str, Any] | None:
+        default = self.method == "rotate" and value == RotationSection()
+        return None if value is None or default else value.model_dump()
 
     @model_validator(mode="after")
     def _check(self) -> SmoothSection:

@@ -208,6 +208,23 @@ def test_the_resolved_section_reads_back(tmp_path: Path, smooth: str) -> None:
     assert load_recipe(tmp_path / "r.yaml") == recipe
 
 
+@pytest.mark.parametrize("old", ["auto", "rotate", *NUMBERED.values()])
+@pytest.mark.parametrize("new", ["auto", "rotate", *NUMBERED.values()])
+def test_another_method_set_over_a_stored_recipe_takes_its_own_defaults(tmp_path: Path, old: str, new: str) -> None:
+    (tmp_path / "r.yaml").write_text(resolved_yaml(recipe_of(f"{{method: {old}}}")))
+    assert load_recipe(tmp_path / "r.yaml", [f"smooth.method={new}"]) == recipe_of(f"{{method: {new}}}")
+
+
+def test_what_was_given_is_stored(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(resolved_yaml(recipe_of("{method: m4, alpha: 0.7, rotation: {}}")))
+    found = load_recipe(tmp_path / "r.yaml", ["smooth.method=m1"]).smooth
+    assert found is not None
+    assert found.alpha == 0.7
+    assert found.rotation is not None
+    with pytest.raises(RecipeError, match="alpha: has no effect on method awq"):
+        load_recipe(tmp_path / "r.yaml", ["smooth.method=awq"])
+
+
 def test_the_schema_for_editors_knows_both_names_of_a_method() -> None:
     validator = pytest.importorskip("jsonschema").Draft202012Validator(json_schema())
 
