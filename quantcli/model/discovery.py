@@ -18,6 +18,7 @@ from torch import nn
 
 from quantcli.errors import ModelError
 from quantcli.model.channel_paths import ListIndexing
+from quantcli.model.experts import find_experts
 from quantcli.model.skeleton import build_model, find_blocks, load_config, resolve_dtype
 from quantcli.model.structure import Block, Residual, SharedInput, Structure
 from quantcli.model.watch import Watch, first_argument
@@ -45,7 +46,7 @@ def discover(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = 
     for path in paths:
         first_of_kind.setdefault(_make(model.get_submodule(path)), path)
     watch = _watch_forward(model, paths, set(first_of_kind.values()))
-    watched = {path: watch.block(path, model.get_submodule(path)) for path in first_of_kind.values()}
+    watched = {path: watch.block(path, find_experts(model, path)) for path in first_of_kind.values()}
     blocks = []
     for path in paths:
         kind = first_of_kind[_make(model.get_submodule(path))]
@@ -131,7 +132,16 @@ def _renamed(block: Block, old: str, new: str) -> Block:
             for shared in block.inputs
         ),
         tuple(tuple(map(name, group)) for group in block.fused),
-        tuple(map(name, block.experts)),
+        tuple(
+            replace(
+                experts,
+                name=name(experts.name),
+                parameters=tuple(map(name, experts.parameters)),
+                linears=tuple(tuple(map(name, expert)) for expert in experts.linears),
+            )
+            for experts in block.experts
+        ),
+        tuple(map(name, block.routers)),
         block.residual
         and Residual(
             tuple(replace(norm, name=name(norm.name)) for norm in block.residual.norms),

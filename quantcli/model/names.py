@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,25 @@ def parameter_tensors(
 
     skeleton = Skeleton(directory, structure, trust_remote_code=trust_remote_code)
     for name in names:
-        source = skeleton.sources[name]
+        source = skeleton.sources.get(name)
+        if source is None:  # an expert's, which is no parameter
+            names[name] = _expert_tensor(name, present)
+            continue
         if source.converter is not None:
             raise ModelError(f"{name} is stored joined with other weights in this checkpoint.",
                              "Save it once with transformers' save_pretrained and use that.")  # fmt: skip
         names[name] = source.tensors[0]
     return names
+
+
+def _expert_tensor(name: str, present: Collection[str]) -> str:
+    """The tensor of an expert in a checkpoint that may leave out the prefix of the base model."""
+    parts = name.split(".")
+    for begin in range(len(parts) - 1):
+        if (tensor := ".".join(parts[begin:])) in present:
+            return tensor
+    raise ModelError(f"The checkpoint lacks {name}: it does not hold its experts one by one.",
+                     "Save it once with transformers' save_pretrained and use that.")  # fmt: skip
 
 
 def weight_tensors(

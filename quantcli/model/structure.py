@@ -92,17 +92,39 @@ class Residual:
 
 
 @dataclass(frozen=True)
-class Block:
-    """A decoder block. `fused`: linears that serving engines join into one (same input, same parent: q/k/v, gate/up).
+class Experts:
+    """A module that holds the weights of many experts in 3-D `parameters`, named from the root.
 
-    `experts` names 3-D parameters that hold many experts' weights at once.
+    linears: of each expert the names of its linears as a checkpoint has them, which no modules have: those that read
+    the expert's input, in the order in which their outputs stand in the module, then the one that makes its output.
+    Empty if the module holds its experts in a form that is not known.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    linears: tuple[tuple[str, ...], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The linears of all experts, expert by expert."""
+        return tuple(name for expert in self.linears for name in expert)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A decoder block. `fused`: linears that serving engines give one scheme: those that they join (same input, same
+    parent: q/k/v, gate/up), and all experts of a layer.
+
+    `linears` are those of modules and of `experts`. `routers` choose among experts, or weigh what they put out; they
+    are among the linears, too.
     """
 
     name: str
     linears: tuple[Linear, ...]
     inputs: tuple[SharedInput, ...]
     fused: tuple[tuple[str, ...], ...]
-    experts: tuple[str, ...] = ()
+    experts: tuple[Experts, ...] = ()
+    routers: tuple[str, ...] = ()
     residual: Residual | None = None
 
 
@@ -197,7 +219,11 @@ def _block(content: dict[str, Any]) -> Block:
         tuple(Linear(**linear) for linear in content["linears"]),
         inputs,
         tuple(tuple(group) for group in content["fused"]),
-        tuple(content["experts"]),
+        tuple(
+            Experts(e["name"], tuple(e["parameters"]), tuple(tuple(expert) for expert in e["linears"]))
+            for e in content["experts"]
+        ),
+        tuple(content["routers"]),
         residual
         and Residual(tuple(Norm(**n) for n in residual["norms"]), tuple(residual["writers"]), residual["obstacle"]),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quantcli.model.structure import Structure
 
-LAYOUT = 4
+LAYOUT = 5
 """Raised when `Structure` or its discovery changes, so that remembered ones are found anew."""
 
 

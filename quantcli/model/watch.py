@@ -5,14 +5,15 @@ Hooks mark the outputs of embeddings, norms, linears and blocks; between them `C
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
 
 from quantcli.model.channel_paths import ChannelPaths
+from quantcli.model.experts import FoundExperts
 from quantcli.model.norms import describe_norm, is_norm, is_norm_of, norm_offset, turns_with_its_input
-from quantcli.model.structure import Block, Linear, Norm, Producer, Residual, SharedInput
+from quantcli.model.structure import Block, Experts, Linear, Norm, Producer, Residual, SharedInput
 
 OUTSIDE = ""
 """The residual stream outside of the blocks, as a term."""
@@ -133,7 +134,8 @@ class Watch:
 
         return hook
 
-    def block(self, path: str, module: nn.Module) -> Block:
+    def block(self, path: str, found: FoundExperts) -> Block:
+        """The block at a path, with what `model.experts.find_experts` found in it."""
         inside = {name: linear for name, linear in self.linears.items() if name.startswith(f"{path}.")}
         inputs = []
         for key, names in self.readers.items():
@@ -142,10 +144,12 @@ class Watch:
                 inputs.append(SharedInput(readers, inside[readers[0]].in_features, self._producer(key, path)))
         seen = [inside[name] for shared in inputs for name in shared.linears]
         unseen = [linear for linear in inside.values() if linear not in seen]
-        convolutions = {id(m.weight) for m in module.modules() if isinstance(m, nn.Conv1d)}
-        experts = tuple(n for n, p in module.named_parameters(prefix=path) if p.ndim == 3 and id(p) not in convolutions)
-        residual = self._residual(path, experts)
-        return Block(path, (*seen, *unseen), tuple(inputs), tuple(_fused(inputs)), experts, residual)
+        residual = self._residual(path, found.experts)
+        linears = (*seen, *unseen)
+        routers = (*(linear.name for linear in found.routers), *(n.name for n in linears if found.gates(n)))
+        fused = (*_fused(inputs, routers), *(experts.names for experts in found.experts if experts.linears))
+        linears = (*linears, *found.routers, *found.linears)
+        return Block(path, linears, tuple(inputs), fused, found.experts, routers, residual)
 
     def _producer(self, key: int, path: str) -> Producer | None:
         source = self.sources[key]
@@ -164,18 +168,18 @@ class Watch:
             return Producer(name, "norm", norm_offset(self.norms[name]), segments, obstacle)
         return Producer(name, "linear", 0.0, segments, obstacle, name in self.paths.attended)
 
-    def _residual(self, path: str, experts: tuple[str, ...]) -> Residual:
+    def _residual(self, path: str, experts: tuple[Experts, ...]) -> Residual:
         sums = [terms for terms in self.sums.values() if path in terms]
         norms = [name for name in self.norms if path in self.sums[name] and self.stream_of(name) == path]
         writers = [name for name in self.linears if any(name in terms for terms in sums)]
         obstacle = self._residual_obstacle(path, experts, norms, writers).replace(f"{path}.", "")
         return Residual(tuple(describe_norm(name, self.norms[name]) for name in norms), tuple(writers), obstacle)
 
-    def _residual_obstacle(self, path: str, experts: tuple[str, ...], norms: list[str], writers: list[str]) -> str:
+    def _residual_obstacle(self, path: str, experts: tuple[Experts, ...], norms: list[str], writers: list[str]) -> str:
         """In names without the block's path, so that blocks of one kind have one obstacle."""
         broken, terms = self.paths.broken, self.sums.get(path, frozenset())
         if experts:
-            return f"{experts[0]} holds the weights of many experts"
+            return f"{experts[0].name} holds the weights of many experts"
         for name in self.norms:
             if name in terms:
                 return f"the output of the norm {name} is added to the residual stream"
@@ -268,9 +272,10 @@ def _strange(norm: str) -> str:
     return f"{norm} is neither an RMS norm nor a layer norm"
 
 
-def _fused(inputs: list[SharedInput]) -> Iterator[tuple[str, ...]]:
+def _fused(inputs: list[SharedInput], routers: Collection[str]) -> Iterator[tuple[str, ...]]:
     for shared in inputs:
         parents: dict[str, list[str]] = {}
         for linear in shared.linears:
-            parents.setdefault(linear.rpartition(".")[0], []).append(linear)
+            if linear not in routers:
+                parents.setdefault(linear.rpartition(".")[0], []).append(linear)
         yield from (tuple(group) for group in parents.values() if len(group) > 1)

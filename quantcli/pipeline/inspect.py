@@ -37,8 +37,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
         "linears": sum(1 for _ in structure.linears()),
         "head": "tied to the embedding" if structure.tied else structure.head,
     }
-    if any(block.experts for block in structure.blocks):
-        facts["experts"] = "mixture of experts"
+    if layers := [block.experts for block in structure.blocks if block.experts]:
+        count = sum(len(experts.linears) for layer in layers for experts in layer)
+        facts["experts"] = f"{count} in {len(layers)} layers"
     if (form := find_format(directory, read_json(directory / "config.json"))) is not None:
         from quantcli.formats.reader import QuantizedCheckpoint
 

@@ -111,12 +111,13 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     """Decide the treatment of every linear. `ranked`: linears rolled back for their sensitivity → why, once known.
 
     Raises RecipeError for a pattern that matches nothing, a group size that cannot divide, a scheme that no chosen
-    format holds, or a rotation that the model does not allow; ModelError for mixture-of-experts models, whose experts
-    are not quantized yet.
+    format holds, or a rotation that the model does not allow; ModelError for experts that are held in a form which is
+    not known.
     """
     _refuse_experts(structure)
-    notes: list[str] = []
+    notes: list[str] = _experts_notes(structure)
     planned = _planned(recipe, structure, ranked or {}, notes)
+    _refuse_expert_schemes(recipe, structure, planned)
     attention = attention_scheme(recipe)
     _refuse_unheld(recipe, planned, attention)
     excluded_from_smoothing(recipe, structure)
@@ -287,15 +288,16 @@ def _chosen_overrides(overrides: Sequence[OverrideSection], names: Sequence[str]
 
 
 def _always_float(recipe: Recipe, structure: Structure) -> dict[str, str]:
-    """Linears that no pattern reaches: the output head, unless the recipe says last_linear: false."""
+    """Linears that no pattern reaches: routers, and the output head unless the recipe says last_linear: false."""
+    fixed = {name: "router of experts, stays in float" for block in structure.blocks for name in block.routers}
     if structure.head is None:
-        return {}
+        return fixed
     if structure.tied:
-        return {structure.head: "output head, tied to the embedding"}
+        return fixed | {structure.head: "output head, tied to the embedding"}
     if recipe.quantize.rollback.last_linear is False:
-        return {}
+        return fixed
     said = "rollback.last_linear" if recipe.quantize.rollback.last_linear else "by default"
-    return {structure.head: f"output head, stays in float {said}"}
+    return fixed | {structure.head: f"output head, stays in float {said}"}
 
 
 def _siblings(structure: Structure, rolled_back: Mapping[str, str], notes: list[str]) -> dict[str, str]:
@@ -306,7 +308,11 @@ def _siblings(structure: Structure, rolled_back: Mapping[str, str], notes: list[
             chosen = [name for name in group if name in rolled_back]
             for name in group if chosen else ():
                 if name not in rolled_back:
-                    reasons[name] = f"fused with {chosen[0].rpartition('.')[2]} in serving engines"
+                    reasons[name] = (
+                        "experts of a layer have one scheme in serving engines"
+                        if _of_experts(block, group)
+                        else f"fused with {chosen[0].rpartition('.')[2]} in serving engines"
+                    )
     if reasons:
         notes.append(f"{len(reasons)} linears are rolled back because engines fuse them with one that is.")
     return reasons
@@ -315,6 +321,7 @@ def _siblings(structure: Structure, rolled_back: Mapping[str, str], notes: list[
 def _unobservable(structure: Structure) -> dict[str, str]:
     """Linears that a forward pass does not reach, so that nothing can be found from their input."""
     reached = {name for block in structure.blocks for shared in block.inputs for name in shared.linears}
+    reached |= {name for block in structure.blocks for experts in block.experts for name in experts.names}
     return {linear.name: "no input reaches it" for linear in structure.linears() if linear.name not in reached}
 
 
@@ -369,23 +376,49 @@ def _dividing(widths: set[int], requested: int) -> int:
                       f"{sorted(widths)}.", "Use granularity: channel.")  # fmt: skip
 
 
+def _of_experts(block: Block, group: Sequence[str]) -> bool:
+    return any(group[0] in experts.names for experts in block.experts)
+
+
+def _experts_notes(structure: Structure) -> list[str]:
+    counts = {block.name: sum(len(experts.linears) for experts in block.experts) for block in structure.blocks}
+    layers = [count for count in counts.values() if count]
+    if not layers:
+        return []
+    each = str(layers[0]) if len(set(layers)) == 1 else f"{min(layers)} to {max(layers)}"
+    return [f"{each} experts in each of {len(layers)} layers are quantized one by one; routers stay in float."]
+
+
 def _refuse_experts(structure: Structure) -> None:
-    for block in structure.blocks:
-        if block.experts:
-            raise ModelError(f"{block.experts[0]} holds the weights of many experts, and quantizing mixture-of-experts "
-                             "models is not supported yet.", "Use a dense model.")  # fmt: skip
+    for experts in (experts for block in structure.blocks for experts in block.experts):
+        if not experts.linears:
+            raise ModelError(f"{experts.name} holds the weights of many experts in a form that is not known.",
+                             "Models whose experts transformers saves one by one are supported.")  # fmt: skip
+
+
+def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequence[PlannedLinear]) -> None:
+    names = {name for block in structure.blocks for experts in block.experts for name in experts.names}
+    if names and recipe.quantize.rollback.ranks:
+        raise RecipeError("quantize.rollback: linears of experts are not ranked by sensitivity.",
+                          "Name what is rolled back in rollback.names.")  # fmt: skip
+    for p in planned:
+        treatment = p.treatment if p.linear.name in names else None
+        if treatment is not None and (treatment.scheme.activations != "none" or treatment.weights.importance != "none"):
+            raise RecipeError(f"quantize: {p.linear.name} is of an expert, whose input is not observed.",
+                              "Quantize weights alone, with weights.importance: none.")  # fmt: skip
 
 
 def _refuse_split_siblings(recipe: Recipe, blocks: Sequence[Block], treatments: Mapping[str, Treatment]) -> None:
     if recipe.quantize.rollback.siblings == "apart":
         return
-    for group in (group for block in blocks for group in block.fused):
+    for owner, group in ((block, group) for block in blocks for group in block.fused):
         first = treatments.get(group[0])
         for other in group[1:]:
             if treatments.get(other) != first:
+                whole = "one layer of experts" if _of_experts(owner, group) else "one linear"
                 raise RecipeError(
                     f"quantize.overrides: {group[0]} and {other} have different schemes, and serving engines fuse them "
-                    "into one linear.",
+                    f"into {whole}.",
                     "Match both with one pattern, or set rollback.siblings: apart for an engine that does not fuse.",
                 )
 
@@ -424,9 +457,10 @@ def fused_groups(structure: Structure, names: Iterable[str]) -> Iterator[tuple[s
     wanted = set(names)
     for block in structure.blocks:
         done: set[str] = set()
+        groups = {name: group for group in block.fused for name in group}
         for linear in block.linears:
             if linear.name in wanted and linear.name not in done:
-                group = next((g for g in block.fused if linear.name in g), (linear.name,))
+                group = groups.get(linear.name, (linear.name,))
                 members = tuple(name for name in group if name in wanted)
                 done |= set(members)
                 yield members

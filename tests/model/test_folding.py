@@ -368,6 +368,6 @@ def test_names_of_parameters_in_a_checkpoint_of_the_base_model(tiny_model: TinyM
 def test_parameters_that_are_stored_joined_are_refused(tiny_model: TinyModel) -> None:
     directory = tiny_model("mixtral")
     structure = discover(directory)
-    (joined, *_) = structure.blocks[0].experts
+    joined = structure.blocks[0].experts[0].parameters[0]
     with pytest.raises(ModelError, match=f"{joined} is stored joined with other weights"):
         parameter_tensors(directory, structure, Checkpoint(directory).entries, [joined])

@@ -28,6 +28,13 @@ MLP_OUT = "mlp.down_proj <- mlp.up_proj"
 LLAMA = [ATTENTION, ATTENTION_OUT, "mlp.gate_proj mlp.up_proj <- post_attention_layernorm", MLP_OUT]
 GEMMA = [ATTENTION + "+", ATTENTION_OUT, "mlp.gate_proj mlp.up_proj <- pre_feedforward_layernorm+", MLP_OUT]
 QKV, GATE_UP = "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "mlp.gate_proj mlp.up_proj"
+
+
+def experts_of(count: int) -> str:
+    parts = ("gate_proj", "up_proj", "down_proj")
+    return " ".join(f"mlp.experts.{i}.{part}" for i in range(count) for part in parts)
+
+
 # family → (shared inputs, fused siblings, experts) of the second block
 EXPECTED: dict[str, tuple[list[str], list[str], list[str]]] = {
     "llama": (LLAMA, [QKV, GATE_UP], []),
@@ -86,7 +93,11 @@ EXPECTED: dict[str, tuple[list[str], list[str], list[str]]] = {
         [QKV, GATE_UP],
         [],
     ),
-    "mixtral": ([ATTENTION, ATTENTION_OUT], [QKV], ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]),
+    "mixtral": (
+        [ATTENTION, ATTENTION_OUT],
+        [QKV, " ".join(f"block_sparse_moe.experts.{i}.{w}" for i in range(4) for w in ("w1", "w3", "w2"))],
+        ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    ),
     "qwen2-moe": (
         [
             ATTENTION,
@@ -94,7 +105,7 @@ EXPECTED: dict[str, tuple[list[str], list[str], list[str]]] = {
             "mlp.shared_expert.gate_proj mlp.shared_expert.up_proj mlp.shared_expert_gate <- post_attention_layernorm",
             "mlp.shared_expert.down_proj <- mlp.shared_expert.up_proj",
         ],
-        [QKV, "mlp.shared_expert.gate_proj mlp.shared_expert.up_proj"],
+        [QKV, "mlp.shared_expert.gate_proj mlp.shared_expert.up_proj", experts_of(4)],
         ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     ),
     "deepseek-v3": (
@@ -106,7 +117,11 @@ EXPECTED: dict[str, tuple[list[str], list[str], list[str]]] = {
             "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj <- post_attention_layernorm",
             "mlp.shared_experts.down_proj <- mlp.shared_experts.up_proj",
         ],
-        ["self_attn.q_a_proj self_attn.kv_a_proj_with_mqa", "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj"],
+        [
+            "self_attn.q_a_proj self_attn.kv_a_proj_with_mqa",
+            "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj",
+            experts_of(8),
+        ],
         ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
     ),
 }
@@ -127,7 +142,11 @@ def found_in(block: Block) -> tuple[list[str], list[str], list[str]]:
             assert (shared.producer.kind == "norm") == ("norm" in shared.producer.name or "ln_" in shared.producer.name)
             line += f" <- {local(shared.producer.name)}{'+' if shared.producer.weight_offset == 1.0 else ''}"
         inputs.append(line)
-    return inputs, [" ".join(map(local, group)) for group in block.fused], [local(name) for name in block.experts]
+    return (
+        inputs,
+        [" ".join(map(local, group)) for group in block.fused],
+        [local(name) for experts in block.experts for name in experts.parameters],
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -158,6 +177,10 @@ def test_facts_agree_with_the_model(family: str, tiny_model) -> None:
 
     assert len(structure.blocks) == model.config.num_hidden_layers
     linears = {linear.name: linear for linear in structure.linears()}
+    for block in structure.blocks:
+        for name in (*block.routers, *(name for experts in block.experts for name in experts.names)):
+            if name not in modules or not isinstance(modules[name], nn.Linear):
+                del linears[name]  # of no module: see test_experts.py
     inside = tuple(f"{block.name}." for block in structure.blocks)
     assert set(linears) == {
         name
@@ -170,7 +193,8 @@ def test_facts_agree_with_the_model(family: str, tiny_model) -> None:
         assert linear.bias == (modules[name].bias is not None)
         assert linear.transposed == (family == "gpt2")
     for block in structure.blocks:
-        assert {linear.name for linear in block.linears} == {name for shared in block.inputs for name in shared.linears}
+        read = {name for shared in block.inputs for name in shared.linears}
+        assert {linear.name for linear in block.linears} & linears.keys() == read
         for shared in block.inputs:
             assert {linears[name].in_features for name in shared.linears} == {shared.width}
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantcli.model.discovery import discover
+from quantcli.model.experts import find_experts
 from quantcli.model.norms import describe_norm, norm_offset, turns_with_its_input
 from quantcli.model.structure import Norm, Producer
 from quantcli.model.watch import Watch
@@ -38,7 +39,7 @@ RESIDUAL: dict[tuple[str, ...], tuple[str, str, str]] = {
     ("cohere",): ("input_layernorm:c", "self_attn.o_proj mlp.down_proj", ""),
     ("mixtral", "qwen2-moe", "deepseek-v3"): (
         "input_layernorm post_attention_layernorm", "self_attn.o_proj",
-        "mlp.experts.gate_up_proj holds the weights of many experts",
+        "mlp.experts holds the weights of many experts",
     ),
 }  # fmt: skip
 # family → (embeddings, final norm), of models whose stream can be rotated outside of the blocks
@@ -239,7 +240,7 @@ def test_producers_and_obstacles_of_toys(inner: Any, producers: dict[str, str | 
     with torch.no_grad(), watch.paths:
         model(torch.zeros(1, 5, 8, device="meta"))
     watch.stop()
-    block = watch.block("blocks.0", model.blocks[0])
+    block = watch.block("blocks.0", find_experts(model, "blocks.0"))
     found = {
         shared.name.removeprefix("blocks.0."): shared.producer
         and shared.producer.name.removeprefix("blocks.0.")

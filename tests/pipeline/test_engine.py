@@ -13,7 +13,7 @@ import pytest
 from tiny_models import save_tiny_model
 
 import quantcli
-from quantcli.errors import ModelError, RecipeError, VerificationError
+from quantcli.errors import RecipeError, VerificationError
 from quantcli.pipeline.verify import verify_path
 
 Recipe = dict[str, Any]
@@ -202,12 +202,6 @@ def test_every_byte_of_an_export_is_verified(done: Recipe) -> None:
             verify_path(export)
         file.write_bytes(content)
     verify_path(export)
-
-
-def test_experts_are_refused_when_planned(tmp_path: Path) -> None:
-    model = save_tiny_model("mixtral", tmp_path / "model")
-    with pytest.raises(ModelError, match=r"experts.*not supported yet"):
-        quantcli.plan({"model": {"path": str(model)}, "quantize": {}, "output": str(tmp_path / "run")})
 
 
 def test_transposed_linears_are_quantized_but_not_exported(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import save_tiny_model
 
 from quantcli.errors import ModelError, RecipeError
-from quantcli.model.structure import Block, Linear, SharedInput, Structure
+from quantcli.model.structure import Block, Experts, Linear, SharedInput, Structure
 from quantcli.pipeline.plan import Plan, fused_groups, make_plan, match_names
 from quantcli.recipe import load_recipe
 
@@ -279,9 +279,10 @@ def test_linears_that_no_forward_reaches_stay_in_float_where_something_is_observ
     assert kept(planned(blind, **TOKEN)) == set()
 
 
-def test_experts_are_refused() -> None:
-    experts = replace(LLAMA, blocks=(replace(LLAMA.blocks[0], experts=("model.layers.0.mlp.experts",)),))
-    with pytest.raises(ModelError, match="many experts"):
+def test_experts_in_a_form_that_is_not_known_are_refused() -> None:
+    unknown = Experts("model.layers.0.mlp.experts", ("model.layers.0.mlp.experts.w",), ())
+    experts = replace(LLAMA, blocks=(replace(LLAMA.blocks[0], experts=(unknown,)),))
+    with pytest.raises(ModelError, match="in a form that is not known"):
         planned(experts, **TOKEN)
 
 
