@@ -69,7 +69,14 @@ def discover(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = 
         embeddings=embeddings,
         final_norm=final_norm,
         outer_obstacle=outer_obstacle,
+        head_dim=_head_size(config),
     )
+
+
+def _head_size(config: Any) -> int | None:
+    """`head_dim` of a configuration, or hidden size / heads."""
+    size, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
+    return int(config.hidden_size) // heads if size is None and heads else size
 
 
 def _make(block: nn.Module) -> str:

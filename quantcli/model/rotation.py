@@ -17,15 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError
 from quantcli.model.folding import Added, Change
-from quantcli.model.structure import Block, Linear, Norm, SharedInput, Structure, rotation_obstacles
+from quantcli.model.structure import Linear, Norm, Structure, head_starts, rotatable_heads, rotation_obstacles
 from quantcli.quant.orthogonal import Rotation
 
 # Tensors are rotated a piece at a time: of 2 MB in float64, which stays in a core's cache (half the time of 32 MB).
@@ -68,13 +67,13 @@ def rotation_changes(
 
     Raises:
         ModelError: R1 is asked for and has an obstacle (`rotation_obstacles`), or a norm that adds a bias to a channel
-            that it multiplies by 0; R2 is asked for and no attention output in whole heads is known.
-        ValueError: R2 is asked for without head_dim.
+            that it multiplies by 0; R2 is asked for and head_dim, or an attention output in whole heads, is not known.
     """
     heads = None
     if rotation.heads:
         if rotation.head_dim is None:
-            raise ValueError("the rotation of heads needs head_dim")
+            raise ModelError(f"It is not known how many channels an attention head of {structure.architecture} has.",
+                             _WITHOUT_HEADS)  # fmt: skip
         heads = Rotation(rotation.head_dim, rotation.seed)
     stream = stream_rotation(structure, rotation.seed) if rotation.hidden else None
     return changes_by(structure, stream, heads, read)
@@ -111,24 +110,6 @@ def untied(structure: Structure) -> Structure:
         return structure
     weight = (structure.vocabulary, structure.width)
     return replace(structure, tied=False, parameters={**structure.parameters, f"{structure.head}.weight": weight})
-
-
-def head_size(config: Any) -> int | None:
-    """Channels of an attention head by a configuration of transformers: `head_dim`, or hidden size / heads."""
-    text = config.get_text_config()
-    size = getattr(text, "head_dim", None)
-    if size is None and getattr(text, "num_attention_heads", None):
-        size = text.hidden_size // text.num_attention_heads
-    return size
-
-
-def rotatable_heads(structure: Structure, head_dim: int) -> list[SharedInput]:
-    """The inputs that are outputs of attention in whole heads of `head_dim`, whose values a known linear makes.
-
-    Attention is known by what is beside the values: queries as wide as its output, and keys as wide as the values, made
-    by siblings of that linear or by the same one. Then no gate or other factor lies between values and output.
-    """
-    return [shared for block in structure.blocks for shared in block.inputs if _is_rotatable(block, shared, head_dim)]
 
 
 class _Steps(dict[str, list[_Step]]):
@@ -199,34 +180,9 @@ def _rotate_heads(structure: Structure, heads: Orthogonal, steps: _Steps) -> Non
     linears = {linear.name: linear for linear in structure.linears()}
     for shared in found:
         assert shared.producer is not None
-        steps.outputs(linears[shared.producer.name], _in_heads(heads, _head_starts(shared, heads.size)))
+        steps.outputs(linears[shared.producer.name], _in_heads(heads, head_starts(shared, heads.size)))
         for name in shared.linears:
             steps.inputs(linears[name], _in_heads(heads, list(range(0, shared.width, heads.size))))
-
-
-def _is_rotatable(block: Block, shared: SharedInput, size: int) -> bool:
-    starts = _head_starts(shared, size)
-    if shared.producer is None or shared.producer.obstacle or not starts:
-        return False
-    features = {linear.name: linear.out_features for linear in block.linears}
-    values, name = len(starts) * size, shared.producer.name
-    siblings = next((group for group in block.fused if name in group), (name,))
-    if len(siblings) == 1:
-        return features[name] == shared.width + 2 * values
-    return sorted(features[sibling] for sibling in siblings) == sorted((shared.width, values, values))
-
-
-def _head_starts(shared: SharedInput, size: int) -> list[int]:
-    """First output channel of each head of values behind an input; none if it does not consist of whole heads."""
-    producer = shared.producer
-    if producer is None or producer.kind != "linear":
-        return []
-    segments = producer.segments or ((0, shared.width),)
-    if any(length % size for _, length in segments):
-        return []
-    starts = sorted({head for start, length in segments for head in range(start, start + length, size)})
-    overlapping = any(after - before < size for before, after in pairwise(starts))
-    return [] if overlapping else starts
 
 
 def _norms(structure: Structure) -> Iterator[Norm]:

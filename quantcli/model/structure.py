@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 
@@ -134,7 +135,8 @@ class Structure:
     linear; `tuple_output` says that blocks return a tuple whose first item is the hidden states.
 
     embeddings: parameters [·, width] whose rows are added up to what enters the first block. final_norm: what the head
-    reads. outer_obstacle: in words, why the stream cannot be rotated outside the blocks; empty if it can.
+    reads. outer_obstacle: in words, why the stream cannot be rotated outside the blocks; empty if it can. head_dim:
+    channels of an attention head by the configuration, None if it does not say.
     """
 
     architecture: str
@@ -149,6 +151,7 @@ class Structure:
     embeddings: tuple[str, ...] = ()
     final_norm: Norm | None = None
     outer_obstacle: str = ""
+    head_dim: int | None = None
 
     def linears(self) -> Iterator[Linear]:
         for block in self.blocks:
@@ -206,6 +209,49 @@ def rotation_obstacles(structure: Structure) -> list[str]:
     elif structure.tied and len(structure.token_embeddings) != 1:
         found.setdefault("it is not known which embedding the head is tied to")
     return list(found)
+
+
+def heads_obstacles(structure: Structure) -> list[str]:
+    """Why the values of attention cannot be rotated head by head, in words; empty if they can in some block."""
+    if structure.head_dim is None:
+        return ["it is not known how many channels its attention heads have"]
+    if not rotatable_heads(structure, structure.head_dim):
+        return [f"it has no attention output in whole heads of {structure.head_dim} channels that is known"]
+    return []
+
+
+def rotatable_heads(structure: Structure, head_dim: int) -> list[SharedInput]:
+    """The inputs that are outputs of attention in whole heads of `head_dim`, whose values a known linear makes.
+
+    Attention is known by what is beside the values: queries as wide as its output, and keys as wide as the values, made
+    by siblings of that linear or by the same one. Then no gate or other factor lies between values and output.
+    """
+    return [shared for block in structure.blocks for shared in block.inputs if _is_rotatable(block, shared, head_dim)]
+
+
+def _is_rotatable(block: Block, shared: SharedInput, size: int) -> bool:
+    starts = head_starts(shared, size)
+    if shared.producer is None or shared.producer.obstacle or not starts:
+        return False
+    features = {linear.name: linear.out_features for linear in block.linears}
+    values, name = len(starts) * size, shared.producer.name
+    siblings = next((group for group in block.fused if name in group), (name,))
+    if len(siblings) == 1:
+        return features[name] == shared.width + 2 * values
+    return sorted(features[sibling] for sibling in siblings) == sorted((shared.width, values, values))
+
+
+def head_starts(shared: SharedInput, size: int) -> list[int]:
+    """First output channel of each head of values behind an input; none if it does not consist of whole heads."""
+    producer = shared.producer
+    if producer is None or producer.kind != "linear":
+        return []
+    segments = producer.segments or ((0, shared.width),)
+    if any(length % size for _, length in segments):
+        return []
+    starts = sorted({head for start, length in segments for head in range(start, start + length, size)})
+    overlapping = any(after - before < size for before, after in pairwise(starts))
+    return [] if overlapping else starts
 
 
 def _block(content: dict[str, Any]) -> Block:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from quantcli.model.structure import Structure
 
-LAYOUT = 5
+LAYOUT = 6
 """Raised when `Structure` or its discovery changes, so that remembered ones are found anew."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import Verdict, verdicts
-from quantcli.model.structure import Block, Linear, Structure, rotation_obstacles
+from quantcli.model.structure import Block, Linear, Structure, heads_obstacles, rotation_obstacles
 from quantcli.pipeline.estimate import Estimate, estimate
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
@@ -138,6 +138,9 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     stored = sum(_stored_bytes(recipe, linear, scheme, structure.dtype) for linear, scheme in quantized)
     weights = sum(linear.weights for linear, _ in quantized)
     after = before - weights * BYTES[structure.dtype] + stored
+    if structure.tied and recipe.smooth is not None and recipe.smooth.unties:
+        after += structure.vocabulary * structure.width * BYTES[structure.dtype]
+        notes.append("Rotation makes the output head, tied so far, a tensor of its own.")
     kept = [p.linear.name for p in planned if p.treatment is None]
     _refuse_size(recipe, after, ranked)
     by_method = [(p.linear, p.treatment.weights) for p in planned if p.treatment is not None]
@@ -158,10 +161,13 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
 
 def _refuse_rotation(recipe: Recipe, structure: Structure) -> None:
     rotation = recipe.smooth.rotation if recipe.smooth is not None else None
-    obstacles = rotation_obstacles(structure) if rotation is not None and rotation.hidden else []
-    if obstacles:
-        raise RecipeError(f"smooth.rotation.hidden: {structure.architecture} cannot be rotated: {obstacles[0]}.",
-                          "Set smooth.rotation.hidden: false, or rotation: null and a method that scales.")  # fmt: skip
+    for key, found in (("hidden", rotation_obstacles), ("heads", heads_obstacles)):
+        obstacles = found(structure) if rotation is not None and getattr(rotation, key) else []
+        if obstacles:
+            raise RecipeError(
+                f"smooth.rotation.{key}: {structure.architecture} cannot be rotated: {obstacles[0]}.",
+                f"Set smooth.rotation.{key}: false, or rotation: null and a method that scales.",
+            )
 
 
 def _refuse_size(recipe: Recipe, after: int, ranked: Mapping[str, str] | None) -> None:

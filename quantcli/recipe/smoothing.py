@@ -134,6 +134,11 @@ class SmoothSection(Section):
         """Whether channels are scaled, by what calibration saw of them, and not rotated alone."""
         return self.method != "rotate"
 
+    @property
+    def unties(self) -> bool:
+        """Whether an output head that is tied to the embedding becomes a tensor of its own."""
+        return self.rotation is not None and self.rotation.hidden
+
     def clips(self, weights: WeightsSection, activations: ActivationsSection) -> bool:
         """Whether the clip of weights that are quantized so is searched."""
         default = self.method == "awq" and activations.bits == 16 and weights.bits < 8

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, tiny_config, token_batches
+from tiny_models import FAMILIES, token_batches
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
@@ -22,13 +22,11 @@ from quantcli.model.discovery import discover
 from quantcli.model.rotation import (
     ModelRotation,
     changes_by,
-    head_size,
-    rotatable_heads,
     rotation_changes,
     stream_rotation,
     untied,
 )
-from quantcli.model.structure import Structure, rotation_obstacles
+from quantcli.model.structure import Structure, heads_obstacles, rotatable_heads, rotation_obstacles
 from quantcli.quant.orthogonal import Rotation
 
 GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "golden" / "A"
@@ -113,8 +111,7 @@ def test_the_stream_is_rotated_and_the_logits_stay(family: str, directory: Direc
     assert rotation_obstacles(structure) == []
     model = model_of(directory(family))
     before, streams_before = logits_of(model), streams(model, structure)
-    size = head_size(tiny_config(family.removesuffix("-unprojected")))
-    rotated(model, structure, ModelRotation(seed=1, hidden=True, heads=True, head_dim=size))
+    rotated(model, structure, ModelRotation(seed=1, hidden=True, heads=True, head_dim=structure.head_dim))
     assert_same(logits_of(model), before)
     turn = stream_rotation(structure, 1)
     assert turn.keeps_ones == (family in CENTRED)
@@ -190,7 +187,10 @@ def test_refuses_heads_that_are_not_whole(directory: Directory) -> None:
     with pytest.raises(ModelError, match="whole heads of 24") as caught:
         rotation_changes(structure, ModelRotation(0, hidden=False, heads=True, head_dim=24), lambda _: torch.ones(64))
     assert "smooth.rotation.heads: false" in caught.value.remedy
-    with pytest.raises(ValueError, match="head_dim"):
+    assert heads_obstacles(structure) == []
+    assert "whole heads of 24 channels" in heads_obstacles(replace(structure, head_dim=24))[0]
+    assert "how many channels" in heads_obstacles(replace(structure, head_dim=None))[0]
+    with pytest.raises(ModelError, match="how many channels an attention head of LlamaForCausalLM has"):
         rotation_changes(structure, ModelRotation(0, hidden=False, heads=True), lambda _: torch.ones(64))
 
 

@@ -314,6 +314,44 @@ def test_a_rotation_that_the_residual_stream_does_not_allow_is_refused(
     assert "smooth.rotation.hidden: false" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "reason"),
+    [(None, "it is not known how many channels"), (24, "no attention output in whole heads of 24 channels")],
+)
+def test_a_rotation_of_heads_that_are_not_known_is_refused(head_dim: int | None, reason: str, tmp_path: Path) -> None:
+    from quantcli.model.discovery import discover
+
+    found = discover(save_tiny_model("llama", tmp_path / "model"))
+    assert found.head_dim == 16
+    structure = replace(found, head_dim=head_dim)
+
+    def plan(rotation: dict[str, Any]) -> Plan:
+        smooth = {"method": "rotate", "rotation": rotation}
+        recipe = load_recipe({"model": {"path": "m/n"}, "smooth": smooth, "quantize": TOKEN, "output": "o"})
+        return make_plan(recipe, tmp_path, structure)
+
+    assert plan({"heads": False}).smoothing
+    for rotation in ({}, {"hidden": False}):
+        with pytest.raises(RecipeError, match=reason) as caught:
+            plan(rotation)
+        assert caught.value.message.startswith("smooth.rotation.heads: LlamaForCausalLM cannot be rotated: ")
+        assert caught.value.remedy.startswith("Set smooth.rotation.heads: false")
+
+
+def test_a_head_that_rotation_unties_is_stored_beside_the_embedding(tmp_path: Path) -> None:
+    from quantcli.model.discovery import discover
+
+    structure = discover(save_tiny_model("llama-tied", tmp_path / "model"))
+    sizes = {}
+    for hidden in (True, False):
+        smooth = {"method": "rotate", "rotation": {"hidden": hidden}}
+        recipe = load_recipe({"model": {"path": "m/n"}, "smooth": smooth, "quantize": TOKEN, "output": "o"})
+        plan = make_plan(recipe, tmp_path, structure)
+        sizes[hidden] = plan.size_after
+        assert any("tensor of its own" in note for note in plan.notes) == hidden
+    assert sizes[True] - sizes[False] == structure.vocabulary * structure.width * 4  # float32
+
+
 # ------------------------------------------------------------------------------------------------------ notes
 
 

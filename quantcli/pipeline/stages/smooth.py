@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
-from quantcli.model.structure import Block, SharedInput, Structure
+from quantcli.model.structure import Block, SharedInput, Structure, rotatable_heads
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
@@ -70,8 +70,7 @@ def run(context: Context, folder: StageFolder) -> None:
 def _rotated(context: Context, folder: StageFolder) -> tuple[Checkpoint, ModelRotation | None]:
     """The checkpoint that scales are found for, and the rotation that it is read with, if any."""
     from quantcli.model.checkpoint import Checkpoint
-    from quantcli.model.rotation import ModelRotation, head_size, rotatable_heads
-    from quantcli.model.skeleton import load_config
+    from quantcli.model.rotation import ModelRotation
     from quantcli.pipeline.smoothed import changeable_tensors, rotated_checkpoint, write_rotation
 
     section, structure = context.recipe.smooth, context.plan.structure
@@ -79,7 +78,7 @@ def _rotated(context: Context, folder: StageFolder) -> tuple[Checkpoint, ModelRo
     assert section is not None
     if section.rotation is None:
         return checkpoint, None
-    size = head_size(load_config(context.model, trust_remote_code=context.recipe.model.trust_remote_code))
+    size = structure.head_dim
     rotation = ModelRotation(section.rotation.seed, section.rotation.hidden, section.rotation.heads, size)
     names = changeable_tensors(context.recipe, checkpoint, structure)
     rotated = rotated_checkpoint(checkpoint, structure, rotation, names)
