@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_contexts import changed, float_model, read
+from run_contexts import Interrupted, changed, float_model, interrupt, read
 from safetensors.torch import load_file, save_file
 from test_resume import artifacts, kill_at
 from tiny_models import save_tiny_model, token_batches
@@ -356,6 +356,30 @@ def test_a_killed_stage_goes_on_to_the_same_bytes(
 ) -> None:
     asked = recipe("llama-tied", {"method": "m4", "save_model": True}, model__cache_memory="0B")
     kill_at(29, changed(asked, export=None, evaluate=None), tree, tmp_path / "run")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_saved_model_goes_with_the_recipe_that_asked_for_it(killed: bool, recipe: Callable[..., Recipe]) -> None:
+    """And nothing else goes, whether the stage was completed or not."""
+    asked = recipe("llama-tied", {"method": "m1", "save_model": True})
+    model = Path(asked["output"]) / "smooth" / "model"
+    if killed:
+        with pytest.raises(Interrupted):
+            engine.run_recipe(load_recipe(asked), until="smooth", listener=interrupt("smooth", 2, "file"))
+    else:
+        smoothed(asked)
+    assert (model / "model.safetensors").is_file()
+    foreign = [model / "notes.txt", model / "config.json.old", model.parent / "block.json"]
+    for file in foreign:
+        file.write_text("mine")
+    smoothed(changed(asked, smooth__save_model=False))
+    assert sorted(model.iterdir()) == sorted(foreign[:2])
+    assert foreign[2].is_file()
+    for file in foreign[:2]:
+        file.unlink()
+    smoothed(asked)
+    smoothed(changed(asked, smooth__save_model=False))
+    assert not model.exists()
 
 
 def test_memory_of_the_cache_makes_no_difference(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from glob import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.model.structure import Structure
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours, the first
 # three behind the stem of the format.
 _WEIGHTS = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
-_OWN = ("config.json", "quant_model_description.json")
+_DESCRIPTION = "quant_model_description.json"
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -62,16 +63,19 @@ def run(context: Context, folder: StageFolder) -> None:
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
 
 
+def checkpoint_files(model: Path, stem: str) -> list[str]:
+    """Patterns of what an export of a model may write: weights and their index, config.json, what it copies."""
+    beside = sorted(file.name for file in model.iterdir() if file.suffix not in (".safetensors", ".md"))
+    return list(dict.fromkeys([*(stem + ending for ending in _WEIGHTS), "config.json", *map(escape, beside)]))
+
+
 def _writes(context: Context) -> tuple[str, ...]:
     from quantcli.formats.table import FORMATS
 
     assert context.recipe.export is not None
-    beside = sorted(file.name for file in context.model.iterdir() if file.suffix not in (".safetensors", ".md"))
-    names = {
-        form: [*(FORMATS[form].STEM + ending for ending in _WEIGHTS), *_OWN, *map(escape, beside)]
-        for form in context.recipe.export.formats
-    }
-    return tuple(f"{form}/{name}" for form in names for name in names[form])
+    forms = context.recipe.export.formats
+    names = {form: [*checkpoint_files(context.model, FORMATS[form].STEM), _DESCRIPTION] for form in forms}
+    return tuple(f"{form}/{name}" for form in forms for name in names[form])
 
 
 STAGE = Stage("export", ("smooth", "quantize"), lambda recipe: recipe.export is not None, _identity, run, _writes)

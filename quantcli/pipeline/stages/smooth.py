@@ -16,6 +16,7 @@ from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.smoothed import ROTATION, folds_file, write_folds
+from quantcli.pipeline.stages.export import checkpoint_files, source_of
 
 if TYPE_CHECKING:
     import torch
@@ -367,7 +368,6 @@ def _manifest(context: Context, folder: StageFolder, rotation: ModelRotation | N
 def _save_model(context: Context, folder: StageFolder) -> None:
     """The smoothed float model as an ordinary checkpoint, smooth/model."""
     from quantcli.formats.export import export_float
-    from quantcli.pipeline.stages.export import source_of
 
     source = source_of(context.recipe, context.plan.structure, context.checkpoint)
     for shard in sorted((folder.path / MODEL).glob("model*.safetensors")):
@@ -383,7 +383,8 @@ def _report_file(index: int) -> str:
 
 def _writes(context: Context) -> tuple[str, ...]:
     own = [name for i in range(context.blocks) for name in (folds_file(context.folder(""), i).name, _report_file(i))]
-    return (*own, ROTATION, MANIFEST, f"{HIDDEN}/*", f"{MODEL}/*")
+    saved = (f"{MODEL}/{name}" for name in checkpoint_files(context.model, MODEL))
+    return (*own, ROTATION, MANIFEST, f"{HIDDEN}/*", *saved)
 
 
 STAGE = Stage(
