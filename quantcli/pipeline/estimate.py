@@ -15,7 +15,15 @@ from quantcli.recipe.schema import Recipe
 BASE_MEMORY = 420 << 20
 HEAD_MEMORY = 5 * (64 << 20)  # logits of both models and their logarithms, model.stream.HEAD_BYTES at a time
 # Nanoseconds a weight on one core of 2024, by weight method.
-SECONDS_A_WEIGHT = {"minmax": 1e-9, "mse": 60e-9, "co_sparse": 30e-9, "low_bit": 30e-9, "low_bit_sigma": 5e-9}
+SECONDS_A_WEIGHT = {
+    "minmax": 1e-9,
+    "mse": 60e-9,
+    "hqq": 220e-9,
+    "ssz": 60e-9,
+    "co_sparse": 30e-9,
+    "low_bit": 30e-9,
+    "low_bit_sigma": 5e-9,
+}
 SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 700e-9)  # a plain method; auto, which measures
 SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed
 START = 6.0  # imports and the first look at a model

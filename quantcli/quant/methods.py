@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, float_blocks
+from quantcli.quant.hqq import hqq
 from quantcli.quant.minmax import minmax
 from quantcli.quant.search import mse
 from quantcli.quant.sparse import sparse_weight
+from quantcli.quant.ssz import ssz
 
 WeightMethod = Callable[[Tensor, WeightGrid, Tensor | None], QuantizedWeight]
 """(weight [out, in], grid, second moment of the input [in] or None) -> codes, scales, zero points."""
@@ -20,6 +22,8 @@ WeightMethod = Callable[[Tensor, WeightGrid, Tensor | None], QuantizedWeight]
 WEIGHT_METHODS: dict[str, WeightMethod] = {
     "minmax": minmax,
     "mse": mse,
+    "hqq": hqq,
+    "ssz": ssz,
     "co_sparse": partial(sparse_weight, mode="co_sparse"),
     "low_bit": partial(sparse_weight, mode="low_bit"),
     "low_bit_sigma": partial(sparse_weight, mode="low_bit_sigma"),

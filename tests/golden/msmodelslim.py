@@ -70,9 +70,7 @@ def left_out(model: str, case: str, entry: dict[str, Any]) -> str:
         return "these smoothing methods, pruning and learned rounding have no counterpart"
     for word, reason in (
         ("gptq", "gptq is not there yet"),
-        ("hqq", "hqq is not there yet"),
-        ("ssz", "ssz is not there yet"),
-        ("w4a8", "W4A8_DYNAMIC is not written yet"),
+        ("w4a8", "" if "ssz" in case else "W4A8_DYNAMIC is not written yet"),
         ("w4a4", "4-bit activations in AscendV1 are not there yet"),
         ("mxfp", "microscaling formats are not there yet"),
         ("fp8_dynamic", "fp8 linears are not there yet"),
@@ -153,6 +151,7 @@ def _v0(meta: dict[str, Any], case: str) -> Recipe:
         "bits": config["w_bit"],
         "symmetric": config.get("w_sym", True),
         "granularity": "tensor" if config.get("mm_tensor", True) else "channel",
+        "method": config.get("w_method", "MinMax").lower(),
     }
     if weights["bits"] == 4:
         weights["full_range"] = False
@@ -199,8 +198,13 @@ def _v1(meta: dict[str, Any], case: str) -> Recipe:
     config = process["qconfig"]
     if process["type"] == "dynamic_cache":
         return {"weights": {"bits": 16}, "kv_cache": {"symmetric": config["symmetric"]}}
-    section: Recipe = {"weights": {"bits": 8}, "rollback": {"siblings": "apart"}}
-    act = config["act"]
+    weights = {"bits": 4 if config["weight"]["dtype"] == "int4" else 8, "method": config["weight"]["method"]}
+    if weights["bits"] == 4:
+        weights["full_range"] = False
+    section: Recipe = {"weights": weights, "rollback": {"siblings": "apart"}}
+    act = config.get("act")
+    if act is None:
+        return section
     scope = {"per_token": "token", "per_tensor": "tensor", "pd_mix": "mix"}[act["scope"]]
     section["activations"] = {"bits": 8, "scope": scope}
     if scope != "token":
