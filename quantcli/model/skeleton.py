@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,8 +78,12 @@ class Skeleton:
         inside = tuple(f"{block}." for block in self.blocks)
         return [name for name in self.model.state_dict() if not name.startswith(inside)]
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Parameter values on the CPU in the dtype that the model computes in (norms kept in float32 stay so)."""
+    def read(self, names: Iterable[str], rows: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Parameter values on the CPU in the dtype that the model computes in (norms kept in float32 stay so).
+
+        rows: of a parameter the only rows that are wanted, int64. Where its dtype has to be changed, the others are 0,
+        in memory that is never touched and so takes no room.
+        """
         state = self.model.state_dict()
         values: dict[str, Tensor] = {}
         readers: dict[int, list[str]] = defaultdict(list)
@@ -94,14 +98,18 @@ class Skeleton:
                 if stored != expected:
                     raise ModelError(f"{name} has shape {stored} in the checkpoint and {expected} in the model.",
                                      "Check that config.json belongs to these weights.")  # fmt: skip
+                if rows is not None and name in rows and parts[key].dtype != state[name].dtype:
+                    values[name] = torch.zeros_like(parts[key], dtype=state[name].dtype)
+                    values[name][rows[name]] = parts[key][rows[name]].to(state[name].dtype)
+                    continue
                 # tied parameters share what they become
                 values[name] = parts[key] = parts[key].to(state[name].dtype)
         return values
 
     @contextmanager
-    def resident(self, names: Iterable[str]) -> Iterator[None]:
-        """Fill the named parameters for the duration of the body, then let them go."""
-        values = self.read(names)
+    def resident(self, names: Iterable[str], rows: Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Fill the named parameters for the duration of the body, then let them go; of some only `rows`, as `read`."""
+        values = self.read(names, rows)
         held: list[tuple[dict[str, Any], str, Tensor]] = []
         try:
             for name in list(values):

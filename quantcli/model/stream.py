@@ -54,7 +54,7 @@ class BlockStream:
         """Embed every batch, yielding the hidden states that enter the first block; record the blocks' arguments."""
         self._calls = []
         names = [n for n in self.skeleton.outer_names() if n not in self._head_names]
-        with self.skeleton.resident(names):
+        with self.skeleton.resident(names, self._embedded_rows()):
             for batch in self.batches:
                 recorded: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
                 with self._recording(recorded), suppress(_Stop):
@@ -65,6 +65,13 @@ class BlockStream:
                                      "Its architecture is not supported.")  # fmt: skip
                 self._calls.append([(self._shared(args), self._shared(kwargs)) for _, args, kwargs in recorded])
                 yield recorded[0][0]
+
+    def _embedded_rows(self) -> dict[str, Tensor]:
+        """The rows of the embedding that tokens of the batches have, by its name."""
+        if not isinstance(self._embedding, nn.Embedding) or not self.batches:
+            return {}
+        tokens = torch.cat([batch.flatten() for batch in self.batches]).unique().cpu()
+        return {name: tokens for name in self._embedding_names if name.endswith(".weight")}
 
     def enter(self, cache: HiddenCache, done: int | None) -> int:
         """Start, and put what enters the first block into `cache`, unless it holds already what enters block `done`.

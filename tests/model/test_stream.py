@@ -90,6 +90,24 @@ def test_the_dtype_of_the_recipe_wins_over_the_checkpoint(tiny_model, tmp_path: 
     assert not torch.equal(ours[0], plain_logits(directory)[0])
 
 
+@pytest.mark.parametrize("family", ["llama-tied", "gemma3", "gpt2", "opt"])
+def test_of_an_embedding_in_another_dtype_only_rows_of_the_text_are_held(family: str, tiny_model) -> None:
+    directory = tiny_model(family, dtype=BFLOAT16)
+    batch = token_batches((1, 13))
+    skeleton = Skeleton(directory, find_structure(directory, dtype="float32"), dtype="float32")
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    expected: list[Tensor] = []
+    handle = model.get_submodule(skeleton.blocks[0]).register_forward_pre_hook(
+        lambda _, args, kwargs: expected.append(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+    )
+    model(batch[0], use_cache=False)
+    handle.remove()
+    for hidden in BlockStream(skeleton, batch).start():
+        torch.testing.assert_close(hidden, expected[0], rtol=0, atol=0)
+        weight = skeleton.model.get_input_embeddings().weight
+        assert weight.abs().sum(1).nonzero().flatten().tolist() == batch[0].unique().tolist()
+
+
 @pytest.mark.parametrize("family", ["llama-tied", "mixtral", "gpt2"])
 def test_shards(family: str, tiny_model, tmp_path: Path) -> None:
     directory = tiny_model(family, max_shard_size="60KB")
