@@ -8,7 +8,7 @@ Outlier Suppression+, https://arxiv.org/abs/2304.09145, equations 5 to 7, for z.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,7 +20,8 @@ from quantcli.model.structure import Linear, Producer, Structure
 
 Change = Callable[[Tensor], Tensor]
 """A tensor as it is stored (linears of GPT-2: [in, out]) → the changed tensor in float32, or float64 if it was."""
-_Step = Callable[[Tensor], object]  # changes a float32 or float64 tensor in its place
+Step = Callable[[Tensor], object]
+"""Changes a float32 or float64 tensor in its place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +54,13 @@ def fold_changes(
     for a scale that does not fit, and for a shift where a bias that would take it does not exist.
     """
     linears = {linear.name: linear for linear in structure.matrices()}
-    steps: dict[str, list[_Step]] = {}
+    steps: dict[str, list[Step]] = {}
     for fold in folds:
         _check(fold, linears)
         _change_producer(fold, structure, linears, steps)
         for name in fold.linears:
             _change_consumer(fold, linears[name], steps, read)
-    return {name: _changed_by(tuple(own)) for name, own in steps.items()}
+    return {name: changed_by(own) for name, own in steps.items()}
 
 
 def exact_scale(weight: Tensor, scale: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
@@ -115,13 +116,16 @@ def added_tensors(checkpoint: Checkpoint) -> dict[str, Added]:
     return checkpoint.added if isinstance(checkpoint, TransformedCheckpoint) else {}
 
 
-def _changed_by(steps: tuple[_Step, ...]) -> Change:
+def changed_by(steps: Sequence[Step], between: torch.dtype = torch.float32) -> Change:
+    """The steps, one after the other; where there are several, values have at least the dtype `between` in between."""
+
     def change(stored: Tensor) -> Tensor:
-        wide = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        result = torch.float64 if stored.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(result, between) if len(steps) > 1 else result
         value = stored.to(wide, copy=True)  # the one copy that a large tensor needs
         for step in steps:
             step(value)
-        return value
+        return value.to(result)
 
     return change
 
@@ -155,7 +159,7 @@ def _per_output(producer: Producer, vector: Tensor, width: int, neutral: float) 
 
 
 def _change_producer(
-    fold: Fold, structure: Structure, linears: Mapping[str, Linear], steps: dict[str, list[_Step]]
+    fold: Fold, structure: Structure, linears: Mapping[str, Linear], steps: dict[str, list[Step]]
 ) -> None:
     producer = fold.producer
     weight, bias = f"{producer.name}.weight", f"{producer.name}.bias"
@@ -177,7 +181,7 @@ def _change_producer(
 
 
 def _change_consumer(
-    fold: Fold, linear: Linear, steps: dict[str, list[_Step]], read: Callable[[str], Tensor] | None
+    fold: Fold, linear: Linear, steps: dict[str, list[Step]], read: Callable[[str], Tensor] | None
 ) -> None:
     weight, bias = f"{linear.name}.weight", f"{linear.name}.bias"
     if fold.shift is not None:
@@ -185,7 +189,7 @@ def _change_consumer(
             raise ModelError(f"{linear.name} has no bias that a shift of its input could go to.", _NO_SHIFT)
         if read is None:
             raise ValueError("a shift needs the weights that it is multiplied with")
-        before = _changed_by(tuple(steps.get(weight, ())))  # the columns without this fold, once
+        before = changed_by(tuple(steps.get(weight, ())))  # the columns without this fold, once
         _add(steps, bias, _add_product(lambda: before(read(weight)), fold.shift, linear.transposed))
     _add(steps, weight, _multiply_columns(fold.scale, linear.transposed))
 
@@ -193,28 +197,28 @@ def _change_consumer(
 _NO_SHIFT = "Choose a method that scales without shifting."
 
 
-def _add(steps: dict[str, list[_Step]], name: str, step: _Step) -> None:
+def _add(steps: dict[str, list[Step]], name: str, step: Step) -> None:
     steps.setdefault(name, []).append(step)
 
 
-def _divide_gain(scale: Tensor, offset: float) -> _Step:
+def _divide_gain(scale: Tensor, offset: float) -> Step:
     # (w + o)/s − o, so arranged that a channel of scale 1 stays as it is to the last bit
     return lambda weight: weight.add_(offset * (1 - scale.to(weight))).div_(scale.to(weight))
 
 
-def _shift_and_divide(scale: Tensor, shift: Tensor | None) -> _Step:
+def _shift_and_divide(scale: Tensor, shift: Tensor | None) -> Step:
     return lambda bias: (bias if shift is None else bias.sub_(shift.to(bias))).div_(scale.to(bias))
 
 
-def _divide_rows(scale: Tensor, transposed: bool) -> _Step:
+def _divide_rows(scale: Tensor, transposed: bool) -> Step:
     return lambda weight: (weight if transposed else weight.t()).div_(scale.to(weight))
 
 
-def _multiply_columns(scale: Tensor, transposed: bool) -> _Step:
+def _multiply_columns(scale: Tensor, transposed: bool) -> Step:
     return lambda weight: (weight.t() if transposed else weight).mul_(scale.to(weight))
 
 
-def _add_product(weight: Callable[[], Tensor], shift: Tensor, transposed: bool) -> _Step:
+def _add_product(weight: Callable[[], Tensor], shift: Tensor, transposed: bool) -> Step:
     def step(bias: Tensor) -> None:
         columns = weight().to(bias)
         bias.add_((columns.t() if transposed else columns) @ shift.to(bias))

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError
-from quantcli.model.folding import Added, Change
+from quantcli.model.folding import Added, Change, Step, changed_by
 from quantcli.model.structure import Linear, Norm, Structure, head_starts, rotatable_heads, rotation_obstacles
 from quantcli.quant.orthogonal import Rotation
 
 # Tensors are rotated a piece at a time: of 2 MB in float64, which stays in a core's cache (half the time of 32 MB).
 PIECE_ELEMENTS = 1 << 18
 _Turn = Callable[[Tensor], Tensor]  # float64 [m, k] → [m, k], each row by itself
-_Step = Callable[[Tensor], None]  # changes a parameter in its place
 
 _WITHOUT_STREAM = "Set smooth.rotation.hidden: false."
 _WITHOUT_HEADS = "Set smooth.rotation.heads: false."
@@ -96,7 +95,7 @@ def changes_by(
         _rotate_stream(structure, stream, read, steps)
     if heads is not None:
         _rotate_heads(structure, heads, steps)
-    changes = {name: _changed_by(tuple(own)) for name, own in steps.items()}
+    changes = {name: changed_by(own, torch.float64) for name, own in steps.items()}
     added = {}
     if stream is not None and structure.tied:
         head = f"{structure.head}.weight"
@@ -112,7 +111,7 @@ def untied(structure: Structure) -> Structure:
     return replace(structure, tied=False, parameters={**structure.parameters, f"{structure.head}.weight": weight})
 
 
-class _Steps(dict[str, list[_Step]]):
+class _Steps(dict[str, list[Step]]):
     """Steps of each parameter, in order, by its name."""
 
     def inputs(self, linear: Linear, turn: _Turn) -> None:
@@ -129,7 +128,7 @@ class _Steps(dict[str, list[_Step]]):
         """A parameter [·, k] or [k] that is no linear's weight."""
         self._add(parameter, lambda p: _turn_rows(p if p.ndim > 1 else p.unsqueeze(0), turn))
 
-    def _add(self, parameter: str, step: _Step) -> None:
+    def _add(self, parameter: str, step: Step) -> None:
         self.setdefault(parameter, []).append(step)
 
 
@@ -210,15 +209,3 @@ def _turn_rows(matrix: Tensor, turn: _Turn) -> None:
     """matrix [m, k], a view of the parameter, ← the turn of each row, in float64."""
     for piece in matrix.split(max(1, PIECE_ELEMENTS // matrix.shape[1])):
         piece.copy_(turn(piece.to(torch.float64, memory_format=torch.contiguous_format)))
-
-
-def _changed_by(steps: tuple[_Step, ...]) -> Change:
-    def change(stored: Tensor) -> Tensor:
-        result = torch.float64 if stored.dtype == torch.float64 else torch.float32
-        # between two steps nothing is rounded
-        value = stored.to(torch.float64 if len(steps) > 1 else result, copy=True)
-        for step in steps:
-            step(value)
-        return value.to(result)
-
-    return change
