@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from quantcli.model.expert_loop import Weight, one_by_one
+from quantcli.model.structure import Experts
 from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_static
 
 
@@ -33,20 +35,42 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
 @contextmanager
-def simulated(block: nn.Module, linears: Mapping[str, Int8Weights | Tensor | Forward]) -> Iterator[None]:
+def simulated(
+    block: nn.Module, linears: Mapping[str, Int8Weights | Tensor | Forward], experts: Iterable[Experts] = ()
+) -> Iterator[None]:
     """While the body runs, the named linears of `block` compute otherwise.
 
     Int8Weights: y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b, as `quant.activation.int8_linear` has it. A tensor [out, in], in the
     input's dtype: y = x·Wᵀ + b with it, as for weights that an engine unpacks. A function: whatever it returns.
+
+    Linears of `experts`, by names below the block, have no modules: where one is named, its layer runs expert by
+    expert, and the others keep their float weights.
     """
-    modules = {block.get_submodule(name): weights for name, weights in linears.items()}
+    layers = [layer for layer in experts if any(name in linears for name in layer.names)]
+    joined = {name for layer in layers for name in layer.names}
+    modules = {block.get_submodule(name): weights for name, weights in linears.items() if name not in joined}
+    parts = {name: forward_of(nn.Module(), how) for name, how in linears.items() if name in joined}
+
+    def expert_linear(name: str, x: Tensor, weight: Weight) -> Tensor:
+        return parts[name](x) if name in parts else linear(x, weight())
+
     try:
-        for module, how in modules.items():
-            module.__dict__["forward"] = forward_of(module, how)
-        yield
+        with ExitStack() as loops:
+            for layer in layers:
+                loops.enter_context(one_by_one(block.get_submodule(layer.name), layer, expert_linear))
+            for module, how in modules.items():
+                module.__dict__["forward"] = forward_of(module, how)
+            yield
     finally:
         for module in modules:
             module.__dict__.pop("forward", None)
+
+
+def not_read(linears: Collection[str], experts: Iterable[Experts]) -> set[str]:
+    """The parameters that no forward reads while `simulated` replaces these linears."""
+    joined = {name for layer in experts for name in layer.names}
+    whole = {name for layer in experts if all(n in linears for n in layer.names) for name in layer.parameters}
+    return {f"{name}.weight" for name in linears if name not in joined} | whole
 
 
 def forward_of(module: nn.Module, how: Int8Weights | Tensor | Forward) -> Callable[[Tensor], Tensor]:

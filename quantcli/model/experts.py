@@ -56,6 +56,7 @@ def find_experts(model: nn.Module, block: str) -> FoundExperts:
         members = _members(model, path, names)
         linears += list(chain.from_iterable(members))
         routers += list(_routers(model, path, len(members)))
+        names.sort(key=lambda name: name.endswith(f".{LEAVING}"))
         experts.append(Experts(path, tuple(names), tuple(tuple(m.name for m in expert) for expert in members)))
     for linear in (*linears, *routers):
         if not linear.name.startswith(f"{block}."):
@@ -66,13 +67,15 @@ def find_experts(model: nn.Module, block: str) -> FoundExperts:
 def _members(model: nn.Module, path: str, names: list[str]) -> list[tuple[Linear, ...]]:
     """The linears of each expert in the order of `Experts.linears`.
 
-    Empty if the module has not the usual interface, or has biases, or its checkpoint does not hold experts one by one.
+    Empty if the module has not the usual interface and layout (gate before up, not alternating; not transposed), or has
+    biases, or if checkpoints do not hold its experts one by one.
     """
     module = model.get_submodule(path)
     leaves = {name.rpartition(".")[2]: name for name in names}
     entering = [leaf for leaf in ENTERING if leaf in leaves]
     usual = len(entering) == 1 and set(leaves) == {*entering, LEAVING} and len(list(module.parameters())) == 2
-    if not usual or not hasattr(module, "_apply_gate"):
+    plain = not getattr(module, "is_transposed", True) and getattr(module, "is_concatenated", False)
+    if not usual or not plain:
         return []
     parts = [_parts(model, leaves[leaf]) for leaf in (*entering, LEAVING)]
     if not all(parts):

@@ -94,7 +94,8 @@ class Residual:
 
 @dataclass(frozen=True)
 class Experts:
-    """A module that holds the weights of many experts in 3-D `parameters`, named from the root.
+    """A module that holds the weights of many experts in 3-D `parameters`, named from the root, that which makes the
+    output last.
 
     linears: of each expert the names of its linears as a checkpoint has them, which no modules have: those that read
     the expert's input, in the order in which their outputs stand in the module, then the one that makes its output.
@@ -127,6 +128,23 @@ class Block:
     experts: tuple[Experts, ...] = ()
     routers: tuple[str, ...] = ()
     residual: Residual | None = None
+
+
+    @property
+    def local_experts(self) -> tuple[Experts, ...]:
+        """The experts by names without the block's."""
+
+        def local(name: str) -> str:
+            return name.removeprefix(f"{self.name}.")
+
+        return tuple(
+            Experts(
+                local(experts.name),
+                tuple(map(local, experts.parameters)),
+                tuple(tuple(map(local, expert)) for expert in experts.linears),
+            )
+            for experts in self.experts
+        )
 
 
 @dataclass(frozen=True)

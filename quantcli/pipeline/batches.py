@@ -83,7 +83,9 @@ def data_identity(section: CalibrationSection | PerplexitySection) -> dict[str, 
     digests = [
         data_fingerprint(source.dataset, _path(source), source.field, source.split) for source in _sources(section)
     ]
-    keys = section.model_dump(exclude={"path": True, "mix": {"__all__": {"path"}}})
+    keys = section.model_dump(
+        exclude={"path": True, "mix": {"__all__": {"path"}}, "expert_tokens": True, "route_all_experts": True}
+    )
     return {**keys, "text": digests[0] if len(digests) == 1 else digests}
 
 

@@ -57,6 +57,13 @@ class Context:
         head = self.plan.structure.head_linear
         return found if head is None else {**found, head.name: len(blocks)}
 
+    @cached_property
+    def expert_inputs(self) -> dict[str, str]:
+        """Of each linear of an expert, the linear under whose name its input is observed: the first that reads it."""
+        layers = (experts for block in self.plan.structure.blocks for experts in block.experts)
+        every = (names for experts in layers for names in experts.linears)
+        return {name: names[-1] if name == names[-1] else names[0] for names in every for name in names}
+
     @property
     def ranks(self) -> bool:
         """Whether linears are ranked by their sensitivity."""

@@ -67,6 +67,7 @@ class RunResult:
     perplexity: dict[str, Any] | None
     peak_memory: int
     smoothing: dict[str, Any] | None = None
+    experts: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         exported = self.stages.get("export", {}).get("files", {})
@@ -78,6 +79,7 @@ class RunResult:
             "exports": sorted({str(self.path / "export" / Path(file).parts[0]) for file in exported}),
             "perplexity": self.perplexity,
             "smoothing": self.smoothing,
+            "experts": self.experts,
             "peak_memory": self.peak_memory,
         }
 
@@ -139,7 +141,7 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
         context.emit("plan", linears=len(plan.schemes), kept=len(plan.kept), notes=list(plan.notes))
         _bring_up_to_date(context, until)
         scores, smoothing = _perplexity(context), _smoothing(context)
-        result = RunResult(path, context.plan, context.results, scores, _peak_of(context), smoothing)
+        result = RunResult(path, context.plan, context.results, scores, _peak_of(context), smoothing, _experts(context))
     _check_gates(recipe, result)
     return result
 
@@ -329,6 +331,14 @@ def _smoothing(context: Context) -> dict[str, Any] | None:
     if smooth.STAGE.name not in context.results:
         return None
     return read_json(context.folder(smooth.STAGE.name) / smooth.MANIFEST)
+
+
+def _experts(context: Context) -> dict[str, Any] | None:
+    """How many experts were observed, and which saw fewer than the least number of tokens."""
+    if calibrate.STAGE.name not in context.results:
+        return None
+    found: dict[str, Any] | None = read_json(context.folder(calibrate.STAGE.name) / calibrate.MANIFEST).get("experts")
+    return found
 
 
 def _check_gates(recipe: Recipe, result: RunResult) -> None:

@@ -409,9 +409,9 @@ def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequen
                           "Name what is rolled back in rollback.names.")  # fmt: skip
     for p in planned:
         treatment = p.treatment if p.linear.name in names else None
-        if treatment is not None and (treatment.scheme.activations != "none" or treatment.weights.importance != "none"):
-            raise RecipeError(f"quantize: {p.linear.name} is of an expert, whose input is not observed.",
-                              "Quantize weights alone, with weights.importance: none.")  # fmt: skip
+        if treatment is not None and treatment.scheme.observed:
+            raise RecipeError(f"quantize: {p.linear.name} is of an expert; engines have no static scales for those.",
+                              "Give experts activations.scope: token, by an override that matches them.")  # fmt: skip
 
 
 def _refuse_split_siblings(recipe: Recipe, blocks: Sequence[Block], treatments: Mapping[str, Treatment]) -> None:

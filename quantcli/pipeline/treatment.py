@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,6 +69,11 @@ class WeightSource:
         # a linear that was rolled back since to other groups has bounds that were found for those it had
         return found if found is not None and tuple(found.shape) == shape else None
 
+    def _few(self, name: str, seen: Statistics) -> bool:
+        """Whether a linear is of an expert that saw too few tokens for anything to be made of them."""
+        section = self.context.recipe.calibration
+        return section is not None and name in self.context.expert_inputs and int(seen["count"]) < section.expert_tokens
+
     def submit(self, workers: ThreadPoolExecutor, index: int, statistics: StatisticsOf, with_inputs: bool) -> Jobs:
         """One job for each planned linear of a block: its stored form, and facts. `statistics` is asked for a linear
         that needs them; without `with_inputs`, static input scales are left to others."""
@@ -92,6 +98,9 @@ class WeightSource:
         treatment = self.context.plan.treatments[name]
         needs = treatment.weights.importance != "none" or (with_inputs and treatment.scheme.observed)
         seen = statistics(name) if needs else None
+        few = seen is not None and self._few(name, seen)
+        if few:
+            treatment = replace(treatment, weights=treatment.weights.model_copy(update={"importance": "none"}))
         dtype = self.context.plan.structure.dtype
         weight, bounds = self.read(name), self.bounds(name)
         if bounds is not None:
@@ -99,6 +108,8 @@ class WeightSource:
 
             weight = clamped(weight.float(), bounds.to(weight.device))
         stored, facts = quantize_weight(name, weight, treatment, dtype, seen)
+        if few:
+            facts["data_free"] = True
         if with_inputs and treatment.scheme.observed:
             assert seen is not None
             scale, zero, ranges = input_parameters(observed_of(seen), treatment)

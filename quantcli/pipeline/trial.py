@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantcli.evaluation.protocols import EvaluationText
 from quantcli.evaluation.scores import Scores, score_windows, summarize
-from quantcli.evaluation.simulate import Int8Weights, simulated
+from quantcli.evaluation.simulate import Int8Weights, not_read, simulated
 from quantcli.formats.store import Store
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.attention import attention_as_stored
@@ -123,13 +123,14 @@ class TrialModel:
                 scheme = store.schemes[name]
                 how = replacement(store.read(name), scheme, skeleton.dtype, skeleton.device, self.phase)
                 replaced[name.removeprefix(f"{path}.")] = how
-        left_out = {f"{path}.{name}.weight" for name in replaced}
+        experts = self.context.plan.structure.blocks[index].local_experts
+        left_out = {f"{path}.{name}" for name in not_read(replaced, experts)}
         modules = [module for module, block in self.base.attention_modules.items() if block == index]
         attention = {module: self.base.read_attention(module) for module in modules}
         with (
             torch.inference_mode(),
             self.stream.block(index, left_out=left_out) as module,
-            simulated(module, replaced),
+            simulated(module, replaced, experts),
             attention_as_stored(module, path, self.base.attention, attention),
         ):
             yield module

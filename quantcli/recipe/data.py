@@ -87,6 +87,12 @@ class CalibrationSection(_CalibrationSource):
         "auto is line for prompts, packed for other text.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="Seed of the choice of sequences.")
+    expert_tokens: Count = Field(
+        default=64, description="An expert that sees fewer tokens than these is quantized without them."
+    )
+    route_all_experts: bool = Field(
+        default=False, description="Observe every token at every expert, not only at those that the router chooses."
+    )
     drop_outliers: Annotated[
         float, BeforeValidator(fraction_of, json_schema_input_type=float | str), Field(ge=0, lt=1)
     ] = Field(

@@ -15,6 +15,9 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     yield "schemes", ", ".join(f"{_count(n, 'linear')} {scheme}" for scheme, n in counts.items())
     if smoothing := result.get("smoothing"):
         yield "smoothing", _smoothed(smoothing)
+    if (experts := result.get("experts")) and experts["few"]:
+        few = f"{len(experts['few'])} of {experts['observed']}"
+        yield "experts", f"{few} saw fewer than {experts['least']} tokens and are quantized without them"
     for note in plan["notes"]:
         yield "note", note
     before, after = result["size_before"], result["size_after"]

@@ -23,6 +23,8 @@ from quantcli.model.discovery import discover
 from quantcli.model.names import weight_tensors
 from quantcli.model.skeleton import Skeleton
 from quantcli.pipeline.verify import verify_path
+from quantcli.quant.grid import WeightGrid
+from quantcli.quant.search import mse
 
 Recipe = dict[str, Any]
 FAMILIES = ("mixtral", "qwen2-moe", "deepseek-v3")
@@ -143,3 +145,95 @@ def test_experts_of_a_layer_with_two_schemes_are_refused(model_of: Callable[[str
     whole = changed(recipe, quantize__overrides=[{**wider, "match": "*.experts.*"}])
     schemes = {scheme.name for name, (_, scheme) in quantcli.plan(whole).schemes.items() if ".experts." in name}
     assert schemes == {"W8A16"}
+
+
+MSE = {"bits": 4, "granularity": "group", "group_size": 32, "method": "mse"}
+WEIGHTED = {"weights": {**MSE, "importance": "second_moment"}, "activations": {"bits": 16}}
+CALIBRATION = {"dataset": "text", "samples": 4, "sequence_length": 16}
+
+
+def calibrated(model: Path, output: Path, quantize: dict[str, Any], **calibration: Any) -> Recipe:
+    recipe = recipe_of(model, output, quantize)
+    del recipe["evaluate"]
+    section = {**CALIBRATION, "path": str(output.parent / "text.txt"), **calibration}
+    return {**recipe, "calibration": section, "export": None}
+
+
+def test_scales_of_experts_heed_the_tokens_that_each_saw(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """With a bar between the least and the most tokens, experts above it have the codes of their own second moments,
+    those below it the codes without."""
+    model = model_of("deepseek-v3")
+    recipe = calibrated(model, tmp_path / "run", WEIGHTED, expert_tokens=1)
+    quantcli.run(recipe)
+    plain = calibrated(model, tmp_path / "plain", {**WEIGHTED, "weights": {**MSE, "importance": "none"}})
+    quantcli.run(plain)
+    manifest = read(recipe, "calibrate", "manifest.json")
+    moments = load_file(tmp_path / "run" / "calibrate" / "block-00002.safetensors")
+    structure = discover(model)
+    (experts,) = structure.blocks[2].experts
+    counts = {names[0]: int(moments[f"{names[0]}.count"]) for names in experts.linears}
+    assert sum(counts.values()) == manifest["tokens"] * 2, "every token goes to two experts"
+    bar = sorted(counts.values())[4] + 1
+    assert min(counts.values()) < bar <= max(counts.values())
+
+    result = quantcli.run(changed(recipe, calibration__expert_tokens=bar))
+    few = {name for name, count in counts.items() if count < bar}
+    found = result.to_json()["experts"]
+    assert (found["observed"], found["least"]) == (16, bar)
+    assert {name for name in found["few"] if name.startswith(structure.blocks[2].name)} == few
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    texts = [event["text"] for event in events if event["event"] == "warning" and "experts" in event["text"]]
+    assert any(all(f"{name} ({counts[name]})" in text for name in few) for text in texts)
+
+    floats = {n: t for f in model.glob("*.safetensors") for n, t in load_file(f).items()}
+    stored = load_file(tmp_path / "run" / "quantize" / "block-00002.safetensors")
+    without = load_file(tmp_path / "plain" / "quantize" / "block-00002.safetensors")
+    for names in experts.linears:
+        for name in names:
+            first = names[-1] if name == names[-1] else names[0]
+            importance = None if names[0] in few else moments[f"{first}.second_moment"]
+            grid = WeightGrid(4, True, "group", 32, torch.float32)
+            assert torch.equal(mse(floats[f"{name}.weight"], grid, importance).codes, stored[f"{name}.codes"])
+            assert torch.equal(stored[f"{name}.codes"], without[f"{name}.codes"]) == (names[0] in few)
+
+
+def test_all_tokens_at_all_experts(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = calibrated(model_of("mixtral"), tmp_path / "run", WEIGHTED, route_all_experts=True)
+    result = quantcli.run(recipe)
+    assert result.to_json()["experts"] == {"observed": 8, "least": 64, "few": {}}
+    moments = load_file(tmp_path / "run" / "calibrate" / "block-00001.safetensors")
+    counts = [int(count) for name, count in moments.items() if name.endswith(".w1.count")]
+    assert counts == [64] * 4
+    entering = [moment for name, moment in moments.items() if name.endswith(".w1.second_moment")]
+    assert all(torch.equal(moment, entering[0]) for moment in entering), "all see one input"
+
+
+def test_experts_in_integers_are_evaluated_as_they_are_served(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    """W8A8 with a scale a token is near the float model, and is not the model of W8A16."""
+    int8 = {"weights": {"bits": 8}, "activations": {"bits": 8, "scope": "token"}}
+    scores = []
+    for name, quantize in (("a8", int8), ("a16", W8)):
+        recipe = recipe_of(model_of("qwen2-moe"), tmp_path / name, quantize)
+        quantcli.run(recipe)
+        scores.append(read(recipe, "eval-ppl", "results.json")["kl_divergence"])
+    assert scores[1] < scores[0] < 0.05
+    in_float = {**int8, "overrides": [{"match": "*.experts.*", "scheme": "float"}]}
+    recipe = recipe_of(model_of("qwen2-moe"), tmp_path / "float", in_float)
+    quantcli.run(recipe)
+    assert 0 < read(recipe, "eval-ppl", "results.json")["kl_divergence"] < scores[0]
+
+
+@pytest.mark.parametrize(
+    ("quantize", "reason"),
+    [
+        ({"activations": {"bits": 8}}, "engines have no static scales"),
+        ({"weights": {"bits": 8}, "rollback": {"level": 2}}, "not ranked by sensitivity"),
+    ],
+)
+def test_what_experts_cannot_have_is_refused(
+    quantize: dict[str, Any], reason: str, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("words")
+    recipe = calibrated(model_of("mixtral"), tmp_path / "run", quantize)
+    with pytest.raises(RecipeError, match=reason):
+        quantcli.plan(recipe)

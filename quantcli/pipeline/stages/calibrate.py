@@ -32,16 +32,18 @@ def _wanted(recipe: Recipe) -> bool:
 
 
 def _identity(context: Context) -> dict[str, Any]:
-    assert context.recipe.calibration is not None
+    section = context.recipe.calibration
+    assert section is not None
     cache = context.recipe.quantize.kv_cache
     attention = context.plan.attention
     return {
-        "calibration": data_identity(context.recipe.calibration),
+        "calibration": data_identity(section),
         "model": _reading(context),
         "counts": _counts(context),
         "moments": _moments(context),
         "head": _observes_head(context),
         "attention": attention and [attention.to_json(), cache and cache.observe, _coverage(context)],
+        "experts": [section.expert_tokens, section.route_all_experts] if _observes_experts(context) else None,
     }
 
 
@@ -60,6 +62,12 @@ def _moments(context: Context) -> bool:
 def _observes_head(context: Context) -> bool:
     treatment = context.plan.treatments.get(context.plan.structure.head or "")
     return treatment is not None and (treatment.scheme.observed or treatment.weights.importance != "none")
+
+
+def _observes_experts(context: Context) -> bool:
+    """Whether anything about the linears of experts is found from their inputs."""
+    treatments = context.plan.treatments
+    return any(treatments[name].weights.importance != "none" for name in context.expert_inputs if name in treatments)
 
 
 def _coverage(context: Context) -> float | None:
@@ -97,11 +105,17 @@ def run(context: Context, folder: StageFolder) -> None:
     for index in range(stream.enter(cache, done), context.blocks):
         started = time.perf_counter()
         block = context.plan.structure.blocks[index]
-        with stream.block(index) as module, _observing(context, module, block) as (statistics, attention):
+        with (
+            stream.block(index) as module,
+            _observing(context, module, block) as (statistics, attention),
+            _observing_experts(context, module, block) as of_experts,
+        ):
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
         _check(context, block, statistics)
-        _write(folder, index, {**statistics, **attention})
+        seen = {f"{block.name}.{name}": gathered for name, gathered in of_experts.items()}
+        _check_experts(context, block, seen)
+        _write(folder, index, {**statistics, **seen, **attention})
         cache.commit(index + 1)
         context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
     if _observes_head(context):
@@ -131,6 +145,39 @@ def _observing(
 
             with attention_statistics(context, module, block) as attention:
                 yield statistics, attention
+
+
+@contextmanager
+def _observing_experts(context: Context, module: nn.Module, block: Block) -> Iterator[dict[str, InputStatistics]]:
+    """Statistics of what enters experts, by names below the block, that fill while it runs."""
+    from quantcli.calibration.expert_statistics import experts_observed
+
+    section = context.recipe.calibration
+    assert section is not None
+    experts = block.local_experts if _observes_experts(context) else ()
+    with experts_observed(module, experts, context.device, every_token=section.route_all_experts) as statistics:
+        yield statistics
+
+
+def _check_experts(context: Context, block: Block, statistics: Mapping[str, InputStatistics]) -> None:
+    """Warn of experts that saw too few tokens; raise ModelError for values that are not finite."""
+    from quantcli.pipeline.propagation import require_finite
+
+    for name, gathered in statistics.items():
+        require_finite(name, gathered)
+    least = _least(context)
+    for experts in block.experts if statistics else ():
+        few = {names[0]: statistics[names[0]].count for names in experts.linears if statistics[names[0]].count < least}
+        if few:
+            shown = ", ".join(f"{name} ({count})" for name, count in few.items())
+            context.emit("warning", text=f"{len(few)} of {len(experts.linears)} experts of {experts.name} saw fewer "
+                         f"than {least} tokens and are quantized without them: {shown}. Use more calibration text, or "
+                         "route_all_experts.")  # fmt: skip
+
+
+def _least(context: Context) -> int:
+    assert context.recipe.calibration is not None
+    return context.recipe.calibration.expert_tokens
 
 
 def _check(context: Context, block: Block, statistics: dict[str, InputStatistics]) -> None:
@@ -167,7 +214,9 @@ def read_statistics(context: Context, linear: str) -> dict[str, Tensor]:
     """What was observed of a linear's input: the tensors of `InputStatistics.to_tensors`."""
     block = context.linear_blocks[linear]
     name = linear
-    if block < context.blocks:
+    if linear in context.expert_inputs:
+        name = context.expert_inputs[linear]
+    elif block < context.blocks:
         name = next(s.name for s in context.plan.structure.blocks[block].inputs if linear in s.linears)
     return read_observed(context, block, name)
 
@@ -197,10 +246,22 @@ def _manifest(context: Context, folder: StageFolder, tokens: int) -> dict[str, A
         head = context.plan.structure.head
         assert head is not None
         inputs[head] = {"block": context.blocks, "input": head}
+    experts: dict[str, int] = {}
+    if _observes_experts(context):
+        for linear, name in context.expert_inputs.items():
+            inputs[linear] = {"block": context.linear_blocks[linear], "input": name}
+        firsts = [names[0] for b in context.plan.structure.blocks for e in b.experts for names in e.linears]
+        experts = {name: int(read_statistics(context, name)["count"]) for name in firsts}
     attention: dict[str, int] = {}
     for index in range(context.blocks) if context.plan.attention else ():
         attention |= dict.fromkeys(_attention_in(folder.path / _block_file(index)), index)
-    return {"tokens": tokens, "linears": inputs, "attention": attention}
+    few = {name: count for name, count in experts.items() if count < _least(context)}
+    return {
+        "tokens": tokens,
+        "linears": inputs,
+        "experts": {"observed": len(experts), "least": _least(context), "few": few} if experts else None,
+        "attention": attention,
+    }
 
 
 def _attention_in(file: Path) -> list[str]:

@@ -51,6 +51,7 @@ def run(context: Context, folder: StageFolder) -> None:
 
 
 def _differences(context: Context, found: TokenSet) -> list[float]:
+    from quantcli.calibration.expert_statistics import experts_observed
     from quantcli.calibration.statistics import inputs_observed
     from quantcli.evaluation.scores import score_windows
     from quantcli.evaluation.simulate import simulated
@@ -65,15 +66,20 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
     for index, block in enumerate(context.plan.structure.blocks):
         started = time.perf_counter()
         of = {name: shared.name for shared in block.inputs for name in shared.linears}
+        of |= {name: first.removeprefix(f"{block.name}.") for name, first in context.expert_inputs.items()}
         with stream.block(index) as module:
-            with inputs_observed(module, block, context.device) as statistics:
+            with (
+                inputs_observed(module, block, context.device) as statistics,
+                experts_observed(module, block.local_experts, context.device) as of_experts,
+            ):
                 exact = [stream.run(index, batch, hidden) for batch, hidden in enumerate(exact)]
 
             def seen_by(name: str) -> dict[str, Tensor]:
-                return statistics[of[name]].to_tensors()  # noqa: B023
+                return {**statistics, **of_experts}[of[name]].to_tensors()  # noqa: B023
 
             replaced = source.replacements(index, seen_by, stream.skeleton.dtype)
-            with simulated(module, {name.removeprefix(f"{block.name}."): how for name, how in replaced.items()}):
+            local = {name.removeprefix(f"{block.name}."): how for name, how in replaced.items()}
+            with simulated(module, local, block.local_experts):
                 rounded = [stream.run(index, batch, hidden) for batch, hidden in enumerate(rounded)]
         context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
     with stream.head():
