@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
 from quantcli.model.structure import Linear, Structure
 from quantcli.recipe.quantization import WeightsSection
 from quantcli.recipe.schema import Recipe
+from quantcli.recipe.smoothing import SmoothSection
 
 # Resident memory of Python with torch and transformers loaded; measured on Linux, CPU build (BENCHMARKS.md).
 BASE_MEMORY = 420 << 20
@@ -18,6 +19,7 @@ HEAD_MEMORY = 5 * (64 << 20)  # logits of both models and their logarithms, mode
 SECONDS_A_WEIGHT = {
     "minmax": 1e-9,
     "mse": 60e-9,
+    "gptq": 250e-9,
     "hqq": 220e-9,
     "ssz": 60e-9,
     "co_sparse": 30e-9,
@@ -25,6 +27,9 @@ SECONDS_A_WEIGHT = {
     "low_bit_sigma": 5e-9,
 }
 SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 700e-9)  # a plain method; auto, which measures
+# What smoothing holds of its widest group of linears in float32, in copies of its weights: a plain method; one that
+# clips; auto. Measured on a block of 44 M weights.
+SMOOTHING_COPIES = (1.5, 5.5, 11.0)
 SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed
 START = 6.0  # imports and the first look at a model
 
@@ -43,7 +48,7 @@ def estimate(
     recipe: Recipe,
     structure: Structure,
     size_after: int,
-    quantized: Iterable[tuple[Linear, WeightsSection]],
+    quantized: Collection[tuple[Linear, WeightsSection]],
     passes: int,
 ) -> Estimate:
     """A model of the run: one block and the activations in memory; two operations a weight and token in time. `passes`
@@ -66,6 +71,9 @@ def estimate(
         hidden = min(max(observed, 2 * scored) * structure.width * width, 2 * recipe.model.cache_memory)
         memory += max(outer + HEAD_MEMORY * bool(scored), block_weights * width * (2 if scored else 1)) + 2 * hidden
     tokens = passes * observed + 2 * scored
+    if recipe.smooth is not None:
+        hidden = min(observed * structure.width * width, recipe.model.cache_memory)
+        memory = max(memory, BASE_MEMORY + _smoothing_memory(recipe.smooth, structure, outer, quantized) + 2 * hidden)
     seconds = START + SECONDS_A_BYTE * size_after
     if recipe.smooth is not None and recipe.smooth.scales:
         seconds += SECONDS_A_SMOOTHED_WEIGHT[recipe.smooth.method == "auto"] * linear_weights
@@ -73,7 +81,26 @@ def estimate(
     if tokens:
         seconds += 2.0 * tokens * (linear_weights + structure.width * structure.vocabulary * (scored > 0)) / _rate()
     disk = size_after + linear_weights + tokens * structure.width * width
+    if recipe.smooth is not None and recipe.smooth.save_model:
+        head = structure.vocabulary * structure.width * (structure.tied and recipe.smooth.unties)
+        disk += (sum(map(prod, structure.parameters.values())) + head) * width
     return Estimate(int(memory), int(disk), round(seconds, 1), tokens)
+
+
+def _smoothing_memory(
+    section: SmoothSection, structure: Structure, outer: int, quantized: Collection[tuple[Linear, WeightsSection]]
+) -> int:
+    """Most bytes of the stage smooth beside its hidden states: the block in float32 on which folds are checked, its
+    changed copy, and what a search holds of a group; or, before that, what is outside the blocks, which a rotated
+    embedding or head is in float32."""
+    weights = {linear.name: linear.weights for linear in structure.linears()}
+    block = max(sum(weights[linear.name] for linear in block.linears) for block in structure.blocks)
+    groups = (sum(weights[name] for name in shared.linears) for block in structure.blocks for shared in block.inputs)
+    clips = section.method == "awq" and section.clip is not False and any(each.bits < 8 for _, each in quantized)
+    copies = SMOOTHING_COPIES[2 if section.method == "auto" else clips]
+    rotated = structure.vocabulary * structure.width * 4 * section.unties
+    searched = 4 * copies * max(groups, default=0) if section.scales else 0
+    return max(outer + rotated, 8 * block + int(searched))
 
 
 def _rate() -> float:

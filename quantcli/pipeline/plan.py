@@ -192,7 +192,9 @@ def needs_calibration(recipe: Recipe) -> bool:
 
 def _passes(recipe: Recipe) -> int:
     """How often the calibration samples run through the model to decide something."""
-    return needs_calibration(recipe) + (recipe.smooth is not None and recipe.smooth.scales)
+    section = recipe.quantize
+    solving = section.solves * (1 + section.gptq.asymmetric)
+    return needs_calibration(recipe) + (recipe.smooth is not None and recipe.smooth.scales) + solving
 
 
 def reads_calibration(recipe: Recipe) -> bool:
@@ -273,7 +275,7 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
             reasons[name] = "weights.bits is 16"
         if pair is not None:
             pairs[name] = pair
-    unseen = {} if not needs_calibration(recipe) else _unobservable(structure)
+    unseen = _unobservable(structure) if needs_calibration(recipe) or section.solves else {}
     for name in [name for name in unseen if name in pairs]:
         del pairs[name]
         reasons[name] = unseen[name]
@@ -412,6 +414,10 @@ def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequen
         if treatment is not None and treatment.scheme.observed:
             raise RecipeError(f"quantize: {p.linear.name} is of an expert; engines have no static scales for those.",
                               "Give experts activations.scope: token, by an override that matches them.")  # fmt: skip
+        if treatment is not None and treatment.weights.solves:
+            raise RecipeError(f"quantize: {p.linear.name} is of an expert, which weights.method "
+                              f"{treatment.weights.method} does not reach.",
+                              "Give experts another method, by an override that matches them.")  # fmt: skip
 
 
 def _refuse_split_siblings(recipe: Recipe, blocks: Sequence[Block], treatments: Mapping[str, Treatment]) -> None:

@@ -54,6 +54,15 @@ class WeightSource:
         weight = self.checkpoint.read([self.names[name]])[self.names[name]]
         return (weight.t().contiguous() if self.context.linears[name].transposed else weight).to(self.context.device)
 
+    def weight(self, name: str) -> Tensor:
+        """What is to be quantized: the float weight [out, in] on the device, within the bounds of smoothing."""
+        weight, bounds = self.read(name), self.bounds(name)
+        if bounds is None:
+            return weight
+        from quantcli.smoothing.clip import clamped
+
+        return clamped(weight.float(), bounds.to(weight.device))
+
     def bounds(self, name: str) -> Tensor | None:
         """The bounds that smoothing found for the weight of a linear, if it clips."""
         from quantcli.pipeline.smoothed import read_clip
@@ -102,11 +111,7 @@ class WeightSource:
         if few:
             treatment = replace(treatment, weights=treatment.weights.model_copy(update={"importance": "none"}))
         dtype = self.context.plan.structure.dtype
-        weight, bounds = self.read(name), self.bounds(name)
-        if bounds is not None:
-            from quantcli.smoothing.clip import clamped
-
-            weight = clamped(weight.float(), bounds.to(weight.device))
+        weight = self.weight(name)
         stored, facts = quantize_weight(name, weight, treatment, dtype, seen)
         if few:
             facts["data_free"] = True
@@ -122,7 +127,8 @@ def quantize_weight(
 ) -> tuple[StoredLinear, dict[str, Any]]:
     """Codes and scales of a weight [out, in], on the CPU, and the facts that events.jsonl keeps of them.
 
-    `dtype` is the model's. Raises ModelError, with the module, for weights that are not finite.
+    `dtype` is the model's. A method that is solved from calibration is tried as `mse` here. Raises ModelError, with the
+    module, for weights that are not finite.
     """
     import torch
 
@@ -139,7 +145,7 @@ def quantize_weight(
     if section.importance == "second_moment":
         assert statistics is not None
         importance = statistics["second_moment"].to(weight.device)
-    method: Callable[..., QuantizedWeight] = WEIGHT_METHODS[section.method]
+    method: Callable[..., QuantizedWeight] = WEIGHT_METHODS["mse" if section.solves else section.method]
     if section.method in SPARSE_METHODS:
         method = partial(method, fraction=section.fraction, sigma_factor=section.sigma_factor)
     codes, scale, zero_point = method(weight, weight_grid(treatment, dtype), importance)

@@ -17,6 +17,7 @@ from pydantic import (
 
 from quantcli.recipe.aliases import with_aliases
 from quantcli.recipe.fields import Count, Pattern, Section, as_percent, fraction_of, null_is_default, refusal, whole
+from quantcli.recipe.solver import SOLVED_METHODS, GptqSection
 
 DEFAULT_GROUP_SIZE = 128
 SPARSE_METHODS = ("co_sparse", "low_bit", "low_bit_sigma")
@@ -43,7 +44,7 @@ class WeightsSection(Section):
         validate_default=True,
         description=f"Inputs that share a scale, with granularity group only; {DEFAULT_GROUP_SIZE} there by default.",
     )
-    method: Literal["minmax", "mse", "hqq", "ssz", "co_sparse", "low_bit", "low_bit_sigma"] = Field(
+    method: Literal["minmax", "mse", "hqq", "ssz", "gptq", "co_sparse", "low_bit", "low_bit_sigma"] = Field(
         default="minmax",
         description="Range of the grid: minmax keeps the extremes, mse searches the clip of least error, ssz fits "
         "scales to their codes, hqq spares most weights at the cost of few; the others make most codes small, for "
@@ -87,6 +88,11 @@ class WeightsSection(Section):
             if getattr(self, key) != type(self).model_fields[key].default and self.method not in methods:
                 raise refusal(key, f"has no effect on method {self.method}", f"Set method: {' or '.join(methods)}.")
         return self
+
+    @property
+    def solves(self) -> bool:
+        """Whether the codes are found from calibration, block by block behind quantized ones."""
+        return self.method in SOLVED_METHODS
 
     @property
     def sparse(self) -> bool:
@@ -327,6 +333,9 @@ class QuantizeSection(Section):
     overrides: Annotated[tuple[OverrideSection, ...], Field(strict=False)] = Field(
         default=(), description="Other schemes for some linears; the first match wins."
     )
+    gptq: Annotated[GptqSection, BeforeValidator(null_is_default, json_schema_input_type=GptqSection | None)] = Field(
+        default=GptqSection(), description="How method gptq works."
+    )
     kv_cache: CacheSection | None = Field(default=None, description="Quantize the key-value cache; {} for int8.")
     attention: AttentionSection | None = Field(
         default=None, description="Quantize queries, keys and values in attention (FA3); {} for int8."
@@ -340,9 +349,19 @@ class QuantizeSection(Section):
                 _overridden(self, override, f"overrides.{index}.")
         if self.kv_cache is not None and self.attention is not None:
             raise refusal("attention", "excludes kv_cache: the cache would be quantized twice", "Remove one of them.")
+        treatments = [self.treatment(None), *map(self.treatment, self.overrides)]
+        if self.solves and any(t and t[1].observed and t[1].propagation == "quantized" for t in treatments):
+            raise refusal("activations.propagation", "quantized has no rule beside weights of method gptq",
+                          "Set propagation: float.")  # fmt: skip
         if self.weights.bits == 16 and not (self.overrides or self.kv_cache or self.attention):
             raise refusal("weights.bits", "is 16, so nothing is quantized", "Set 8, 4, 3 or 2, or add kv_cache.")
         return self
+
+    @property
+    def solves(self) -> bool:
+        """Whether the weights of any linear are found from calibration by the quantize stage itself."""
+        treatments = [self.treatment(None), *map(self.treatment, self.overrides)]
+        return any(t is not None and t[0].solves for t in treatments)
 
     def treatment(self, override: OverrideSection | None) -> tuple[WeightsSection, ActivationsSection] | None:
         """Weights and activations of linears that an override matches (None: of all others); None for float."""

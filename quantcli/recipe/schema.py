@@ -128,6 +128,8 @@ class Recipe(Section):
                     "second_moment needs calibration",
                     f"{remedy} or set importance: none.",
                 )
+        if self.calibration is None and section.solves:
+            raise refusal("quantize.weights.method", "gptq needs calibration", f"{remedy} or set method: mse.")
         to = named_scheme(section.rollback.to)
         if self.calibration is None and to is not None and to[1].observed:
             wrong = f"is {section.rollback.to}, and static scales need calibration"

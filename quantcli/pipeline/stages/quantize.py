@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.pipeline.batches import batched
+from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder
 from quantcli.pipeline.samples import calibration_samples
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from quantcli.pipeline.treatment import Facts, Jobs
 
 HIDDEN = "hidden"
+HIDDEN_FLOAT = "hidden-float"
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -31,19 +32,23 @@ def _identity(context: Context) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         "trust_remote_code": recipe.model.trust_remote_code,
         "device": context.device,
+        "samples": data_identity(recipe.calibration) if recipe.calibration and recipe.quantize.solves else None,
     }
 
 
 def run(context: Context, folder: StageFolder) -> None:
     """Writes block-00000.safetensors … and manifest.json, as `formats.store` describes.
 
-    No forward pass is made, unless static scales are to be found on the quantized model. Raises ModelError, with the
+    No forward pass is made, unless static scales are to be found on the quantized model, or weights solved for the
+    inputs that they will have. Raises ModelError, with the
     module, for weights that are not finite.
     """
     from quantcli.formats.store import MANIFEST
     from quantcli.pipeline.propagation import propagates
 
-    if propagates(context.plan.treatments):
+    if any(treatment.weights.solves for treatment in context.plan.treatments.values()):
+        _run_solved(context, folder)
+    elif propagates(context.plan.treatments):
         _run_propagated(context, folder)
     else:
         quantize_blocks(context, folder.path, folder.adopt, folder.add)
@@ -160,6 +165,54 @@ def _run_propagated(context: Context, folder: StageFolder) -> None:
     cache.clear()
 
 
+def _run_solved(context: Context, folder: StageFolder) -> None:
+    """As `quantize_blocks`, with the calibration samples run through each block as its linears are quantized."""
+    import torch
+
+    from quantcli.formats.store import block_file
+    from quantcli.model.hidden import HiddenCache
+    from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.solve import Passes, solve_block, solve_head
+    from quantcli.pipeline.treatment import WeightSource
+
+    units = _units(context, every=True)
+    recorded = [block_file(folder.path, index).name in folder.files for index in units]
+    if all(recorded):
+        for name in (HIDDEN, HIDDEN_FLOAT):
+            HiddenCache(folder.path / name, [], torch.float32).clear()
+        return
+    section = context.recipe.quantize.gptq
+    skeleton, batches = context.skeleton(), batched(calibration_samples(context).samples)
+    stream = BlockStream(skeleton, batches)
+    cache = context.hidden_cache(folder.path / HIDDEN, stream)
+    passes, caches = Passes(stream, cache), [cache]
+    if section.asymmetric:
+        passes.beside = BlockStream(skeleton, batches[: max(2, round(section.asymmetric_share * len(batches)))])
+        passes.plain = context.hidden_cache(folder.path / HIDDEN_FLOAT, passes.beside)
+        caches.append(passes.plain)
+    positions = [one.resume() for one in caches]
+    done = positions[0] if len(set(positions)) == 1 else None
+    if done is not None and not all(recorded[:done]):
+        done = None
+    start = stream.enter(cache, done)
+    if passes.beside is not None and passes.plain is not None:
+        passes.beside.enter(passes.plain, done)
+    source, statistics_of = WeightSource(context), partial(read_statistics, context)
+    for index in units[start:]:
+        started = time.perf_counter()
+        if index < context.blocks:
+            block = context.plan.structure.blocks[index]
+            results = solve_block(source, passes, index, block, section, statistics_of)
+        else:
+            results = solve_head(source, passes, section, statistics_of)
+        stored = {name: result[0] for name, result in results.items()}
+        _write(context, folder.path, folder.add, index, stored, {n: r[1] for n, r in results.items()}, started)
+        for one in caches if index < context.blocks else ():
+            one.commit(index + 1)
+    for one in caches:
+        one.clear()
+
+
 def _finish(context: Context, path: Path, keep: Callable[[Path, str], None], index: int, jobs: Jobs) -> None:
     started = time.perf_counter()
     results = {name: jobs.pop(name).result() for name in list(jobs)}
@@ -221,7 +274,9 @@ def _writes(context: Context) -> tuple[str, ...]:
     from quantcli.formats.store import MANIFEST, block_file
 
     files = (block_file(Path(), index).name for index in range(context.blocks + 1))
-    return (*files, MANIFEST, f"{HIDDEN}/*")
+    return (*files, MANIFEST, f"{HIDDEN}/*", f"{HIDDEN_FLOAT}/*")
 
 
-STAGE = Stage("quantize", ("smooth", "calibrate", "sensitivity", "search"), lambda _: True, _identity, run, _writes)
+STAGE = Stage(
+    "quantize", ("select", "smooth", "calibrate", "sensitivity", "search"), lambda _: True, _identity, run, _writes
+)

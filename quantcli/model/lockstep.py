@@ -1,0 +1,117 @@
+"""One decoder block over all batches at once, stopping wherever linears are about to read an input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from greenlet import GreenletExit, greenlet
+from torch import Tensor, nn
+
+from quantcli.errors import ModelError
+from quantcli.model.stream import BlockStream
+from quantcli.model.structure import SharedInput
+
+Forward = Callable[[Tensor], Tensor]
+
+
+class Lockstep:
+    """Passes of the resident block `index` over the batches of a stream, each stopped before the next shared input.
+
+    `advance(i)` takes every batch from where it stands to the i-th of `inputs` and yields the values there, batch by
+    batch; `finish` takes them to the end and yields what leaves the block. In between, linears may be given another
+    forward in `replaced` (by full name), which they have from then on: so an input is seen as the linears before it,
+    as quantized by then, make it, and the block is computed once for all of its inputs. What a batch holds while it
+    waits stays in memory. With `again`, batches do not wait: each time they start anew from what `enters` gives, which
+    costs a pass for every input and no memory.
+    """
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        index: int,
+        inputs: Sequence[SharedInput],
+        enters: Callable[[int], Tensor],
+        replaced: Mapping[str, Forward],
+        *,
+        again: bool = False,
+    ) -> None:
+        self._stream, self._index, self._enters, self._again = stream, index, enters, again
+        self.replaced = replaced
+        self._at = {shared.linears[0]: position for position, shared in enumerate(inputs)}
+        self._target = 0
+        self._waiting = False
+        self._walks: list[greenlet | None] = [None] * len(stream.batches)
+
+    def advance(self, position: int) -> Iterator[Tensor]:
+        self._target = position
+        for batch in range(len(self._walks)):
+            yield self._resume(batch)
+            if self._again:
+                self._drop(batch)
+
+    def finish(self) -> Iterator[Tensor]:
+        self._target = len(self._at)
+        for batch in range(len(self._walks)):
+            yield self._resume(batch)
+            self._walks[batch] = None
+
+    def close(self) -> None:
+        for batch in range(len(self._walks)):
+            self._drop(batch)
+
+    def _resume(self, batch: int) -> Tensor:
+        walk, self._waiting = self._walks[batch], False
+        with torch.inference_mode():
+            if walk is None:
+                walk = self._walks[batch] = greenlet(self._walk)
+                walk.lockstep = self
+                found: Tensor = walk.switch(batch)
+            else:
+                walk.parent = greenlet.getcurrent()
+                found = walk.switch()
+        if self._waiting != (self._target < len(self._at)):
+            raise ModelError(f"{self._stream.skeleton.blocks[self._index]} does not read its inputs in the order in "
+                             "which they were watched.", "Its architecture is not supported.")  # fmt: skip
+        return found
+
+    def _walk(self, batch: int) -> Tensor:
+        return self._stream.run(self._index, batch, self._enters(batch))
+
+    def _drop(self, batch: int) -> None:
+        walk, self._walks[batch] = self._walks[batch], None
+        if walk is not None and not walk.dead:
+            with torch.inference_mode():
+                walk.throw(GreenletExit)
+
+    def reads(self, name: str, module: nn.Module, value: Tensor) -> Tensor:
+        """The output of a linear of this pass."""
+        if self._at.get(name) == self._target:
+            self._waiting = True
+            greenlet.getcurrent().parent.switch(value)
+        how = self.replaced.get(name)
+        output: Tensor = type(module).forward(module, value) if how is None else how(value)
+        return output
+
+
+@contextmanager
+def stopping(block: nn.Module, name: str, linears: Sequence[str]) -> Iterator[None]:
+    """While the body runs, `linears` (full names) of `block`, whose own name is `name`, obey the Lockstep whose pass
+    they are part of."""
+    modules = {linear: block.get_submodule(linear.removeprefix(f"{name}.")) for linear in linears}
+
+    def forward_of(linear: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        def forward(input: Tensor) -> Tensor:  # nn.Linear's own name for it, since callers may use it as a keyword
+            lockstep: Lockstep = greenlet.getcurrent().lockstep
+            return lockstep.reads(linear, module, input)
+
+        return forward
+
+    try:
+        for linear, module in modules.items():
+            module.__dict__["forward"] = forward_of(linear, module)
+        yield
+    finally:
+        for module in modules.values():
+            module.__dict__.pop("forward", None)

@@ -1,0 +1,180 @@
+"""Weights of one decoder block found from the inputs that its quantized linears will have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantcli.calibration.hessian import Hessian
+from quantcli.errors import ModelError
+from quantcli.evaluation.simulate import forward_of
+from quantcli.formats.store import StoredLinear
+from quantcli.model.hidden import HiddenCache
+from quantcli.model.lockstep import Lockstep, stopping
+from quantcli.model.stream import BlockStream
+from quantcli.model.structure import Block
+from quantcli.pipeline.plan import Treatment
+from quantcli.pipeline.treatment import (
+    StatisticsOf,
+    WeightSource,
+    input_parameters,
+    observed_of,
+    replacement,
+    weight_grid,
+    with_input,
+)
+from quantcli.quant.compensate import compensated, kept_share
+from quantcli.quant.gptq import factored
+from quantcli.quant.grid import QuantizedWeight
+from quantcli.quant.solver import solved
+
+if TYPE_CHECKING:
+    from quantcli.pipeline.treatment import Facts
+    from quantcli.recipe.solver import GptqSection
+
+    Results = dict[str, tuple[StoredLinear, Facts]]
+
+
+@dataclass
+class Passes:
+    """Two passes over the calibration samples, block by block: with quantized linears and, where it is asked for, the
+    float model beside it, which only the first `compared` batches take."""
+
+    stream: BlockStream
+    quantized: HiddenCache
+    plain: HiddenCache | None = None
+    beside: BlockStream | None = None
+
+
+def solve_block(
+    source: WeightSource, passes: Passes, index: int, block: Block, section: GptqSection, statistics: StatisticsOf
+) -> Results:
+    """Codes and scales of every planned linear of a block, in the order in which their inputs come about.
+
+    Each input is taken as the linears before it, quantized by then, make it (true-sequential); what leaves the
+    quantized block enters the next one. Raises ModelError for inputs that are not finite, and for a Hessian that does
+    not factor.
+    """
+    treatments = source.context.plan.treatments
+    found: Results = {}
+    replaced: dict[str, Callable[[Tensor], Tensor]] = {}
+    every = [name for shared in block.inputs for name in shared.linears]
+    device, dtype = passes.stream.skeleton.device, passes.stream.skeleton.dtype
+    with passes.stream.block(index) as module, stopping(module, block.name, every):
+        prefix = replaced if section.prefix == "quantized" else {}
+        walk = Lockstep(passes.stream, index, block.inputs, passes.quantized.get, prefix)
+        beside = None
+        if passes.plain is not None and passes.beside is not None:
+            beside = Lockstep(passes.beside, index, block.inputs, passes.plain.get, {})
+        for position, shared in enumerate(block.inputs):
+            solving = [n for n in shared.linears if n in treatments and treatments[n].weights.solves]
+            hessian = Hessian(shared.width, device) if solving else None
+            others = beside.advance(position) if beside is not None else iter(())
+            for value in walk.advance(position):
+                other = next(others, None)
+                if hessian is not None:
+                    hessian.update(value, other)
+            for name in shared.linears:
+                if name in treatments and name not in solving:
+                    found[name] = source.quantize(name, statistics, with_inputs=True)
+            if hessian is not None:
+                found |= _solve_input(source, solving, hessian, section, statistics)
+            for name in shared.linears:
+                if name in treatments:
+                    how = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
+                    linear = module.get_submodule(name.removeprefix(f"{block.name}."))
+                    replaced[name] = forward_of(linear, how)
+        for batch, value in enumerate(walk.finish()):
+            passes.quantized.put(batch, value)
+        if beside is not None and passes.plain is not None:
+            for batch, value in enumerate(beside.finish()):
+                passes.plain.put(batch, value)
+    return found
+
+
+def solve_head(source: WeightSource, passes: Passes, section: GptqSection, statistics: StatisticsOf) -> Results:
+    """Codes and scales of the output head, from what leaves the last block and the final norm."""
+    context, stream = source.context, passes.stream
+    head = context.plan.structure.head_linear
+    assert head is not None
+    if not context.plan.treatments[head.name].weights.solves:
+        return {head.name: source.quantize(head.name, statistics, with_inputs=True)}
+    hessian = Hessian(head.in_features, stream.skeleton.device)
+    handle = stream.skeleton.module(head.name).register_forward_pre_hook(lambda _, args: hessian.update(args[0]))
+    try:
+        with stream.head():
+            for batch in range(len(stream.batches)):
+                for _ in stream.logits(passes.quantized.get(batch)):
+                    pass
+    finally:
+        handle.remove()
+    return _solve_input(source, [head.name], hessian, section, statistics)
+
+
+def _solve_input(
+    source: WeightSource, names: Sequence[str], hessian: Hessian, section: GptqSection, statistics: StatisticsOf
+) -> Results:
+    """The linears that read one input, those of one treatment at once."""
+    moments, drifts = hessian.moments(), hessian.drifts()
+    if not bool(torch.isfinite(moments.diagonal()).all()):
+        raise ModelError(f"{names[0]}: input values are not finite during calibration.",
+                         "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
+    try:
+        curvature = factored(moments, section.damping)
+    except ValueError as error:
+        raise ModelError(f"{names[0]}: {error}.", "Use more calibration text, or roll it back.") from error
+    context = source.context
+    if curvature.damping > section.damping:
+        context.emit("warning", text=f"The Hessian of {names[0]} factors only with {curvature.damping:.0%} of its "
+                     f"diagonal added, not {section.damping:.0%}.")  # fmt: skip
+    found: Results = {}
+    for members in _alike(names, context.plan.treatments):
+        treatment = context.plan.treatments[members[0]]
+        weights = [source.weight(name).float() for name in members]
+        whole = torch.cat(weights)
+        facts: Facts = {"damping": curvature.damping, "tokens": hessian.tokens}
+        target = whole
+        if drifts is not None:
+            moved = compensated(whole, moments, drifts[0], section.asymmetric_damping)
+            share = kept_share(whole, moved, moments, drifts[1])
+            target = torch.lerp(whole, moved, share)
+            facts["asymmetric"] = round(share, 3)
+        grid = weight_grid(treatment, context.plan.structure.dtype)
+        quantized, lost = solved(target, grid, curvature, section.sweeps)
+        facts["error"] = float(f"{lost:.6g}")
+        rows = [len(weight) for weight in weights]
+        for name, weight, part in zip(members, weights, _split(quantized, rows), strict=True):
+            zero_rows = int((torch.count_nonzero(weight, dim=1) == 0).sum())
+            entry = StoredLinear(part)
+            own = facts | {"scale_max": float(f"{part.scale.abs().max().item():.6g}"), "zero_rows": zero_rows}
+            if treatment.scheme.observed:
+                scale, zero, ranges = input_parameters(observed_of(statistics(name)), treatment)
+                entry, own = with_input(entry, scale, zero), own | ranges
+            found[name] = (entry, own)
+    return found
+
+
+def _alike(names: Sequence[str], treatments: Mapping[str, Treatment]) -> list[list[str]]:
+    """Linears that can be solved as one: of one treatment, with a scale a row or finer."""
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        treatment = treatments[name]
+        key = name if treatment.scheme.granularity == "tensor" else treatment
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _split(quantized: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWeight]:
+    """The rows of each linear, on the CPU; the scale of a tensor belongs to one linear alone."""
+    codes, scale, zero_point = (None if part is None else part.cpu() for part in quantized)
+    assert codes is not None
+    assert scale is not None
+    if len(rows) == 1:
+        return [QuantizedWeight(codes, scale, zero_point)]
+    zeros = [None] * len(rows) if zero_point is None else zero_point.split(list(rows))
+    parts = zip(codes.split(list(rows)), scale.split(list(rows)), zeros, strict=True)
+    return [QuantizedWeight(*part) for part in parts]

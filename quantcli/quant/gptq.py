@@ -1,0 +1,105 @@
+"""GPTQ: weights are rounded channel by channel, and each error is made good by the channels still to come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantcli.quant.grid import QuantizedWeight, WeightGrid
+
+BLOCK = 128
+"""Channels whose updates wait for one matrix product."""
+INNER = 32
+"""Channels that are updated one after the other."""
+DAMPING_STEPS = (1.0, 10.0, 100.0)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What GPTQ needs to know of an input: H = E[x xᵀ] of its channels, damped and factored in the order of solving.
+
+    order: int64 [in], the channels as they are rounded, those of the largest second moment first. factor: float32
+    [in, in], upper triangular U with (H + damping · diag H)⁻¹ = Uᵀ U, rows and columns in that order. damping: the
+    share of the diagonal that was added. hessian: float32 [in, in], not damped, channels in their own order.
+    """
+
+    order: Tensor
+    factor: Tensor
+    damping: float
+    hessian: Tensor
+
+
+def factored(hessian: Tensor, damping: float = 0.01) -> Curvature:
+    """Factor a Hessian H [in, in] float32 for `gptq`. Channels that never held anything are left without compensation.
+
+    Damping is relative to each channel, as Marquardt has it: H_jj (1 + damping). Where H does not factor it is
+    multiplied by 10, then by 100; `Curvature.damping` says which one was used. Raises ValueError for a Hessian that
+    holds values that are not finite, or that does not factor even then.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise ValueError("the Hessian holds values that are not finite")
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    # Solved for channels of variance one: the factor's rounding is then relative to each channel
+    unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[order]
+    normal = hessian[order][:, order] * unit * unit[:, None]
+    for step in DAMPING_STEPS:
+        used = min(1.0, damping * step)
+        normal.diagonal().copy_(torch.full_like(unit, 1.0 + used))
+        lower, info = torch.linalg.cholesky_ex(normal)
+        if not info:
+            inverse = torch.cholesky_inverse(lower)
+            factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not info and bool(torch.isfinite(factor).all()):
+            # of S N S with S = 1 / unit: the inverse is unit N⁻¹ unit, its factor U has its columns scaled
+            return Curvature(order, factor * unit, used, hessian)
+    raise ValueError(f"the Hessian does not factor with {used:.0%} of its diagonal added")
+
+
+def gptq(
+    weight: Tensor, grid: WeightGrid, scale: Tensor, zero_point: Tensor | None, curvature: Curvature
+) -> QuantizedWeight:
+    """Codes q that keep tr((W − Ŵ) H (W − Ŵ)ᵀ) small, ŵ = (q − z) s, for scales that are given.
+
+    Frantar et al. 2022 (GPTQ): for each channel j in order q_j = clamp(round(w_j / s + z)), e = (w_j − ŵ_j) / U_jj, and
+    W_i −= e U_ji for all later channels i. Scales belong to the channel, whatever the order, so a checkpoint needs no
+    g_idx. weight [out, in] float; scale [out, groups] in grid.scale_dtype; zero_point int8 of that shape or None.
+    """
+    out_features, in_features = weight.shape
+    order, factor = curvature.order, curvature.factor
+    # channels as rows, so that every step works on contiguous memory
+    left = weight.float().t()[order]
+    scales = scale.float().t().contiguous().expand(-1, out_features)
+    zeros = None if zero_point is None else zero_point.float().t().contiguous().expand(-1, out_features)
+    size = in_features // scales.shape[0]
+    groups = (order // size).tolist()
+    diagonal = factor.diagonal().tolist()
+    codes = torch.empty(in_features, out_features, dtype=torch.int8, device=weight.device)
+    errors = torch.empty(min(BLOCK, in_features), out_features, device=weight.device)
+    rounded = torch.empty(out_features, device=weight.device)
+    for start in range(0, in_features, BLOCK):
+        end = min(start + BLOCK, in_features)
+        for begin in range(start, end, INNER):
+            stop = min(begin + INNER, end)
+            for j in range(begin, stop):
+                step = scales[groups[j]]
+                torch.div(left[j], step, out=rounded).round_()
+                if zeros is not None:
+                    rounded.add_(zeros[groups[j]])
+                rounded.clamp_(grid.qmin, grid.qmax)
+                codes[j] = rounded
+                if zeros is not None:
+                    rounded.sub_(zeros[groups[j]])
+                error = errors[j - start]
+                torch.addcmul(left[j], rounded, step, value=-1, out=error).div_(diagonal[j])
+                if j + 1 < stop:
+                    left[j + 1 : stop].addr_(factor[j, j + 1 : stop], error, alpha=-1)
+            if stop < end:
+                left[stop:end].addmm_(factor[begin:stop, stop:end].t(), errors[begin - start : stop - start], alpha=-1)
+        if end < in_features:
+            left[end:].addmm_(factor[start:end, end:].t(), errors[: end - start], alpha=-1)
+    natural = torch.empty_like(codes)
+    natural[order] = codes
+    return QuantizedWeight(natural.t().contiguous(), scale, zero_point)

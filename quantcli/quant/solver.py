@@ -1,0 +1,28 @@
+"""The whole way from a weight and the second moments of its input to codes and scales."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from quantcli.quant.gptq import Curvature, gptq
+from quantcli.quant.grid import QuantizedWeight, WeightGrid
+from quantcli.quant.refine import descended, output_error, refitted
+from quantcli.quant.search import mse
+
+
+def solved(weight: Tensor, grid: WeightGrid, curvature: Curvature, sweeps: int) -> tuple[QuantizedWeight, float]:
+    """GPTQ on scales found before it, then `sweeps` times scales fitted to the codes and one descent on the codes.
+
+    Scales are those of `search.mse` under the second moment of each channel, H_jj, so that the order of solving costs
+    nothing at run time. weight [out, in], float32 or as stored. Returns the codes and scales, and the relative output
+    error Σ (w − ŵ) H (w − ŵ)ᵀ / Σ w H wᵀ.
+    """
+    hessian = curvature.hessian
+    start = mse(weight, grid, hessian.diagonal().clamp(min=0))
+    found = gptq(weight, grid, start.scale, start.zero_point, curvature)
+    for _ in range(sweeps):
+        found = refitted(weight, found, grid, hessian)
+        found = descended(weight, found, grid, hessian, curvature.order)
+    whole = (weight.float() @ hessian).mul_(weight).sum()
+    lost = output_error(weight, found, hessian).sum()
+    return found, float(lost / whole) if whole > 0 else 0.0
