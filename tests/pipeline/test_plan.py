@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import save_tiny_model
+from tiny_models import save_tiny_model, tiny_config
 
 from quantcli.errors import ModelError, RecipeError
 from quantcli.model.structure import Block, Experts, Linear, SharedInput, Structure
+from quantcli.pipeline.estimate import BASE_MEMORY, Estimate
 from quantcli.pipeline.plan import Plan, fused_groups, make_plan, match_names
 from quantcli.recipe import load_recipe
 
@@ -312,6 +314,31 @@ def test_a_rotation_that_the_residual_stream_does_not_allow_is_refused(
         make_plan(recipe, directory, structure)
     assert caught.value.message.startswith("smooth.rotation.hidden: Gemma2ForCausalLM cannot be rotated: ")
     assert "smooth.rotation.hidden: false" in caught.value.remedy
+
+
+def test_the_estimate_counts_what_smoothing_holds_and_saves(tmp_path: Path) -> None:
+    from quantcli.model.discovery import discover
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "vocab_size": 30000, "dtype": "bfloat16"}
+    tiny_config("llama-tied", **sizes).save_pretrained(tmp_path)
+    structure = discover(tmp_path)
+
+    def estimated(**smooth: Any) -> Estimate:
+        whole = {"model": {"path": "m/n"}, "calibration": {"samples": 1, "sequence_length": 8}, "output": "o"}
+        quantize = {"weights": {"bits": 4, "granularity": "group"}}
+        recipe = load_recipe(whole | {"quantize": quantize} | ({"smooth": smooth} if smooth else {}))
+        return make_plan(recipe, tmp_path, structure).estimate
+
+    block = sum(linear.weights for linear in structure.blocks[0].linears)
+    plain, clipped = estimated(method="awq", clip=False).memory, estimated(method="awq").memory
+    assert plain > BASE_MEMORY + 8 * block  # in float32 as it was and as it is changed
+    assert estimated(method="auto").memory > clipped > plain > estimated().memory
+    embedding = 30000 * 2048
+    assert estimated(method="rotate").memory > BASE_MEMORY + 4 * embedding
+    for hidden in (True, False):
+        rotation = {"method": "rotate", "rotation": {"hidden": hidden}}
+        saved = estimated(**rotation, save_model=True).disk - estimated(**rotation).disk
+        assert saved == 2 * (sum(map(prod, structure.parameters.values())) + hidden * embedding)
 
 
 @pytest.mark.parametrize(
