@@ -19,6 +19,7 @@ HEAD_MEMORY = 5 * (64 << 20)  # logits of both models and their logarithms, mode
 SECONDS_A_WEIGHT = {
     "minmax": 1e-9,
     "mse": 60e-9,
+    "gptq": 250e-9,
     "hqq": 220e-9,
     "ssz": 60e-9,
     "co_sparse": 30e-9,
