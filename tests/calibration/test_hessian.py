@@ -1,0 +1,112 @@
+"""Second moments between channels against float64, and which batches the second pass is checked on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from quantcli.calibration.hessian import HELD_OUT, PART, PARTS, Hessian
+
+
+def batches(width: int, *shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
+    """Inputs whose channels are mixed and of different size."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(width) + torch.randn(width, width, generator=generator) * 0.5 * width**-0.5
+    size = (torch.randn(width, generator=generator) * 2).exp()
+    return [torch.randn(*shape, width, generator=generator) @ mix * size for shape in shapes]
+
+
+def slow_moments(inputs: list[Tensor], others: list[Tensor] | None = None) -> Tensor:
+    """E[x yᵀ] in float64; y is x unless given."""
+    x, y = (torch.cat([t.double().flatten(0, -2) for t in each]) for each in (inputs, others or inputs))
+    return x.t() @ y / len(x)
+
+
+def relative(found: Tensor, wanted: Tensor, inputs: list[Tensor]) -> float:
+    """The largest distance, each against the geometric mean of the two second moments."""
+    diagonal = slow_moments(inputs).diagonal()
+    unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    return float(((found.double() - wanted) * unit * unit[:, None]).abs().max())
+
+
+WIDTHS = [1, 5, PART - 1, 2 * PART + 3, PARTS * PART, PARTS * PART + 7]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
+def test_moments_are_those_of_all_tokens(width: int, dtype: torch.dtype, tolerance: float) -> None:
+    inputs = [batch.to(dtype) for batch in batches(width, (2, 9), (1, 30), (17,))]
+    hessian = Hessian(width, "cpu")
+    for batch in inputs:
+        hessian.update(batch)
+    assert hessian.tokens == 65
+    assert hessian.drifts() is None
+    found = hessian.moments()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, found.t())
+    assert relative(found, slow_moments(inputs), inputs) < tolerance
+
+
+def test_batches_of_any_cut_give_the_same() -> None:
+    (whole,) = batches(20, (64,))
+    one, many = Hessian(20, "cpu"), Hessian(20, "cpu")
+    one.update(whole)
+    for piece in whole.split((1, 30, 2, 31)):
+        many.update(piece)
+    assert relative(many.moments(), one.moments().double(), [whole]) < 1e-6
+
+
+def test_no_tokens_give_zeros() -> None:
+    assert torch.equal(Hessian(4, "cpu").moments(), torch.zeros(4, 4))
+
+
+def test_a_batch_with_values_that_are_not_finite_shows() -> None:
+    (x,) = batches(6, (10,))
+    x[3, 2] = torch.inf
+    hessian = Hessian(6, "cpu")
+    hessian.update(x)
+    assert not bool(torch.isfinite(hessian.moments().diagonal()).all())
+
+
+@pytest.mark.parametrize("count", [2, HELD_OUT, 2 * HELD_OUT + 3])
+def test_every_batch_of_the_second_pass_is_on_one_of_two_sides(count: int) -> None:
+    """The other pass differs by one channel of its own in each batch, which tells where the batch went."""
+    inputs = batches(count, *[(1, 6 + i) for i in range(count)])
+    hessian = Hessian(count, "cpu")
+    for index, x in enumerate(inputs):
+        y = x.clone()
+        y[..., index] += 1
+        hessian.update(x, y)
+    drifts = hessian.drifts()
+    assert drifts is not None
+    sides = [{i for i in range(count) if bool(drift[:, i].any())} for drift in drifts]
+    assert sides[0].isdisjoint(sides[1])
+    assert sides[0] | sides[1] == set(range(count))
+    assert sides[1] == set(range(1, count, HELD_OUT)), "one of so many, from the second on"
+    for side, drift in zip(sides, drifts, strict=True):
+        chosen = [inputs[i] for i in sorted(side)]
+        marks = [torch.zeros_like(inputs[i]).index_fill_(-1, torch.tensor(i), 1.0) for i in sorted(side)]
+        torch.testing.assert_close(drift.double(), slow_moments(chosen, marks), rtol=1e-5, atol=1e-6)
+
+
+def test_drifts_are_of_the_batches_that_have_another_pass() -> None:
+    inputs = batches(9, (2, 7), (1, 30), (1, 11), (3, 4))
+    others = [x + torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(inputs)]
+    hessian = Hessian(9, "cpu")
+    for index, (x, y) in enumerate(zip(inputs, others, strict=True)):
+        hessian.update(x, y if index < 2 else None)
+    drifts = hessian.drifts()
+    assert drifts is not None
+    for drift, index in zip(drifts, (0, 1), strict=True):
+        wanted = slow_moments([inputs[index]], [others[index] - inputs[index]])
+        torch.testing.assert_close(drift.double(), wanted, rtol=1e-4, atol=1e-4)
+    assert relative(hessian.moments(), slow_moments(inputs), inputs) < 1e-5
+
+
+def test_one_batch_of_another_pass_leaves_none_to_check_it_on() -> None:
+    x, y = batches(5, (8,), (8,))
+    hessian = Hessian(5, "cpu")
+    hessian.update(x, y)
+    hessian.update(y)
+    assert hessian.drifts() is None

@@ -1,0 +1,108 @@
+"""The target of asymmetric calibration, against least squares in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from quantcli.quant.compensate import compensated, kept_share
+
+ROWS, WIDTH, TOKENS = 7, 12, 200
+
+
+def passes(seed: int = 0, drift: float = 0.3, noise: float = 0.03) -> tuple[Tensor, Tensor, Tensor]:
+    """W, x behind float layers, x̂ behind quantized ones: mixed channels of different size, errors that go along."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(WIDTH, WIDTH, generator=generator) * 0.3 * WIDTH**-0.5 + torch.eye(WIDTH)
+    x = torch.randn(TOKENS, WIDTH, generator=generator) @ mix * torch.randn(WIDTH, generator=generator).exp()
+    change = torch.eye(WIDTH) + drift * torch.randn(WIDTH, WIDTH, generator=generator) * WIDTH**-0.5
+    apart = torch.randn(TOKENS, WIDTH, generator=generator) * noise
+    return torch.randn(ROWS, WIDTH, generator=generator), x, x @ change + apart
+
+
+def moments(x: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
+    return behind.t() @ behind / len(behind), behind.t() @ (x - behind) / len(behind)
+
+
+def distance(weight: Tensor, behind: Tensor, outputs: Tensor) -> float:
+    return float((behind.double() @ weight.double().t() - outputs.double()).square().sum())
+
+
+def test_without_damping_it_is_the_least_squares_fit_of_the_float_outputs() -> None:
+    for seed in range(5):
+        weight, x, behind = passes(seed)
+        wanted = np.linalg.lstsq(behind.double().numpy(), (x @ weight.t()).double().numpy(), rcond=None)[0].T
+        found = compensated(weight, *moments(x, behind), damping=1e-9)
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-3)
+        outputs = x @ weight.t()
+        assert distance(found, behind, outputs) < 1.0001 * distance(torch.from_numpy(wanted), behind, outputs)
+        assert distance(found, behind, outputs) < 0.5 * distance(weight, behind, outputs)
+
+
+def test_damping_draws_each_channel_back_by_its_second_moment() -> None:
+    """Least squares with one more row a channel, sqrt(tokens · damping · H_jj) (w* − w)_j."""
+    weight, x, behind = passes()
+    hessian, drift = moments(x, behind)
+    pull = torch.diag((TOKENS * 0.2 * hessian.diagonal()).sqrt()).double()
+    left = torch.cat((behind.double(), pull))
+    right = torch.cat(((x.double() @ weight.double().t()), pull @ weight.double().t()))
+    wanted = torch.linalg.lstsq(left, right).solution.t()
+    torch.testing.assert_close(compensated(weight, hessian, drift, 0.2).double(), wanted, rtol=1e-3, atol=1e-3)
+    much = compensated(weight, hessian, drift, 1e6)
+    torch.testing.assert_close(much, weight, rtol=1e-3, atol=1e-3)
+
+
+def test_inputs_that_did_not_change_leave_the_weight() -> None:
+    weight, x, _ = passes()
+    hessian, drift = moments(x, x)
+    assert torch.equal(compensated(weight, hessian, drift, 0.01), weight)
+    assert kept_share(weight, weight, hessian, drift) == 0
+
+
+def test_channels_that_never_held_anything_keep_their_weights() -> None:
+    weight, x, behind = passes()
+    x[:, [0, 5]] = behind[:, [0, 5]] = 0
+    found = compensated(weight, *moments(x, behind), damping=0.01)
+    assert torch.equal(found[:, [0, 5]], weight[:, [0, 5]])
+    assert not torch.equal(found, weight)
+
+
+def test_weights_of_16_bits_are_taken_in_float32() -> None:
+    weight, x, behind = passes()
+    short = weight.bfloat16()
+    found = compensated(short, *moments(x, behind), damping=0.01)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, compensated(short.float(), *moments(x, behind), damping=0.01))
+
+
+def test_a_hessian_that_does_not_factor_is_refused() -> None:
+    hessian = torch.tensor([[1.0, 1.5], [1.5, 1.0]])
+    with pytest.raises(ValueError, match="does not factor with 5%"):
+        compensated(torch.ones(1, 2), hessian, torch.zeros(2, 2), 0.05)
+
+
+def test_the_kept_share_is_the_best_on_the_tokens_that_were_kept_apart() -> None:
+    inside = 0
+    for seed in range(20):
+        weight, x, behind = passes(seed, drift=0.05, noise=0.2)
+        fit, check = slice(0, 40), slice(40, None)
+        target = compensated(weight, *moments(x[fit], behind[fit]), damping=0.05)
+        hessian, drift = moments(x[check], behind[check])
+        share = kept_share(weight, target, hessian, drift)
+        shares = [i / 200 for i in range(201)]
+        outputs = x[check] @ weight.t()
+        tried = [distance(torch.lerp(weight, target, t), behind[check], outputs) for t in shares]
+        assert share == pytest.approx(shares[int(np.argmin(tried))], abs=6e-3)
+        inside += 0 < share < 1
+    assert inside, "some of the shares are neither bound"
+
+
+def test_a_step_that_harms_is_not_taken() -> None:
+    weight, x, behind = passes()
+    hessian, drift = moments(x, behind)
+    target = compensated(weight, hessian, drift, 0.05)
+    assert kept_share(weight, target, hessian, drift) > 0.9
+    assert kept_share(weight, target, hessian, -drift) == 0
+    assert kept_share(weight, torch.lerp(weight, target, 0.2), hessian, drift) == 1
