@@ -98,12 +98,14 @@ class Lockstep:
 @contextmanager
 def stopping(block: nn.Module, name: str, linears: Sequence[str]) -> Iterator[None]:
     """While the body runs, `linears` (full names) of `block`, whose own name is `name`, obey the Lockstep whose pass
-    they are part of."""
+    they are part of. Passes that still wait when it ends, by an error too, are given up."""
     modules = {linear: block.get_submodule(linear.removeprefix(f"{name}.")) for linear in linears}
+    seen: set[Lockstep] = set()
 
     def forward_of(linear: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         def forward(input: Tensor) -> Tensor:  # nn.Linear's own name for it, since callers may use it as a keyword
             lockstep: Lockstep = greenlet.getcurrent().lockstep
+            seen.add(lockstep)
             return lockstep.reads(linear, module, input)
 
         return forward
@@ -113,5 +115,8 @@ def stopping(block: nn.Module, name: str, linears: Sequence[str]) -> Iterator[No
             module.__dict__["forward"] = forward_of(linear, module)
         yield
     finally:
+        # the garbage collector does not look into frames that wait, and what they hold would stay for good
+        for lockstep in seen:
+            lockstep.close()
         for module in modules.values():
             module.__dict__.pop("forward", None)
