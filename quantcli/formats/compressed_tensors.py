@@ -192,6 +192,8 @@ def configuration(
     names: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         names.setdefault(replace(scheme, sparse=False), []).append(name)  # sparse codes are codes like any others
+    # transformers unpacks experts by the first group, and where there are experts, most linears are theirs
+    names = dict(sorted(names.items(), key=lambda item: -len(item[1])))
     if len(names) == 1:
         ((scheme, modules),) = names.items()
         names = {scheme: [*(name for name in modules if not _in_block(name)), "Linear"]}

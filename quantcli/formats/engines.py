@@ -3,6 +3,11 @@
 Read from the engines' sources (vLLM 0.32 kernels/linear and quantization/compressed_tensors; transformers 5 with
 compressed-tensors 0.20; vLLM-Ascend quantization/methods and modelslim_config) and from MindIE's documentation. For
 vLLM on a CPU and transformers it is run by the tests; Ascend hardware was not at hand.
+
+Of experts: vLLM 0.32 compressed_tensors_moe (CompressedTensorsMoEMethod.get_moe_method: one scheme for all of a layer),
+fused_moe/oracle/int_wna16.py and int8.py (which kernel), fused_moe/experts/cpu_moe.py (CPUExpertsInt4 and
+CPUExpertsInt8 ask for torch.cpu._is_amx_tile_supported(), ArmCPUExpertsInt8 for Arm) and marlin_moe.py; transformers
+5.23 integrations/compressed_tensors.py (CompressedTensorsDequantize).
 """
 
 from __future__ import annotations
@@ -31,23 +36,26 @@ def verdicts(
     attention: AttentionScheme | None = None,
     formats: Sequence[str] = ("compressed-tensors",),
     kept: Collection[str] = (),
+    experts: Sequence[Collection[str]] = (),
 ) -> list[Verdict]:
     """For each engine that reads one of the formats, whether it loads a checkpoint of these linears and this attention.
 
     A mixed model is loaded by an engine only if every scheme is; the note is about the first that is not. `kept` are
-    linears that stay in float beside them.
+    linears that stay in float beside them; `experts` the linears of the experts of each layer.
     """
-    return [_verdict(engine, linears, attention, kept) for name in formats for engine in ENGINES[name]]
+    return [_verdict(engine, linears, attention, kept, experts) for name in formats for engine in ENGINES[name]]
 
 
 @dataclass(frozen=True)
 class _Engine:
-    """`linear` and `cache` give (loads, note) for a scheme; `joined` are linears that the engine gives one scheme."""
+    """`linear` and `cache` give (loads, note) for a scheme; `joined` are linears that the engine gives one scheme.
+    `experts` gives them for the schemes of layers of experts (None: float), among how many linears have each scheme."""
 
     name: str
     linear: Callable[[Scheme, Sequence[Linear]], tuple[bool, str]]
     cache: Callable[[AttentionScheme], tuple[bool, str]]
     joined: tuple[tuple[str, ...], ...] = ()
+    experts: Callable[[Collection[Scheme | None], Mapping[Scheme, int]], tuple[bool, str]] = lambda *_: (True, "")
 
 
 def _verdict(
@@ -55,6 +63,7 @@ def _verdict(
     linears: Sequence[tuple[Linear, Scheme]],
     attention: AttentionScheme | None,
     kept: Collection[str],
+    experts: Sequence[Collection[str]],
 ) -> Verdict:
     by_scheme: dict[Scheme, list[Linear]] = {}
     for linear, scheme in linears:
@@ -68,7 +77,17 @@ def _verdict(
     schemes = {**dict.fromkeys(kept), **{linear.name: scheme for linear, scheme in linears}}
     if split := _split(schemes, engine.joined):
         return Verdict(engine.name, False, f"joins {split}, which have different schemes")
-    return Verdict(engine.name, True, "; ".join(dict.fromkeys(note for _, _, note in found)))
+    of_experts: dict[Scheme | None, None] = {}
+    for layer in experts:
+        own = {schemes.get(name) for name in layer}
+        if len(own) > 1 and engine.joined:
+            return Verdict(engine.name, False, "gives all experts of a layer one scheme")
+        of_experts |= dict.fromkeys(own)
+    loads, note = (
+        engine.experts(of_experts, {s: len(members) for s, members in by_scheme.items()}) if experts else (True, "")
+    )
+    notes = [note] if not loads else [*(found_note for _, _, found_note in found), note]
+    return Verdict(engine.name, loads, "; ".join(dict.fromkeys(filter(None, notes))))
 
 
 def _split(schemes: Mapping[str, Scheme | None], joined: Iterable[tuple[str, ...]]) -> str:
@@ -97,6 +116,50 @@ def _vllm_cpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     if scheme.activations != "none":
         return True, f"computes it as W4A16: inputs stay in float, where W4A{scheme.activation_bits} is evaluated"
     return True, "weights unpacked in the kernel"
+
+
+def _vllm_cpu_experts(experts: Collection[Scheme | None], counts: Mapping[Scheme, int]) -> tuple[bool, str]:
+    """The kernels of CPUs; on one with AVX-512 and without AMX, quantized experts were refused as the sources say."""
+    notes = []
+    for scheme in experts:
+        if scheme is None:
+            notes.append("experts in float")
+        elif scheme.int8_products and scheme.granularity == "channel":
+            notes.append("int8 experts need a CPU with AMX, or Arm; not run here")
+        elif (
+            scheme.activations == "none"
+            and scheme.bits == 4
+            and scheme.symmetric
+            and scheme.group_size not in (None, 32)
+        ):
+            notes.append("4-bit experts need a CPU with AMX; not run here")
+        else:
+            return False, f"has no kernel for experts of {scheme.name}"
+    return True, "; ".join(notes)
+
+
+def _vllm_gpu_experts(experts: Collection[Scheme | None], counts: Mapping[Scheme, int]) -> tuple[bool, str]:
+    for scheme in filter(None, experts):
+        if scheme.int8_products and scheme.granularity != "channel":
+            return False, "takes int8 experts with a scale a channel only"
+        if scheme.activations != "none" and not scheme.int8_products:
+            return False, f"has no kernel for experts of {scheme.name}"
+    return True, ""
+
+
+def _transformers_experts(experts: Collection[Scheme | None], counts: Mapping[Scheme, int]) -> tuple[bool, str]:
+    """Experts are unpacked on loading, all by the group that stands first: that of the most linears."""
+    kinds = list(experts)
+    first = kinds[0]
+    if len(kinds) > 1 or (first is None and counts):
+        return False, "unpacks all experts by one scheme, and none in float beside quantized linears"
+    if first is None:
+        return True, ""
+    if first.int8_products:
+        return False, "unpacks packed experts only, and these are a byte a code"
+    if counts[first] < max(counts.values()):
+        return False, "unpacks experts by the scheme that most linears have, which is another"
+    return True, "" if first.activations == "none" else "inputs of experts stay in float"
 
 
 def _vllm_gpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
@@ -150,9 +213,14 @@ def _vllm_ascend_cache(attention: AttentionScheme) -> tuple[bool, str]:
 
 ENGINES: dict[str, tuple[_Engine, ...]] = {
     "compressed-tensors": (
-        _Engine("vLLM on a CPU", _vllm_cpu, _fp8_only("fp8 cache, rounded towards zero"), _JOINED),
-        _Engine("vLLM on a GPU", _vllm_gpu, _fp8_only("fp8 cache; not run here"), _JOINED),
-        _Engine("transformers", _transformers, _fp8_only("rounds keys and values, holds them in float")),
+        _Engine("vLLM on a CPU", _vllm_cpu, _fp8_only("fp8 cache, rounded towards zero"), _JOINED, _vllm_cpu_experts),
+        _Engine("vLLM on a GPU", _vllm_gpu, _fp8_only("fp8 cache; not run here"), _JOINED, _vllm_gpu_experts),
+        _Engine(
+            "transformers",
+            _transformers,
+            _fp8_only("rounds keys and values, holds them in float"),
+            experts=_transformers_experts,
+        ),
     ),
     "ascend": (
         _Engine("vLLM-Ascend", _vllm_ascend, _vllm_ascend_cache, _JOINED),

@@ -142,6 +142,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         after += structure.vocabulary * structure.width * BYTES[structure.dtype]
         notes.append("Rotation makes the output head, tied so far, a tensor of its own.")
     kept = [p.linear.name for p in planned if p.treatment is None]
+    layers = [experts.names for block in structure.blocks for experts in block.experts]
     _refuse_size(recipe, after, ranked)
     by_method = [(p.linear, p.treatment.weights) for p in planned if p.treatment is not None]
     return Plan(
@@ -155,7 +156,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         size_after=after,
         bits_per_weight=8 * stored / max(1, weights),
         estimate=estimate(recipe, structure, after, by_method, _passes(recipe)),
-        engines=tuple(verdicts(quantized, attention, recipe.export.formats, kept)) if recipe.export else (),
+        engines=tuple(verdicts(quantized, attention, recipe.export.formats, kept, layers)) if recipe.export else (),
     )
 
 
@@ -406,9 +407,11 @@ def _refuse_experts(structure: Structure) -> None:
 
 def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequence[PlannedLinear]) -> None:
     names = {name for block in structure.blocks for experts in block.experts for name in experts.names}
-    if names and recipe.quantize.rollback.ranks:
-        raise RecipeError("quantize.rollback: linears of experts are not ranked by sensitivity.",
-                          "Name what is rolled back in rollback.names.")  # fmt: skip
+    rollback = recipe.quantize.rollback
+    of_outputs = rollback.ranked_by in ("output_error", "block_error", "kl_divergence")
+    if rollback.ranks and not of_outputs and any(p.treatment and p.linear.name in names for p in planned):
+        raise RecipeError(f"quantize.rollback.ranked_by: the inputs of experts are not ranked by {rollback.ranked_by}.",
+                          "Rank by output_error, block_error or kl_divergence.")  # fmt: skip
     for p in planned:
         treatment = p.treatment if p.linear.name in names else None
         if treatment is not None and treatment.scheme.observed:

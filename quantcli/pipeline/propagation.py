@@ -131,7 +131,7 @@ def propagate_block(
         return made
 
     with stream.block(index) as module:
-        with simulated(module, replacements(final=not running)):
+        with simulated(module, replacements(final=not running), block.local_experts):
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
         for name, quantizer in running.items():
@@ -140,7 +140,7 @@ def propagate_block(
             scale, zero, facts[name] = input_parameters(observed, treatments[name])
             found[name] = with_input(stored[name], scale, zero)
         if any(quantizer.section.method != "minmax" for quantizer in running.values()):
-            with simulated(module, replacements(final=True)):
+            with simulated(module, replacements(final=True), block.local_experts):
                 for batch in range(len(stream.batches)):
                     cache.put(batch, stream.run(index, batch, cache.get(batch)))
     return found, facts

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_contexts import changed, float_model, read
+from run_contexts import changed, float_model, opened, read
 from safetensors.torch import load_file
 from tiny_models import save_tiny_model, token_batches
 from torch import Tensor
@@ -22,6 +22,7 @@ from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.discovery import discover
 from quantcli.model.names import weight_tensors
 from quantcli.model.skeleton import Skeleton
+from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.verify import verify_path
 from quantcli.quant.grid import WeightGrid
 from quantcli.quant.search import mse
@@ -227,7 +228,10 @@ def test_experts_in_integers_are_evaluated_as_they_are_served(model_of: Callable
     ("quantize", "reason"),
     [
         ({"activations": {"bits": 8}}, "engines have no static scales"),
-        ({"weights": {"bits": 8}, "rollback": {"level": 2}}, "not ranked by sensitivity"),
+        (
+            {"weights": {"bits": 8}, "activations": {"bits": 8, "scope": "token"}, "rollback": {"level": 2}},
+            "inputs of experts are not ranked by",
+        ),
     ],
 )
 def test_what_experts_cannot_have_is_refused(
@@ -237,3 +241,65 @@ def test_what_experts_cannot_have_is_refused(
     recipe = calibrated(model_of("mixtral"), tmp_path / "run", quantize)
     with pytest.raises(RecipeError, match=reason):
         quantcli.plan(recipe)
+
+
+@pytest.mark.parametrize("metric", ["output_error", "block_error", "kl_divergence"])
+def test_experts_are_ranked_and_rolled_back_by_layers(
+    metric: str, model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Experts of 2 bits hurt more than the rest of 8."""
+    two = {"match": "*.1.*.experts.*", "weights": {"bits": 2, "method": "minmax"}}
+    quantize = {**W8, "overrides": [two], "rollback": {"level": 1, "metric": metric}}
+    recipe = calibrated(model_of("mixtral"), tmp_path / "run", quantize)
+    result = quantcli.run(recipe)
+    found = read(recipe, "sensitivity", "sensitivity.json")
+    assert found["metric"] == metric
+    experts = [row for row in found["linears"] if ".experts." in row["name"]]
+    assert all(row[metric] is not None for row in experts)
+    assert {row["name"] for row in found["linears"][:12]} == {
+        row["name"] for row in experts if ".layers.1." in row["name"]
+    }
+    kept = {name for name in result.plan.kept if ".experts." in name}
+    assert kept == {row["name"] for row in experts if ".layers.1." in row["name"]}
+
+
+def test_output_errors_of_experts_are_those_of_their_tokens(model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe = calibrated(
+        model_of("qwen2-moe"), tmp_path / "run", {**W4, "rollback": {"level": 1, "metric": "output_error"}}
+    )
+    quantcli.run(recipe)
+    rows = {row["name"]: row["output_error"] for row in read(recipe, "sensitivity", "sensitivity.json")["linears"]}
+    model = float_model(model_of("qwen2-moe")).requires_grad_(False)
+    inputs: list[tuple[Tensor, ...]] = []
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    experts.register_forward_pre_hook(lambda _module, args: inputs.append(args))
+    with opened(recipe, "sensitivity") as context, torch.inference_mode():
+        model(torch.tensor(calibration_samples(context).samples))
+    ((hidden, index, _),) = inputs
+    for expert in range(4):
+        x = hidden[(index == expert).any(1)].double()
+        for weight, name in zip(experts.gate_up_proj[expert].chunk(2), ("gate_proj", "up_proj"), strict=True):
+            lost = x @ (by_hand(weight, 4, 32) - weight).double().T
+            expected = float(lost.square().sum() / (x @ weight.double().T).square().sum())
+            assert rows[f"model.layers.1.mlp.experts.{expert}.{name}"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_static_scales_behind_experts_are_found_on_quantized_ones(
+    model_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """With propagation, what enters the second block has passed the experts of the first as they are quantized."""
+    attention = {"bits": 8, "propagation": "quantized", "method": "minmax"}
+    scales = []
+    for bits in (8, 2):
+        experts = {"match": "*.experts.*", "weights": {"bits": bits}, "activations": {"bits": 8, "scope": "token"}}
+        quantize = {"activations": attention, "overrides": [experts]}
+        recipe = calibrated(model_of("mixtral"), tmp_path / f"w{bits}", quantize)
+        quantcli.run(recipe)
+        folder = tmp_path / f"w{bits}" / "quantize"
+        scales.append([
+            load_file(folder / f"block-0000{i}.safetensors")[f"model.layers.{i}.self_attn.q_proj.input_scale"]
+            for i in range(2)
+        ])  # fmt: skip
+    (first, second), (first_of_2, second_of_2) = scales
+    assert torch.equal(first, first_of_2)
+    assert not torch.equal(second, second_of_2)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
-    from quantcli.model.structure import Block
     from quantcli.pipeline.treatment import Phase
 
 RESULTS = "results.json"
@@ -104,7 +103,7 @@ def _advance(
     """Carry the hidden states of one model through all its blocks, going on where an interrupted run stopped."""
     for index in range(stream.enter(cache, cache.resume()), context.blocks):
         started = time.perf_counter()
-        with _block(stream, context.plan.structure.blocks[index], index, exported, phase):
+        with _block(stream, index, exported, phase):
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
         cache.commit(index + 1)
@@ -113,9 +112,7 @@ def _advance(
 
 
 @contextmanager
-def _block(
-    stream: BlockStream, block: Block, index: int, exported: QuantizedCheckpoint | None, phase: Phase
-) -> Iterator[None]:
+def _block(stream: BlockStream, index: int, exported: QuantizedCheckpoint | None, phase: Phase) -> Iterator[None]:
     """A resident block; of a quantized model, with linears and attention computing as an engine does."""
     from quantcli.evaluation.simulate import not_read, simulated
     from quantcli.pipeline.attention import attention_as_stored
@@ -126,7 +123,7 @@ def _block(
             yield
         return
     int8 = _int8(stream, exported, f"{path}.", phase)
-    experts = block.local_experts
+    experts = stream.skeleton.structure.blocks[index].local_experts
     left_out = {f"{path}.{name}" for name in not_read(int8, experts)}
     modules = [module for module in exported.attention_modules if module.startswith(f"{path}.")]
     attention = {module: exported.read_attention(module) for module in modules}

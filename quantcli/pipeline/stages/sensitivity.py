@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,7 @@ def run(context: Context, folder: StageFolder) -> None:
     """
     names = context.plan.rankable
     observed = _observed(context)
+    observed -= context.expert_inputs.keys()  # of those the values are not counted
     rows: dict[str, Metrics] = {name: _of_input(context, name) if name in observed else {} for name in names}
     if _measures_outputs(context):
         for name, errors in _of_outputs(context, folder).items():
@@ -230,7 +231,8 @@ def _block_errors(
                 cache.put(batch, exact[-1])
         for group in fused_groups(context.plan.structure, replaced):
             lost, tokens = 0.0, 0
-            with simulated(module, {name.removeprefix(f"{block.name}."): replaced[name] for name in group}):
+            local = {name.removeprefix(f"{block.name}."): replaced[name] for name in group}
+            with simulated(module, local, block.local_experts):
                 for batch, wanted in enumerate(exact):
                     output = stream.run(index, batch, cache.get(batch))
                     lost += float(_relative(output, wanted).sum())
@@ -248,33 +250,45 @@ def _output_errors(
     errors: dict[str, Metrics],
 ) -> Iterator[None]:
     """While the body runs the block, compare what each linear puts out with what it would put out quantized."""
+    from torch import nn
+    from torch.nn.functional import linear
+
     from quantcli.evaluation.simulate import forward_of
+    from quantcli.model.expert_loop import Weight, one_by_one
 
     sums = {name: [0.0, 0.0] for name in replaced}
-    handles = []
-    for name, how in replaced.items():
-        linear = module.get_submodule(name.removeprefix(f"{block.name}."))
-        quantized = forward_of(linear, how)
 
-        def hook(
-            _module: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            output: Tensor,
-            _quantized: Any = quantized,
-            _name: str = name,
-        ) -> None:
-            wanted = output.float()
-            found = _quantized(*args, **kwargs).float()
-            sums[_name][0] += float((found - wanted).square().sum(dtype=wanted.dtype))
-            sums[_name][1] += float(wanted.square().sum())
+    def compare(name: str, output: Tensor, quantized: Tensor) -> None:
+        wanted = output.float()
+        sums[name][0] += float((quantized.float() - wanted).square().sum(dtype=wanted.dtype))
+        sums[name][1] += float(wanted.square().sum())
 
-        handles.append(linear.register_forward_hook(hook, with_kwargs=True))
-    try:
+    def expert_linear(local: str, x: Tensor, weight: Weight) -> Tensor:
+        output, name = linear(x, weight()), f"{block.name}.{local}"
+        if name in replaced:
+            compare(name, output, forward_of(nn.Module(), replaced[name])(x))
+        return output
+
+    joined = {name for experts in block.experts for name in experts.names}
+    with ExitStack() as stack:
+        for name in replaced.keys() - joined:
+            owner = module.get_submodule(name.removeprefix(f"{block.name}."))
+            quantized = forward_of(owner, replaced[name])
+
+            def hook(
+                _module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                output: Tensor,
+                _quantized: Any = quantized,
+                _name: str = name,
+            ) -> None:
+                compare(_name, output, _quantized(*args, **kwargs))
+
+            stack.callback(owner.register_forward_hook(hook, with_kwargs=True).remove)
+        for experts in block.local_experts if joined & replaced.keys() else ():
+            stack.enter_context(one_by_one(module.get_submodule(experts.name), experts, expert_linear))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     for name, (lost, whole) in sums.items():
         errors[name]["output_error"] = _rounded(lost / whole) if whole else 0.0
 
