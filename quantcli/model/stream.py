@@ -127,6 +127,20 @@ class BlockStream:
         output = functional_call(block, own, (cast(hidden), *cast(args)), cast(kwargs))
         return output[0] if isinstance(output, tuple) else output
 
+    def differentiable(self, index: int, batch: int, hidden: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states after block `index`, which must be resident, with `parameters` (by full names) in the place of
+        its own; gradients reach them. All in the dtype of the model."""
+        path = self.skeleton.blocks[index]
+        prefix = f"{path}."
+        own = {name.removeprefix(prefix): value for name, value in parameters.items()}
+        args, kwargs = self._calls[batch][index]
+        # recorded without gradients, which tensors of that kind never take part in
+        args, kwargs = _each(args, Tensor.clone), _each(kwargs, Tensor.clone)
+        block = self.skeleton.module(path)
+        state = {name: value.clone() for name, value in block.state_dict().items() if name not in own}
+        output = functional_call(block, own | state, (hidden.to(self.skeleton.device, copy=True), *args), kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
     @contextmanager
     def head(self) -> Iterator[None]:
         """Everything after the last block, resident for the duration of the body."""

@@ -20,6 +20,7 @@ SECONDS_A_WEIGHT = {
     "minmax": 1e-9,
     "mse": 60e-9,
     "gptq": 250e-9,
+    "signround": 250e-9,
     "hqq": 220e-9,
     "ssz": 60e-9,
     "co_sparse": 30e-9,

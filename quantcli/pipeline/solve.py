@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantcli.calibration.hessian import Hessian
 from quantcli.errors import ModelError
-from quantcli.evaluation.simulate import forward_of
+from quantcli.evaluation.simulate import Int8Weights, forward_of, simulated
 from quantcli.formats.store import StoredLinear
 from quantcli.model.hidden import HiddenCache
 from quantcli.model.lockstep import Lockstep, stopping
@@ -27,14 +27,17 @@ from quantcli.pipeline.treatment import (
     weight_grid,
     with_input,
 )
-from quantcli.quant.compensate import compensated, kept_share
+from quantcli.pipeline.tune import tune_block
+from quantcli.quant.compensate import compensation
 from quantcli.quant.gptq import factored
 from quantcli.quant.grid import QuantizedWeight
+from quantcli.quant.rounding import LearnedRounding
 from quantcli.quant.solver import solved
 
 if TYPE_CHECKING:
     from quantcli.pipeline.treatment import Facts
-    from quantcli.recipe.solver import GptqSection
+    from quantcli.recipe.quantization import QuantizeSection
+    from quantcli.recipe.solver import GptqSection, SignroundSection
 
     Results = dict[str, tuple[StoredLinear, Facts]]
 
@@ -51,7 +54,7 @@ class Passes:
 
 
 def solve_block(
-    source: WeightSource, passes: Passes, index: int, block: Block, section: GptqSection, statistics: StatisticsOf
+    source: WeightSource, passes: Passes, index: int, block: Block, section: QuantizeSection, statistics: StatisticsOf
 ) -> Results:
     """Codes and scales of every planned linear of a block, in the order in which their inputs come about.
 
@@ -59,41 +62,83 @@ def solve_block(
     quantized block enters the next one. Raises ModelError for inputs that are not finite, and for a Hessian that does
     not factor.
     """
-    treatments = source.context.plan.treatments
+    treatments, solver = source.context.plan.treatments, section.gptq
     found: Results = {}
+    aims: dict[str, Tensor] = {}
+    hows: dict[str, Int8Weights | Tensor] = {}
     replaced: dict[str, Callable[[Tensor], Tensor]] = {}
     every = [name for shared in block.inputs for name in shared.linears]
     device, dtype = passes.stream.skeleton.device, passes.stream.skeleton.dtype
-    with passes.stream.block(index) as module, stopping(module, block.name, every):
-        prefix = replaced if section.prefix == "quantized" else {}
-        walk = Lockstep(passes.stream, index, block.inputs, passes.quantized.get, prefix)
-        beside = None
-        if passes.plain is not None and passes.beside is not None:
-            beside = Lockstep(passes.beside, index, block.inputs, passes.plain.get, {})
-        for position, shared in enumerate(block.inputs):
-            solving = [n for n in shared.linears if n in treatments and treatments[n].weights.solves]
-            hessian = Hessian(shared.width, device) if solving else None
-            others = beside.advance(position) if beside is not None else iter(())
-            for value in walk.advance(position):
-                other = next(others, None)
+    plain: dict[int, Tensor] = {}
+    with passes.stream.block(index) as module:
+        with stopping(module, block.name, every):
+            prefix = replaced if solver.prefix == "quantized" else {}
+            walk = Lockstep(passes.stream, index, block.inputs, passes.quantized.get, prefix)
+            beside = None
+            if passes.plain is not None and passes.beside is not None:
+                beside = Lockstep(passes.beside, index, block.inputs, passes.plain.get, {})
+            for position, shared in enumerate(block.inputs):
+                solving = [n for n in shared.linears if n in treatments and treatments[n].weights.solves]
+                hessian = Hessian(shared.width, device) if solving else None
+                others = beside.advance(position) if beside is not None else iter(())
+                for value in walk.advance(position):
+                    other = next(others, None)
+                    if hessian is not None:
+                        hessian.update(value, other if solver.asymmetric else None)
+                for name in shared.linears:
+                    if name in treatments and name not in solving:
+                        found[name] = source.quantize(name, statistics, with_inputs=True)
                 if hessian is not None:
-                    hessian.update(value, other)
-            for name in shared.linears:
-                if name in treatments and name not in solving:
-                    found[name] = source.quantize(name, statistics, with_inputs=True)
-            if hessian is not None:
-                found |= _solve_input(source, solving, hessian, section, statistics)
-            for name in shared.linears:
-                if name in treatments:
-                    how = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
-                    linear = module.get_submodule(name.removeprefix(f"{block.name}."))
-                    replaced[name] = forward_of(linear, how)
-        for batch, value in enumerate(walk.finish()):
-            passes.quantized.put(batch, value)
-        if beside is not None and passes.plain is not None:
-            for batch, value in enumerate(beside.finish()):
-                passes.plain.put(batch, value)
+                    found |= _solve_input(source, solving, hessian, solver, statistics, aims)
+                for name in shared.linears:
+                    if name in treatments:
+                        hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
+                        linear = module.get_submodule(name.removeprefix(f"{block.name}."))
+                        replaced[name] = forward_of(linear, hows[name])
+            if beside is not None and passes.plain is not None:
+                for batch, value in enumerate(beside.finish()):
+                    passes.plain.put(batch, value)
+                    plain[batch] = value
+            tuned = [name for name in aims if treatments[name].weights.method == "signround"]
+            if tuned:
+                walk.close()
+            else:
+                for batch, value in enumerate(walk.finish()):
+                    passes.quantized.put(batch, value)
+        if tuned:
+            found |= _tune(source, passes, index, {name: aims[name] for name in tuned}, found, plain, section.signround)
+            for name in tuned:
+                hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
+            with simulated(module, {name.removeprefix(f"{block.name}."): how for name, how in hows.items()}):
+                for batch in range(len(passes.stream.batches)):
+                    passes.quantized.put(batch, passes.stream.run(index, batch, passes.quantized.get(batch)))
     return found
+
+
+def _tune(
+    source: WeightSource,
+    passes: Passes,
+    index: int,
+    aims: Mapping[str, Tensor],
+    found: Results,
+    wanted: Mapping[int, Tensor],
+    section: SignroundSection,
+) -> Results:
+    """The linears of `aims`, tuned together until the block puts out `wanted`."""
+    treatments, device = source.context.plan.treatments, passes.stream.skeleton.device
+    dtype = source.context.plan.structure.dtype
+    learned = {}
+    for name, aim in aims.items():
+        start = QuantizedWeight(*(None if part is None else part.to(device) for part in found[name][0].weight))  # type: ignore[arg-type]
+        transposed = source.context.linears[name].transposed
+        learned[name] = LearnedRounding(aim, start, weight_grid(treatments[name], dtype)), transposed
+    facts = tune_block(passes.stream, index, passes.quantized, wanted, learned, section)
+    results: Results = {}
+    for name, (linear, _) in learned.items():
+        codes, scale, zero_point = linear.quantized()
+        weight = QuantizedWeight(codes.cpu(), scale.cpu(), None if zero_point is None else zero_point.cpu())
+        results[name] = replace(found[name][0], weight=weight), found[name][1] | facts
+    return results
 
 
 def solve_head(source: WeightSource, passes: Passes, section: GptqSection, statistics: StatisticsOf) -> Results:
@@ -112,13 +157,18 @@ def solve_head(source: WeightSource, passes: Passes, section: GptqSection, stati
                     pass
     finally:
         handle.remove()
-    return _solve_input(source, [head.name], hessian, section, statistics)
+    return _solve_input(source, [head.name], hessian, section, statistics, {})
 
 
 def _solve_input(
-    source: WeightSource, names: Sequence[str], hessian: Hessian, section: GptqSection, statistics: StatisticsOf
+    source: WeightSource,
+    names: Sequence[str],
+    hessian: Hessian,
+    section: GptqSection,
+    statistics: StatisticsOf,
+    aims: dict[str, Tensor],
 ) -> Results:
-    """The linears that read one input, those of one treatment at once."""
+    """The linears that read one input, those of one treatment at once. What was aimed at is added to `aims`."""
     moments, drifts = hessian.moments(), hessian.drifts()
     if not bool(torch.isfinite(moments.diagonal()).all()):
         raise ModelError(f"{names[0]}: input values are not finite during calibration.",
@@ -139,10 +189,8 @@ def _solve_input(
         facts: Facts = {"damping": curvature.damping, "tokens": hessian.tokens}
         target = whole
         if drifts is not None:
-            moved = compensated(whole, moments, drifts[0], section.asymmetric_damping)
-            share = kept_share(whole, moved, moments, drifts[1])
-            target = torch.lerp(whole, moved, share)
-            facts["asymmetric"] = round(share, 3)
+            target, damping, share = compensation(whole, moments, *drifts)
+            facts |= {"asymmetric": round(share, 3), "asymmetric_damping": damping}
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)
         facts["error"] = float(f"{lost:.6g}")
@@ -155,6 +203,7 @@ def _solve_input(
                 scale, zero, ranges = input_parameters(observed_of(statistics(name)), treatment)
                 entry, own = with_input(entry, scale, zero), own | ranges
             found[name] = (entry, own)
+        aims |= dict(zip(members, target.split(rows), strict=True))
     return found
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+DAMPINGS = (0.03, 0.3, 3.0)
+"""Shares of each channel's second moment: little holds W* to the tokens that it was found on, much to W."""
 
 
 def compensated(weight: Tensor, hessian: Tensor, drift: Tensor, damping: float) -> Tensor:
@@ -30,7 +35,27 @@ def compensated(weight: Tensor, hessian: Tensor, drift: Tensor, damping: float) 
 def kept_share(weight: Tensor, target: Tensor, hessian: Tensor, drift: Tensor) -> float:
     """The share t of W* − W, in [0, 1], that lowers E‖x̂ (W + t (W* − W))ᵀ − x Wᵀ‖² most on tokens that W* has not
     seen, whose D is `drift`: the minimum of a parabola. 0 where W* makes it worse."""
-    step = target - weight.float()
-    gain = (step @ drift).mul_(weight).sum()
-    curvature = (step @ hessian).mul_(step).sum()
+    gain, curvature = _parabola(weight, target, hessian, drift)
     return float((gain / curvature).clamp(0, 1)) if curvature > 0 else 0.0
+
+
+def _parabola(weight: Tensor, target: Tensor, hessian: Tensor, drift: Tensor) -> tuple[Tensor, Tensor]:
+    """(g, c) of the error t² c − 2 t g + const."""
+    step = target - weight.float()
+    return (step @ drift).mul_(weight).sum(), (step @ hessian).mul_(step).sum()
+
+
+def compensation(
+    weight: Tensor, hessian: Tensor, drift: Tensor, held_out: Tensor, dampings: Sequence[float] = DAMPINGS
+) -> tuple[Tensor, float, float]:
+    """What asymmetric calibration rounds in the place of W, with the damping and the share of the step that lower the
+    error of held-out tokens most: (float32 [out, in], damping, share). W itself, with share 0, if none lowers it."""
+    best, found = 0.0, (weight.float(), 0.0, 0.0)
+    for damping in dampings:
+        target = compensated(weight, hessian, drift, damping)
+        share = kept_share(weight, target, hessian, held_out)
+        gain, curvature = _parabola(weight, target, hessian, held_out)
+        lowered = float(share * (2 * gain - share * curvature))
+        if lowered > best:
+            best, found = lowered, (torch.lerp(weight.float(), target, share), damping, share)
+    return found

@@ -17,7 +17,7 @@ from pydantic import (
 
 from quantcli.recipe.aliases import with_aliases
 from quantcli.recipe.fields import Count, Pattern, Section, as_percent, fraction_of, null_is_default, refusal, whole
-from quantcli.recipe.solver import SOLVED_METHODS, GptqSection
+from quantcli.recipe.solver import SOLVED_METHODS, GptqSection, SignroundSection
 
 DEFAULT_GROUP_SIZE = 128
 SPARSE_METHODS = ("co_sparse", "low_bit", "low_bit_sigma")
@@ -44,7 +44,9 @@ class WeightsSection(Section):
         validate_default=True,
         description=f"Inputs that share a scale, with granularity group only; {DEFAULT_GROUP_SIZE} there by default.",
     )
-    method: Literal["minmax", "mse", "hqq", "ssz", "gptq", "co_sparse", "low_bit", "low_bit_sigma"] = Field(
+    method: Literal[
+        "minmax", "mse", "hqq", "ssz", "gptq", "signround", "co_sparse", "low_bit", "low_bit_sigma"
+    ] = Field(
         default="minmax",
         description="Range of the grid: minmax keeps the extremes, mse searches the clip of least error, ssz fits "
         "scales to their codes, hqq spares most weights at the cost of few; the others make most codes small, for "
@@ -334,8 +336,11 @@ class QuantizeSection(Section):
         default=(), description="Other schemes for some linears; the first match wins."
     )
     gptq: Annotated[GptqSection, BeforeValidator(null_is_default, json_schema_input_type=GptqSection | None)] = Field(
-        default=GptqSection(), description="How method gptq works."
+        default=GptqSection(), description="How methods gptq and signround solve for weights."
     )
+    signround: Annotated[
+        SignroundSection, BeforeValidator(null_is_default, json_schema_input_type=SignroundSection | None)
+    ] = Field(default=SignroundSection(), description="How method signround goes on from there.")
     kv_cache: CacheSection | None = Field(default=None, description="Quantize the key-value cache; {} for int8.")
     attention: AttentionSection | None = Field(
         default=None, description="Quantize queries, keys and values in attention (FA3); {} for int8."
@@ -356,6 +361,12 @@ class QuantizeSection(Section):
         if self.weights.bits == 16 and not (self.overrides or self.kv_cache or self.attention):
             raise refusal("weights.bits", "is 16, so nothing is quantized", "Set 8, 4, 3 or 2, or add kv_cache.")
         return self
+
+    @property
+    def tunes(self) -> bool:
+        """Whether the rounding of any linear is learned."""
+        treatments = [self.treatment(None), *map(self.treatment, self.overrides)]
+        return any(t is not None and t[0].method == "signround" for t in treatments)
 
     @property
     def solves(self) -> bool:

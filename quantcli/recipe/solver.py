@@ -1,4 +1,4 @@
-"""The section `quantize.gptq`: how weights are found from the second moments of their inputs."""
+"""The sections `quantize.gptq` and `quantize.signround`: how weights are found from their inputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from quantcli.recipe.fields import Section, refusal, whole
 
-SOLVED_METHODS = ("gptq",)
+SOLVED_METHODS = ("gptq", "signround")
 
 
 class GptqSection(Section):
@@ -27,18 +27,24 @@ class GptqSection(Section):
         default=False,
         description="Aim at the outputs of the float model, whose inputs differ from those of the quantized one.",
     )
-    asymmetric_damping: Annotated[float, Field(gt=0, le=10)] = Field(
-        default=0.05, description="As damping, for the step from the weights to that aim."
-    )
-    asymmetric_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.5, description="Share of the calibration samples that the float model runs for that aim."
+    compared: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5,
+        description="Share of the calibration samples that the float model runs beside, for asymmetric and signround.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> GptqSection:
         if self.asymmetric and self.prefix == "float":
             raise refusal("asymmetric", "has no effect on inputs of the float model", "Set prefix: quantized.")
-        for key in ("asymmetric_damping", "asymmetric_share"):
-            if not self.asymmetric and getattr(self, key) != type(self).model_fields[key].default:
-                raise refusal(key, "has no effect without asymmetric", "Set asymmetric: true.")
         return self
+
+
+class SignroundSection(Section):
+    """Learned rounding, which starts from what GPTQ found."""
+
+    iterations: Annotated[int, BeforeValidator(whole, json_schema_input_type=int), Field(ge=1, le=100_000)] = Field(
+        default=20, description="Steps of a block, each on a batch of calibration samples."
+    )
+    check_every: Annotated[int, BeforeValidator(whole, json_schema_input_type=int), Field(ge=1, le=100_000)] = Field(
+        default=5, description="Steps from one check on samples kept apart to the next; the best of them is kept."
+    )

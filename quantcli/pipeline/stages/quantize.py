@@ -181,13 +181,13 @@ def _run_solved(context: Context, folder: StageFolder) -> None:
         for name in (HIDDEN, HIDDEN_FLOAT):
             HiddenCache(folder.path / name, [], torch.float32).clear()
         return
-    section = context.recipe.quantize.gptq
+    section = context.recipe.quantize
     skeleton, batches = context.skeleton(), batched(calibration_samples(context).samples)
     stream = BlockStream(skeleton, batches)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     passes, caches = Passes(stream, cache), [cache]
-    if section.asymmetric:
-        passes.beside = BlockStream(skeleton, batches[: max(2, round(section.asymmetric_share * len(batches)))])
+    if section.gptq.asymmetric or section.tunes:
+        passes.beside = BlockStream(skeleton, batches[: max(2, round(section.gptq.compared * len(batches)))])
         passes.plain = context.hidden_cache(folder.path / HIDDEN_FLOAT, passes.beside)
         caches.append(passes.plain)
     positions = [one.resume() for one in caches]
@@ -204,7 +204,7 @@ def _run_solved(context: Context, folder: StageFolder) -> None:
             block = context.plan.structure.blocks[index]
             results = solve_block(source, passes, index, block, section, statistics_of)
         else:
-            results = solve_head(source, passes, section, statistics_of)
+            results = solve_head(source, passes, section.gptq, statistics_of)
         stored = {name: result[0] for name, result in results.items()}
         _write(context, folder.path, folder.add, index, stored, {n: r[1] for n, r in results.items()}, started)
         for one in caches if index < context.blocks else ():
