@@ -17,7 +17,7 @@ expressions; earlier versions take a class before such parts. Its output head is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -259,22 +259,30 @@ def parse_configuration(content: Mapping[str, Any], linears: Iterable[str]) -> d
     here. Raises ModelError for what is not understood, and where two groups claim one linear, which engines settle
     differently.
     """
-    from compressed_tensors.utils import match_name
-
     config = _validated(content)
     schemes = {name: _scheme(group, config.format) for name, group in config.config_groups.items()}
+    ignored = _matcher(config.ignore or [])
+    claimed = {key: _matcher(group.targets) for key, group in config.config_groups.items()}
+    classes = {schemes[key] for key, group in config.config_groups.items() if "Linear" in group.targets}
     found: dict[str, Scheme] = {}
     for name in linears:
-        if any(match_name(name, pattern) for pattern in config.ignore or []):
+        if ignored(name):
             continue
-        groups = config.config_groups.items()
-        claims = {schemes[key] for key, group in groups if any(match_name(name, t) for t in group.targets)}
-        claims = claims or {schemes[key] for key, group in groups if "Linear" in group.targets}
+        claims = {schemes[key] for key, claims_it in claimed.items() if claims_it(name)} or set(classes)
         if len(claims) > 1:
             raise ModelError(f"quantization_config gives {name} {len(claims)} schemes.", "Export it again.")
         if claims:
             found[name] = claims.pop()
     return found
+
+
+def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
+    """Whether one of the patterns names a module, in full or by a regular expression; there may be a name an expert."""
+    from compressed_tensors.utils import match_name
+
+    exact = {pattern for pattern in patterns if not pattern.startswith("re:")}
+    others = [pattern for pattern in patterns if pattern.startswith("re:")]
+    return lambda name: name in exact or any(match_name(name, pattern) for pattern in others)
 
 
 def parse_attention(content: Mapping[str, Any]) -> AttentionScheme | None:

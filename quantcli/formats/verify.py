@@ -6,7 +6,7 @@ Tensors are read with safetensors and unpacked apart from the writer's code; JSO
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,18 +230,21 @@ def _check_configuration(
     matrices = {n for n, e in source.entries.items() if n.endswith(".weight") and len(e.shape) == 2}
     in_float = {names.get(name, name.removesuffix(".weight")) for name in matrices} - set(store.schemes)
     in_float |= set(store.kept)
+    ignores = _matcher(ignored)
     for module in store.schemes:
-        if any(_matches(entry, module) for entry in ignored):
+        if ignores(module):
             raise VerificationError(f"{module} is quantized, but config.json ignores it.", "Export again.")
     for module in sorted(in_float.symmetric_difference(ignored)):
         how = "is in float, but config.json does not ignore it" if module in in_float else "is ignored without reason"
         raise VerificationError(f"{module} {how}.", "Export again.")
     groups = _groups(config)
     for target in (target for group in groups for target in group.get("targets") or ()):
-        if not any(_matches(target, module) for module in store.schemes):
+        named = isinstance(target, str) and target in store.schemes
+        if not named and not any(_matches(target, module) for module in store.schemes):
             raise VerificationError(f"config.json: {target} is a target, but no quantized linear.", "Export again.")
+    claims = [(group, _matcher(group.get("targets") or ())) for group in groups]
     for module, scheme in store.schemes.items():
-        found = [group for group in groups if any(_matches(target, module) for target in group.get("targets") or ())]
+        found = [group for group, claimed in claims if claimed(module)]
         if len(found) != 1 or not _describes(found[0], scheme):
             raise VerificationError(
                 f"{module}: config.json does not describe its scheme {scheme.name}.", "Export again."
@@ -275,6 +278,13 @@ def _form(scheme: Scheme) -> str:
 def _groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = config.get("config_groups")
     return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+
+
+def _matcher(entries: Iterable[object]) -> Callable[[str], bool]:
+    """Whether `_matches` holds for any of the entries, of which there may be a name an expert."""
+    exact = {entry for entry in entries if isinstance(entry, str)}
+    others = [entry for entry in exact if entry == "Linear" or entry.startswith("re:")]
+    return lambda module: module in exact or any(_matches(entry, module) for entry in others)
 
 
 def _matches(entry: object, module: str) -> bool:
