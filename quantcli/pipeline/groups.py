@@ -285,7 +285,8 @@ class GroupSource:
         from quantcli.quant.minmax import minmax
         from quantcli.smoothing.objective import Target
 
-        treatment = self.context.plan.treatments.get(linear)
+        section, treatment = self.context.recipe.smooth, self.context.plan.treatments.get(linear)
+        assert section is not None
         if treatment is None:
             return None
         if treatment not in self.targets:
@@ -296,6 +297,7 @@ class GroupSource:
                 weight=lambda weight: dequantize(minmax(weight, grid, None)),
                 bits=scheme.bits,
                 group_size=scheme.group_size,
+                clipped=section.clips(treatment.weights, treatment.activations),
                 activations="dynamic" if scheme.activations == "dynamic" else kind,
                 activation_bits=scheme.activation_bits,
                 symmetric=scheme.activations_symmetric,

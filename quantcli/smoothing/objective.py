@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcli.quant.activation import quantize_per_token, quantize_static, static_parameters
+from quantcli.smoothing.clip import COARSE_RATIOS, clamped, clip_bounds
 from quantcli.smoothing.group import ErrorOf, Group
 
 Reduction = Literal["mean", "joint", "token"]
@@ -20,13 +21,14 @@ class Target:
     """How a linear is to be quantized. Linears of one scheme are to have one and the same target.
 
     weight: float32 [out, C] → the weight quantized and back. bits: of its codes; group_size: inputs that share a scale,
-    None for all. activations: `none`, `static` (one scale for the tensor) or `dynamic` (one a token), of
-    `activation_bits`.
+    None for all. clipped: the weight is held within `clip_bounds` first. activations: `none`, `static` (one scale for
+    the tensor) or `dynamic` (one a token), of `activation_bits`.
     """
 
     weight: Callable[[Tensor], Tensor]
     bits: int
     group_size: int | None = None
+    clipped: bool = False
     activations: Literal["none", "static", "dynamic"] = "none"
     activation_bits: int = 8
     symmetric: bool = True
@@ -57,7 +59,8 @@ def output_error(group: Group, targets: Targets, reduction: Reduction) -> ErrorO
     all outputs (its flex smoothing); `token` is relative for each linear and counts a token whose output is larger than
     the median's as much as the median's, because the norm behind it divides by its size: without that, the first token
     of a text, whose outputs are a thousand times larger in some models, would decide alone. Sizes of outputs are those
-    before a shift.
+    before a shift. A linear that is clipped has bounds for each scale, of COARSE_RATIOS: the scale that is best without
+    clipping is not the best with it.
     """
     outputs = [group.tokens @ weight.t() for weight in group.weights]
     whole = _unshifted(group, outputs)
@@ -71,7 +74,11 @@ def output_error(group: Group, targets: Targets, reduction: Reduction) -> ErrorO
             for own, weight, y, size in zip(targets, group.weights, outputs, whole, strict=True):
                 if own is not target:
                     continue
-                squares = (x @ target.weight(weight * scale).t()).sub_(y).square_()
+                scaled = weight * scale
+                if target.clipped:
+                    bounds = clip_bounds(scaled, x, target.weight, target.group_size, COARSE_RATIOS)
+                    scaled = clamped(scaled, bounds)
+                squares = (x @ target.weight(scaled).t()).sub_(y).square_()
                 if share is not None:
                     total += float(share @ squares.sum(1)) / max(float(share @ size.square().sum(1)), _TINY)
                 else:

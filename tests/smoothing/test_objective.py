@@ -10,6 +10,7 @@ import torch
 from test_smoothing_methods import group_from
 from torch import Tensor
 
+from quantcli.smoothing.clip import COARSE_RATIOS as COARSE
 from quantcli.smoothing.group import Group
 from quantcli.smoothing.objective import ExpectedNoise, Reduction, Target, output_error, token_shares
 
@@ -102,6 +103,20 @@ def test_every_linear_counts_under_its_own_scheme(reduction: Reduction) -> None:
         assert first > 10 * second > 0
         assert float(error((few, many))(at)) == pytest.approx(first + second, rel=1e-5)
         assert float(error((None, None))(at)) == 0
+
+
+def test_a_linear_that_is_clipped_is_judged_with_bounds_of_its_scaled_weight() -> None:
+    """Every bound tried for every row by itself."""
+    generator = torch.Generator().manual_seed(2)
+    x, w = torch.randn(64, 16, generator=generator), torch.randn(24, 16, generator=generator)
+    group, target = group_from(x, w), replace(by_row(3), group_size=16, clipped=True)
+    scale = scale_of(group)
+    total = 0.0
+    for row in w * scale:
+        trials = [target.weight(row.clamp(-ratio * row.abs().max(), ratio * row.abs().max())[None]) for ratio in COARSE]
+        total += min(float(((x / scale) @ (trial[0] - row)).square().mean()) for trial in trials)
+    assert output_error(group, [target], "mean")(scale) == pytest.approx(total / len(w), rel=1e-4)
+    assert total / len(w) < 0.9 * output_error(group, [replace(target, clipped=False)], "mean")(scale)
 
 
 def test_outputs_of_shifted_inputs_are_those_before_the_shift() -> None:
