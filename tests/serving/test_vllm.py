@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, save_tiny_model
 
 from quantcli.calibration.datasets import load_texts
 from quantcli.evaluation.protocols import evaluation_windows
@@ -147,3 +148,48 @@ def test_vllm_serves_the_export_with_the_reported_perplexity(name: str, place: P
         near = 0.02 if "fp8 cache" in name else 0.01
         assert math.exp(mean) == pytest.approx(results["quantized"]["value"], rel=near)
         assert "Paris" in answered["texts"][0]
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128, "max_position_embeddings": 1024}  # fmt: skip
+
+
+def run_experts(family: str, place: Path, *changes: str) -> Path:
+    """The run directory of a tiny random mixture of experts in W4A16 g64; its windows are of 128 tokens."""
+    model, output = place / f"{family}-model", place / f"{family}-{len(changes)}"
+    if not model.exists():
+        known = {key: WIDE[key] for key in WIDE if key in FAMILIES[family][1] or not key.startswith(("moe", "shared"))}
+        save_tiny_model(family, model, dtype=torch.bfloat16, with_tokenizer=True, **known)
+    settings = ["model.sanity_check=off", "calibration=null", "quantize.weights.group_size=64",
+                "quantize.weights.importance=none", "evaluate.perplexity.windows=8",
+                "evaluate.perplexity.sequence_length=128", *changes]  # fmt: skip
+    command = [sys.executable, "-m", "quantcli", "run", "w4a16", "--quiet", "--model", str(model)]
+    options = [part for setting in settings for part in ("--set", setting)]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
+    subprocess.run([*command, "--output", str(output), *options], check=True, env=environment)
+    return output
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+def test_vllm_serves_experts_in_float_beside_quantized_linears(family: str, place: Path) -> None:
+    output = run_experts(family, place, 'quantize.rollback.names=["*.experts.*"]')
+    results = json.loads((output / "eval-ppl" / "results.json").read_text())
+    checkpoint = output / "export" / "compressed-tensors"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
+    windows = evaluation_windows(load_texts("builtin", split="test"), tokenizer, "standard", 128, 8).windows
+    questions, answers = output / "questions.json", output / "answers.json"
+    questions.write_text(json.dumps({"prompts": ["The water"], "windows": windows}))
+    in_vllm("serve.py", checkpoint, questions, answers)
+    mean, _ = mean_and_error(json.loads(answers.read_text())["nll"], [WindowScores(tokens=len(w) - 1) for w in windows])
+    assert math.exp(mean) == pytest.approx(results["quantized"]["value"], rel=0.01)
+
+
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="with AMX vLLM has a kernel for them")
+def test_vllm_has_no_kernel_for_quantized_experts_without_amx(place: Path) -> None:
+    output = run_experts("mixtral", place)
+    checkpoint, questions = output / "export" / "compressed-tensors", output / "questions.json"
+    questions.write_text(json.dumps({"prompts": ["The water"], "windows": []}))
+    command = [VLLM_PYTHON or "", str(HERE / "serve.py"), *map(str, (checkpoint, questions, output / "answers.json"))]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=output, check=False)
+    assert finished.returncode != 0
+    assert "No WNA16 MoE backend supports the deployment configuration" in finished.stdout + finished.stderr
