@@ -27,9 +27,9 @@ SECONDS_A_WEIGHT = {
     "low_bit": 30e-9,
     "low_bit_sigma": 5e-9,
 }
-SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 700e-9)  # a plain method; auto, which measures
-# What smoothing holds of its widest group of linears in float32, in copies of its weights: a plain method; one that
-# clips; auto. Measured on a block of 44 M weights.
+# Of smoothing, for a plain method; one that clips, which AWQ does for each of 20 scales; auto, which measures few.
+SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 700e-9)
+# What it holds of its widest group of linears in float32, in copies of its weights; measured on a block of 44 M weights.
 SMOOTHING_COPIES = (1.5, 5.5, 11.0)
 SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed
 START = 6.0  # imports and the first look at a model
@@ -77,7 +77,7 @@ def estimate(
         memory = max(memory, BASE_MEMORY + _smoothing_memory(recipe.smooth, structure, outer, quantized) + 2 * hidden)
     seconds = START + SECONDS_A_BYTE * size_after
     if recipe.smooth is not None and recipe.smooth.scales:
-        seconds += SECONDS_A_SMOOTHED_WEIGHT[recipe.smooth.method == "auto"] * linear_weights
+        seconds += SECONDS_A_SMOOTHED_WEIGHT[_smoothing_cost(recipe.smooth, quantized)] * linear_weights
     seconds += sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in quantized)
     if tokens:
         seconds += 2.0 * tokens * (linear_weights + structure.width * structure.vocabulary * (scored > 0)) / _rate()
@@ -86,6 +86,13 @@ def estimate(
         head = structure.vocabulary * structure.width * (structure.tied and recipe.smooth.unties)
         disk += (sum(map(prod, structure.parameters.values())) + head) * width
     return Estimate(int(memory), int(disk), round(seconds, 1), tokens)
+
+
+def _smoothing_cost(section: SmoothSection, quantized: Collection[tuple[Linear, WeightsSection]]) -> int:
+    """0 for a plain method, 1 for one that clips, 2 for auto."""
+    if section.method == "auto":
+        return 2
+    return section.method == "awq" and section.clip is not False and any(each.bits < 8 for _, each in quantized)
 
 
 def _smoothing_memory(
@@ -97,8 +104,7 @@ def _smoothing_memory(
     weights = {linear.name: linear.weights for linear in structure.linears()}
     block = max(sum(weights[linear.name] for linear in block.linears) for block in structure.blocks)
     groups = (sum(weights[name] for name in shared.linears) for block in structure.blocks for shared in block.inputs)
-    clips = section.method == "awq" and section.clip is not False and any(each.bits < 8 for _, each in quantized)
-    copies = SMOOTHING_COPIES[2 if section.method == "auto" else clips]
+    copies = SMOOTHING_COPIES[_smoothing_cost(section, quantized)]
     rotated = structure.vocabulary * structure.width * 4 * section.unties
     searched = 4 * copies * max(groups, default=0) if section.scales else 0
     return max(outer + rotated, 8 * block + int(searched))
