@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
+from torch.nn import functional
 
 from quantcli.errors import ModelError
+from quantcli.model.expert_loop import Weight, one_by_one
 from quantcli.model.stream import BlockStream
-from quantcli.model.structure import SharedInput
+from quantcli.model.structure import Experts, SharedInput
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -96,9 +98,12 @@ class Lockstep:
 
 
 @contextmanager
-def stopping(block: nn.Module, name: str, linears: Sequence[str]) -> Iterator[None]:
+def stopping(block: nn.Module, name: str, linears: Sequence[str], experts: Iterable[Experts] = ()) -> Iterator[None]:
     """While the body runs, `linears` (full names) of `block`, whose own name is `name`, obey the Lockstep whose pass
-    they are part of. Passes that still wait when it ends, by an error too, are given up."""
+    they are part of. Passes that still wait when it ends, by an error too, are given up.
+
+    Layers of `experts` run expert by expert; their linears may be replaced too, but no pass stops at them.
+    """
     modules = {linear: block.get_submodule(linear.removeprefix(f"{name}.")) for linear in linears}
     seen: set[Lockstep] = set()
 
@@ -110,10 +115,19 @@ def stopping(block: nn.Module, name: str, linears: Sequence[str]) -> Iterator[No
 
         return forward
 
+    def of_expert(linear: str, x: Tensor, weight: Weight) -> Tensor:
+        how = greenlet.getcurrent().lockstep.replaced.get(linear)
+        output: Tensor = functional.linear(x, weight()) if how is None else how(x)
+        return output
+
     try:
-        for linear, module in modules.items():
-            module.__dict__["forward"] = forward_of(linear, module)
-        yield
+        with ExitStack() as loops:
+            for layer in experts:
+                holder = block.get_submodule(layer.name.removeprefix(f"{name}."))
+                loops.enter_context(one_by_one(holder, layer, of_expert))
+            for linear, module in modules.items():
+                module.__dict__["forward"] = forward_of(linear, module)
+            yield
     finally:
         # the garbage collector does not look into frames that wait, and what they hold would stay for good
         for lockstep in seen:

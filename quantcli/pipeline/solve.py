@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantcli.calibration.hessian import Hessian
 from quantcli.errors import ModelError
@@ -45,12 +45,22 @@ if TYPE_CHECKING:
 @dataclass
 class Passes:
     """Two passes over the calibration samples, block by block: with quantized linears and, where it is asked for, the
-    float model beside it, which only the first `compared` batches take."""
+    float model beside it, which only the first batches take. `again`: batches start anew for every input of a block
+    rather than wait inside of it (`model.lockstep`)."""
 
     stream: BlockStream
     quantized: HiddenCache
     plain: HiddenCache | None = None
     beside: BlockStream | None = None
+    again: bool = False
+
+    def waiting_bytes(self) -> int:
+        """What all batches hold while they wait inside a block: what entered it, and the widest input of a linear."""
+        skeleton = self.stream.skeleton
+        width = max(shared.width for block in skeleton.structure.blocks for shared in block.inputs)
+        streams = [self.stream] if self.beside is None else [self.stream, self.beside]
+        tokens = sum(batch.numel() for stream in streams for batch in stream.batches)
+        return tokens * (skeleton.structure.width + width) * skeleton.dtype.itemsize
 
 
 def solve_block(
@@ -59,8 +69,8 @@ def solve_block(
     """Codes and scales of every planned linear of a block, in the order in which their inputs come about.
 
     Each input is taken as the linears before it, quantized by then, make it (true-sequential); what leaves the
-    quantized block enters the next one. Raises ModelError for inputs that are not finite, and for a Hessian that does
-    not factor.
+    quantized block enters the next one. Experts have other methods and are quantized from the start. Raises ModelError
+    for inputs that are not finite, and for a Hessian that does not factor.
     """
     treatments, solver = source.context.plan.treatments, section.gptq
     found: Results = {}
@@ -70,13 +80,18 @@ def solve_block(
     every = [name for shared in block.inputs for name in shared.linears]
     device, dtype = passes.stream.skeleton.device, passes.stream.skeleton.dtype
     plain: dict[int, Tensor] = {}
+    layers = [layer for layer in block.experts if any(name in treatments for name in layer.names)]
+    for name in [name for layer in layers for name in layer.names if name in treatments]:
+        found[name] = source.quantize(name, statistics, with_inputs=True)
+        hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
+        replaced[name] = forward_of(nn.Module(), hows[name])
     with passes.stream.block(index) as module:
-        with stopping(module, block.name, every):
+        with stopping(module, block.name, every, layers):
             prefix = replaced if solver.prefix == "quantized" else {}
-            walk = Lockstep(passes.stream, index, block.inputs, passes.quantized.get, prefix)
+            walk = Lockstep(passes.stream, index, block.inputs, passes.quantized.get, prefix, again=passes.again)
             beside = None
             if passes.plain is not None and passes.beside is not None:
-                beside = Lockstep(passes.beside, index, block.inputs, passes.plain.get, {})
+                beside = Lockstep(passes.beside, index, block.inputs, passes.plain.get, {}, again=passes.again)
             for position, shared in enumerate(block.inputs):
                 solving = [n for n in shared.linears if n in treatments and treatments[n].weights.solves]
                 hessian = Hessian(shared.width, device) if solving else None
@@ -109,7 +124,8 @@ def solve_block(
             found |= _tune(source, passes, index, {name: aims[name] for name in tuned}, found, plain, section.signround)
             for name in tuned:
                 hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
-            with simulated(module, {name.removeprefix(f"{block.name}."): how for name, how in hows.items()}):
+            local = {name.removeprefix(f"{block.name}."): how for name, how in hows.items()}
+            with simulated(module, local, block.local_experts):
                 for batch in range(len(passes.stream.batches)):
                     passes.quantized.put(batch, passes.stream.run(index, batch, passes.quantized.get(batch)))
     return found

@@ -183,13 +183,23 @@ def _run_solved(context: Context, folder: StageFolder) -> None:
         return
     section = context.recipe.quantize
     skeleton, batches = context.skeleton(), batched(calibration_samples(context).samples)
+    compares = section.gptq.asymmetric or section.tunes
+    if compares and len(batches) == 1:  # one part to learn from, one to check it on
+        batches = [half for half in batches[0].tensor_split(2) if len(half)]
+    if section.gptq.asymmetric and len(batches) == 1:
+        context.emit("warning", text="quantize.gptq.asymmetric has no effect with one calibration sample, which leaves "
+                     "none to check it on. Use more calibration text.")  # fmt: skip
     stream = BlockStream(skeleton, batches)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     passes, caches = Passes(stream, cache), [cache]
-    if section.gptq.asymmetric or section.tunes:
+    if compares:
         passes.beside = BlockStream(skeleton, batches[: max(2, round(section.gptq.compared * len(batches)))])
         passes.plain = context.hidden_cache(folder.path / HIDDEN_FLOAT, passes.beside)
         caches.append(passes.plain)
+    if passes.waiting_bytes() > context.recipe.model.cache_memory:
+        passes.again = True
+        context.emit("note", text=f"Inside a block {passes.waiting_bytes() / 2**20:.1f} MiB of activations would wait, "
+                     "more than model.cache_memory: a block is run anew for each input of its linears.")  # fmt: skip
     positions = [one.resume() for one in caches]
     done = positions[0] if len(set(positions)) == 1 else None
     if done is not None and not all(recorded[:done]):

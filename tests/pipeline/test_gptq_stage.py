@@ -1,0 +1,358 @@
+"""Weights by GPTQ from recipe to evaluation, against models whose linears are solved one after the other by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_contexts import Interrupted, changed, float_model, interrupt, opened, read
+from safetensors.torch import load_file, save_file
+from test_resume import kill_at
+from tiny_models import save_tiny_model
+from torch import Tensor, nn
+
+import quantcli
+from quantcli.errors import ModelError, RecipeError
+from quantcli.evaluation.simulate import simulated
+from quantcli.formats.store import Store
+from quantcli.model.structure import Experts
+from quantcli.pipeline.batches import batched
+from quantcli.pipeline.samples import calibration_samples
+from quantcli.pipeline.treatment import replacement, weight_grid
+from quantcli.quant.gptq import factored
+from quantcli.quant.grid import QuantizedWeight
+from quantcli.quant.refine import output_error
+from quantcli.quant.solver import solved
+
+Recipe = dict[str, Any]
+Tree = Mapping[str, str]
+GROUPS = {"bits": 4, "granularity": "group", "group_size": 32, "method": "gptq"}
+W8 = {"bits": 8, "method": "gptq"}
+
+
+@pytest.fixture
+def recipe(static_recipe: Callable[[Path], Recipe], tmp_path: Path) -> Recipe:
+    """4-bit weights in groups, from 250 tokens of the text that is evaluated too."""
+    return changed(
+        static_recipe(tmp_path / "run"), model__sanity_check="off", calibration__samples=16,
+        calibration__sequence_length=64, quantize={"weights": GROUPS},
+    )  # fmt: skip
+
+
+def beside(recipe: Recipe, name: str, **values: Any) -> Recipe:
+    """The recipe with other values and an output of its own."""
+    return changed(recipe, output=f"{recipe['output']}-{name}", **values)
+
+
+def events(recipe: Recipe, kind: str) -> list[dict[str, Any]]:
+    lines = (Path(recipe["output"]) / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def stored_bytes(recipe: Recipe) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (Path(recipe["output"]) / "quantize").glob("block-*")}
+
+
+def moments_of(
+    model: nn.Module,
+    batches: list[Tensor],
+    name: str,
+    replaced: Mapping[str, Any] | None = None,
+    experts: Sequence[Experts] = (),
+) -> Tensor:
+    """H of a linear's input in the whole model, in which some linears are replaced."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.inference_mode(), simulated(model, replaced or {}, experts):
+        for batch in batches:
+            model(batch, use_cache=False)
+    handle.remove()
+    x = torch.cat(seen).double()
+    return (x.t() @ x / len(x)).float()
+
+
+def losses(recipe: Recipe) -> dict[str, float]:
+    """The output error of every stored linear, on the inputs that the float model gives it."""
+    with opened(recipe, "quantize") as context:
+        store, model = Store(context.folder("quantize")), float_model(context.model)
+        batches = batched(calibration_samples(context).samples)
+        found = {}
+        for name in store.schemes:
+            hessian = moments_of(model, batches, name)
+            found[name] = float(output_error(weight_of(model, name), store.read(name).weight, hessian).sum())
+        return found
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    return model.get_submodule(name).weight.detach()  # type: ignore[operator, union-attr, return-value]
+
+
+def check_by_hand(recipe: Recipe) -> None:
+    """Every linear has the codes that come of its weight and of its inputs behind all stored linears before it."""
+    with opened(recipe, "quantize") as context:
+        store, model = Store(context.folder("quantize")), float_model(context.model)
+        batches = batched(calibration_samples(context).samples)
+        section = context.recipe.quantize.gptq
+        replaced: dict[str, Any] = {}
+        blocks = context.plan.structure.blocks
+        experts = [layer for block in blocks for layer in block.experts]
+        inputs = [
+            names
+            for block in blocks
+            for names in [*(layer.names for layer in block.experts), *(shared.linears for shared in block.inputs)]
+        ]
+        for names in [*inputs, (context.plan.structure.head,)]:
+            planned = [name for name in names if name in store.schemes]
+            if any(context.plan.treatments[name].weights.solves for name in planned):
+                before = replaced if section.prefix == "quantized" else {}
+                hessian = moments_of(model, batches, planned[0], before, experts)
+                curvature = factored(hessian, section.damping)
+            for name in planned:
+                treatment = context.plan.treatments[name]
+                if treatment.weights.solves:
+                    grid = weight_grid(treatment, context.plan.structure.dtype)
+                    wanted, _ = solved(weight_of(model, name), grid, curvature, section.sweeps)
+                    compare(name, store.read(name).weight, wanted, weight_of(model, name), hessian)
+            for name in planned:
+                scheme = context.plan.treatments[name].scheme
+                replaced[name] = replacement(store.read(name), scheme, torch.float32, "cpu", "decode")
+
+
+def compare(name: str, ours: QuantizedWeight, wanted: QuantizedWeight, weight: Tensor, hessian: Tensor) -> None:
+    """A code at a tie falls to either side, and those solved after it with it."""
+    assert ours.scale.shape == wanted.scale.shape
+    assert (ours.zero_point is None) == (wanted.zero_point is None)
+    same = float((ours.codes == wanted.codes).float().mean())
+    assert same > 0.97, f"{name}: {same:.3f} of the codes"
+    errors = [float(output_error(weight, each, hessian).sum()) for each in (ours, wanted)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.02), name
+
+
+SCHEMES: dict[str, Recipe] = {
+    "4 bits, groups of 32": {"weights": GROUPS},
+    "2 bits, groups of 16, asymmetric": {"weights": {**GROUPS, "bits": 2, "group_size": 16, "symmetric": False}},
+    "3 bits a channel, head too": {
+        "weights": {"bits": 3, "method": "gptq"},
+        "rollback": {"last_linear": False},
+    },
+    "8 bits a tensor, float prefix": {
+        "weights": {**W8, "granularity": "tensor"},
+        "gptq": {"prefix": "float", "sweeps": 1, "damping": 0.05},
+    },
+    "static activations": {"weights": W8, "activations": {"bits": 8, "scope": "tensor"}},
+    "dynamic activations, head too": {
+        "weights": W8,
+        "activations": {"bits": 8, "scope": "token"},
+        "rollback": {"last_linear": False},
+    },
+    "an override beside float and min-max": {
+        "weights": {"bits": 4, "method": "minmax"},
+        "overrides": [
+            {"match": "*.1.mlp.up_proj", "scheme": "float"},
+            {"match": "*.mlp.*", "weights": {"method": "gptq"}},
+        ],
+        "rollback": {"siblings": "apart"},
+    },
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_linear_is_solved_behind_those_before_it(recipe: Recipe, scheme: str) -> None:
+    check_by_hand(changed(recipe, export=None, evaluate=None, quantize=SCHEMES[scheme]))
+
+
+def test_linears_of_other_methods_are_as_without_gptq(recipe: Recipe) -> None:
+    mixed = changed(
+        recipe, export=None, evaluate=None, quantize=SCHEMES["an override beside float and min-max"]
+    )  # fmt: skip
+    plain = beside(mixed, "plain", quantize__overrides=[{"match": "*.1.mlp.up_proj", "scheme": "float"}])
+    quantcli.run(mixed)
+    quantcli.run(plain)
+    for file in sorted((Path(mixed["output"]) / "quantize").glob("block-*.safetensors")):
+        found, wanted = load_file(file), load_file(Path(plain["output"]) / "quantize" / file.name)
+        assert found.keys() == wanted.keys()
+        assert not [name for name in found if ".1.mlp.up_proj" in name]
+        for name in found:
+            if name.endswith("codes"):
+                assert torch.equal(found[name], wanted[name]) == (".mlp." not in name), name
+
+
+@pytest.mark.parametrize(
+    ("quantize", "stages"),
+    [
+        ({"weights": GROUPS}, {}),
+        ({"weights": {**GROUPS, "bits": 3, "symmetric": False}}, {}),
+        ({"weights": {**GROUPS, "bits": 3}}, {"smooth": {"method": "m4"}}),
+        ({"weights": GROUPS, "activations": {"bits": 8, "scope": "token"}}, {}),
+    ],
+    ids=["w4", "w3 asymmetric", "w3 smoothed", "w4a8"],
+)
+def test_outputs_are_nearer_to_those_of_the_float_model(recipe: Recipe, quantize: Recipe, stages: Recipe) -> None:
+    """Linear by linear on the calibrated inputs, and at the end by divergence; the export is verified on the way."""
+    recipe = changed(recipe, quantize=quantize, **stages)
+    plain = beside(recipe, "plain", quantize__weights__method="minmax")
+    divergences = []
+    for each in (recipe, plain):
+        quantcli.run(each)
+        divergences.append(read(each, "eval-ppl", "results.json")["kl_divergence"])
+    assert divergences[0] < 0.8 * divergences[1]
+    if not stages:  # with folds the weights are others
+        ours, theirs = losses(recipe), losses(plain)
+        assert ours.keys() == theirs.keys()
+        assert not [name for name in ours if ours[name] >= theirs[name]]
+
+
+@pytest.mark.parametrize("scope", ["tensor", "token"])
+def test_eight_bits_with_integer_inputs(recipe: Recipe, scope: str) -> None:
+    """The weights are nearer, the ranges of the inputs are those of any other method."""
+    recipe = changed(recipe, quantize={"weights": W8, "activations": {"bits": 8, "scope": scope}})
+    plain = beside(recipe, "plain", quantize__weights__method="minmax")
+    quantcli.run(recipe)
+    quantcli.run(plain)
+    ours, theirs = losses(recipe), losses(plain)
+    assert not [name for name in ours if ours[name] >= theirs[name]]
+    stores = [Store(Path(each["output"]) / "quantize") for each in (recipe, plain)]
+    for name in stores[0].schemes:
+        scales = [store.read(name).input_scale for store in stores]
+        assert (scales[0] is None) == (scope == "token")
+        assert scales[0] is None or torch.equal(scales[0], scales[1])  # type: ignore[arg-type]
+    found, wanted = (read(each, "eval-ppl", "results.json")["kl_divergence"] for each in (recipe, plain))
+    assert 0 < found < 1.5 * wanted, "most of it comes from the inputs"
+
+
+def test_asymmetric_calibration_makes_good_what_came_before(recipe: Recipe) -> None:
+    recipe = changed(recipe, quantize__weights__bits=3)
+    aimed = beside(recipe, "aimed", quantize__gptq={"asymmetric": True})
+    for each in (recipe, aimed):
+        quantcli.run(each)
+    plain, found = (read(each, "eval-ppl", "results.json")["kl_divergence"] for each in (recipe, aimed))
+    assert found < plain
+    shares = {event["module"]: event["asymmetric"] for event in events(aimed, "linear")}
+    assert all(0 <= share <= 1 for share in shares.values())
+    first = [name for name in shares if name.startswith("model.layers.0.self_attn") and "o_proj" not in name]
+    assert [shares[name] for name in first] == [0, 0, 0], "their inputs are those of the float model"
+    assert all(share > 0 for name, share in shares.items() if name not in first)
+    assert not [event for event in events(recipe, "linear") if "asymmetric" in event]
+
+
+def test_asymmetric_calibration_says_when_one_sample_is_not_enough(recipe: Recipe) -> None:
+    recipe = changed(recipe, export=None, evaluate=None, calibration__samples=1, quantize__gptq={"asymmetric": True})
+    quantcli.run(recipe)
+    assert [event for event in events(recipe, "warning") if "asymmetric has no effect with one" in event["text"]]
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_blocks_that_are_run_anew_for_each_input_give_the_same(recipe: Recipe, asymmetric: bool) -> None:
+    recipe = changed(
+        recipe, export=None, evaluate=None, quantize__gptq={"asymmetric": asymmetric},
+        quantize__rollback={"last_linear": False},
+    )  # fmt: skip
+    small = beside(recipe, "small", model__cache_memory="1kB")
+    quantcli.run(recipe)
+    quantcli.run(small)
+    assert stored_bytes(recipe) == stored_bytes(small)
+    notes = [[event["text"] for event in events(each, "note")] for each in (recipe, small)]
+    assert not [text for text in notes[0] if "run anew" in text]
+    (note,) = [text for text in notes[1] if "run anew" in text]
+    assert re.fullmatch(r"Inside a block [\d.]+ MiB of activations .* model\.cache_memory: .*", note)
+
+
+def test_the_same_recipe_gives_the_same_bytes_and_another_seed_others(recipe: Recipe) -> None:
+    recipe = changed(
+        recipe, export=None, evaluate=None, calibration__samples=3, calibration__sequence_length=24
+    )  # fmt: skip
+    again, other = beside(recipe, "again"), beside(recipe, "other", calibration__seed=5)
+    for each in (recipe, again, other):
+        quantcli.run(each)
+    assert stored_bytes(recipe) == stored_bytes(again)
+    assert stored_bytes(recipe) != stored_bytes(other)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_an_interrupted_stage_ends_in_the_same_bytes(
+    recipe: Recipe, asymmetric: bool, tree: Callable[[Path], Tree]
+) -> None:
+    """Between the file of a block and its hidden states, and while a block is at work."""
+    recipe = changed(
+        recipe, export=None, evaluate=None, quantize__gptq={"asymmetric": asymmetric},
+        quantize__rollback={"last_linear": False},
+    )  # fmt: skip
+    quantcli.run(recipe)
+    again = beside(recipe, "again")
+    for kind, number in (("linear", 10), ("block", 1), ("block", 1)):
+        with pytest.raises(Interrupted):
+            quantcli.run(again, listener=interrupt("quantize", number, kind))
+    seen: list[Mapping[str, Any]] = []
+    quantcli.run(again, listener=seen.append)
+    assert stored_bytes(again) == stored_bytes(recipe)
+    blocks = [event["index"] for event in seen if event["event"] == "block" and event["stage"] == "quantize"]
+    assert blocks[0] > 0, "what was done is kept"
+    assert not [name for name in tree(Path(again["output"])) if "hidden" in name]
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_killed_runs_end_in_the_same_bytes(recipe: Recipe, asymmetric: bool, tree: Callable[[Path], Tree]) -> None:
+    recipe = changed(recipe, evaluate=None, quantize__gptq={"asymmetric": asymmetric})
+    kill_at(19 if asymmetric else 23, recipe, tree, Path(recipe["output"]))  # type: ignore[arg-type]
+
+
+def test_gptq_without_calibration_is_refused(recipe: Recipe) -> None:
+    del recipe["calibration"]
+    with pytest.raises(RecipeError, match=r"quantize\.weights\.method.*gptq needs calibration") as caught:
+        quantcli.plan(recipe)
+    assert caught.value.exit_code == 2
+
+
+def test_ranges_found_on_the_quantized_model_are_refused_beside_it(recipe: Recipe) -> None:
+    recipe = changed(
+        recipe, quantize={"weights": W8, "activations": {"bits": 8, "scope": "tensor", "propagation": "quantized"}}
+    )
+    with pytest.raises(RecipeError, match=r"propagation.*no rule beside weights of method gptq.*propagation: float"):
+        quantcli.plan(recipe)
+
+
+@pytest.mark.parametrize(
+    ("section", "refused"),
+    [
+        ({"asymmetric": True, "prefix": "float"}, r"asymmetric.*no effect on inputs of the float model"),
+        ({"damping": 0}, r"damping"),
+        ({"sweeps": -1}, r"sweeps"),
+    ],
+)
+def test_keys_without_effect_are_refused(recipe: Recipe, section: Recipe, refused: str) -> None:
+    with pytest.raises(RecipeError, match=refused):
+        quantcli.plan(changed(recipe, quantize__gptq=section))
+
+
+def test_experts_need_another_method_and_get_it(recipe: Recipe, tmp_path: Path) -> None:
+    model = save_tiny_model("mixtral", tmp_path / "model", with_tokenizer=True)
+    recipe = changed(recipe, model__path=str(model))
+    with pytest.raises(RecipeError, match=r"of an expert, which weights\.method gptq does not reach.*an override"):
+        quantcli.plan(recipe)
+    recipe = changed(recipe, quantize__overrides=[{"match": "*.experts.*", "weights": {"method": "minmax"}}])
+    plain = beside(recipe, "plain", quantize__weights__method="minmax")
+    for each in (recipe, plain):
+        quantcli.run(each)
+    check_by_hand(recipe)
+    stores = [Store(Path(each["output"]) / "quantize") for each in (recipe, plain)]
+    assert stores[0].schemes.keys() == stores[1].schemes.keys()
+    for name in stores[0].schemes:
+        ours, theirs = (store.read(name).weight.codes for store in stores)
+        assert torch.equal(ours, theirs) == (".experts." in name), name
+    found, wanted = (read(each, "eval-ppl", "results.json")["kl_divergence"] for each in (recipe, plain))
+    assert found < wanted
+
+
+def test_inputs_that_are_not_finite_are_named(recipe: Recipe, tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", with_tokenizer=True)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = torch.inf
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    recipe = changed(recipe, model__path=str(model), export=None, evaluate=None)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.self_attn\.q_proj: input values are not finite"):
+        quantcli.run(recipe)
