@@ -69,8 +69,7 @@ def left_out(model: str, case: str, entry: dict[str, Any]) -> str:
     if case.startswith("v1_") and (any(word in case for word in smoothing) or case == "v1_default_w8a8"):
         return "these smoothing methods, pruning and learned rounding have no counterpart"
     for word, reason in (
-        ("gptq", "gptq is not there yet"),
-        ("w4a8", "" if "ssz" in case else "W4A8_DYNAMIC is not written yet"),
+        ("w4a8", "" if "ssz" in case or "gptq" in case else "W4A8_DYNAMIC is not written yet"),
         ("w4a4", "4-bit activations in AscendV1 are not there yet"),
         ("mxfp", "microscaling formats are not there yet"),
         ("fp8_dynamic", "fp8 linears are not there yet"),
@@ -282,6 +281,24 @@ def smoothed_scales(model: str, case: str, root: Path) -> dict[str, Tensor]:
     for file in sorted((Path(recipe.output) / "smooth").glob("block-*.safetensors")):
         found |= load_file(file)
     return {name.removesuffix(".scale"): scale for name, scale in found.items()}
+
+
+@cache
+def input_moments(model: str) -> dict[str, Tensor]:
+    """E[x xᵀ] of the input of every linear of the recorded model over its calibration samples, float32."""
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(GOLDEN / model / "model", dtype=torch.float32).eval()
+    seen: dict[str, list[Tensor]] = {}
+    for name, module in whole.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            inputs = seen.setdefault(name, [])
+            module.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0].flatten(0, -2)))
+    with torch.inference_mode():
+        for tokens in load_file(GOLDEN / model / "calibration.safetensors").values():
+            whole(tokens.view(1, -1), use_cache=False)
+    joined = {name: torch.cat(inputs).double() for name, inputs in seen.items()}
+    return {name: (x.t() @ x / len(x)).float() for name, x in joined.items()}
 
 
 class MovedInputs(Store):
