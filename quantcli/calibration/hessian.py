@@ -25,14 +25,15 @@ class Hessian:
         self._device = device
         self._sum = torch.zeros(width, width, device=device)
         self._drifts: list[Tensor] = []
+        self._lacks: list[Tensor] = []
         self._compared = [0, 0]
         self._batches = 0
         parts = max(1, min(PARTS, width // PART))
         edges = [width * part // parts for part in range(parts + 1)]
         self._parts = [slice(edges[i], edges[i + 1]) for i in range(parts)]
 
-    def update(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Add the tokens of x [..., width], and of y [..., width] if it is given."""
+    def update(self, x: Tensor, y: Tensor | None = None, lack: Tensor | None = None) -> None:
+        """Add the tokens of x [..., width], of y [..., width] if it is given, and beside y of `lack` [..., any]."""
         tokens = x.reshape(-1, x.shape[-1])
         turned = tokens.t()
         for place, rows in enumerate(self._parts):
@@ -45,6 +46,10 @@ class Hessian:
             kept_apart = self._batches % HELD_OUT == 2
             self._drifts[kept_apart] += turned @ (y.reshape(tokens.shape) - tokens)
             self._compared[kept_apart] += len(tokens)
+            if lack is not None:
+                other = lack.reshape(len(tokens), -1)
+                self._lacks = self._lacks or [self._sum.new_zeros(len(self._sum), other.shape[1]) for _ in range(2)]
+                self._lacks[kept_apart] += turned @ other
 
     def moments(self) -> Tensor:
         """H. The sum is used up."""
@@ -55,7 +60,14 @@ class Hessian:
 
     def drifts(self) -> tuple[Tensor, Tensor] | None:
         """D of most batches, and of those kept apart; None without both. The sums are used up."""
-        if not all(self._compared):
+        return self._two_means(self._drifts)
+
+    def lacks(self) -> tuple[Tensor, Tensor] | None:
+        """L = E[x eᵀ] [width, any], e what was lacking: of most batches, and of those kept apart; None without both."""
+        return self._two_means(self._lacks)
+
+    def _two_means(self, sums: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+        if not sums or not all(self._compared):
             return None
-        first, other = (total.div_(count) for total, count in zip(self._drifts, self._compared, strict=True))
+        first, other = (total.div_(count) for total, count in zip(sums, self._compared, strict=True))
         return first, other

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -26,7 +26,7 @@ class Lockstep:
     forward in `replaced` (by full name), which they have from then on: so an input is seen as the linears before it,
     as quantized by then, make it, and the block is computed once for all of its inputs. What a batch holds while it
     waits stays in memory. With `again`, batches do not wait: each time they start anew from what `enters` gives, which
-    costs a pass for every input and no memory.
+    costs a pass for every input and no memory. `written` sums, by batch, what `writers` have put out so far.
     """
 
     def __init__(
@@ -38,12 +38,15 @@ class Lockstep:
         replaced: Mapping[str, Forward],
         *,
         again: bool = False,
+        writers: Collection[str] = (),
     ) -> None:
         self._stream, self._index, self._enters, self._again = stream, index, enters, again
         self.replaced = replaced
         self._at = {shared.linears[0]: position for position, shared in enumerate(inputs)}
         self._target = 0
         self._waiting = False
+        self._writers = writers
+        self.written: dict[int, Tensor] = {}
         self._walks: list[greenlet | None] = [None] * len(stream.batches)
 
     def advance(self, position: int) -> Iterator[Tensor]:
@@ -79,6 +82,8 @@ class Lockstep:
         return found
 
     def _walk(self, batch: int) -> Tensor:
+        greenlet.getcurrent().batch = batch
+        self.written.pop(batch, None)
         return self._stream.run(self._index, batch, self._enters(batch))
 
     def _drop(self, batch: int) -> None:
@@ -94,6 +99,9 @@ class Lockstep:
             greenlet.getcurrent().parent.switch(value)
         how = self.replaced.get(name)
         output: Tensor = type(module).forward(module, value) if how is None else how(value)
+        if name in self._writers:
+            batch = greenlet.getcurrent().batch
+            self.written[batch] = self.written[batch] + output if batch in self.written else output
         return output
 
 

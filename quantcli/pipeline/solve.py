@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,18 +89,23 @@ def solve_block(
     with passes.stream.block(index) as module:
         with stopping(module, block.name, every, layers):
             prefix = replaced if solver.prefix == "quantized" else {}
-            walk = Lockstep(passes.stream, index, block.inputs, passes.quantized.get, prefix, again=passes.again)
+            writers = block.residual.writers if block.residual is not None and not block.residual.obstacle else ()
+            walking = partial(Lockstep, index=index, inputs=block.inputs, again=passes.again, writers=writers)
+            walk = walking(passes.stream, enters=passes.quantized.get, replaced=prefix)
             beside = None
             if passes.plain is not None and passes.beside is not None:
-                beside = Lockstep(passes.beside, index, block.inputs, passes.plain.get, {}, again=passes.again)
+                beside = walking(passes.beside, enters=passes.plain.get, replaced={})
             for position, shared in enumerate(block.inputs):
                 solving = [n for n in shared.linears if n in treatments and treatments[n].weights.solves]
                 hessian = Hessian(shared.width, device) if solving else None
                 others = beside.advance(position) if beside is not None else iter(())
-                for value in walk.advance(position):
+                writes = solver.asymmetric and all(name in writers for name in solving)
+                for batch, value in enumerate(walk.advance(position)):
                     other = next(others, None)
-                    if hessian is not None:
-                        hessian.update(value, other if solver.asymmetric else None)
+                    if hessian is not None and other is not None and solver.asymmetric:
+                        hessian.update(value, other, _lacking(passes, batch, walk, beside) if writes else None)
+                    elif hessian is not None:
+                        hessian.update(value)
                 for name in shared.linears:
                     if name in treatments and name not in solving:
                         found[name] = source.quantize(name, statistics, with_inputs=True)
@@ -129,6 +135,17 @@ def solve_block(
                 for batch in range(len(passes.stream.batches)):
                     passes.quantized.put(batch, passes.stream.run(index, batch, passes.quantized.get(batch)))
     return found
+
+
+def _lacking(passes: Passes, batch: int, walk: Lockstep, beside: Lockstep | None) -> Tensor:
+    """What the residual stream of the quantized model lacks, against that of the float model, at this moment."""
+    assert passes.plain is not None
+    assert beside is not None
+    device = passes.stream.skeleton.device
+    lack = passes.plain.get(batch).to(device).float() - passes.quantized.get(batch).to(device).float()
+    if batch in walk.written:
+        lack += beside.written[batch].float() - walk.written[batch].float()
+    return lack.to(passes.stream.skeleton.dtype)
 
 
 def _tune(
@@ -185,7 +202,7 @@ def _solve_input(
     aims: dict[str, Tensor],
 ) -> Results:
     """The linears that read one input, those of one treatment at once. What was aimed at is added to `aims`."""
-    moments, drifts = hessian.moments(), hessian.drifts()
+    moments, drifts, lacking = hessian.moments(), hessian.drifts(), hessian.lacks()
     if not bool(torch.isfinite(moments.diagonal()).all()):
         raise ModelError(f"{names[0]}: input values are not finite during calibration.",
                          "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
@@ -205,7 +222,10 @@ def _solve_input(
         facts: Facts = {"damping": curvature.damping, "tokens": hessian.tokens}
         target = whole
         if drifts is not None:
-            target, damping, share = compensation(whole, moments, *drifts)
+            pulls = [drift @ whole.t() for drift in drifts]
+            if lacking is not None:
+                pulls = [pull + more for pull, more in zip(pulls, lacking, strict=True)]
+            target, damping, share = compensation(whole, moments, pulls[0], pulls[1])
             facts |= {"asymmetric": round(share, 3), "asymmetric_damping": damping}
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)

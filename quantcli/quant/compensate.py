@@ -1,4 +1,4 @@
-"""Weights that make good what quantizing the layers before has changed in their inputs."""
+"""Weights that make good what quantizing the layers before has changed in their inputs, and in what they add to."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ DAMPINGS = (0.03, 0.3, 3.0)
 """Shares of each channel's second moment: little holds W* to the tokens that it was found on, much to W."""
 
 
-def compensated(weight: Tensor, hessian: Tensor, drift: Tensor, damping: float) -> Tensor:
-    """W* = W + W Dᵀ (H + damping · diag H)⁻¹, float32 [out, in]: the target of asymmetric calibration.
+def compensated(weight: Tensor, hessian: Tensor, pull: Tensor, damping: float) -> Tensor:
+    """W* = W + Pᵀ (H + damping · diag H)⁻¹, float32 [out, in]: the target of asymmetric calibration.
 
-    x are the inputs that the float model has, x̂ those behind quantized layers; H = E[x̂ x̂ᵀ] and D = E[x̂ (x − x̂)ᵀ],
-    float32 [in, in]; D may come from fewer tokens.
-    Of all Ŵ, E‖x̂ Ŵᵀ − x Wᵀ‖² = tr((Ŵ − W*) H (Ŵ − W*)ᵀ) + const without damping, so that rounding W* by any method
-    that minimises the plain error solves the problem with the float model's outputs (LoaQ, 2509.06297; GPTAQ solves the
-    same one step by step). Damping draws W* back to W. Raises ValueError if H does not factor.
+    x are the inputs that the float model has, x̂ those behind quantized layers; H = E[x̂ x̂ᵀ] [in, in]. P = E[x̂ eᵀ]
+    [in, out] says what the outputs lack, e = (x − x̂) Wᵀ: P = D Wᵀ with D = E[x̂ (x − x̂)ᵀ]. Of all Ŵ, E‖x̂ Ŵᵀ − x Wᵀ‖² =
+    tr((Ŵ − W*) H (Ŵ − W*)ᵀ) + const without damping, so that rounding W* by any method that minimises the plain error
+    solves the problem with the float model's outputs (LoaQ, 2509.06297; GPTAQ solves the same one step by step). What
+    the stream lacks that the outputs are added to may be part of e as well. P may come from fewer tokens than H.
+    Damping draws W* back to W. Raises ValueError if H does not factor.
     """
     diagonal = hessian.diagonal()
     unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
@@ -27,32 +28,34 @@ def compensated(weight: Tensor, hessian: Tensor, drift: Tensor, damping: float) 
     lower, info = torch.linalg.cholesky_ex(normal)
     if info:
         raise ValueError(f"the Hessian does not factor with {damping:.0%} of its diagonal added")
-    right = drift @ weight.float().t()
-    step = torch.cholesky_solve(right * unit[:, None], lower) * unit[:, None]
+    step = torch.cholesky_solve(pull * unit[:, None], lower) * unit[:, None]
     return weight.float() + step.t()
 
 
-def kept_share(weight: Tensor, target: Tensor, hessian: Tensor, drift: Tensor) -> float:
-    """The share t of W* − W, in [0, 1], that lowers E‖x̂ (W + t (W* − W))ᵀ − x Wᵀ‖² most on tokens that W* has not
-    seen, whose D is `drift`: the minimum of a parabola. 0 where W* makes it worse."""
-    gain, curvature = _parabola(weight, target, hessian, drift)
+def kept_share(weight: Tensor, target: Tensor, hessian: Tensor, pull: Tensor) -> float:
+    """The share t of W* − W, in [0, 1], that lowers E‖x̂ (W + t (W* − W))ᵀ − x̂ Wᵀ − e‖² most on tokens that W* has not
+    seen, whose P is `pull`: the minimum of a parabola. 0 where W* makes it worse."""
+    gain, curvature = _parabola(weight, target, hessian, pull)
     return float((gain / curvature).clamp(0, 1)) if curvature > 0 else 0.0
 
 
-def _parabola(weight: Tensor, target: Tensor, hessian: Tensor, drift: Tensor) -> tuple[Tensor, Tensor]:
+def _parabola(weight: Tensor, target: Tensor, hessian: Tensor, pull: Tensor) -> tuple[Tensor, Tensor]:
     """(g, c) of the error t² c − 2 t g + const."""
     step = target - weight.float()
-    return (step @ drift).mul_(weight).sum(), (step @ hessian).mul_(step).sum()
+    return (step * pull.t()).sum(), (step @ hessian).mul_(step).sum()
 
 
 def compensation(
-    weight: Tensor, hessian: Tensor, drift: Tensor, held_out: Tensor, dampings: Sequence[float] = DAMPINGS
+    weight: Tensor, hessian: Tensor, pull: Tensor, held_out: Tensor, dampings: Sequence[float] = DAMPINGS
 ) -> tuple[Tensor, float, float]:
     """What asymmetric calibration rounds in the place of W, with the damping and the share of the step that lower the
     error of held-out tokens most: (float32 [out, in], damping, share). W itself, with share 0, if none lowers it."""
     best, found = 0.0, (weight.float(), 0.0, 0.0)
     for damping in dampings:
-        target = compensated(weight, hessian, drift, damping)
+        try:
+            target = compensated(weight, hessian, pull, damping)
+        except ValueError:
+            continue  # more damping will do
         share = kept_share(weight, target, hessian, held_out)
         gain, curvature = _parabola(weight, target, hessian, held_out)
         lowered = float(share * (2 * gain - share * curvature))

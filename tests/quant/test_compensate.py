@@ -22,8 +22,9 @@ def passes(seed: int = 0, drift: float = 0.3, noise: float = 0.03) -> tuple[Tens
     return torch.randn(ROWS, WIDTH, generator=generator), x, x @ change + apart
 
 
-def moments(x: Tensor, behind: Tensor) -> tuple[Tensor, Tensor]:
-    return behind.t() @ behind / len(behind), behind.t() @ (x - behind) / len(behind)
+def moments(x: Tensor, behind: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """H = E[x̂ x̂ᵀ] and P = E[x̂ ((x − x̂) Wᵀ)ᵀ]."""
+    return behind.t() @ behind / len(behind), behind.t() @ (x - behind) @ weight.t() / len(behind)
 
 
 def distance(weight: Tensor, behind: Tensor, outputs: Tensor) -> float:
@@ -34,7 +35,7 @@ def test_without_damping_it_is_the_least_squares_fit_of_the_float_outputs() -> N
     for seed in range(5):
         weight, x, behind = passes(seed)
         wanted = np.linalg.lstsq(behind.double().numpy(), (x @ weight.t()).double().numpy(), rcond=None)[0].T
-        found = compensated(weight, *moments(x, behind), damping=1e-9)
+        found = compensated(weight, *moments(x, behind, weight), damping=1e-9)
         np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-3)
         outputs = x @ weight.t()
         assert distance(found, behind, outputs) < 1.0001 * distance(torch.from_numpy(wanted), behind, outputs)
@@ -44,7 +45,7 @@ def test_without_damping_it_is_the_least_squares_fit_of_the_float_outputs() -> N
 def test_damping_draws_each_channel_back_by_its_second_moment() -> None:
     """Least squares with one more row a channel, sqrt(tokens · damping · H_jj) (w* − w)_j."""
     weight, x, behind = passes()
-    hessian, drift = moments(x, behind)
+    hessian, drift = moments(x, behind, weight)
     pull = torch.diag((TOKENS * 0.2 * hessian.diagonal()).sqrt()).double()
     left = torch.cat((behind.double(), pull))
     right = torch.cat(((x.double() @ weight.double().t()), pull @ weight.double().t()))
@@ -56,7 +57,7 @@ def test_damping_draws_each_channel_back_by_its_second_moment() -> None:
 
 def test_inputs_that_did_not_change_leave_the_weight() -> None:
     weight, x, _ = passes()
-    hessian, drift = moments(x, x)
+    hessian, drift = moments(x, x, weight)
     assert torch.equal(compensated(weight, hessian, drift, 0.01), weight)
     assert kept_share(weight, weight, hessian, drift) == 0
 
@@ -64,7 +65,7 @@ def test_inputs_that_did_not_change_leave_the_weight() -> None:
 def test_channels_that_never_held_anything_keep_their_weights() -> None:
     weight, x, behind = passes()
     x[:, [0, 5]] = behind[:, [0, 5]] = 0
-    found = compensated(weight, *moments(x, behind), damping=0.01)
+    found = compensated(weight, *moments(x, behind, weight), damping=0.01)
     assert torch.equal(found[:, [0, 5]], weight[:, [0, 5]])
     assert not torch.equal(found, weight)
 
@@ -72,15 +73,15 @@ def test_channels_that_never_held_anything_keep_their_weights() -> None:
 def test_weights_of_16_bits_are_taken_in_float32() -> None:
     weight, x, behind = passes()
     short = weight.bfloat16()
-    found = compensated(short, *moments(x, behind), damping=0.01)
+    found = compensated(short, *moments(x, behind, short.float()), damping=0.01)
     assert found.dtype == torch.float32
-    assert torch.equal(found, compensated(short.float(), *moments(x, behind), damping=0.01))
+    assert torch.equal(found, compensated(short.float(), *moments(x, behind, short.float()), damping=0.01))
 
 
 def test_a_hessian_that_does_not_factor_is_refused() -> None:
     hessian = torch.tensor([[1.0, 1.5], [1.5, 1.0]])
     with pytest.raises(ValueError, match="does not factor with 5%"):
-        compensated(torch.ones(1, 2), hessian, torch.zeros(2, 2), 0.05)
+        compensated(torch.ones(1, 2), hessian, torch.zeros(2, 1), 0.05)
 
 
 def test_the_kept_share_is_the_best_on_the_tokens_that_were_kept_apart() -> None:
@@ -88,8 +89,8 @@ def test_the_kept_share_is_the_best_on_the_tokens_that_were_kept_apart() -> None
     for seed in range(20):
         weight, x, behind = passes(seed, drift=0.05, noise=0.2)
         fit, check = slice(0, 40), slice(40, None)
-        target = compensated(weight, *moments(x[fit], behind[fit]), damping=0.05)
-        hessian, drift = moments(x[check], behind[check])
+        target = compensated(weight, *moments(x[fit], behind[fit], weight), damping=0.05)
+        hessian, drift = moments(x[check], behind[check], weight)
         share = kept_share(weight, target, hessian, drift)
         shares = [i / 200 for i in range(201)]
         outputs = x[check] @ weight.t()
@@ -101,7 +102,7 @@ def test_the_kept_share_is_the_best_on_the_tokens_that_were_kept_apart() -> None
 
 def test_a_step_that_harms_is_not_taken() -> None:
     weight, x, behind = passes()
-    hessian, drift = moments(x, behind)
+    hessian, drift = moments(x, behind, weight)
     target = compensated(weight, hessian, drift, 0.05)
     assert kept_share(weight, target, hessian, drift) > 0.9
     assert kept_share(weight, target, hessian, -drift) == 0
