@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
-PART = 256
-"""A symmetric sum is made in parts of at least so many channels, and only those on and above the diagonal."""
-PARTS = 4
+WIDE = 1024
+"""From this width on a symmetric sum is made in strips that leave out most of what lies below the diagonal."""
+STRIPS = 4
 HELD_OUT = 4
 
 
@@ -28,17 +29,17 @@ class Hessian:
         self._lacks: list[Tensor] = []
         self._compared = [0, 0]
         self._batches = 0
-        parts = max(1, min(PARTS, width // PART))
-        edges = [width * part // parts for part in range(parts + 1)]
-        self._parts = [slice(edges[i], edges[i + 1]) for i in range(parts)]
+        strips = STRIPS if width >= WIDE else 1
+        self._height = -(-width // strips)
+        self._strips = range(0, width, self._height)
 
     def update(self, x: Tensor, y: Tensor | None = None, lack: Tensor | None = None) -> None:
         """Add the tokens of x [..., width], of y [..., width] if it is given, and beside y of `lack` [..., any]."""
         tokens = x.reshape(-1, x.shape[-1])
-        turned = tokens.t()
-        for place, rows in enumerate(self._parts):
-            for columns in self._parts[place:]:
-                self._sum[rows, columns] += turned[rows] @ tokens[:, columns]
+        turned = tokens.t().contiguous()
+        for start in self._strips:  # a strip holds all that is above it and right of it
+            strip = slice(start, start + self._height)
+            self._sum[strip, start:] += linear(turned[strip], turned[start:])
         self.tokens += len(tokens)
         if y is not None:
             self._drifts = self._drifts or [torch.zeros_like(self._sum) for _ in range(2)]
@@ -53,9 +54,11 @@ class Hessian:
 
     def moments(self) -> Tensor:
         """H. The sum is used up."""
-        for place, rows in enumerate(self._parts):
-            for columns in self._parts[place + 1 :]:
-                self._sum[columns, rows] = self._sum[rows, columns].t()
+        for start in self._strips:
+            rows, below = slice(start, start + self._height), slice(start + self._height, None)
+            corner = self._sum[rows, rows]
+            corner.copy_(corner.triu() + corner.triu(1).t())
+            self._sum[below, rows] = self._sum[rows, below].t()
         return self._sum.div_(max(1, self.tokens))
 
     def drifts(self) -> tuple[Tensor, Tensor] | None:

@@ -28,7 +28,7 @@ class GptqSection(Section):
         description="Aim at the outputs of the float model, whose inputs differ from those of the quantized one.",
     )
     compared: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.5,
+        default=1.0,
         description="Share of the calibration samples that the float model runs beside, for asymmetric and signround.",
     )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcli.calibration.hessian import HELD_OUT, PART, PARTS, Hessian
+from quantcli.calibration.hessian import HELD_OUT, WIDE, Hessian
 
 
 def batches(width: int, *shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
@@ -30,7 +30,7 @@ def relative(found: Tensor, wanted: Tensor, inputs: list[Tensor]) -> float:
     return float(((found.double() - wanted) * unit * unit[:, None]).abs().max())
 
 
-WIDTHS = [1, 5, PART - 1, 2 * PART + 3, PARTS * PART, PARTS * PART + 7]
+WIDTHS = [1, 5, 255, 515, WIDE, WIDE + 7]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
