@@ -129,7 +129,6 @@ class Block:
     routers: tuple[str, ...] = ()
     residual: Residual | None = None
 
-
     @property
     def local_experts(self) -> tuple[Experts, ...]:
         """The experts by names without the block's."""

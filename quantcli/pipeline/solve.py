@@ -89,7 +89,8 @@ def solve_block(
     with passes.stream.block(index) as module:
         with stopping(module, block.name, every, layers):
             prefix = replaced if solver.prefix == "quantized" else {}
-            writers = block.residual.writers if block.residual is not None and not block.residual.obstacle else ()
+            known = solver.asymmetric and block.residual is not None and not block.residual.obstacle
+            writers = block.residual.writers if known and block.residual is not None else ()
             walking = partial(Lockstep, index=index, inputs=block.inputs, again=passes.again, writers=writers)
             walk = walking(passes.stream, enters=passes.quantized.get, replaced=prefix)
             beside = None
@@ -99,7 +100,7 @@ def solve_block(
                 solving = [n for n in shared.linears if n in treatments and treatments[n].weights.solves]
                 hessian = Hessian(shared.width, device) if solving else None
                 others = beside.advance(position) if beside is not None else iter(())
-                writes = solver.asymmetric and all(name in writers for name in solving)
+                writes = all(name in writers for name in solving)
                 for batch, value in enumerate(walk.advance(position)):
                     other = next(others, None)
                     if hessian is not None and other is not None and solver.asymmetric:

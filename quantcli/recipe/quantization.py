@@ -44,13 +44,13 @@ class WeightsSection(Section):
         validate_default=True,
         description=f"Inputs that share a scale, with granularity group only; {DEFAULT_GROUP_SIZE} there by default.",
     )
-    method: Literal[
-        "minmax", "mse", "hqq", "ssz", "gptq", "signround", "co_sparse", "low_bit", "low_bit_sigma"
-    ] = Field(
-        default="minmax",
-        description="Range of the grid: minmax keeps the extremes, mse searches the clip of least error, ssz fits "
-        "scales to their codes, hqq spares most weights at the cost of few; the others make most codes small, for "
-        "engines that compress them (W8A8S).",
+    method: Literal["minmax", "mse", "hqq", "ssz", "gptq", "signround", "co_sparse", "low_bit", "low_bit_sigma"] = (
+        Field(
+            default="minmax",
+            description="Range of the grid: minmax keeps the extremes, mse searches the clip of least error, ssz fits "
+            "scales to their codes, hqq spares most weights at the cost of few; the others make most codes small, for "
+            "engines that compress them (W8A8S).",
+        )
     )
     importance: Literal["none", "second_moment"] = Field(
         default="none",
