@@ -69,6 +69,11 @@ class Hessian:
         """L = E[x eᵀ] [width, any], e what was lacking: of most batches, and of those kept apart; None without both."""
         return self._two_means(self._lacks)
 
+    @property
+    def held_out_share(self) -> float:
+        """The share of the tokens of two passes that were kept apart."""
+        return self._compared[1] / max(1, sum(self._compared))
+
     def _two_means(self, sums: list[Tensor]) -> tuple[Tensor, Tensor] | None:
         if not sums or not all(self._compared):
             return None

@@ -226,7 +226,7 @@ def _solve_input(
             pulls = [drift @ whole.t() for drift in drifts]
             if lacking is not None:
                 pulls = [pull + more for pull, more in zip(pulls, lacking, strict=True)]
-            target, damping, share = compensation(whole, moments, pulls[0], pulls[1])
+            target, damping, share = compensation(whole, moments, pulls[0], pulls[1], hessian.held_out_share)
             facts |= {"asymmetric": round(share, 3), "asymmetric_damping": damping}
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)

@@ -45,11 +45,20 @@ def kept_share(weight: Tensor, target: Tensor, hessian: Tensor, pull: Tensor) ->
 
 
 def compensation(
-    weight: Tensor, hessian: Tensor, pull: Tensor, held_out: Tensor, dampings: Sequence[float] = DAMPINGS
+    weight: Tensor,
+    hessian: Tensor,
+    pull: Tensor,
+    held_out: Tensor,
+    held_out_share: float,
+    dampings: Sequence[float] = DAMPINGS,
 ) -> tuple[Tensor, float, float]:
-    """What asymmetric calibration rounds in the place of W, with the damping and the share of the step that lower the
-    error of held-out tokens most: (float32 [out, in], damping, share). W itself, with share 0, if none lowers it."""
-    best, found = 0.0, (weight.float(), 0.0, 0.0)
+    """What asymmetric calibration rounds in the place of W: (float32 [out, in], damping, share of the step).
+
+    Damping and share are those with which the step of `pull` lowers the error of the tokens of `held_out` most; the
+    step that is taken is that of all tokens, `held_out_share` of which were held out. W itself, with share 0, if no
+    step lowers that error.
+    """
+    best, chosen, damping_chosen = 0.0, 0.0, 0.0
     for damping in dampings:
         try:
             step = _step(hessian, pull, damping)
@@ -63,5 +72,8 @@ def compensation(
         share = float((gain / curvature).clamp(max=1))
         lowered = float(share * (2 * gain - share * curvature))
         if lowered > best:
-            best, found = lowered, (weight.float() + share * step, damping, share)
-    return found
+            best, chosen, damping_chosen = lowered, share, damping
+    if not chosen:
+        return weight.float(), 0.0, 0.0
+    step = _step(hessian, torch.lerp(pull, held_out, held_out_share), damping_chosen)
+    return weight.float() + chosen * step, damping_chosen, chosen

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcli.quant.compensate import compensated, kept_share
+from quantcli.quant.compensate import compensated, compensation, kept_share
 
 ROWS, WIDTH, TOKENS = 7, 12, 200
 
@@ -107,3 +107,31 @@ def test_a_step_that_harms_is_not_taken() -> None:
     assert kept_share(weight, target, hessian, drift) > 0.9
     assert kept_share(weight, target, hessian, -drift) == 0
     assert kept_share(weight, torch.lerp(weight, target, 0.2), hessian, drift) == 1
+
+
+def test_compensation_takes_the_damping_and_share_that_held_out_tokens_prefer() -> None:
+    for seed in range(10):
+        weight, x, behind = passes(seed, drift=0.05, noise=0.2)
+        fit, check = slice(0, 40), slice(40, 60)
+        hessian, pull = moments(x[:60], behind[:60], weight)
+        _, fitted = moments(x[fit], behind[fit], weight)
+        _, held_out = moments(x[check], behind[check], weight)
+        target, damping, share = compensation(weight, hessian, fitted, held_out, 1 / 3, (0.05, 0.5, 5.0))
+
+        def lowered(tried: Tensor, hessian: Tensor = hessian, held_out: Tensor = held_out, w: Tensor = weight) -> float:
+            step = (tried - w).double()
+            return float(2 * (step * held_out.t()).sum() - ((step @ hessian.double()) * step).sum())
+
+        best = max(
+            lowered(torch.lerp(weight, compensated(weight, hessian, fitted, other), t / 50))
+            for other in (0.05, 0.5, 5.0)
+            for t in range(51)
+        )
+        if not share:
+            assert best <= 1e-6
+            assert torch.equal(target, weight)
+            continue
+        chosen = torch.lerp(weight, compensated(weight, hessian, fitted, damping), share)
+        assert lowered(chosen) >= best - 1e-5
+        wanted = torch.lerp(weight, compensated(weight, hessian, pull, damping), share)
+        torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-4)
