@@ -108,7 +108,8 @@ def main() -> None:
         {
             "model": {"path": str(arguments.model)},
             "calibration": {"dataset": "wikitext2", "path": str(arguments.calibration.absolute())},
-            "quantize": {"activations": {"bits": 8}, "rollback": {"metric": "block_error"}},
+            # a histogram, so that value counts are gathered for every range method
+            "quantize": {"activations": {"bits": 8, "method": "histogram"}, "rollback": {"metric": "block_error"}},
             "output": str(arguments.output or tempfile.mkdtemp()),
         }
     )
