@@ -50,10 +50,10 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
 
 test-slow: $(INSTALLED) $(MODEL)
-	$(BIN)/pytest -m slow --timeout 1200
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1200 -n auto
 
 # vLLM pins versions of its own. What it brings for pictures and sound is built for another torch, which breaks its import;
 # no text model needs it.

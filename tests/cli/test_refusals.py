@@ -343,7 +343,7 @@ def test_an_export_that_was_tampered_with(quantcli: Any, finished: Path, tmp_pat
 
 def test_a_model_of_experts(quantcli: Any, tmp_path: Path) -> None:
     model = save_tiny_model("mixtral", tmp_path / "model")
-    said(quantcli("plan", "w8a16", "--model", model), 3, "experts", "not supported yet")
+    said(quantcli("plan", "w4a16-gptq", "--model", model), 2, "is of an expert", "another method")
 
 
 def test_an_error_of_ours_is_one_line_and_a_traceback_only_when_asked_for(

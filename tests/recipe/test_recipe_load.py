@@ -125,6 +125,8 @@ BASE: dict[str, Any] = {
         "activations": {"bits": 8},
         "rollback": {"names": ["a", "b"], "target": {"size": 1.5}},
         "overrides": [{"match": "c", "scheme": "float"}],
+        "gptq": {"sweeps": 1},
+        "signround": {"iterations": 5},
         "kv_cache": {"bits": 8},
     },
     "export": {"formats": ["compressed-tensors"]},

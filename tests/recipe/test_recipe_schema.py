@@ -148,7 +148,7 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
         ),
         ([("bits: 8", "bits: 5")], "r.yaml:14: quantize.weights.bits: is 5", "8, 4, 3 or 2"),
         ([("bits: 8", "bits: 8.0")], "r.yaml:14: quantize.weights.bits: is 8.0", "whole number"),
-        ([("method: minmax", "method: gptq")], "r.yaml:17: quantize.weights.method: is 'gptq'", "low_bit_sigma"),
+        ([("method: minmax", "method: gtpq")], "r.yaml:17: quantize.weights.method: is 'gtpq'", "low_bit_sigma"),
         (
             [("method: minmax", "group_size: 64")],
             "r.yaml:17: quantize.weights.group_size: has no meaning with granularity channel",
