@@ -12,8 +12,9 @@ CPUExpertsInt8 ask for torch.cpu._is_amx_tile_supported(), ArmCPUExpertsInt8 for
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -41,9 +42,16 @@ def verdicts(
     """For each engine that reads one of the formats, whether it loads a checkpoint of these linears and this attention.
 
     A mixed model is loaded by an engine only if every scheme is; the note is about the first that is not. `kept` are
-    linears that stay in float beside them; `experts` the linears of the experts of each layer.
+    linears that stay in float beside them; `experts` the linears of the experts of each layer. An engine that reads
+    several of the formats is named with each.
     """
-    return [_verdict(engine, linears, attention, kept, experts) for name in formats for engine in ENGINES[name]]
+    times = Counter(engine.name for name in formats for engine in ENGINES[name])
+    return [
+        replace(found, engine=f"{engine.name} ({name})") if times[engine.name] > 1 else found
+        for name in formats
+        for engine in ENGINES[name]
+        for found in [_verdict(engine, linears, attention, kept, experts)]
+    ]
 
 
 @dataclass(frozen=True)
@@ -201,6 +209,15 @@ def _mindie(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     return True, "not run here"
 
 
+def _as_float(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
+    """A dense checkpoint, which is a float model to all that load it."""
+    return True, "as a float model" + ("" if scheme.activations == "none" else ", with inputs in float")
+
+
+def _float_cache(attention: AttentionScheme) -> tuple[bool, str]:
+    return True, f"without {attention.name}"
+
+
 def _fp8_only(note: str) -> Callable[[AttentionScheme], tuple[bool, str]]:
     return lambda attention: (attention.kv == "fp8", note if attention.kv == "fp8" else "reads an fp8 cache only")
 
@@ -225,6 +242,9 @@ ENGINES: dict[str, tuple[_Engine, ...]] = {
     "ascend": (
         _Engine("vLLM-Ascend", _vllm_ascend, _vllm_ascend_cache, _JOINED),
         _Engine("MindIE", _mindie, lambda attention: (attention.kv != "fp8", "not run here")),
+    ),
+    "dense": tuple(
+        _Engine(name, _as_float, _float_cache) for name in ("vLLM on a CPU", "vLLM on a GPU", "transformers")
     ),
 }
 """Format → the engines that read it."""

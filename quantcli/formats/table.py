@@ -8,9 +8,9 @@ from types import ModuleType
 from typing import Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import ascend, compressed_tensors
+from quantcli.formats import ascend, compressed_tensors, dense
 
-FORMATS: dict[str, ModuleType] = {compressed_tensors.NAME: compressed_tensors, ascend.NAME: ascend}
+FORMATS: dict[str, ModuleType] = {form.NAME: form for form in (compressed_tensors, ascend, dense)}
 """Name in a recipe → module with
 
 NAME, STEM (of its weight files), WRITES_TIED_HEAD;

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError, VerificationError
-from quantcli.formats import verify_ascend
+from quantcli.formats import verify_ascend, verify_dense
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.folding import added_tensors
@@ -27,6 +27,9 @@ from quantcli.model.writer import DTYPE_NAMES
 from quantcli.quant.scheme import Scheme
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_DESCRIPTIONS = {"ascend": "quant_model_description.json", "dense": "quantization.json"}
+# what a linear's tensors have to be; codes of compressed-tensors are unpacked instead
+_EXPECTED = {"ascend": verify_ascend.expected_linear, "dense": verify_dense.expected_linear}
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,14 @@ def verify_checkpoint(
     with _damage():
         checkpoint = Checkpoint(folder)
         config = read_json(folder / "config.json")
-        description = read_json(folder / "quant_model_description.json") if form == "ascend" else {}
+        description = read_json(folder / _DESCRIPTIONS[form]) if form in _DESCRIPTIONS else {}
     if added_tensors(source) and config.get("tie_word_embeddings") is not False:
         raise VerificationError(f"{folder}: config.json ties an output head that is not.", "Export again.")
     paths = {module: checkpoint_prefix(module, weights) for module in store.attention_modules}
     if form == "ascend":
         verify_ascend.check_description(description, config, checkpoint.entries, store, weights, paths)
+    elif form == "dense":
+        verify_dense.check_record(description, config, store)
     elif not isinstance(config.get("quantization_config"), dict):
         if store.schemes or store.attention is not None or "quantization_config" in config:
             raise VerificationError(f"{folder}: config.json has no quantization_config.", "Export again.")
@@ -130,15 +135,15 @@ def _check_module(
         bias_value = checkpoint.read([bias])[bias] if bias is not None else None
     found = {suffix: tensors[name] for suffix, name in parts.items()}
     stored, scheme = store.read(module), store.schemes[module]
-    if form == "ascend":
-        _check_parts(module, found, verify_ascend.expected_linear(stored, scheme, store.dtype, bias_value))
+    if form in _EXPECTED:
+        _check_parts(module, found, _EXPECTED[form](stored, scheme, store.dtype, bias_value))
     else:
         _check_linear(module, found, stored, scheme)
 
 
 def _check_attention(module: str, path: str, checkpoint: Checkpoint, store: Store, form: str) -> list[str]:
     """The tensors of an attention module, which are those of the store."""
-    wanted: Mapping[str, Tensor | None] = store.read_attention(module)
+    wanted: Mapping[str, Tensor | None] = {} if form == "dense" else store.read_attention(module)
     if form == "ascend":
         assert store.attention is not None
         wanted = verify_ascend.expected_attention(store.read_attention(module), store.attention, store.dtype)

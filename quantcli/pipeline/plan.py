@@ -122,6 +122,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     _refuse_unheld(recipe, planned, attention)
     excluded_from_smoothing(recipe, structure)
     _refuse_rotation(recipe, structure)
+    _note_left_out(recipe, planned, attention, notes)
     section = recipe.quantize.rollback
     if ranked is None and section.level:
         notes.append(
@@ -457,6 +458,22 @@ def _refuse_unheld(recipe: Recipe, planned: Sequence[PlannedLinear], attention: 
         if attention is not None and (refusal := FORMATS[name].attention_refusal(attention)):
             raise RecipeError(f"export.formats: {name} cannot hold {attention.name}: it {refusal}.",
                               "Choose another format, or export: null.")  # fmt: skip
+
+
+def _note_left_out(
+    recipe: Recipe, planned: Sequence[PlannedLinear], attention: AttentionScheme | None, notes: list[str]
+) -> None:
+    """What a dense export does not have, as a note; refused where that export is the one that is measured."""
+    from quantcli.formats import dense
+
+    formats = recipe.export.formats if recipe.export else ()
+    missing = dense.left_out((p.scheme for p in planned if p.scheme is not None), attention)
+    if dense.NAME not in formats or not missing:
+        return
+    if formats[0] == dense.NAME and recipe.evaluate is not None:
+        raise RecipeError(f"export.formats: the first is measured, and dense does not have {missing}.",
+                          "Name another format before it, or set evaluate: null.")  # fmt: skip
+    notes.append(f"The export dense holds weights alone, without {missing}.")
 
 
 def _stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:

@@ -50,10 +50,12 @@ class ModelSection(Section):
 class ExportSection(Section):
     """The checkpoints to write."""
 
-    formats: Annotated[tuple[Literal["compressed-tensors", "ascend"], ...], Field(strict=False, min_length=1)] = Field(
+    formats: Annotated[
+        tuple[Literal["compressed-tensors", "ascend", "dense"], ...], Field(strict=False, min_length=1)
+    ] = Field(
         default=("compressed-tensors",),
         description="Checkpoint formats: compressed-tensors, which vLLM and transformers load; ascend, for vLLM-Ascend "
-        "and MindIE.",
+        "and MindIE; dense, the dequantized weights as a float model. The first is measured.",
     )
 
     @model_validator(mode="after")

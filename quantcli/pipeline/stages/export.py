@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours, the first
 # three behind the stem of the format.
 _WEIGHTS = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
-_DESCRIPTION = "quant_model_description.json"
+_DESCRIPTIONS = ("quant_model_description.json", "quantization.json")
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _writes(context: Context) -> tuple[str, ...]:
 
     assert context.recipe.export is not None
     forms = context.recipe.export.formats
-    names = {form: [*checkpoint_files(context.model, FORMATS[form].STEM), _DESCRIPTION] for form in forms}
+    names = {form: [*checkpoint_files(context.model, FORMATS[form].STEM), *_DESCRIPTIONS] for form in forms}
     return tuple(f"{form}/{name}" for form in forms for name in names[form])
 
 
