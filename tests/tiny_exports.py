@@ -157,7 +157,10 @@ def export_tiny(
 
 def _quantize(weight: Tensor, scheme: Scheme, dtype: str, seen: tuple[float, float] | None) -> StoredLinear:
     scale_dtype = getattr(torch, scheme.scale_dtype(dtype))
-    grid = WeightGrid(scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size, scale_dtype)
+    smallest = scheme.smallest_scale(dtype)
+    grid = WeightGrid(
+        scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size, scale_dtype, smallest_scale=smallest
+    )
     quantized = QuantizedWeight(*WEIGHT_METHODS["minmax"](weight, grid, None))
     if seen is None:
         return StoredLinear(quantized)

@@ -43,6 +43,8 @@ NAME = "ascend"
 STEM = "quant_model_weights"
 WRITES_TIED_HEAD = True
 """An output head that is tied to the embedding is written as a copy: engines look for its name in the description."""
+ONE_SCHEME = False
+FLOAT16_SCALES = False
 
 DESCRIPTION = "quant_model_description.json"
 TYPES = ("FLOAT", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S")

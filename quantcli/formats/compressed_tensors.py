@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 NAME = "compressed-tensors"
 STEM = "model"
 WRITES_TIED_HEAD = False
+ONE_SCHEME = False
+FLOAT16_SCALES = False
 
 
 def refusal(linear: Linear, scheme: Scheme) -> str:

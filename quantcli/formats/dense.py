@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 NAME = "dense"
 STEM = "model"
 WRITES_TIED_HEAD = False
+ONE_SCHEME = False
+FLOAT16_SCALES = False
 
 RECORD = "quantization.json"
 

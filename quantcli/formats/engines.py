@@ -209,6 +209,41 @@ def _mindie(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     return True, "not run here"
 
 
+def _vllm_cpu_words(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
+    """GPTQ on a CPU, by the kernel that packed weights of compressed-tensors have."""
+    if scheme.bits == 4 and not scheme.symmetric:
+        return False, "reads symmetric GPTQ weights only"
+    return _vllm_group_sizes(scheme) or _vllm_cpu(scheme, linears)
+
+
+def _vllm_gpu_words(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
+    if scheme.bits in (4, 8) and not scheme.symmetric:
+        return False, "reads symmetric GPTQ weights only"
+    return _vllm_gpu(scheme, linears)
+
+
+def _vllm_group_sizes(scheme: Scheme) -> tuple[bool, str] | None:
+    """vLLM asks on a CPU, too, for groups that Marlin has (verify_marlin_supported)."""
+    if scheme.group_size in (None, 32, 64, 128):
+        return None
+    return False, f"takes groups of 32, 64 or 128, not {scheme.group_size}"
+
+
+def _gptqmodel(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
+    if scheme.group_size is not None and (scheme.group_size < 16 or scheme.group_size & (scheme.group_size - 1)):
+        return False, f"its kernels take groups of powers of two from 16 on, not {scheme.group_size}"
+    return True, "with the packages gptqmodel and optimum; float16 is exact, bfloat16 nearly"
+
+
+def _no_cache(attention: AttentionScheme) -> tuple[bool, str]:
+    return False, "the format has no scales for it"
+
+
+def _experts_in_float(experts: Collection[Scheme | None], counts: Mapping[Scheme, int]) -> tuple[bool, str]:
+    quantized = any(experts)
+    return not quantized, "quantized experts in this format were not tried" if quantized else "experts in float"
+
+
 def _as_float(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     """A dense checkpoint, which is a float model to all that load it."""
     return True, "as a float model" + ("" if scheme.activations == "none" else ", with inputs in float")
@@ -242,6 +277,16 @@ ENGINES: dict[str, tuple[_Engine, ...]] = {
     "ascend": (
         _Engine("vLLM-Ascend", _vllm_ascend, _vllm_ascend_cache, _JOINED),
         _Engine("MindIE", _mindie, lambda attention: (attention.kv != "fp8", "not run here")),
+    ),
+    "gptq": (
+        _Engine("vLLM on a CPU", _vllm_cpu_words, _no_cache, _JOINED, _experts_in_float),
+        _Engine("vLLM on a GPU", _vllm_gpu_words, _no_cache, _JOINED, _experts_in_float),
+        _Engine("transformers", _gptqmodel, _no_cache, experts=_experts_in_float),
+    ),
+    "awq": (
+        _Engine("vLLM on a CPU", _vllm_cpu, _no_cache, _JOINED, _experts_in_float),
+        _Engine("vLLM on a GPU", _vllm_gpu, _no_cache, _JOINED, _experts_in_float),
+        _Engine("transformers", _gptqmodel, _no_cache, experts=_experts_in_float),
     ),
     "dense": tuple(
         _Engine(name, _as_float, _float_cache) for name in ("vLLM on a CPU", "vLLM on a GPU", "transformers")

@@ -79,7 +79,10 @@ class QuantizedCheckpoint:
                 raise self._damaged(module, suffix, f"has shape {tuple(tensor.shape)}, not {shape}")
         if "weight_shape" in parts and parts["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
             raise self._damaged(module, "weight_shape", f"says {parts['weight_shape'].tolist()}")
-        stored: StoredLinear = self.form.decode(parts, self.schemes[module])
+        try:
+            stored: StoredLinear = self.form.decode(parts, self.schemes[module])
+        except ModelError as error:
+            raise ModelError(f"{self.directory}: {module}: {error.message}", error.remedy) from error
         return stored
 
     def read_attention(self, module: str) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError
@@ -56,6 +57,16 @@ class StoredLinear:
             "input_zero_point": self.input_zero_point,
         }
         return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+
+def held_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale in the dtype of a format, its very values. Raises ModelError if one is not among those of the dtype."""
+    held = scale.to(dtype)
+    if not bool((held.float() == scale.float()).all()):
+        name = str(dtype).removeprefix("torch.")
+        raise ModelError(f"A scale of its codes is no {name} value, and this format stores {name}.",
+                         "Quantize with this format in export.formats.")  # fmt: skip
+    return held
 
 
 def block_file(folder: Path, index: int) -> Path:

@@ -8,12 +8,12 @@ from types import ModuleType
 from typing import Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import ascend, compressed_tensors, dense
+from quantcli.formats import ascend, awq, compressed_tensors, dense, gptq
 
-FORMATS: dict[str, ModuleType] = {form.NAME: form for form in (compressed_tensors, ascend, dense)}
+FORMATS: dict[str, ModuleType] = {form.NAME: form for form in (compressed_tensors, ascend, gptq, awq, dense)}
 """Name in a recipe → module with
 
-NAME, STEM (of its weight files), WRITES_TIED_HEAD;
+NAME, STEM (of its weight files), WRITES_TIED_HEAD, ONE_SCHEME, FLOAT16_SCALES;
 refusal, layout, encode, decode: a linear as tensors and back;
 attention_refusal, attention_names, attention_tensors: the scales of an attention module;
 documents: its JSON files; recognizes, described: what a directory is, and the schemes in it.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError, VerificationError
-from quantcli.formats import verify_ascend, verify_dense
+from quantcli.formats import verify_ascend, verify_dense, verify_gptq
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.folding import added_tensors
@@ -27,9 +27,18 @@ from quantcli.model.writer import DTYPE_NAMES
 from quantcli.quant.scheme import Scheme
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-_DESCRIPTIONS = {"ascend": "quant_model_description.json", "dense": "quantization.json"}
+_DESCRIPTIONS = {
+    "ascend": "quant_model_description.json",
+    "dense": "quantization.json",
+    "gptq": "quantize_config.json",
+}
 # what a linear's tensors have to be; codes of compressed-tensors are unpacked instead
-_EXPECTED = {"ascend": verify_ascend.expected_linear, "dense": verify_dense.expected_linear}
+_EXPECTED = {
+    "ascend": verify_ascend.expected_linear,
+    "dense": verify_dense.expected_linear,
+    "gptq": verify_gptq.expected_gptq,
+    "awq": verify_gptq.expected_awq,
+}
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,8 @@ def verify_checkpoint(
     the tensors are. Other files beside the weights are not looked at. `tied` maps a head that is tied and not in the
     float checkpoint to its embedding. Raises VerificationError with the module and the difference.
     """
+    if form in ("gptq", "awq") and not store.schemes:
+        form = "compressed-tensors"  # all are float checkpoints then
     with _damage():
         checkpoint = Checkpoint(folder)
         config = read_json(folder / "config.json")
@@ -67,6 +78,10 @@ def verify_checkpoint(
         verify_ascend.check_description(description, config, checkpoint.entries, store, weights, paths)
     elif form == "dense":
         verify_dense.check_record(description, config, store)
+    elif form == "gptq":
+        verify_gptq.check_gptq(config, description, store)
+    elif form == "awq":
+        verify_gptq.check_awq(config, store, _in_float(store, source, weights))
     elif not isinstance(config.get("quantization_config"), dict):
         if store.schemes or store.attention is not None or "quantization_config" in config:
             raise VerificationError(f"{folder}: config.json has no quantization_config.", "Export again.")
@@ -182,7 +197,7 @@ def _check_parts(module: str, tensors: dict[str, Tensor], wanted: Mapping[str, T
     for name, value in wanted.items():
         found = tensors.pop(name, None)
         _same(module, name, found, value)
-        if found is not None and name.endswith("scale"):
+        if found is not None and name.endswith(("scale", "scales")):
             _usable(module, name, found)
     if tensors:
         raise VerificationError(f"{module} has {next(iter(tensors))}, which its scheme does not.", "Export again.")
@@ -231,10 +246,7 @@ def _check_configuration(
     ignored = config.get("ignore")
     if not isinstance(ignored, list):
         raise VerificationError("config.json: quantization_config.ignore is no list.", "Export again.")
-    names = {tensor: module for module, tensor in weights.items()}
-    matrices = {n for n, e in source.entries.items() if n.endswith(".weight") and len(e.shape) == 2}
-    in_float = {names.get(name, name.removesuffix(".weight")) for name in matrices} - set(store.schemes)
-    in_float |= set(store.kept)
+    in_float = _in_float(store, source, weights)
     ignores = _matcher(ignored)
     for module in store.schemes:
         if ignores(module):
@@ -254,6 +266,14 @@ def _check_configuration(
             raise VerificationError(
                 f"{module}: config.json does not describe its scheme {scheme.name}.", "Export again."
             )
+
+
+def _in_float(store: Store, source: Checkpoint, weights: Mapping[str, str]) -> set[str]:
+    """Modules with a matrix that is not quantized, linear or not."""
+    names = {tensor: module for module, tensor in weights.items()}
+    matrices = {n for n, e in source.entries.items() if n.endswith(".weight") and len(e.shape) == 2}
+    found = {names.get(name, name.removesuffix(".weight")) for name in matrices} - set(store.schemes)
+    return found | set(store.kept)
 
 
 def _check_whole(config: Mapping[str, Any], store: Store) -> None:

@@ -281,7 +281,7 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
     for name in [name for name in unseen if name in pairs]:
         del pairs[name]
         reasons[name] = unseen[name]
-    treatments = _treatments(pairs, {name: linear for name, (linear, _) in places.items()}, notes)
+    treatments = _treatments(recipe, pairs, {name: linear for name, (linear, _) in places.items()}, notes)
     _refuse_split_siblings(recipe, structure.blocks, treatments)
     return [
         PlannedLinear(*places[name], treatments.get(name), reasons.get(name, ""), name in rolled_back) for name in names
@@ -336,9 +336,15 @@ def _unobservable(structure: Structure) -> dict[str, str]:
 
 
 def _treatments(
-    pairs: Mapping[str, tuple[WeightsSection, ActivationsSection]], linears: Mapping[str, Linear], notes: list[str]
+    recipe: Recipe,
+    pairs: Mapping[str, tuple[WeightsSection, ActivationsSection]],
+    linears: Mapping[str, Linear],
+    notes: list[str],
 ) -> dict[str, Treatment]:
     """Sections of the recipe as treatments; linears of one treatment get one group size, which divides all of them."""
+    from quantcli.formats.table import FORMATS
+
+    halves = any(FORMATS[name].FLOAT16_SCALES for name in (recipe.export.formats if recipe.export else ()))
     widths: dict[int, set[int]] = {}
     for name, (weights, _) in pairs.items():
         if weights.group_size is not None:
@@ -352,14 +358,16 @@ def _treatments(
     for pair in pairs.values():
         if pair not in made:
             group = sizes[pair[0].group_size] if pair[0].group_size is not None else None
-            made[pair] = Treatment(_scheme(*pair, group), *pair)
+            made[pair] = Treatment(_scheme(*pair, group, halves), *pair)
     return {name: made[pair] for name, pair in pairs.items()}
 
 
 _MODES = {"tensor": "static", "token": "dynamic", "mix": "mix"}
 
 
-def _scheme(weights: WeightsSection, activations: ActivationsSection, group_size: int | None) -> Scheme:
+def _scheme(
+    weights: WeightsSection, activations: ActivationsSection, group_size: int | None, float16_scales: bool
+) -> Scheme:
     mode = "none" if activations.bits == 16 else _MODES[activations.scope]
     return Scheme(
         bits=weights.bits,
@@ -370,6 +378,7 @@ def _scheme(weights: WeightsSection, activations: ActivationsSection, group_size
         activations_symmetric=activations.symmetric if mode != "none" else True,
         sparse=weights.sparse,
         activation_bits=8 if mode == "none" else activations.bits,
+        float16_scales=float16_scales,
     )
 
 
@@ -455,6 +464,14 @@ def _refuse_unheld(recipe: Recipe, planned: Sequence[PlannedLinear], attention: 
                     f"export.formats: {name} cannot hold {p.linear.name} as {p.treatment.scheme.name}: it {refusal}.",
                     "Choose another format or scheme, or export: null.",
                 )
+        schemes = list(dict.fromkeys(p.treatment.scheme.name for p in quantized if p.treatment is not None))
+        if section.ranks and section.to != "float":
+            schemes.append(section.to)
+        if FORMATS[name].ONE_SCHEME and len(schemes) > 1:
+            raise RecipeError(
+                f"export.formats: {name} holds one scheme for all linears, and there are {' and '.join(schemes[:2])}.",
+                "Choose compressed-tensors, or one scheme; linears that are rolled back may be float.",
+            )
         if attention is not None and (refusal := FORMATS[name].attention_refusal(attention)):
             raise RecipeError(f"export.formats: {name} cannot hold {attention.name}: it {refusal}.",
                               "Choose another format, or export: null.")  # fmt: skip

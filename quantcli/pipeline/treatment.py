@@ -233,7 +233,15 @@ def weight_grid(treatment: Treatment, dtype: str) -> WeightGrid:
     scheme = treatment.scheme
     scale_dtype = getattr(torch, scheme.scale_dtype(dtype))
     signed = treatment.weights.full_range
-    return WeightGrid(scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size, scale_dtype, signed)
+    return WeightGrid(
+        scheme.bits,
+        scheme.symmetric,
+        scheme.granularity,
+        scheme.group_size,
+        scale_dtype,
+        signed,
+        scheme.smallest_scale(dtype),
+    )
 
 
 def _short(value: float) -> float:

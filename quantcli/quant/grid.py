@@ -33,6 +33,7 @@ class WeightGrid:
     group_size: int | None = None
     scale_dtype: torch.dtype = torch.float32
     signed_scales: bool = True
+    smallest_scale: float = 0.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -62,6 +63,12 @@ class WeightGrid:
         where `signed_scales` is false.
         """
         return self.signed_scales and self.symmetric and (self.bits < 8 or self.granularity == "group")
+
+    def stored(self, scale: Tensor) -> Tensor:
+        """`stored_scale` of this grid: a smaller magnitude than `smallest_scale` becomes that one, and 0 is 1."""
+        if self.smallest_scale:
+            scale = torch.where(scale == 0, scale, scale.abs().clamp(min=self.smallest_scale).copysign(scale))
+        return stored_scale(scale, self.scale_dtype)
 
 
 class QuantizedWeight(NamedTuple):

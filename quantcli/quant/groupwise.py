@@ -16,7 +16,6 @@ from quantcli.quant.grid import (
     quantize_codes,
     round_to_codes_,
     row_runs,
-    stored_scale,
 )
 from quantcli.quant.minmax import check_weight
 
@@ -113,7 +112,7 @@ def better_as_stored(
     """Group by group `found` with its scale rounded to grid.scale_dtype, or `start`, whose scale is so rounded already,
     where that has a smaller sum of `loss_` (in place, elementwise) over the errors. scratch as `codes_and_error`
     takes it."""
-    scale, zero = stored_scale(found[0], grid.scale_dtype), found[1]
+    scale, zero = grid.stored(found[0]), found[1]
     losses = []
     for parameters in (start, (scale, zero)):
         total = torch.zeros_like(scale)

@@ -12,7 +12,6 @@ from quantcli.quant.grid import (
     group_count,
     quantize_codes,
     round_to_codes_,
-    stored_scale,
 )
 
 
@@ -59,11 +58,11 @@ def minmax_scale(low: Tensor, high: Tensor, grid: WeightGrid) -> tuple[Tensor, T
         low, high = low.clamp(max=0), high.clamp(min=0)
         levels = grid.qmax - grid.qmin
         # Divided one by one: high - low may overflow float32 where the scale does not.
-        scale = stored_scale(high / levels - low / levels, grid.scale_dtype)
+        scale = grid.stored(high / levels - low / levels)
         return scale, zero_for(low, scale, grid)
     if grid.full_range:
-        return stored_scale(torch.where(-low >= high, low, high) / grid.qmin, grid.scale_dtype), None
-    return stored_scale(torch.maximum(high, -low) / grid.qmax, grid.scale_dtype), None
+        return grid.stored(torch.where(-low >= high, low, high) / grid.qmin), None
+    return grid.stored(torch.maximum(high, -low) / grid.qmax), None
 
 
 def zero_for(low: Tensor, scale: Tensor, grid: WeightGrid) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantcli.quant.gptq import BLOCK, INNER
-from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, stored_scale
+from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def refitted(weight: Tensor, quantized: QuantizedWeight, grid: WeightGrid, hessi
         curvature = (codes * product[:, columns]).sum(1, keepdim=True)
         if rows == 1:
             gain, curvature = gain.sum(0, keepdim=True), curvature.sum(0, keepdim=True)
-        found = stored_scale(scale[:, g : g + 1] + torch.nan_to_num(gain / curvature), grid.scale_dtype)
+        found = grid.stored(scale[:, g : g + 1] + torch.nan_to_num(gain / curvature))
         change = found - scale[:, g : g + 1]
         taken = 2 * change * gain > change.square() * curvature
         if not grid.full_range:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quantcli.quant.grid import QuantizedWeight, WeightGrid, stored_scale
+from quantcli.quant.grid import QuantizedWeight, WeightGrid
 
 DRAW = 0.5
 """How far, of the way from the middle of its code to its edge, a weight beyond that edge starts."""
@@ -55,5 +55,5 @@ class LearnedRounding:
     def quantized(self) -> QuantizedWeight:
         """The codes and scales as stored."""
         codes = (self.centre + self.offset).round_().clamp_(self.grid.qmin, self.grid.qmax)
-        scale = stored_scale(self.scale * self.stretch.exp(), self.grid.scale_dtype).to(self.grid.scale_dtype)
+        scale = self.grid.stored(self.scale * self.stretch.exp()).to(self.grid.scale_dtype)
         return QuantizedWeight(codes.to(torch.int8).view(self.weight_shape), scale, self.zero_point)

@@ -14,6 +14,7 @@ class Scheme:
     for every token, found while serving; `mix` is dynamic for prompts and static for decoding (W8A8_MIX of Ascend).
     activation_bits: 8, or 4 for dynamic inputs; without meaning for inputs in float.
     sparse: most codes are zero or small, for engines that compress them (W8A8S of Ascend); the arithmetic is the same.
+    float16_scales: scales are values that float16 holds, for formats that store them so; the arithmetic is the same.
     """
 
     bits: int
@@ -24,6 +25,7 @@ class Scheme:
     activations_symmetric: bool = True
     sparse: bool = False
     activation_bits: int = 8
+    float16_scales: bool = False
 
     @property
     def observed(self) -> bool:
@@ -50,10 +52,22 @@ class Scheme:
         return " ".join(parts)
 
     def scale_dtype(self, model_dtype: str) -> str:
-        """The dtype in which engines hold the scale: float32 beside W8A8 products, else the model's own."""
-        if self.int8_products or model_dtype not in ("bfloat16", "float16"):
+        """The dtype in which engines hold the scale: float32 beside W8A8 products, else the model's own.
+
+        With `float16_scales` that of a float32 model is float16. Engines turn float16 scales into those of the model's
+        dtype when they load, so those of a bfloat16 model stay bfloat16 values, of the size that both dtypes hold
+        (`smallest_scale`).
+        """
+        if self.int8_products:
             return "float32"
+        if model_dtype not in ("bfloat16", "float16"):
+            return "float16" if self.float16_scales else "float32"
         return model_dtype
+
+    def smallest_scale(self, model_dtype: str) -> float:
+        """Scales of smaller magnitude become this one: 2^-17 where bfloat16 ones have to be float16 values, since
+        float16 has steps of 2^-24 there, and so 8 bits; 0 elsewhere."""
+        return 2.0**-17 if self.float16_scales and self.scale_dtype(model_dtype) == "bfloat16" else 0.0
 
     def scale_shape(self, out_features: int, in_features: int) -> tuple[int, int]:
         """Shape of the scale of a weight [out, in]."""

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantcli.quant.grid import QuantizedWeight, WeightGrid, group_count, stored_scale
+from quantcli.quant.grid import QuantizedWeight, WeightGrid, group_count
 from quantcli.quant.groupwise import centred_codes, quantize_groups
 from quantcli.quant.minmax import check_weight, minmax_scale, zero_for
 
@@ -65,14 +65,14 @@ def _trials(low: Tensor, high: Tensor, start: Tensor, grid: WeightGrid) -> Itera
         if both_signs:
             yield -start, None
         for ratio in RATIOS:
-            scale = stored_scale(start * ratio, grid.scale_dtype)
+            scale = grid.stored(start * ratio)
             yield scale, None
             if both_signs:
                 yield -scale, None
         return
     low = low.clamp(max=0)
     for ratio in RATIOS:
-        scale = stored_scale(start * ratio, grid.scale_dtype)
+        scale = grid.stored(start * ratio)
         yield scale, zero_for(low * ratio, scale, grid)
 
 
@@ -122,7 +122,7 @@ def _refitted_scale(
             total += product.sum(-1, keepdim=True).sum_to_size(scale.shape)
     refitted = numerator / denominator
     usable = refitted.isfinite() & (refitted != 0)
-    return torch.where(usable, stored_scale(refitted, grid.scale_dtype), scale)
+    return torch.where(usable, grid.stored(refitted), scale)
 
 
 def _checked_importance(importance: Tensor, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from quantcli.quant.grid import QuantizedWeight, WeightGrid, float_blocks, quantize_codes, stored_scale
+from quantcli.quant.grid import QuantizedWeight, WeightGrid, float_blocks, quantize_codes
 from quantcli.quant.minmax import check_weight
 
 SparseMode = Literal["co_sparse", "low_bit", "low_bit_sigma"]
@@ -73,7 +73,7 @@ def sparse_weight(
     if grid.granularity == "tensor":
         inlier, largest = inlier.amax().reshape(1, 1), largest.amax().reshape(1, 1)
     inlier = torch.where(inlier == 0, largest, inlier)
-    scale = stored_scale(inlier / INLIER_CODE, grid.scale_dtype).to(grid.scale_dtype)
+    scale = grid.stored(inlier / INLIER_CODE).to(grid.scale_dtype)
     return QuantizedWeight(quantize_codes(weight, scale, None, grid), scale, None)
 
 

@@ -44,6 +44,14 @@ RUNS = {
         "w4a16", "--set", "calibration=null", "--set", "quantize.weights.group_size=64",
         "--set", "quantize.weights.importance=none",
     ],
+    "GPTQ": [
+        "w4a16", "--set", "calibration=null", "--set", "quantize.weights={group_size: 64, importance: none}",
+        "--set", "export.formats=[gptq]", "--set", 'quantize.rollback.names=["*.0.mlp.down_proj"]',
+    ],
+    "AWQ": [
+        "w4a16", "--set", "calibration=null", "--set", "quantize.weights={group_size: 64, importance: none, "
+        "symmetric: false}", "--set", "export.formats=[awq]", "--set", 'quantize.rollback.names=["*.0.mlp.down_proj"]',
+    ],
     "W8A8 dynamic, MLP in W4A16 g64": [
         "w8a8-dynamic", *QUICK, "--set", 'quantize.overrides=[{match: "*.mlp.*", scheme: W4A16, '
         "weights: {group_size: 64, importance: none}}]",
@@ -122,7 +130,7 @@ def test_linears_are_those_of_the_engine(tmp_path: Path) -> None:
 def test_vllm_serves_the_export_with_the_reported_perplexity(name: str, place: Path) -> None:
     output = run(name, place)
     results = json.loads((output / "eval-ppl" / "results.json").read_text())
-    checkpoint = output / "export" / "compressed-tensors"
+    checkpoint = output / "export" / results["checkpoint"]
     questions, answers = output / "questions.json", output / "answers.json"
     windows = windows_of(checkpoint)
     questions.write_text(json.dumps({"prompts": ["The capital of France is"], "windows": windows}))

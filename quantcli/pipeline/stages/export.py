@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours, the first
 # three behind the stem of the format.
 _WEIGHTS = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
-_DESCRIPTIONS = ("quant_model_description.json", "quantization.json")
+_DESCRIPTIONS = ("quant_model_description.json", "quantization.json", "quantize_config.json")
 
 
 def _identity(context: Context) -> dict[str, Any]:

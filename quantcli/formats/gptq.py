@@ -1,0 +1,216 @@
+"""GPTQ checkpoints, the format of AutoGPTQ and GPTQModel, which vLLM and transformers load.
+
+Of a linear X [out, in] with b-bit codes q, groups of g inputs (or one, of all) and u = q + 2^(b-1), z likewise:
+
+    X.qweight  int32 [in·b/32, out]         u packed along the input, from the lowest bit on, without gaps
+    X.qzeros   int32 [in/g, out·b/32]       z packed along the output likewise; v1 holds z − 1
+    X.scales   float16 [in/g, out]          s, negative where the grid's full range is used: kernels multiply by it
+    X.g_idx    int32 [in]                   the group of each input: i // g
+    X.bias                                  as in the float model
+
+    W[o, i] = (u − z)·s
+
+checkpoint_format in config.json is `gptq` (v1) or `gptq_v2`. All loaders know v1, but of z = 0 it cannot hold z − 1:
+writers let it wrap around and borrow from the next zero point, and loaders disagree about what they find. So symmetric
+weights, whose z is 2^(b-1), are written as v1 and asymmetric ones as v2. Symmetric ones are read of both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantcli.errors import ModelError
+from quantcli.model.checkpoint import Checkpoint
+from quantcli.model.structure import Linear
+from quantcli.quant.scheme import AttentionScheme, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantcli.formats.store import Store, StoredLinear
+
+NAME = "gptq"
+STEM = "model"
+WRITES_TIED_HEAD = False
+ONE_SCHEME = True
+FLOAT16_SCALES = True
+
+BITS = (2, 3, 4, 8)
+CONFIG = "quantize_config.json"
+"""Beside config.json, which says the same: older loaders look for it."""
+
+
+def refusal(linear: Linear, scheme: Scheme) -> str:
+    """Why this format cannot hold the linear under the scheme; empty when it can."""
+    if linear.transposed:
+        return "is written for Linear modules only, and this model's are stored transposed (Conv1D)"
+    if scheme.activations != "none":
+        return "holds weights alone, with inputs in float"
+    if scheme.bits not in BITS:
+        return f"holds weights of 2, 3, 4 and 8 bits, not {scheme.bits}"
+    if scheme.granularity == "tensor":
+        return "holds a scale a channel or group, not a tensor"
+    for width in (linear.in_features, linear.out_features):
+        if width * scheme.bits % 32:
+            return f"packs whole words of 32 bits, which {width} values of {scheme.bits} bits do not fill"
+    return ""
+
+
+def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensors that stand for X.weight: suffix → (dtype, shape), without a value. Known before anything is computed."""
+    out, inner = linear.out_features, linear.in_features
+    groups = scheme.scale_shape(out, inner)[1]
+    return {
+        "qweight": ("int32", (inner * scheme.bits // 32, out)),
+        "qzeros": ("int32", (groups, out * scheme.bits // 32)),
+        "scales": ("float16", (groups, out)),
+        "g_idx": ("int32", (inner,)),
+    }
+
+
+def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor]:
+    """The tensors of `layout` from the store's codes. Raises ModelError for a scale that float16 does not hold."""
+    import torch
+
+    from quantcli.formats.store import held_scale
+    from quantcli.quant.packing import pack_int32
+
+    codes, scale, zero_point = stored.weight
+    inner = codes.shape[1]
+    if zero_point is None:
+        zero_point = torch.full(scale.shape, -1, dtype=torch.int8)  # v1: one less than the middle
+    return {
+        "qweight": pack_int32(codes, scheme.bits).t().contiguous(),
+        "qzeros": pack_int32(zero_point.t().contiguous(), scheme.bits),
+        "scales": held_scale(scale, torch.float16).t().contiguous(),
+        "g_idx": torch.arange(inner, dtype=torch.int32) // (inner // scale.shape[1]),
+    }
+
+
+def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
+    """The inverse of `encode`, from tensors by suffix, which have to have the shapes of `layout`.
+
+    Raises ModelError if inputs are grouped out of their order, or symmetric weights have zero points.
+    """
+    import torch
+
+    from quantcli.formats.store import StoredLinear
+    from quantcli.quant.grid import QuantizedWeight
+    from quantcli.quant.packing import unpack_int32
+
+    groups, out = tensors["scales"].shape
+    inner = len(tensors["g_idx"])
+    if not torch.equal(tensors["g_idx"].long(), torch.arange(inner) // (inner // groups)):
+        raise ModelError("g_idx groups inputs out of their order (desc_act), which is not supported.",
+                         "Quantize with desc_act: false, or with static groups.")  # fmt: skip
+    codes = unpack_int32(tensors["qweight"].t().contiguous(), scheme.bits, inner)
+    zero_point: Tensor | None = unpack_int32(tensors["qzeros"], scheme.bits, out).t().contiguous()
+    if scheme.symmetric:
+        assert zero_point is not None
+        if not bool(((zero_point == -1) | (zero_point == 0)).all()) or zero_point.unique().numel() > 1:
+            raise ModelError("qzeros holds zero points, though the weights are said to be symmetric.")
+        zero_point = None
+    return StoredLinear(QuantizedWeight(codes, tensors["scales"].t().contiguous(), zero_point))
+
+
+def attention_refusal(attention: AttentionScheme) -> str:
+    """Why this format cannot hold keys, values and queries under the scheme; empty when it can."""
+    return "has no scales for caches or attention"
+
+
+def attention_names(path: str, attention: AttentionScheme) -> dict[str, str]:
+    """None: see `attention_refusal`."""
+    return {}
+
+
+def attention_tensors(
+    path: str, parts: Mapping[str, Tensor], attention: AttentionScheme, dtype: str
+) -> dict[str, Tensor]:
+    """None: see `attention_refusal`."""
+    return {}
+
+
+def documents(
+    config: Mapping[str, Any], store: Store, kept: set[str], owners: Mapping[str, str | None]
+) -> dict[str, dict[str, Any]]:
+    """config.json with its quantization_config, and that alone for older loaders; a float model where nothing is
+    quantized."""
+    content = {key: value for key, value in config.items() if key != "quantization_config"}
+    if not store.schemes:
+        return {"config.json": content}
+    quantization = configuration(store.schemes, store.kept)
+    return {CONFIG: quantization, "config.json": content | {"quantization_config": quantization}}
+
+
+def configuration(schemes: Mapping[str, Scheme], kept: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config`: one scheme for all linears but those of `kept`.
+
+    What of the blocks stays in float is told twice: `dynamic` is GPTQModel's way, `modules_in_block_to_quantize` that
+    of transformers; vLLM reads both. Raises ModelError for several schemes.
+    """
+    if len(set(schemes.values())) > 1:
+        raise ModelError("gptq holds one scheme for all linears.", "Export as compressed-tensors.")
+    scheme = next(iter(schemes.values()))
+    content: dict[str, Any] = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq" if scheme.symmetric else "gptq_v2",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size or -1,
+        "sym": scheme.symmetric,
+        "desc_act": False,
+        "lm_head": any(not in_block(name) for name in schemes),
+    }
+    left = [name for name in kept if in_block(name)]
+    if left:
+        content["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
+        content["modules_in_block_to_quantize"] = [[name for name in schemes if in_block(name)]]
+    return content
+
+
+def in_block(module: str) -> bool:
+    """Whether a module is in a decoder block, which a number names; the output head is not."""
+    return any(part.isdigit() for part in module.split("."))
+
+
+def recognizes(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a directory holds a checkpoint of this format."""
+    content = config.get("quantization_config")
+    return isinstance(content, dict) and content.get("quant_method") == NAME
+
+
+def described(
+    checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, str]
+) -> tuple[dict[str, Scheme], AttentionScheme | None]:
+    """The scheme of each linear that has a qweight: bits and groups by the shapes of its tensors, the rest from
+    config.json. Raises ModelError for packed words that are not int32, or asymmetric weights of v1."""
+    content = config["quantization_config"]
+    symmetric = content.get("sym", True) is not False
+    version = content.get("checkpoint_format") or content.get("format") or "gptq"
+    if version not in ("gptq", "gptq_v2") or content.get("pack_dtype", "int32") != "int32":
+        raise ModelError(f"{checkpoint.directory}: checkpoint_format {version!r} with words of "
+                         f"{content.get('pack_dtype', 'int32')} is not supported.",
+                         "Known: gptq and gptq_v2 with int32.")  # fmt: skip
+    if version == "gptq" and not symmetric:
+        raise ModelError(f"{checkpoint.directory}: asymmetric weights with checkpoint_format gptq have zero points "
+                         "less one, which is not told apart from zero.", "Save it as gptq_v2.")  # fmt: skip
+    schemes = {}
+    for module, weight in weights.items():
+        prefix = weight.removesuffix(".weight")
+        packed, scales, g_idx = (checkpoint.entries.get(f"{prefix}.{part}") for part in ("qweight", "scales", "g_idx"))
+        if packed is not None:
+            if scales is None or g_idx is None:
+                raise ModelError(f"{checkpoint.directory}: {prefix} has a qweight without scales or g_idx.")
+            inner, groups = g_idx.shape[0], scales.shape[0]
+            bits = packed.shape[0] * 32 // inner
+            schemes[module] = grouped(bits, symmetric, inner, groups, content.get("group_size"))
+    return schemes, None
+
+
+def grouped(bits: int, symmetric: bool, inner: int, groups: int, declared: object) -> Scheme:
+    """The scheme of a weight with `groups` scales a channel; one is a group where config.json declares its size."""
+    if groups == 1 and declared != inner:
+        return Scheme(bits, symmetric)
+    return Scheme(bits, symmetric, "group", inner // groups)

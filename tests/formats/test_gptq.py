@@ -1,0 +1,438 @@
+"""GPTQ and AWQ: codes and scales come back, the words are those of the formats, and damage of either is found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny_exports import Export, export_tiny
+from tiny_models import save_tiny_model
+from torch import Tensor
+
+from quantcli.errors import ModelError, RecipeError, VerificationError
+from quantcli.formats import awq, gptq
+from quantcli.formats.engines import verdicts
+from quantcli.formats.store import held_scale
+from quantcli.model.discovery import discover
+from quantcli.model.structure import Linear
+from quantcli.pipeline.plan import make_plan
+from quantcli.quant.grid import WeightGrid, dequantize
+from quantcli.quant.methods import WEIGHT_METHODS
+from quantcli.quant.scheme import AttentionScheme, Scheme
+from quantcli.recipe.schema import Recipe
+
+
+def weights(bits: int, symmetric: bool = True, group_size: int | None = 32) -> Scheme:
+    granularity = "group" if group_size else "channel"
+    return Scheme(bits, symmetric, granularity, group_size, float16_scales=True)  # type: ignore[arg-type]
+
+
+GPTQ = {
+    "W4 g32": weights(4),
+    "W4": weights(4, group_size=None),
+    "W8 g32": weights(8),
+    "W3 g32": weights(3),
+    "W2 g64": weights(2, group_size=64),
+    "W4 g32 asym": weights(4, symmetric=False),
+    "W3 asym": weights(3, symmetric=False, group_size=None),
+    "W8 g32 asym": weights(8, symmetric=False),
+}
+AWQ = {name: GPTQ[name] for name in ("W4 g32", "W4", "W4 g32 asym")}
+RUNS = [("gptq", name) for name in GPTQ] + [("awq", name) for name in AWQ]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+UP = "model.layers.1.mlp.up_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+
+Made = Callable[..., Export]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """(format, name of a scheme, dtype) → an export of the tiny llama with one linear in float, not to be changed."""
+    known: dict[tuple[str, str, torch.dtype], Export] = {}
+
+    def get(form: str, name: str, dtype: torch.dtype = torch.bfloat16) -> Export:
+        key = (form, name, dtype)
+        if key not in known:
+            place = tmp_path_factory.mktemp(form)
+            known[key] = export_tiny(place, GPTQ[name], dtype=dtype, form=form, kept=[DOWN])
+        return known[key]
+
+    return get
+
+
+def tensors_of(export: Export) -> dict[str, Tensor]:
+    return load_file(export.folder / "model.safetensors")
+
+
+def copy_of(export: Export, place: Path) -> Export:
+    shutil.rmtree(place / "copy", ignore_errors=True)
+    shutil.copytree(export.folder, place / "copy")
+    return Export(place / "copy", export.model, export.structure, export.store, export.source, export.form)
+
+
+def change_tensors(export: Export, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    tensors = {name: tensor.clone() for name, tensor in tensors_of(export).items()}
+    change(tensors)
+    save_file(tensors, export.folder / "model.safetensors", {"format": "pt"})
+
+
+# ------------------------------------------------------------------------------------------------------ round trip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("form", "name"), RUNS)
+def test_codes_and_scales_come_back(form: str, name: str, dtype: torch.dtype, made: Made) -> None:
+    export, scheme = made(form, name, dtype), GPTQ[name]
+    reader = export.reader()
+    assert reader.schemes.keys() == export.store.schemes.keys()
+    assert {s.name for s in reader.schemes.values()} == {scheme.name}
+    for module in export.store.schemes:
+        found, stored = reader.read_linear(module).weight, export.store.read(module).weight
+        assert torch.equal(found.codes, stored.codes)
+        assert found.scale.dtype == torch.float16
+        assert torch.equal(found.scale.float(), stored.scale.float())
+        assert (found.zero_point is None) == scheme.symmetric
+        assert found.zero_point is None or torch.equal(found.zero_point, stored.zero_point)
+        assert torch.equal(dequantize(found, dtype), dequantize(stored, dtype))
+    assert export.verify().linears == 13
+    assert f"{DOWN}.weight" in tensors_of(export)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma3", "phi3", "opt", "falcon", "gpt-neox"])
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_every_family_is_written_and_read(form: str, family: str, tmp_path: Path) -> None:
+    export = export_tiny(tmp_path, weights(4), family, dtype=torch.bfloat16, form=form)
+    reader = export.reader()
+    for module in export.store.schemes:
+        assert torch.equal(reader.read_linear(module).weight.codes, export.store.read(module).weight.codes)
+    export.verify()
+
+
+def test_a_quantized_head_is_said(tmp_path: Path) -> None:
+    export = export_tiny(tmp_path, weights(4), form="gptq", others={"lm_head": weights(4)}, vocab_size=256)
+    assert json.loads((export.folder / "quantize_config.json").read_text())["lm_head"] is True
+    assert "lm_head" in export.reader().schemes
+    export.verify()
+
+
+# ------------------------------------------------------------------------------------------------------ the words
+
+
+def bits_of(word: int, start: int, count: int) -> int:
+    return (word >> start) & ((1 << count) - 1)
+
+
+@pytest.mark.parametrize("name", GPTQ)
+def test_a_gptq_weight_by_the_formula(name: str, made: Made) -> None:
+    """Value i of a row is bits i·b to i·b + b of the words as one long number; v1 zero points are one less."""
+    scheme, bits = GPTQ[name], GPTQ[name].bits
+    export = made("gptq", name)
+    t = {part: tensors_of(export)[f"{UP}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
+    weight = dequantize(export.store.read(UP).weight)
+    version = json.loads((export.folder / "config.json").read_text())["quantization_config"]["checkpoint_format"]
+    assert version == ("gptq" if scheme.symmetric else "gptq_v2")
+    for out, inner in [(0, 0), (0, 31), (5, 10), (77, 42), (127, 63)]:
+        column = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(t["qweight"][:, out].tolist()))
+        group = int(t["g_idx"][inner])
+        row = sum((word & 0xFFFFFFFF) << (32 * i) for i, word in enumerate(t["qzeros"][group].tolist()))
+        zero = bits_of(row, out * bits, bits) + (version == "gptq")
+        value = (bits_of(column, inner * bits, bits) - zero) * float(t["scales"][group, out])
+        assert value == float(weight[out, inner])
+
+
+def test_zero_points_of_symmetric_weights(made: Made) -> None:
+    assert set(tensors_of(made("gptq", "W4 g32"))[f"{UP}.qzeros"].unique().tolist()) == {0x77777777}
+    assert set(tensors_of(made("awq", "W4 g32"))[f"{UP}.qzeros"].unique().tolist()) == {0x88888888 - (1 << 32)}
+
+
+def test_an_awq_weight_by_the_formula(made: Made) -> None:
+    export = made("awq", "W4 g32 asym")
+    t = {part: tensors_of(export)[f"{UP}.{part}"] for part in ("qweight", "qzeros", "scales")}
+    weight = dequantize(export.store.read(UP).weight)
+    nibble = {0: 0, 1: 4, 2: 1, 3: 5, 4: 2, 5: 6, 6: 3, 7: 7}  # of each of eight outputs
+    for out, inner in [(0, 0), (1, 0), (6, 33), (77, 42), (127, 63)]:
+        place = 4 * nibble[out % 8]
+        code = bits_of(int(t["qweight"][inner, out // 8]), place, 4)
+        zero = bits_of(int(t["qzeros"][inner // 32, out // 8]), place, 4)
+        assert (code - zero) * float(t["scales"][inner // 32, out]) == float(weight[out, inner])
+
+
+def test_what_stays_in_float_is_named(made: Made) -> None:
+    config = json.loads((made("gptq", "W4 g32").folder / "config.json").read_text())["quantization_config"]
+    assert config["dynamic"] == {r"-:^model\.layers\.1\.mlp\.down_proj$": {}}
+    assert len(config["modules_in_block_to_quantize"][0]) == 13
+    assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (4, 32, True, False)
+    config = json.loads((made("awq", "W4").folder / "config.json").read_text())["quantization_config"]
+    assert config["modules_to_not_convert"] == ["lm_head", "model.embed_tokens", DOWN]
+    assert (config["bits"], config["group_size"], config["zero_point"]) == (4, -1, True)
+
+
+# ------------------------------------------------------------------------------------------------------ scales
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "ssz", "hqq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bfloat16_scales_are_float16_values_however_small(method: str, symmetric: bool) -> None:
+    scheme = weights(4, symmetric)
+    assert scheme.scale_dtype("float32") == scheme.scale_dtype("float16") == "float16"
+    assert scheme.scale_dtype("bfloat16") == "bfloat16"
+    size = scheme.smallest_scale("bfloat16")
+    grid = WeightGrid(4, symmetric, "group", 32, torch.bfloat16, smallest_scale=size)
+    rows = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    weight = rows * torch.logspace(-12, 1, 64)[:, None]
+    weight[5] = 0
+    scale = WEIGHT_METHODS[method](weight, grid, None).scale
+    assert scale.dtype == torch.bfloat16
+    assert held_scale(scale, torch.float16).dtype == torch.float16
+    assert scale.float().abs().min() == size
+    assert bool((scale[5] == 1).all())
+    plain = WEIGHT_METHODS[method](weight, WeightGrid(4, symmetric, "group", 32, torch.bfloat16), None).scale
+    assert torch.equal(plain[40:], scale[40:])
+    with pytest.raises(ModelError, match="no float16 value"):
+        held_scale(plain, torch.float16)
+
+
+def test_quantized_for_another_format_scales_may_not_fit(tmp_path: Path) -> None:
+    scheme = Scheme(4, granularity="group", group_size=32)
+    with pytest.raises(ModelError, match=r"_proj: A scale of its codes is no float16 value"):
+        export_tiny(tmp_path, scheme, dtype=torch.float32, form="gptq")
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("form", "linear", "scheme", "reason"),
+    [
+        (gptq, Linear("l.0.x", 64, 64, transposed=True), weights(4), "Conv1D"),
+        (gptq, Linear("l.0.x", 64, 64), Scheme(8, activations="dynamic"), "weights alone"),
+        (gptq, Linear("l.0.x", 64, 64), Scheme(5), "2, 3, 4 and 8 bits"),
+        (gptq, Linear("l.0.x", 64, 64), Scheme(4, granularity="tensor"), "not a tensor"),
+        (gptq, Linear("l.0.x", 48, 64), weights(3, group_size=16), "48 values of 3 bits"),
+        (gptq, Linear("l.0.x", 64, 36), weights(4), "36 values of 4 bits"),
+        (awq, Linear("l.0.x", 64, 64, transposed=True), weights(4), "Conv1D"),
+        (awq, Linear("l.0.x", 64, 64), weights(8), "weights of 4 bits"),
+        (awq, Linear("l.0.x", 64, 64), Scheme(4, activations="dynamic"), "weights alone"),
+        (awq, Linear("l.0.x", 64, 64), Scheme(4, granularity="tensor"), "not a tensor"),
+        (awq, Linear("l.0.x", 64, 36), weights(4), "by eight"),
+        (awq, Linear("lm_head", 64, 64), weights(4), "output head in float"),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(form: Any, linear: Linear, scheme: Scheme, reason: str) -> None:
+    assert reason in form.refusal(linear, scheme)
+    assert not form.refusal(Linear("l.0.x", 64, 64), weights(4))
+    assert form.attention_refusal(AttentionScheme(kv="fp8"))
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_a_plan_takes_one_scheme_and_scales_that_both_dtypes_hold(form: str, tmp_path: Path) -> None:
+    structure = discover(save_tiny_model("llama", tmp_path / "model"))
+
+    def plan(quantize: dict[str, Any], formats: list[str]) -> Any:
+        content = {"version": 1, "model": {"path": "model"}, "output": "out", "calibration": {},
+                   "quantize": quantize, "export": {"formats": formats}}  # fmt: skip
+        return make_plan(Recipe.model_validate(content), tmp_path / "model", structure)
+
+    four: dict[str, Any] = {"weights": {"bits": 4, "granularity": "group", "group_size": 32}}
+    made = plan(four | {"rollback": {"names": ["*.down_proj"]}}, ["compressed-tensors", form])
+    assert {scheme.float16_scales for _, scheme in made.schemes.values()} == {True}
+    assert not any(scheme.float16_scales for _, scheme in plan(four, ["compressed-tensors"]).schemes.values())
+    mixed = {"overrides": [{"match": "*.down_proj", "weights": {"group_size": 16}}]}
+    with pytest.raises(RecipeError, match=rf"{form} holds one scheme for all linears, and there are W4A16 g32 and"):
+        plan(four | mixed, [form])
+    with pytest.raises(RecipeError, match="one scheme for all linears, and there are W4A16 g32 and W8A16"):
+        plan(four | {"rollback": {"level": 2, "to": "W8A16"}}, [form])
+    with pytest.raises(RecipeError, match="weights alone"):
+        plan({"activations": {"bits": 8}}, [form])
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "loads"),
+    [
+        ("gptq", weights(4), [True, True, True]),
+        ("gptq", weights(4, group_size=None), [True, True, True]),
+        ("gptq", weights(4, symmetric=False), [False, False, True]),
+        ("gptq", weights(8), [False, True, True]),
+        ("gptq", weights(3), [False, False, True]),
+        ("gptq", weights(4, group_size=16), [False, False, True]),
+        ("gptq", weights(4, group_size=48), [False, False, False]),
+        ("awq", weights(4), [True, True, True]),
+        ("awq", weights(4, symmetric=False), [True, True, True]),
+        ("awq", weights(4, group_size=256), [True, False, True]),
+    ],
+)
+def test_the_table_of_engines(form: str, scheme: Scheme, loads: list[bool]) -> None:
+    found = verdicts([(Linear("l.0.x", 768, 768), scheme)], None, [form])
+    assert [(v.engine, v.loads) for v in found] == list(
+        zip(("vLLM on a CPU", "vLLM on a GPU", "transformers"), loads, strict=True)
+    )
+
+
+def test_experts_are_loaded_in_float_only() -> None:
+    linears = [(Linear("l.0.q", 768, 768), weights(4)), (Linear("l.0.e", 768, 768), weights(4))]
+    assert not any(v.loads for v in verdicts(linears, None, ["gptq"], experts=[("l.0.e",)]))
+    assert all(v.loads for v in verdicts(linears[:1], None, ["awq"], kept=["l.0.e"], experts=[("l.0.e",)]))
+
+
+# ------------------------------------------------------------------------------------------------------ others' files
+
+
+def change_config(export: Export, change: Callable[[dict[str, Any]], Any]) -> None:
+    for file in ("config.json", "quantize_config.json"):
+        if (export.folder / file).is_file():
+            content = json.loads((export.folder / file).read_text())
+            change(content.get("quantization_config", content))
+            (export.folder / file).write_text(json.dumps(content))
+
+
+def test_symmetric_weights_of_v2_are_read(made: Made, tmp_path: Path) -> None:
+    export = copy_of(made("gptq", "W4 g32"), tmp_path)
+    change_config(export, lambda config: config.update(checkpoint_format="gptq_v2"))
+    change_tensors(
+        export, lambda t: [v.add_(0x11111111) for k, v in t.items() if k.endswith("qzeros")]
+    )  # as loaders turn v1 into v2
+    stored = export.store.read(UP).weight
+    assert torch.equal(dequantize(export.reader().read_linear(UP).weight), dequantize(stored))
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "message"),
+    [
+        ("gptq", {"checkpoint_format": "marlin"}, "marlin"),
+        ("gptq", {"pack_dtype": "int8"}, "int8"),
+        ("gptq", {"sym": False}, "less one"),
+        ("awq", {"version": "gemv"}, "gemv"),
+        ("awq", {"bits": 3}, "3 bits"),
+        ("awq", {"zero_point": False}, "zero_point False"),
+    ],
+)
+def test_what_is_not_understood_is_refused(form: str, change: dict[str, Any], message: str, made: Made,
+                                           tmp_path: Path) -> None:  # fmt: skip
+    export = copy_of(made(form, "W4 g32"), tmp_path)
+    change_config(export, lambda config: config.update(change))
+    with pytest.raises(ModelError, match=message):
+        export.reader()
+
+
+def test_groups_out_of_order_are_refused(made: Made, tmp_path: Path) -> None:
+    export = copy_of(made("gptq", "W4 g32"), tmp_path)
+    change_tensors(export, lambda t: t.update({f"{UP}.g_idx": t[f"{UP}.g_idx"].flip(0).contiguous()}))
+    with pytest.raises(ModelError, match=r"up_proj.*desc_act"):
+        export.reader().read_linear(UP)
+
+
+def test_zero_points_of_weights_that_are_called_symmetric_are_refused(made: Made, tmp_path: Path) -> None:
+    export = copy_of(made("gptq", "W4 g32"), tmp_path)
+    change_tensors(export, lambda t: t[f"{UP}.qzeros"][0, :1].add_(1))
+    with pytest.raises(ModelError, match=r"up_proj.*symmetric"):
+        export.reader().read_linear(UP)
+
+
+@pytest.mark.parametrize(
+    ("form", "part"), [("gptq", "scales"), ("gptq", "g_idx"), ("awq", "scales"), ("awq", "qzeros")]
+)
+def test_a_missing_part_is_named(form: str, part: str, made: Made, tmp_path: Path) -> None:
+    export = copy_of(made(form, "W4 g32"), tmp_path)
+    change_tensors(export, lambda t: t.pop(f"{UP}.{part}"))
+    with pytest.raises(ModelError, match=r"up_proj.*without"):
+        export.reader()
+
+
+# ------------------------------------------------------------------------------------------------------ damage
+
+
+DAMAGED = [("gptq", "W4 g32"), ("gptq", "W3 asym"), ("awq", "W4 g32 asym")]
+
+
+@pytest.mark.parametrize(("form", "name"), DAMAGED)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_any_flipped_bit_of_any_tensor_is_found(
+    form: str, name: str, made: Made, tmp_path: Path, place: float, bit: int
+) -> None:
+    export = copy_of(made(form, name), tmp_path)
+    file = export.folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    begin = 8 + struct.unpack("<Q", data[:8])[0]
+    data[begin + int(place * (len(data) - begin))] ^= 1 << bit
+    file.write_bytes(data)
+    with pytest.raises(VerificationError):
+        export.verify()
+
+
+@pytest.mark.parametrize(("form", "name"), DAMAGED)
+def test_a_flipped_bit_of_every_part_is_found(form: str, name: str, made: Made, tmp_path: Path) -> None:
+    for key in [key for key in tensors_of(made(form, name)) if key.startswith(f"{UP}.")]:
+
+        def flip(tensors: dict[str, Tensor], key: str = key) -> None:
+            tensors[key].view(-1).view(torch.uint8)[0] ^= 1
+
+        export = copy_of(made(form, name), tmp_path)
+        change_tensors(export, flip)
+        with pytest.raises(VerificationError, match="up_proj"):
+            export.verify()
+        export = copy_of(made(form, name), tmp_path)
+        change_tensors(export, lambda tensors, key=key: tensors.pop(key))  # type: ignore[misc]
+        with pytest.raises(VerificationError):
+            export.verify()
+
+
+CLAIMS: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+    "bits": ("gptq", lambda c: c.update(bits=8)),
+    "group size": ("gptq", lambda c: c.update(group_size=64)),
+    "symmetric": ("gptq", lambda c: c.update(sym=False)),
+    "order": ("gptq", lambda c: c.update(desc_act=True)),
+    "order as a number": ("gptq", lambda c: c.update(desc_act=0)),
+    "version": ("gptq", lambda c: c.update(checkpoint_format="gptq_v2")),
+    "method": ("gptq", lambda c: c.update(quant_method="awq")),
+    "head": ("gptq", lambda c: c.update(lm_head=True)),
+    "nothing in float": ("gptq", lambda c: c.pop("dynamic")),
+    "too much in float": ("gptq", lambda c: c.update(dynamic={r"-:.*\.1\.mlp.*": {}})),
+    "another rule": ("gptq", lambda c: c["dynamic"].update({"+:.*q_proj": {"bits": 8}})),
+    "not all quantized": ("gptq", lambda c: c["modules_in_block_to_quantize"][0].pop()),
+    "foreign": ("gptq", lambda c: c.update(true_sequential=True)),
+    "awq bits": ("awq", lambda c: c.update(bits=8)),
+    "awq group size": ("awq", lambda c: c.update(group_size=-1)),
+    "awq zero point": ("awq", lambda c: c.update(zero_point=False)),
+    "awq version": ("awq", lambda c: c.update(version="gemv")),
+    "awq nothing in float": ("awq", lambda c: c.update(modules_to_not_convert=None)),
+    "awq one more in float": ("awq", lambda c: c["modules_to_not_convert"].append(UP)),
+}
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+def test_every_wrong_claim_is_found(claim: str, made: Made, tmp_path: Path) -> None:
+    form, change = CLAIMS[claim]
+    export = copy_of(made(form, "W4 g32"), tmp_path)
+    change_config(export, change)
+    with pytest.raises(VerificationError, match="quantization_config"):
+        export.verify()
+
+
+def test_configurations_that_differ_are_found(made: Made, tmp_path: Path) -> None:
+    export = copy_of(made("gptq", "W4 g32"), tmp_path)
+    file = export.folder / "quantize_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bits": 8}))
+    with pytest.raises(VerificationError, match="differ"):
+        export.verify()
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_nothing_quantized_is_a_float_checkpoint(form: str, tmp_path: Path) -> None:
+    attention = [f"self_attn.{part}_proj" for part in "qkvo"]
+    parts = [*attention, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    every = [f"model.layers.{i}.{part}" for i in (0, 1) for part in parts]
+    export = export_tiny(tmp_path, weights(4), form=form, kept=every)
+    assert "quantization_config" not in json.loads((export.folder / "config.json").read_text())
+    assert export.verify().linears == 0
+    assert export.reader().form is None
