@@ -15,6 +15,7 @@ from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import Verdict, verdicts
 from quantcli.model.structure import Block, Linear, Structure, heads_obstacles, rotation_obstacles
 from quantcli.pipeline.estimate import Estimate, estimate
+from quantcli.pipeline.held import left_out_note, refuse_unheld
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
@@ -119,10 +120,14 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     planned = _planned(recipe, structure, ranked or {}, notes)
     _refuse_expert_schemes(recipe, structure, planned)
     attention = attention_scheme(recipe)
-    _refuse_unheld(recipe, planned, attention)
+    quantized = [(p.linear, p.treatment.scheme) for p in planned if p.treatment is not None]
+    if not quantized and attention is None and not recipe.quantize.rollback.ranks:
+        raise RecipeError("quantize.rollback.names: every linear is rolled back, so nothing would be quantized.",
+                          "Narrow the patterns.")  # fmt: skip
+    refuse_unheld(recipe, quantized, attention)
     excluded_from_smoothing(recipe, structure)
     _refuse_rotation(recipe, structure)
-    _note_left_out(recipe, planned, attention, notes)
+    notes += left_out_note(recipe, quantized, attention)
     section = recipe.quantize.rollback
     if ranked is None and section.level:
         notes.append(
@@ -134,7 +139,6 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         notes.append("The output head is tied to the embedding and stays in float.")
     if recipe.calibration is not None and not reads_calibration(recipe):
         notes.append("This scheme needs no calibration data; the calibration section only serves the sanity check.")
-    quantized = [(p.linear, p.treatment.scheme) for p in planned if p.treatment is not None]
     before = sum(map(prod, structure.parameters.values())) * BYTES[structure.dtype]
     stored = sum(_stored_bytes(recipe, linear, scheme, structure.dtype) for linear, scheme in quantized)
     weights = sum(linear.weights for linear, _ in quantized)
@@ -446,51 +450,6 @@ def _refuse_split_siblings(recipe: Recipe, blocks: Sequence[Block], treatments: 
                     f"into {whole}.",
                     "Match both with one pattern, or set rollback.siblings: apart for an engine that does not fuse.",
                 )
-
-
-def _refuse_unheld(recipe: Recipe, planned: Sequence[PlannedLinear], attention: AttentionScheme | None) -> None:
-    from quantcli.formats.table import FORMATS
-
-    section = recipe.quantize.rollback
-    quantized = [p for p in planned if p.treatment is not None]
-    if not quantized and attention is None and not section.ranks:
-        raise RecipeError("quantize.rollback.names: every linear is rolled back, so nothing would be quantized.",
-                          "Narrow the patterns.")  # fmt: skip
-    for name in recipe.export.formats if recipe.export else ():
-        for p in quantized:
-            assert p.treatment is not None
-            if refusal := FORMATS[name].refusal(p.linear, p.treatment.scheme):
-                raise RecipeError(
-                    f"export.formats: {name} cannot hold {p.linear.name} as {p.treatment.scheme.name}: it {refusal}.",
-                    "Choose another format or scheme, or export: null.",
-                )
-        schemes = list(dict.fromkeys(p.treatment.scheme.name for p in quantized if p.treatment is not None))
-        if section.ranks and section.to != "float":
-            schemes.append(section.to)
-        if FORMATS[name].ONE_SCHEME and len(schemes) > 1:
-            raise RecipeError(
-                f"export.formats: {name} holds one scheme for all linears, and there are {' and '.join(schemes[:2])}.",
-                "Choose compressed-tensors, or one scheme; linears that are rolled back may be float.",
-            )
-        if attention is not None and (refusal := FORMATS[name].attention_refusal(attention)):
-            raise RecipeError(f"export.formats: {name} cannot hold {attention.name}: it {refusal}.",
-                              "Choose another format, or export: null.")  # fmt: skip
-
-
-def _note_left_out(
-    recipe: Recipe, planned: Sequence[PlannedLinear], attention: AttentionScheme | None, notes: list[str]
-) -> None:
-    """What a dense export does not have, as a note; refused where that export is the one that is measured."""
-    from quantcli.formats import dense
-
-    formats = recipe.export.formats if recipe.export else ()
-    missing = dense.left_out((p.scheme for p in planned if p.scheme is not None), attention)
-    if dense.NAME not in formats or not missing:
-        return
-    if formats[0] == dense.NAME and recipe.evaluate is not None:
-        raise RecipeError(f"export.formats: the first is measured, and dense does not have {missing}.",
-                          "Name another format before it, or set evaluate: null.")  # fmt: skip
-    notes.append(f"The export dense holds weights alone, without {missing}.")
 
 
 def _stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:

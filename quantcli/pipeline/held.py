@@ -1,0 +1,61 @@
+"""What the formats of a recipe, or of a conversion, can hold: decided before any work, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from quantcli.errors import RecipeError
+from quantcli.formats import dense
+from quantcli.formats.table import FORMATS
+from quantcli.model.structure import Linear
+from quantcli.quant.scheme import AttentionScheme, Scheme
+from quantcli.recipe.schema import Recipe
+
+
+def unheld(
+    form: str,
+    quantized: Sequence[tuple[Linear, Scheme]],
+    attention: AttentionScheme | None,
+    further: Iterable[str] = (),
+) -> str:
+    """Why the format cannot hold a model of these linears and this attention, as a sentence; empty when it can.
+
+    `further` are names of schemes that linears may get yet.
+    """
+    for linear, scheme in quantized:
+        if refusal := FORMATS[form].refusal(linear, scheme):
+            return f"{form} cannot hold {linear.name} as {scheme.name}: it {refusal}."
+    names = list(dict.fromkeys([*(scheme.name for _, scheme in quantized), *further]))
+    if FORMATS[form].ONE_SCHEME and len(names) > 1:
+        return f"{form} holds one scheme for all linears, and there are {' and '.join(names[:2])}."
+    if attention is not None and (refusal := FORMATS[form].attention_refusal(attention)):
+        return f"{form} cannot hold {attention.name}: it {refusal}."
+    return ""
+
+
+def refuse_unheld(
+    recipe: Recipe, quantized: Sequence[tuple[Linear, Scheme]], attention: AttentionScheme | None
+) -> None:
+    """Raise RecipeError for what a format of the recipe cannot hold."""
+    section = recipe.quantize.rollback
+    further = [section.to] if section.ranks and section.to != "float" else []
+    for name in recipe.export.formats if recipe.export else ():
+        if reason := unheld(name, quantized, attention, further):
+            raise RecipeError(f"export.formats: {reason}", "Choose another format or scheme, or export: null.")
+
+
+def left_out_note(
+    recipe: Recipe, quantized: Sequence[tuple[Linear, Scheme]], attention: AttentionScheme | None
+) -> list[str]:
+    """What a dense export of the recipe does not have, as notes of the plan.
+
+    Raises RecipeError where that export is the one that is measured.
+    """
+    formats = recipe.export.formats if recipe.export else ()
+    missing = dense.left_out((scheme for _, scheme in quantized), attention)
+    if dense.NAME not in formats or not missing:
+        return []
+    if formats[0] == dense.NAME and recipe.evaluate is not None:
+        raise RecipeError(f"export.formats: the first is measured, and dense does not have {missing}.",
+                          "Name another format before it, or set evaluate: null.")  # fmt: skip
+    return [f"The export dense holds weights alone, without {missing}."]
