@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantcli.errors import OutputError, QuantcliError, RoomError
+from quantcli.errors import OutputError, QuantcliError, RecipeError, RoomError
 
 # The base of what a wrong command line raises. Some versions of typer carry a click of their own, under another name.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
@@ -166,7 +166,64 @@ app.command("search", help="Find the fewest linears to roll back for quantize.ro
     _stage_command("search")
 )
 app.command("export", help="Write the checkpoints, after what comes before is up to date.")(_stage_command("export"))
-app.command("eval-ppl", help="Perplexity of the float model and of the export.")(_stage_command("eval-ppl"))
+
+
+@app.command("eval-ppl")
+def eval_ppl(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; not needed with --checkpoint.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="Score this checkpoint, whoever made it, in the place of a run.")
+    ] = None,
+    overrides: SetOption = None,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Perplexity of the float model and of the export; or of any checkpoint, beside --model if that is given."""
+    if checkpoint is None:
+        if recipe is None:
+            raise RecipeError("eval-ppl: there is no recipe.", "Name one, or a checkpoint: --checkpoint DIR.")
+        _run("eval-ppl", recipe, overrides, model, output, device, as_json, quiet, verbose)
+        return
+    from quantcli import console
+    from quantcli.recipe import load_recipe
+
+    section: dict[str, Any] = {"perplexity": {}}
+    source: Any = recipe or {"model": {"path": "."}, "quantize": {}, "evaluate": section, "output": "runs"}
+    loaded = load_recipe(source, overrides or (), model=str(checkpoint), output=output or "runs", device=device)
+    with console.progress(quiet=quiet, verbose=verbose) as listener:
+        from quantcli.pipeline.standalone import score_recipe
+
+        found = score_recipe(loaded, Path(model) if model else None, listener)
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_scores(found)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint, whoever made it.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to write, as in export.formats.")],
+    output: Annotated[Path, typer.Option("--output", help="Directory of the new checkpoint.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write a quantized checkpoint in another format, with the codes that it has."""
+    from quantcli import console
+    from quantcli.pipeline.convert import convert_checkpoint
+
+    found = convert_checkpoint(checkpoint, to, output, overwrite=overwrite)
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_facts(f"{output} is in order", {key: value for key, value in found.items() if value is not None})
 
 
 @app.command()

@@ -208,6 +208,25 @@ def show_sensitivity(found: Mapping[str, Any], top: int) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def show_scores(found: Mapping[str, Any]) -> None:
+    """What `quantcli eval-ppl --checkpoint` found."""
+
+    def measured(pair: Mapping[str, Any]) -> str:
+        return " ± ".join("undefined" if pair[key] is None else f"{pair[key]:.4f}" for key in ("value", "error"))
+
+    schemes = ", ".join(f"{count} × {name}" for name, count in found["schemes"].items())
+    facts = {"format": found["format"], "schemes": schemes or "none", "perplexity": measured(found["quantized"])}
+    if found["float_model"] is not None:
+        facts["float model"] = measured(found["float_model"])
+        for key in ("increase", "kl_divergence", "agreement"):
+            value = found[key]
+            facts[key.replace("_", " ")] = "undefined" if value is None else f"{value:.4f}"
+    facts["protocol"] = (
+        f"{found['protocol']}, {found['windows']} windows of {found['sequence_length']}, {found['dtype']}"
+    )
+    show_facts(found["checkpoint"], facts)
+
+
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:
     """A two-column table."""
     table = Table(title=title or None, title_justify="left", show_header=False)

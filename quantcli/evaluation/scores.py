@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -47,18 +48,20 @@ Pieces = Callable[[int, int], Iterable[tuple[slice, Tensor]]]
 
 
 def score_windows(
-    batches: Sequence[Tensor], of_float: Pieces, of_quantized: Pieces, masked: int | None
+    batches: Sequence[Tensor], of_float: Pieces, of_quantized: Pieces | None, masked: int | None
 ) -> list[WindowScores]:
     """Scores of every sample of every batch of token ids [samples, tokens], in order. Both models' logits come in equal
-    pieces, since those of a whole window are large."""
+    pieces, since those of a whole window are large. Without a quantized model there is one to score."""
     scores = []
     for index, batch in enumerate(batches):
         for sample in range(batch.shape[0]):
             window = WindowScores()
+            others = repeat((slice(0), None)) if of_quantized is None else of_quantized(index, sample)
             for (positions, exact), (_, rounded) in zip(
-                of_float(index, sample), of_quantized(index, sample), strict=True
+                of_float(index, sample), others, strict=of_quantized is not None
             ):
-                window.add(exact[0], rounded[0], batch[sample, 1:][positions].to(exact.device), masked)
+                labels = batch[sample, 1:][positions].to(exact.device)
+                window.add(exact[0], None if rounded is None else rounded[0], labels, masked)
             scores.append(window)
     return scores
 

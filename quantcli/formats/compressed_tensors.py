@@ -75,18 +75,22 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
 
 
 def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor]:
-    """The tensors of `layout`, from the store's codes; nothing is rounded here, and neither the model's dtype nor the
-    linear's bias is needed."""
+    """The tensors of `layout`, from the store's codes; nothing is rounded here, and the linear's bias is not needed.
+
+    Raises ModelError for a scale that the model's dtype, in which engines hold it, does not hold.
+    """
     import torch
 
+    from quantcli.formats.store import held_scale
     from quantcli.quant.packing import pack_int32
 
     codes, scale, zero_point = stored.weight
+    scale = held_scale(scale, getattr(torch, scheme.scale_dtype(dtype)))
     scale = scale.view(-1) if scheme.granularity == "tensor" else scale
     if scheme.int8_products:
         tensors = {"weight": codes, "weight_scale": scale}
         if stored.input_scale is not None:
-            tensors["input_scale"] = stored.input_scale
+            tensors["input_scale"] = stored.input_scale.float()
         if stored.input_zero_point is not None:
             tensors["input_zero_point"] = stored.input_zero_point
         return tensors

@@ -37,7 +37,13 @@ SHARD_BYTES = 2 << 30
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".md"}
-_NOT_COPIED = {"config.json", "README.md", "quantization.json", "quantize_config.json"}
+_NOT_COPIED = {
+    "config.json",
+    "README.md",
+    "quant_model_description.json",
+    "quantization.json",
+    "quantize_config.json",
+}
 
 
 @dataclass(frozen=True)

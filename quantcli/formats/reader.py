@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError
-from quantcli.formats.store import StoredLinear
+from quantcli.formats.store import Store, StoredLinear
 from quantcli.formats.table import find_format
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
 from quantcli.model.structure import Linear
@@ -129,3 +129,24 @@ class QuantizedCheckpoint:
                     raise ModelError(f"{self.directory}: {name} belongs to no attention of this model.")
                 found[parents[path]] = path
         return found
+
+
+class ReadStore(Store):
+    """The codes and scales of a checkpoint in the place of the store that it was written from."""
+
+    def __init__(self, checkpoint: QuantizedCheckpoint) -> None:
+        self.folder = checkpoint.directory
+        self.checkpoint = checkpoint
+        self.dtype = checkpoint.dtype
+        self.schemes = checkpoint.schemes
+        self.kept = {name: "in float" for name in checkpoint.linears if name not in checkpoint.schemes}
+        self.attention = checkpoint.attention
+        self.attention_modules = dict.fromkeys(checkpoint.attention_modules, 0)
+
+    def read(self, name: str) -> StoredLinear:
+        """The codes and scales of one linear."""
+        return self.checkpoint.read_linear(name)
+
+    def read_attention(self, module: str) -> dict[str, Tensor]:
+        """The scales of one attention module."""
+        return self.checkpoint.read_attention(module)

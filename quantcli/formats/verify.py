@@ -153,7 +153,7 @@ def _check_module(
     if form in _EXPECTED:
         _check_parts(module, found, _EXPECTED[form](stored, scheme, store.dtype, bias_value))
     else:
-        _check_linear(module, found, stored, scheme)
+        _check_linear(module, found, stored, scheme, store.dtype)
 
 
 def _check_attention(module: str, path: str, checkpoint: Checkpoint, store: Store, form: str) -> list[str]:
@@ -169,12 +169,15 @@ def _check_attention(module: str, path: str, checkpoint: Checkpoint, store: Stor
     return list(names.values())
 
 
-def _check_linear(module: str, tensors: dict[str, Tensor], expected: StoredLinear, scheme: Scheme) -> None:
-    codes, scale, zero_point = expected.weight
+def _check_linear(module: str, tensors: dict[str, Tensor], expected: StoredLinear, scheme: Scheme, dtype: str) -> None:
+    codes, stored, zero_point = expected.weight
+    scale = stored.to(getattr(torch, scheme.scale_dtype(dtype)))
+    if not torch.equal(torch.nan_to_num(scale.double()), torch.nan_to_num(stored.double())):
+        raise VerificationError(f"{module}: a scale of the store is no value of {dtype}.", "Quantize again.")
     whole = scheme.granularity == "tensor"
     wanted = {
         "weight_scale": scale.view(1) if whole else scale,
-        "input_scale": expected.input_scale,
+        "input_scale": None if expected.input_scale is None else expected.input_scale.float(),
         "input_zero_point": expected.input_zero_point,
     }
     if scheme.int8_products:

@@ -75,17 +75,9 @@ class Context:
 
     def tokenizer(self) -> Any:
         """The model's tokenizer. Raises ModelError when there is none."""
-        from transformers import AutoTokenizer
+        from quantcli.pipeline.source import load_tokenizer
 
-        from quantcli.errors import ModelError
-
-        try:
-            return AutoTokenizer.from_pretrained(
-                self.model, trust_remote_code=self.recipe.model.trust_remote_code, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise ModelError(f"{self.model} has no usable tokenizer: {str(error).splitlines()[0]}.",
-                             "Put the tokenizer's files beside the weights.") from error  # fmt: skip
+        return load_tokenizer(self.model, trust_remote_code=self.recipe.model.trust_remote_code)
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

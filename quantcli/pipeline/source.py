@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import read_json
@@ -67,6 +67,17 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise ModelError(f"There is no directory {name}, and the hub gives no such model: {str(error).splitlines()[0]}",
                          "Check the name, the network, and `hf auth login` for gated models.") from error  # fmt: skip
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory. Raises ModelError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"{directory} has no usable tokenizer: {str(error).splitlines()[0]}.",
+                         "Put the tokenizer's files beside the weights.") from error  # fmt: skip
 
 
 def model_identity(directory: Path) -> dict[str, object]:

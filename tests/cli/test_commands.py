@@ -178,7 +178,7 @@ def test_the_schema_holds_for_the_shipped_recipes(quantcli: Any) -> None:
 def test_help_names_every_command(quantcli: Any) -> None:
     out = quantcli("--help").out
     commands = ["run", "plan", "smooth", "calibrate", "sensitivity", "search", "quantize", "export", "eval-ppl"]
-    commands += ["verify", "inspect", "recipes", "schema"]
+    commands += ["verify", "convert", "inspect", "recipes", "schema"]
     assert [command for command in commands if f" {command} " not in out] == []
 
 
@@ -190,6 +190,40 @@ def test_stage_commands_go_as_far_as_their_stage(quantcli: Any, recipe_file: Rec
     assert list(content["stages"]) == ["check", "calibrate", "quantize", "export"]
     assert content["stages"]["calibrate"]["reused"] is True
     assert content["perplexity"] is None
+
+
+def test_a_checkpoint_is_scored_without_a_run(
+    quantcli: Any, finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export = finished / "export" / "compressed-tensors"
+    words = ["eval-ppl", finished / "recipe.yaml", "--checkpoint", export, "--model", tiny_llama]
+    outcome = quantcli(*words, "--json")
+    content, scores = json.loads(outcome.out), json.loads((finished / "eval-ppl" / "results.json").read_text())
+    assert {key: content[key] for key in scores if key not in ("checkpoint", "per_window")} == {
+        key: value for key, value in scores.items() if key not in ("checkpoint", "per_window")
+    }
+    assert content["schemes"] == {"W8A8 static": 21}
+    assert "Scoring" in outcome.err
+    shown = quantcli(*words, "--quiet")
+    assert shown.err == ""
+    for label in ("21 × W8A8 static", "float model", "kl divergence"):
+        assert label in shown.out
+    text = ["--set", "evaluate.perplexity.windows=2", "--set", "evaluate.perplexity.sequence_length=32"]
+    alone = json.loads(quantcli("eval-ppl", "--checkpoint", export, *text, "--json").out)
+    assert (alone["windows"], alone["float_model"], alone["agreement"]) == (2, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_says_what_it_wrote(quantcli: Any, finished: Path, tmp_path: Path) -> None:
+    words = ["convert", finished / "export" / "compressed-tensors", "--to", "ascend", "--output", tmp_path / "new"]
+    content = json.loads(quantcli(*words, "--json").out)
+    assert (content["format"], content["linears"]) == ("compressed-tensors → ascend", 21)
+    assert content["schemes"] == {"W8A8 static": 21}
+    assert quantcli("verify", tmp_path / "new").status == 0
+    shown = quantcli(*words, "--overwrite").out
+    assert "is in order" in shown
+    assert "left_out" not in shown
 
 
 METRICS = ["range_parm", "kurtosis", "quantile", "output_error", "block_error"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -75,15 +75,15 @@ def run(context: Context, folder: StageFolder) -> None:
     streams = {"float": BlockStream(original, batches), "quantized": BlockStream(quantized, batches)}
     caches = {name: context.hidden_cache(folder.path / HIDDEN[name], stream) for name, stream in streams.items()}
     for name, stream in streams.items():
-        _advance(context, name, stream, caches[name], exported if name == "quantized" else None, section.phase)
-    with _head(context, streams["quantized"], exported, section.phase):
-        scores = summarize(_score(streams, caches, text, batches), quantized=True)
+        advance(name, stream, caches[name], exported if name == "quantized" else None, section.phase, context.emit)
+    with head_as_served(streams["quantized"], exported, section.phase):
+        scores = summarize(windows_scored(streams, caches, text, batches), quantized=True)
     result = {
         "protocol": text.protocol,
         "description": text.description,
         "sequence_length": section.sequence_length,
         "checkpoint": form,
-        **{key: _number(value) for key, value in asdict(scores).items()},
+        **{key: finite(value) for key, value in asdict(scores).items()},
     }
     context.emit("perplexity", **{key: value for key, value in result.items() if key != "per_window"})
     write_json(folder.path / RESULTS, result)
@@ -92,23 +92,27 @@ def run(context: Context, folder: StageFolder) -> None:
         cache.clear()
 
 
-def _advance(
-    context: Context,
+def advance(
     name: str,
     stream: BlockStream,
     cache: HiddenCache,
     exported: QuantizedCheckpoint | None,
     phase: Phase,
+    emit: Callable[..., None],
 ) -> None:
-    """Carry the hidden states of one model through all its blocks, going on where an interrupted run stopped."""
-    for index in range(stream.enter(cache, cache.resume()), context.blocks):
+    """Carry the hidden states of one model through all its blocks, going on where an interrupted run stopped.
+
+    `exported` is the checkpoint that a quantized model is read from; `emit` is told of every block.
+    """
+    blocks = len(stream.skeleton.blocks)
+    for index in range(stream.enter(cache, cache.resume()), blocks):
         started = time.perf_counter()
         with _block(stream, index, exported, phase):
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
         cache.commit(index + 1)
         seconds = round(time.perf_counter() - started, 3)
-        context.emit("block", index=index, of=context.blocks, model=name, seconds=seconds)
+        emit("block", index=index, of=blocks, model=name, seconds=seconds)
 
 
 @contextmanager
@@ -136,11 +140,11 @@ def _block(stream: BlockStream, index: int, exported: QuantizedCheckpoint | None
 
 
 @contextmanager
-def _head(context: Context, stream: BlockStream, exported: QuantizedCheckpoint, phase: Phase) -> Iterator[None]:
+def head_as_served(stream: BlockStream, exported: QuantizedCheckpoint, phase: Phase) -> Iterator[None]:
     """While the body runs, the quantized model's output head computes as an engine does, if it is quantized."""
     from quantcli.evaluation.simulate import simulated
 
-    head = context.plan.structure.head
+    head = stream.skeleton.structure.head
     int8 = _int8(stream, exported, head, phase) if head is not None and head in exported.schemes else {}
     with simulated(stream.skeleton.model, int8):
         yield
@@ -160,24 +164,28 @@ def _int8(stream: BlockStream, exported: QuantizedCheckpoint, prefix: str, phase
     }
 
 
-def _score(
+def windows_scored(
     streams: dict[str, BlockStream], caches: dict[str, HiddenCache], text: EvaluationText, batches: list[Any]
 ) -> list[WindowScores]:
-    """Per-window scores from the hidden states that left the last blocks."""
+    """Per-window scores of the models `float` and, if it is there, `quantized`, from the hidden states that left their
+    last blocks."""
     from quantcli.evaluation.scores import score_windows
 
     def logits(name: str) -> Pieces:
         return lambda batch, sample: streams[name].logits(caches[name].get(batch)[sample : sample + 1, :-1])
 
-    with streams["float"].head(), streams["quantized"].head():
-        return score_windows(batches, logits("float"), logits("quantized"), text.masked_token)
+    with ExitStack() as heads:
+        for stream in streams.values():
+            heads.enter_context(stream.head())
+        quantized = logits("quantized") if "quantized" in streams else None
+        return score_windows(batches, logits("float"), quantized, text.masked_token)
 
 
-def _number(value: Any) -> Any:
-    """JSON has no NaN or infinity."""
+def finite(value: Any) -> Any:
+    """The value with null in the place of every NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return {k: _number(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return {k: finite(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _writes(context: Context) -> tuple[str, ...]:

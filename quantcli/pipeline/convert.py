@@ -1,0 +1,100 @@
+"""convert: a quantized checkpoint in another format, with the codes that it has."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from quantcli.errors import ModelError, OutputError, RecipeError
+from quantcli.formats import dense
+from quantcli.formats.table import FORMATS
+from quantcli.pipeline.held import unheld
+from quantcli.pipeline.rundir import is_run, room_errors
+from quantcli.pipeline.standalone import open_checkpoint
+
+if TYPE_CHECKING:
+    from quantcli.formats.reader import QuantizedCheckpoint
+    from quantcli.formats.verify import Verified
+    from quantcli.model.checkpoint import Checkpoint
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "quant*.json")
+
+
+def convert_checkpoint(source: Path, form: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write the checkpoint `source`, whoever made it, in the format `form`; codes and scales stay as they are.
+
+    It is written beside `output`, read back by other code and compared, and then moved there, so that `output` holds
+    all of it or nothing. With `overwrite`, weights and configurations that were there are replaced; other files stay.
+    Raises RecipeError for what the format cannot hold, before anything is written, ModelError for a source without
+    codes or with scales that the format does not hold, OutputError for an output that is in use.
+    """
+    if form not in FORMATS:
+        raise RecipeError(f"--to: there is no format {form!r}.", f"Known formats: {', '.join(FORMATS)}.")
+    _, checkpoint, weights = open_checkpoint(source)
+    if checkpoint.form is None or checkpoint.form is dense:
+        raise ModelError(f"{source} holds no codes.", "Name a quantized checkpoint.")
+    quantized = [(checkpoint.linears[name], scheme) for name, scheme in checkpoint.schemes.items()]
+    if reason := unheld(form, quantized, checkpoint.attention):
+        raise RecipeError(f"--to: {reason}", "Choose another format.")
+    _refuse_place(source, output, overwrite)
+    temporary = output.parent / f".{output.name}.{os.getpid()}.part"
+    with room_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            found = _written(temporary, form, checkpoint, weights)
+            _move(temporary, output)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    missing = dense.left_out(checkpoint.schemes.values(), checkpoint.attention) if form == dense.NAME else ""
+    return {
+        "output": str(output),
+        "format": f"{checkpoint.form.NAME} → {form}",
+        "schemes": dict(Counter(scheme.name for scheme in checkpoint.schemes.values())),
+        "linears": found.linears,
+        "other_tensors": found.other_tensors,
+        "bytes": found.nbytes,
+        "left_out": missing or None,
+    }
+
+
+def _refuse_place(source: Path, output: Path, overwrite: bool) -> None:
+    place, origin = output.resolve(), source.resolve()
+    if place == origin or origin in place.parents or place in origin.parents:
+        raise OutputError(f"{output} and {source} are in one another.", "Choose another --output.")
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file.", "Choose a directory.")
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if is_run(output) or not (output / "config.json").is_file():
+        raise OutputError(f"{output} holds something else than a checkpoint.", "Choose an empty or a new directory.")
+    if not overwrite:
+        raise OutputError(f"{output} holds a checkpoint already.", "Choose another --output, or say --overwrite.")
+
+
+def _written(folder: Path, form: str, checkpoint: QuantizedCheckpoint, weights: dict[str, str]) -> Verified:
+    from quantcli.formats.export import Source, export_checkpoint, tied_head
+    from quantcli.formats.reader import ReadStore
+    from quantcli.formats.verify import verify_checkpoint
+    from quantcli.model.structure_cache import find_structure
+
+    store = ReadStore(checkpoint)
+    read_as_float = cast("Checkpoint", checkpoint)
+    tied = tied_head(find_structure(checkpoint.directory), read_as_float)
+    source = Source(read_as_float, weights, None, tied)
+    for _ in export_checkpoint(folder, FORMATS[form], store, source, checkpoint.linears):
+        pass
+    return verify_checkpoint(folder, store, read_as_float, weights, None, form, tied)
+
+
+def _move(temporary: Path, output: Path) -> None:
+    """Every file to its place, config.json last; weights that were there go first."""
+    output.mkdir(exist_ok=True)
+    (output / "config.json").unlink(missing_ok=True)
+    for pattern in _WEIGHTS:
+        for file in output.glob(pattern):
+            file.unlink()
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+        file.replace(output / file.name)

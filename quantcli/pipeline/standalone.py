@@ -1,0 +1,133 @@
+"""A checkpoint that stands alone, whoever made it: opened by what lies in it, and scored as an engine computes it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from quantcli.errors import RecipeError
+from quantcli.model.structure import Structure
+from quantcli.model.structure_cache import find_structure
+from quantcli.pipeline.batches import batched, texts_of
+from quantcli.pipeline.source import load_tokenizer, locate_model
+from quantcli.recipe.data import PerplexitySection
+from quantcli.recipe.schema import ModelSection, Recipe
+
+if TYPE_CHECKING:
+    from quantcli.formats.reader import QuantizedCheckpoint
+    from quantcli.pipeline.context import Listener
+
+_CODES = {"weight_packed", "qweight"}
+"""Last parts of names that stand for a weight, in the formats that do not call its codes so."""
+
+
+def open_checkpoint(
+    directory: Path, *, trust_remote_code: bool = False
+) -> tuple[Structure, QuantizedCheckpoint, dict[str, str]]:
+    """The structure of the model, its checkpoint, and the name of each linear's weight in it; a tied head has none.
+
+    Raises ModelError for a format that is not known.
+    """
+    from quantcli.formats.reader import QuantizedCheckpoint
+    from quantcli.model.checkpoint import Checkpoint
+
+    structure = find_structure(directory, trust_remote_code=trust_remote_code)
+    linears = {linear.name: linear for linear in structure.matrices()}
+    names = {_float_name(name) for name in Checkpoint(directory).entries}
+    found = {module: _weight_name(module, names) for module in linears}
+    weights = {module: name for module, name in found.items() if name}
+    return structure, QuantizedCheckpoint(directory, linears, weights), weights
+
+
+def _float_name(name: str) -> str:
+    prefix, dot, last = name.rpartition(".")
+    return f"{prefix}{dot}weight" if last in _CODES else name
+
+
+def _weight_name(module: str, names: Collection[str]) -> str:
+    """The name of the module's weight, which may lack the prefix of the base model; empty if there is none."""
+    parts = f"{module}.weight".split(".")
+    return next((name for i in range(len(parts) - 1) if (name := ".".join(parts[i:])) in names), "")
+
+
+def score_recipe(recipe: Recipe, original: Path | None = None, listener: Listener | None = None) -> dict[str, Any]:
+    """`score_checkpoint` of the checkpoint at the recipe's model.path, on the text of its evaluate.perplexity."""
+    from quantcli.pipeline.engine import choose_device
+
+    section = (recipe.evaluate.perplexity if recipe.evaluate else None) or PerplexitySection()
+    model = recipe.model.model_copy(update={"path": str(locate_model(recipe.model, listener=listener))})
+    return score_checkpoint(model, section, choose_device(recipe.model.device), original, listener)
+
+
+def score_checkpoint(
+    model: ModelSection,
+    section: PerplexitySection,
+    device: str,
+    original: Path | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:
+    """Perplexity of the checkpoint in the directory `model.path`, float or quantized in any format that is known.
+
+    Linears compute as an engine does that serves it, in the dtype of its config.json. With `original`, the directory of
+    the float model, also its perplexity, and what quantization changed. Nothing is written but hidden states, in a
+    temporary directory. Raises RecipeError for `model.dtype`, ModelError for what cannot be read.
+    """
+    from quantcli.evaluation.protocols import evaluation_windows
+    from quantcli.evaluation.scores import summarize
+    from quantcli.model.hidden import HiddenCache
+    from quantcli.model.skeleton import Skeleton
+    from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.stages import eval_ppl
+
+    if model.dtype != "auto":
+        raise RecipeError("model.dtype: a checkpoint is scored in its own data type.", "Leave it at auto.")
+
+    def emit(kind: str, **facts: Any) -> None:
+        if listener is not None:
+            listener({"event": kind, "stage": eval_ppl.STAGE.name, **facts})
+
+    directory, trust = Path(model.path), model.trust_remote_code
+    emit("started")
+    structure, checkpoint, _ = open_checkpoint(directory, trust_remote_code=trust)
+    tokenizer = load_tokenizer(directory, trust_remote_code=trust)
+    text = evaluation_windows(texts_of(section), tokenizer, section.protocol, section.sequence_length, section.windows)
+    emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=section.protocol)
+    batches = batched(text.windows)
+    own = Skeleton(
+        directory, structure, dtype=checkpoint.dtype, device=device, trust_remote_code=trust, checkpoint=checkpoint
+    )
+    skeletons = {"float": own}  # the one that is scored; beside a float model it is the other
+    if original is not None:
+        other = find_structure(original, trust_remote_code=trust)
+        skeletons = {"float": Skeleton(original, other, device=device, trust_remote_code=trust), "quantized": own}
+    with TemporaryDirectory(prefix="quantcli-") as place:
+        streams = {name: BlockStream(skeleton, batches) for name, skeleton in skeletons.items()}
+        caches = {
+            name: HiddenCache(Path(place) / name, stream.hidden_shapes(), stream.skeleton.dtype, model.cache_memory)
+            for name, stream in streams.items()
+        }
+        for name, stream in streams.items():
+            read = checkpoint if stream.skeleton is own else None
+            eval_ppl.advance(name, stream, caches[name], read, section.phase, emit)
+        scored = streams["quantized" if original is not None else "float"]
+        with eval_ppl.head_as_served(scored, checkpoint, section.phase):
+            scores = summarize(eval_ppl.windows_scored(streams, caches, text, batches), quantized=original is not None)
+    if original is None:
+        scores = replace(scores, quantized=scores.float_model)
+    counts = Counter(scheme.name for scheme in checkpoint.schemes.values())
+    found = {key: eval_ppl.finite(value) for key, value in asdict(scores).items() if key != "per_window"}
+    return {
+        "checkpoint": str(directory),
+        "format": checkpoint.form.NAME if checkpoint.form is not None else "float",
+        "schemes": dict(counts),
+        "dtype": checkpoint.dtype,
+        "protocol": text.protocol,
+        "description": text.description,
+        "sequence_length": section.sequence_length,
+        **found,
+        "float_model": found["float_model"] if original is not None else None,
+    }

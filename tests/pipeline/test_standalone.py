@@ -1,0 +1,167 @@
+"""Checkpoints that stand alone are scored as their runs were, and converted without a change of their codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_exports import Export, export_tiny
+
+from quantcli.errors import ModelError, OutputError, RecipeError
+from quantcli.formats import export
+from quantcli.pipeline.convert import convert_checkpoint
+from quantcli.pipeline.engine import run_recipe
+from quantcli.pipeline.standalone import open_checkpoint, score_recipe
+from quantcli.quant.scheme import AttentionScheme, Scheme
+from quantcli.recipe import load_recipe
+
+FOUR = Scheme(4, granularity="group", group_size=32, float16_scales=True)
+FOUR_ASYM = Scheme(4, symmetric=False, granularity="group", group_size=32, float16_scales=True)
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def scored(checkpoint: Path, prose: Path, original: Path | None = None, **model: Any) -> dict[str, Any]:
+    text = {"dataset": "text", "path": str(prose), "sequence_length": 32, "windows": 4}
+    recipe = {"model": {"path": str(checkpoint), **model}, "quantize": {}, "evaluate": {"perplexity": text}}
+    return score_recipe(load_recipe(recipe | {"output": "unused"}), original)
+
+
+def made(place: Path, scheme: Scheme, form: str, **changes: Any) -> Export:
+    return export_tiny(place, scheme, dtype=torch.bfloat16, form=form, with_tokenizer=True, **changes)
+
+
+def codes_of(checkpoint: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    _, opened, _ = open_checkpoint(checkpoint)
+    found = {name: opened.read_linear(name).weight for name in opened.schemes}
+    return {name: (weight.codes, weight.scale.float()) for name, weight in found.items()}
+
+
+def test_every_export_of_a_run_scores_as_the_run_did(static_recipe: Any, prose: Path, tmp_path: Path) -> None:
+    recipe = static_recipe(tmp_path / "run") | {
+        "quantize": {"weights": {"bits": 4, "granularity": "group", "group_size": 32}},
+        "export": {"formats": ["compressed-tensors", "gptq", "awq", "dense"]},
+    }
+    del recipe["calibration"]
+    result = run_recipe(load_recipe(recipe))
+    assert result.perplexity is not None
+    original = Path(recipe["model"]["path"])
+    for form in recipe["export"]["formats"]:
+        found = scored(tmp_path / "run" / "export" / form, prose, original)
+        for key in ("quantized", "float_model", "kl_divergence", "agreement", "increase", "tokens"):
+            assert found[key] == result.perplexity[key], (form, key)
+        assert found["format"] == form
+    alone = scored(tmp_path / "run" / "export" / "awq", prose)
+    assert alone["quantized"] == result.perplexity["quantized"]
+    assert alone["float_model"] is None
+    assert alone["kl_divergence"] is None
+    assert scored(original, prose)["quantized"] == result.perplexity["float_model"]
+
+
+def test_integer_inputs_are_in_the_score(tmp_path: Path, prose: Path) -> None:
+    static = made(tmp_path / "static", Scheme(8, activations="static"), "compressed-tensors")
+    plain = made(tmp_path / "plain", Scheme(8, activations="static"), "dense")
+    assert scored(static.folder, prose)["quantized"] != scored(plain.folder, prose)["quantized"]
+
+
+def test_a_checkpoint_is_scored_in_its_own_dtype(tmp_path: Path, prose: Path) -> None:
+    export_ = made(tmp_path, FOUR, "gptq")
+    with pytest.raises(RecipeError, match="own data type"):
+        scored(export_.folder, prose, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "route"),
+    [
+        (FOUR, ["compressed-tensors", "gptq", "awq", "compressed-tensors"]),
+        (FOUR_ASYM, ["gptq", "compressed-tensors", "awq", "gptq"]),
+        (Scheme(8), ["ascend", "compressed-tensors", "ascend"]),
+        (Scheme(8, activations="static", activations_symmetric=False), ["compressed-tensors", "ascend"]),
+    ],
+    ids=lambda value: value.name if isinstance(value, Scheme) else "",
+)
+def test_codes_and_scales_survive_every_conversion(
+    scheme: Scheme, route: list[str], tmp_path: Path, prose: Path
+) -> None:
+    first = made(tmp_path / "first", scheme, route[0], kept=[DOWN])
+    source, wanted = first.folder, codes_of(first.folder)
+    for number, form in enumerate(route[1:]):
+        output = tmp_path / f"{number}-{form}"
+        facts = convert_checkpoint(source, form, output)
+        assert (facts["linears"], facts["left_out"]) == (13, None)
+        found = codes_of(output)
+        assert found.keys() == wanted.keys()
+        for name, (codes, scale) in wanted.items():
+            assert torch.equal(found[name][0], codes)
+            if scheme.activations == "none":  # ascend rounds the scale of integer inputs
+                assert torch.equal(found[name][1], scale)
+        assert (output / "tokenizer.json").is_file()
+        source = output
+    if route[0] == route[-1]:
+        one, other = (load_file(next(folder.glob("*.safetensors"))) for folder in (first.folder, source))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert json.loads((first.folder / "config.json").read_text()) == json.loads(
+            (source / "config.json").read_text()
+        )
+    if scheme.activations == "none":
+        assert scored(source, prose)["quantized"] == scored(first.folder, prose)["quantized"]
+
+
+def test_a_dense_conversion_says_what_is_missing_and_is_no_source(tmp_path: Path) -> None:
+    first = made(tmp_path / "first", Scheme(8, activations="dynamic"), "compressed-tensors")
+    facts = convert_checkpoint(first.folder, "dense", tmp_path / "dense")
+    assert facts["left_out"] == "quantized inputs of linears"
+    for source in (tmp_path / "dense", first.model):
+        with pytest.raises(ModelError, match="holds no codes"):
+            convert_checkpoint(source, "gptq", tmp_path / "again")
+
+
+def test_what_a_format_cannot_hold_is_refused_before_work(tmp_path: Path) -> None:
+    dynamic = made(tmp_path / "a", Scheme(8, activations="dynamic"), "compressed-tensors")
+    mixed = made(tmp_path / "b", FOUR, "compressed-tensors", others={"*.down_proj": Scheme(4)})
+    cached = made(tmp_path / "c", FOUR, "compressed-tensors", attention=AttentionScheme(kv="fp8"))
+    for source, form, reason in [
+        (dynamic, "gptq", "weights alone"),
+        (dynamic, "exl2", "there is no format"),
+        (mixed, "awq", "one scheme for all linears"),
+        (cached, "gptq", "KV fp8"),
+    ]:
+        with pytest.raises(RecipeError, match=reason):
+            convert_checkpoint(source.folder, form, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_that_the_format_does_not_hold_end_it_without_a_trace(tmp_path: Path) -> None:
+    fine = export_tiny(tmp_path / "a", Scheme(4), dtype=torch.float32)
+    with pytest.raises(ModelError, match="no float16 value"):
+        convert_checkpoint(fine.folder, "gptq", tmp_path / "out" / "new")
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = made(tmp_path / "first", FOUR, "compressed-tensors")
+    output = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "SHARD_BYTES", 10_000)
+        convert_checkpoint(first.folder, "gptq", output)
+    (output / "notes.txt").write_text("mine")
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    with pytest.raises(OutputError, match="holds a checkpoint already"):
+        convert_checkpoint(first.folder, "awq", output)
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+    convert_checkpoint(first.folder, "awq", output, overwrite=True)
+    assert [file.name for file in output.glob("*.safetensors*")] == ["model.safetensors"]
+    assert not (output / "quantize_config.json").exists()
+    assert (output / "notes.txt").read_text() == "mine"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("mine")
+    for place, reason in [(other, "something else"), (first.folder / "x", "in one another"),
+                          (output / "notes.txt", "is a file")]:  # fmt: skip
+        with pytest.raises(OutputError, match=reason):
+            convert_checkpoint(first.folder, "awq", place, overwrite=True)
+    assert not list(tmp_path.rglob("*.part"))
