@@ -26,6 +26,7 @@ _TITLES = {
     "sensitivity": "Ranking linears by sensitivity",
     "search": "Searching the fewest linears to roll back",
     "quantize": "Quantizing",
+    "distill": "Tuning scales and norms",
     "export": "Writing checkpoints",
     "verify": "Reading the export back",
     "eval-ppl": "Scoring",
@@ -128,6 +129,8 @@ def _sentence(event: dict[str, Any]) -> str | None:
             )
         case "found":
             return f"  {event['rolled_back']} linears are rolled back; as a plain recipe: {event['recipe']}"
+        case "distilled":
+            return f"  KL divergence on samples kept apart: {event['kl_before']:.4g}, tuned {event['kl_after']:.4g}"
         case "verified":
             return f"  {event['linears']} linears and {event['other_tensors']} other tensors are as they should be"
     return None

@@ -25,6 +25,7 @@ from quantcli.pipeline.source import known_positions, locate_model, model_identi
 from quantcli.pipeline.stages import (
     calibrate,
     check,
+    distill,
     eval_ppl,
     export,
     quantize,
@@ -46,6 +47,7 @@ STAGES: tuple[Stage, ...] = (
     sensitivity.STAGE,
     search.STAGE,
     quantize.STAGE,
+    distill.STAGE,
     export.STAGE,
     verify.STAGE,
     eval_ppl.STAGE,
@@ -257,7 +259,7 @@ def _require_stage(name: str, recipe: Recipe) -> None:
     if not stage.wanted(recipe) and not (stage is sensitivity.STAGE and recipe.calibration is not None):
         section = {"calibrate": "a scheme that needs calibration", "sensitivity": "calibration", "smooth": "smooth",
                    "search": "quantize.rollback.target", "select": "calibration.drop_outliers",
-                   "export": "export", "verify": "export",
+                   "distill": "quantize.distill", "export": "export", "verify": "export",
                    "eval-ppl": "evaluate.perplexity"}.get(name, name)  # fmt: skip
         raise RecipeError(f"This recipe has nothing for stage {name}.", f"It would need {section}.")
 

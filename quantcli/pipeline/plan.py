@@ -195,7 +195,8 @@ def _passes(recipe: Recipe) -> int:
     """How often the calibration samples run through the model to decide something."""
     section = recipe.quantize
     solving = section.solves * (1 + section.gptq.asymmetric)
-    return needs_calibration(recipe) + (recipe.smooth is not None and recipe.smooth.scales) + solving
+    distilling = 0 if section.distill is None else 1 + 4 * section.distill.passes
+    return needs_calibration(recipe) + (recipe.smooth is not None and recipe.smooth.scales) + solving + distilling
 
 
 def reads_calibration(recipe: Recipe) -> bool:

@@ -17,7 +17,7 @@ from pydantic import (
 
 from quantcli.recipe.aliases import with_aliases
 from quantcli.recipe.fields import Count, Pattern, Section, as_percent, fraction_of, null_is_default, refusal, whole
-from quantcli.recipe.solver import SOLVED_METHODS, GptqSection, SignroundSection
+from quantcli.recipe.solver import SOLVED_METHODS, DistillSection, GptqSection, SignroundSection
 
 DEFAULT_GROUP_SIZE = 128
 SPARSE_METHODS = ("co_sparse", "low_bit", "low_bit_sigma")
@@ -341,6 +341,9 @@ class QuantizeSection(Section):
     signround: Annotated[
         SignroundSection, BeforeValidator(null_is_default, json_schema_input_type=SignroundSection | None)
     ] = Field(default=SignroundSection(), description="How method signround goes on from there.")
+    distill: DistillSection | None = Field(
+        default=None, description="Tune scales and norms to the predictions of the float model; {} for the defaults."
+    )
     kv_cache: CacheSection | None = Field(default=None, description="Quantize the key-value cache; {} for int8.")
     attention: AttentionSection | None = Field(
         default=None, description="Quantize queries, keys and values in attention (FA3); {} for int8."

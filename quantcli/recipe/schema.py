@@ -130,6 +130,10 @@ class Recipe(Section):
                 )
         if self.calibration is None and section.solves:
             raise refusal("quantize.weights.method", "gptq needs calibration", f"{remedy} or set method: mse.")
+        if section.distill is not None and self.calibration is None:
+            raise refusal("quantize.distill", "learns from calibration text", f"{remedy}.")
+        if section.distill is not None and not any(treatment for _, treatment in treatments):
+            raise refusal("quantize.distill", "tunes scales of weights, and none is quantized", "Remove it.")
         to = named_scheme(section.rollback.to)
         if self.calibration is None and to is not None and to[1].observed:
             wrong = f"is {section.rollback.to}, and static scales need calibration"

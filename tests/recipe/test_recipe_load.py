@@ -320,6 +320,7 @@ _any_method = {
     "exclude": _names,
     "shift": st.booleans(),
     "rotation": _rotation,
+    "samples": st.none() | _counts,
     "search_samples": _counts,
     "save_model": st.booleans(),
 }

@@ -28,7 +28,7 @@ HIDDEN_FLOAT = "hidden-float"
 def _identity(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     return {
-        "quantize": recipe.quantize.model_dump(mode="json"),
+        "quantize": recipe.quantize.model_dump(mode="json", exclude={"distill"}),
         "dtype": recipe.model.dtype,
         "trust_remote_code": recipe.model.trust_remote_code,
         "device": context.device,
