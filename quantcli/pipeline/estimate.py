@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from quantcli.model.structure import Linear, Structure
@@ -86,6 +86,15 @@ def estimate(
         head = structure.vocabulary * structure.width * (structure.tied and recipe.smooth.unties)
         disk += (sum(map(prod, structure.parameters.values())) + head) * width
     return Estimate(int(memory), int(disk), round(seconds, 1), tokens)
+
+
+def with_trials(
+    found: Estimate, structure: Structure, tokens: int, tried: Collection[tuple[Linear, WeightsSection]]
+) -> Estimate:
+    """The estimate with `tokens` more run through the blocks, for which the linears of `tried` are quantized."""
+    quantizing = sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in tried)
+    running = 2.0 * tokens * sum(linear.weights for linear in structure.linears()) / _rate()
+    return replace(found, seconds=round(found.seconds + quantizing + running, 1), tokens=found.tokens + tokens)
 
 
 def _smoothing_cost(section: SmoothSection, quantized: Collection[tuple[Linear, WeightsSection]]) -> int:
