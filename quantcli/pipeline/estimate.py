@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 
 from quantcli.model.structure import Linear, Structure
@@ -119,8 +120,9 @@ def _smoothing_memory(
     return max(outer + rotated, 8 * block + int(searched))
 
 
+@cache
 def _rate() -> float:
-    """Operations a second of this machine in a float32 matrix product, the best of four."""
+    """Operations a second of this machine in a float32 matrix product, the best of four; measured once."""
     import numpy as np
 
     a = np.ones((768, 768), np.float32)

@@ -260,7 +260,7 @@ def test_what_is_up_to_date_is_not_tried_again(found: tuple[Recipe, Any]) -> Non
     recipe, outcome = found
     again = quantcli.run(recipe)
     assert all(record["reused"] for record in again.stages.values())
-    assert again.plan == outcome.plan
+    assert again.plan.linears == outcome.plan.linears
     measured = quantcli.run(changed(recipe, evaluate__perplexity__windows=2))
     assert [name for name, record in measured.stages.items() if not record["reused"]] == ["eval-ppl"]
     assert measured.plan.treatments == outcome.plan.treatments
