@@ -31,9 +31,9 @@ class CandidateSection(Section):
         return self.bits == 16
 
 
-def _float_word(value: object) -> object:
-    """The word float for {bits: 16}."""
-    return {"bits": 16} if value == "float" else value
+def _float_words(value: object) -> object:
+    """{bits: 16} for the word float in a list."""
+    return [{"bits": 16} if item == "float" else item for item in value] if isinstance(value, list) else value
 
 
 class BudgetSection(Section):
@@ -44,14 +44,9 @@ class BudgetSection(Section):
     )
     size: Annotated[float, Field(gt=0)] | None = Field(default=None, description="Largest checkpoint in GB.")
     candidates: Annotated[
-        tuple[
-            Annotated[
-                CandidateSection,
-                BeforeValidator(_float_word, json_schema_input_type=CandidateSection | Literal["float"]),
-            ],
-            ...,
-        ],
+        tuple[CandidateSection, ...],
         Field(strict=False),
+        BeforeValidator(_float_words, json_schema_input_type=list[CandidateSection | Literal["float"]]),
     ] = Field(
         default=(),
         description="Schemes to choose from, each as keys of quantize.weights that differ, or float; none given means "
