@@ -3,7 +3,7 @@
     python -m venv peer && peer/bin/pip install llmcompressor
     peer/bin/python benchmarks/peer_gptq.py MODEL TEXT OUT BITS GROUP     (GROUP 0: a scale a channel)
 
-Prints seconds and peak memory. The first 64 windows of 512 tokens of TEXT are the calibration samples, as quantcli takes them.
+Prints seconds and peak memory. The calibration samples are the first 64 windows of 512 tokens of TEXT, as in quantcli.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         notes.append("This scheme needs no calibration data; the calibration section only serves the sanity check.")
     quantized = [(p.linear, p.treatment.scheme) for p in planned if p.treatment is not None]
     before = sum(map(prod, structure.parameters.values())) * BYTES[structure.dtype]
-    stored = sum(_stored_bytes(recipe, linear, scheme, structure.dtype) for linear, scheme in quantized)
+    stored = sum(stored_bytes(recipe, linear, scheme, structure.dtype) for linear, scheme in quantized)
     weights = sum(linear.weights for linear, _ in quantized)
     after = before - weights * BYTES[structure.dtype] + stored
     if structure.tied and recipe.smooth is not None and recipe.smooth.unties:
@@ -201,7 +201,7 @@ def _passes(recipe: Recipe) -> int:
 
 def reads_calibration(recipe: Recipe) -> bool:
     """Whether any stage that decides something runs the calibration samples."""
-    return _passes(recipe) > 0
+    return _passes(recipe) > 0 or recipe.quantize.target is not None
 
 
 def attention_scheme(recipe: Recipe) -> AttentionScheme | None:
@@ -277,7 +277,7 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
             reasons[name] = "weights.bits is 16"
         if pair is not None:
             pairs[name] = pair
-    unseen = _unobservable(structure) if needs_calibration(recipe) or section.solves else {}
+    unseen = unobservable(structure) if needs_calibration(recipe) or section.solves else {}
     for name in [name for name in unseen if name in pairs]:
         del pairs[name]
         reasons[name] = unseen[name]
@@ -328,7 +328,7 @@ def _siblings(structure: Structure, rolled_back: Mapping[str, str], notes: list[
     return reasons
 
 
-def _unobservable(structure: Structure) -> dict[str, str]:
+def unobservable(structure: Structure) -> dict[str, str]:
     """Linears that a forward pass does not reach, so that nothing can be found from their input."""
     reached = {name for block in structure.blocks for shared in block.inputs for name in shared.linears}
     reached |= {name for block in structure.blocks for experts in block.experts for name in experts.names}
@@ -460,7 +460,7 @@ def _refuse_unheld(recipe: Recipe, planned: Sequence[PlannedLinear], attention: 
                               "Choose another format, or export: null.")  # fmt: skip
 
 
-def _stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:
+def stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:
     """Bytes in the first format; without an export, as compressed-tensors would hold them."""
     from quantcli.formats.table import FORMATS
 

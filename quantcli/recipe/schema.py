@@ -144,6 +144,8 @@ class Recipe(Section):
         if self.calibration is None and section.rollback.ranks:
             key = "level" if section.rollback.level else "target"
             raise refusal(f"quantize.rollback.{key}", "ranks linears by what they are fed", f"{remedy}.")
+        if self.calibration is None and section.target is not None:
+            raise refusal("quantize.target", "is shared out by what linears do to calibration text", f"{remedy}.")
         if self.calibration is not None and self.calibration.drop_outliers and not any(t for _, t in treatments):
             raise refusal(
                 "calibration.drop_outliers",

@@ -288,5 +288,10 @@ def _writes(context: Context) -> tuple[str, ...]:
 
 
 STAGE = Stage(
-    "quantize", ("select", "smooth", "calibrate", "sensitivity", "search"), lambda _: True, _identity, run, _writes
+    "quantize",
+    ("select", "smooth", "calibrate", "sensitivity", "search", "allocate"),
+    lambda _: True,
+    _identity,
+    run,
+    _writes,
 )
