@@ -221,7 +221,7 @@ ENGINES: dict[str, tuple[_Engine, ...]] = {
         _Engine(
             "transformers",
             _transformers,
-            _fp8_only("rounds keys and values, holds them in float"),
+            _fp8_only("rounds keys and values, holds them in float; from 5.24 on it leaves them as they are"),
             experts=_transformers_experts,
         ),
     ),

@@ -127,6 +127,7 @@ BASE: dict[str, Any] = {
         "overrides": [{"match": "c", "scheme": "float"}],
         "gptq": {"sweeps": 1},
         "signround": {"iterations": 5},
+        "distill": {"passes": 2},
         "kv_cache": {"bits": 8},
     },
     "export": {"formats": ["compressed-tensors"]},
