@@ -165,6 +165,7 @@ app.command("quantize", help="Find codes and scales, after what comes before is 
 app.command("search", help="Find the fewest linears to roll back for quantize.rollback.target.")(
     _stage_command("search")
 )
+app.command("allocate", help="Choose the scheme of each linear for quantize.target.")(_stage_command("allocate"))
 app.command("export", help="Write the checkpoints, after what comes before is up to date.")(_stage_command("export"))
 
 

@@ -25,7 +25,9 @@ _TITLES = {
     "calibrate": "Observing activations",
     "sensitivity": "Ranking linears by sensitivity",
     "search": "Searching the fewest linears to roll back",
+    "allocate": "Trying schemes for a number of bits",
     "quantize": "Quantizing",
+    "distill": "Tuning scales and norms",
     "export": "Writing checkpoints",
     "verify": "Reading the export back",
     "eval-ppl": "Scoring",
@@ -128,6 +130,11 @@ def _sentence(event: dict[str, Any]) -> str | None:
             )
         case "found":
             return f"  {event['rolled_back']} linears are rolled back; as a plain recipe: {event['recipe']}"
+        case "distilled":
+            return f"  KL divergence on samples kept apart: {event['kl_before']:.4g}, tuned {event['kl_after']:.4g}"
+        case "allocated":
+            shared = ", ".join(f"{count} linears {name}" for name, count in event["linears"].items())
+            return f"  {event['bits_per_weight']:.4g} bits a weight: {shared}; as a plain recipe: {event['recipe']}"
         case "verified":
             return f"  {event['linears']} linears and {event['other_tensors']} other tensors are as they should be"
     return None

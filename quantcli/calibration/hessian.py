@@ -13,8 +13,8 @@ HELD_OUT = 4
 
 
 class Hessian:
-    """H = E[x xᵀ] over tokens and, where given, D = E[x (y − x)ᵀ], y the same tokens in another pass. Of
-    HELD_OUT batches that have a y one is kept apart, to check what is made of D.
+    """H = E[x xᵀ] over tokens and, where given, D = E[a x (y − x)ᵀ], y the same tokens in another pass and a the share
+    of each. Of HELD_OUT batches that have a y one is kept apart, to check what is made of D.
 
     Float32 [width, width]. Tokens of a batch are multiplied in their own dtype and summed over batches in float32.
     Products of bfloat16 values come out rounded to 8 bits, each relative to itself: noise of a thousandth of the
@@ -25,6 +25,7 @@ class Hessian:
         self.tokens = 0
         self._device = device
         self._sum = torch.zeros(width, width, device=device)
+        self._compared_sum: Tensor | None = None
         self._drifts: list[Tensor] = []
         self._lacks: list[Tensor] = []
         self._compared = [0, 0]
@@ -33,18 +34,27 @@ class Hessian:
         self._height = -(-width // strips)
         self._strips = range(0, width, self._height)
 
-    def update(self, x: Tensor, y: Tensor | None = None, lack: Tensor | None = None) -> None:
-        """Add the tokens of x [..., width], of y [..., width] if it is given, and beside y of `lack` [..., any]."""
+    def update(
+        self, x: Tensor, y: Tensor | None = None, lack: Tensor | None = None, share: Tensor | None = None
+    ) -> None:
+        """Add the tokens of x [..., width], of y [..., width] if it is given, and beside y of `lack` [..., any].
+
+        share [...]: how much each token counts in what is compared, 1 without it.
+        """
         tokens = x.reshape(-1, x.shape[-1])
         turned = tokens.t().contiguous()
-        for start in self._strips:  # a strip holds all that is above it and right of it
-            strip = slice(start, start + self._height)
-            self._sum[strip, start:] += linear(turned[strip], turned[start:])
+        self._add(self._sum, turned, turned)
         self.tokens += len(tokens)
         if y is not None:
             self._drifts = self._drifts or [torch.zeros_like(self._sum) for _ in range(2)]
             self._batches += 1
             kept_apart = self._batches % HELD_OUT == 2
+            if share is not None:
+                if self._compared_sum is None:
+                    self._compared_sum = torch.zeros_like(self._sum)
+                counted = turned * share.reshape(1, -1).to(turned.dtype)
+                self._add(self._compared_sum, counted, turned)
+                turned = counted
             self._drifts[kept_apart] += turned @ (y.reshape(tokens.shape) - tokens)
             self._compared[kept_apart] += len(tokens)
             if lack is not None:
@@ -52,14 +62,28 @@ class Hessian:
                 self._lacks = self._lacks or [self._sum.new_zeros(len(self._sum), other.shape[1]) for _ in range(2)]
                 self._lacks[kept_apart] += turned @ other
 
-    def moments(self) -> Tensor:
-        """H. The sum is used up."""
+    def _add(self, total: Tensor, left: Tensor, right: Tensor) -> None:
+        for start in self._strips:  # a strip holds all that is above it and right of it
+            strip = slice(start, start + self._height)
+            total[strip, start:] += linear(left[strip], right[start:])
+
+    def _whole(self, total: Tensor, count: int) -> Tensor:
         for start in self._strips:
             rows, below = slice(start, start + self._height), slice(start + self._height, None)
-            corner = self._sum[rows, rows]
+            corner = total[rows, rows]
             corner.copy_(corner.triu() + corner.triu(1).t())
-            self._sum[below, rows] = self._sum[rows, below].t()
-        return self._sum.div_(max(1, self.tokens))
+            total[below, rows] = total[rows, below].t()
+        return total.div_(max(1, count))
+
+    def moments(self) -> Tensor:
+        """H. The sum is used up."""
+        return self._whole(self._sum, self.tokens)
+
+    def compared_moments(self) -> Tensor | None:
+        """E[a x xᵀ] of the tokens of two passes, None where they had no share. The sum is used up."""
+        if self._compared_sum is None:
+            return None
+        return self._whole(self._compared_sum, sum(self._compared))
 
     def drifts(self) -> tuple[Tensor, Tensor] | None:
         """D of most batches, and of those kept apart; None without both. The sums are used up."""

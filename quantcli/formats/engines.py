@@ -24,6 +24,9 @@ _NO_TENSOR = "takes packed weights with a scale a channel or group, not a tensor
 # Linears that vLLM and vLLM-Ascend join into one, which then has one scheme (packed_modules_mapping).
 _JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 
+UNPACKING = frozenset({"transformers"})
+"""Engines that unpack weights on loading: they compute with any scheme, and gain no speed by it."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -270,7 +273,7 @@ ENGINES: dict[str, tuple[_Engine, ...]] = {
         _Engine(
             "transformers",
             _transformers,
-            _fp8_only("rounds keys and values, holds them in float"),
+            _fp8_only("rounds keys and values, holds them in float; from 5.24 on it leaves them as they are"),
             experts=_transformers_experts,
         ),
     ),

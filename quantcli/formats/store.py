@@ -111,11 +111,12 @@ def write_manifest(
 
 
 class Store:
-    """A finished store, read linear by linear."""
+    """A finished store, read linear by linear. Of `tuned`, a safetensors file, scales take the place of stored ones."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tuned: Path | None = None) -> None:
         content: dict[str, Any] = read_json(folder / MANIFEST)
         self.folder = folder
+        self.tuned = tuned
         self.dtype: str = content["dtype"]
         self.kept: dict[str, str] = content["float"]
         self.blocks: dict[str, int] = {}
@@ -132,21 +133,24 @@ class Store:
 
     def read(self, name: str) -> StoredLinear:
         """The stored codes and scales of one linear."""
-        parts = self._read(name, self.blocks[name], ("codes", "scale", "zero_point", "input_scale", "input_zero_point"))
+        wanted = ("codes", "scale", "zero_point", "input_scale", "input_zero_point")
+        parts = _parts(block_file(self.folder, self.blocks[name]), name, wanted)
+        if self.tuned is not None:
+            parts |= _parts(self.tuned, name, ("scale", "input_scale"))
         weight = QuantizedWeight(parts["codes"], parts["scale"], parts.get("zero_point"))
         return StoredLinear(weight, parts.get("input_scale"), parts.get("input_zero_point"))
 
     def read_attention(self, module: str) -> dict[str, Tensor]:
         """The scales of one attention module: those of ATTENTION_PARTS that its scheme has."""
-        return self._read(module, self.attention_modules[module], ATTENTION_PARTS)
+        return _parts(block_file(self.folder, self.attention_modules[module]), module, ATTENTION_PARTS)
 
-    def _read(self, name: str, block: int, wanted: tuple[str, ...]) -> dict[str, Tensor]:
-        from safetensors import SafetensorError, safe_open
 
-        file = block_file(self.folder, block)
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names = set(opened.keys())
-                return {p: opened.get_tensor(f"{name}.{p}") for p in wanted if f"{name}.{p}" in names}
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{file} cannot be read: {error}.", "Delete it and run again.") from error
+def _parts(file: Path, name: str, wanted: tuple[str, ...]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            names = set(opened.keys())
+            return {p: opened.get_tensor(f"{name}.{p}") for p in wanted if f"{name}.{p}" in names}
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} cannot be read: {error}.", "Delete it and run again.") from error

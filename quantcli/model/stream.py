@@ -23,6 +23,10 @@ HEAD_BYTES = 64 << 20
 """Bound on the float32 logits that exist at a time; the head runs on as many positions as fit."""
 
 
+GRADED_BYTES = 24 << 20
+"""The same where logits have gradients, below what glibc hands back to the system at once (32 MiB)."""
+
+
 class _Stop(Exception):
     """A signal, not an error."""
 
@@ -144,8 +148,7 @@ class BlockStream:
     @contextmanager
     def head(self) -> Iterator[None]:
         """Everything after the last block, resident for the duration of the body."""
-        names = [n for n in self.skeleton.outer_names() if n not in self._embedding_names or n in self._head_names]
-        with self.skeleton.resident(names):
+        with self.skeleton.resident(self.head_names()):
             yield
 
     @torch.inference_mode()
@@ -168,6 +171,31 @@ class BlockStream:
             with _forwards(blocks, lambda *_, _piece=piece, **__: _piece, self.skeleton.structure.tuple_output):
                 output = self.skeleton.model(inputs_embeds=inputs, use_cache=False)
             yield slice(begin, begin + piece.shape[1]), output.logits.float()
+
+    def head_names(self) -> list[str]:
+        """Names of the parameters that `head` makes resident."""
+        return [n for n in self.skeleton.outer_names() if n not in self._embedding_names or n in self._head_names]
+
+    def pieces(self, hidden: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Samples and positions of hidden states, so few at a time that the heap keeps the memory of their logits.
+
+        Larger tensors get new pages from the system each time, which costs as much as the arithmetic.
+        """
+        step = max(1, GRADED_BYTES // (4 * int(self.skeleton.config.vocab_size)))
+        for sample in range(hidden.shape[0]):
+            for begin in range(0, hidden.shape[1], step):
+                yield slice(sample, sample + 1), slice(begin, begin + step)
+
+    def head_logits(self, hidden: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Float32 logits of hidden states that left the last block, as `logits`, with `parameters` (by full names) in
+        the place of the head's own; gradients reach them and the states."""
+        samples, tokens, _ = hidden.shape
+        inputs = torch.zeros(samples, tokens, self._embedding.embedding_dim, dtype=hidden.dtype, device=hidden.device)
+        blocks = [self.skeleton.module(path) for path in self.skeleton.blocks]
+        given = {"inputs_embeds": inputs, "use_cache": False}
+        with _forwards(blocks, lambda *_, **__: hidden, self.skeleton.structure.tuple_output):
+            output = functional_call(self.skeleton.model, dict(parameters), (), given)
+        return output.logits.float()
 
     @contextmanager
     def _recording(self, recorded: list[Any]) -> Iterator[None]:

@@ -17,14 +17,17 @@ from typing import Any
 from quantcli.errors import GateError, ModelError, RecipeError, RoomError
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure_cache import find_structure
+from quantcli.pipeline.allocation import budgeted
 from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context, Listener, Stage
 from quantcli.pipeline.plan import Plan, make_plan, reads_calibration
 from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, StageFolder, check_place, is_run, open_run, room_errors
 from quantcli.pipeline.source import known_positions, locate_model, model_identity
 from quantcli.pipeline.stages import (
+    allocate,
     calibrate,
     check,
+    distill,
     eval_ppl,
     export,
     quantize,
@@ -45,7 +48,9 @@ STAGES: tuple[Stage, ...] = (
     calibrate.STAGE,
     sensitivity.STAGE,
     search.STAGE,
+    allocate.STAGE,
     quantize.STAGE,
+    distill.STAGE,
     export.STAGE,
     verify.STAGE,
     eval_ppl.STAGE,
@@ -68,6 +73,7 @@ class RunResult:
     peak_memory: int
     smoothing: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
+    allocation: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         exported = self.stages.get("export", {}).get("files", {})
@@ -80,6 +86,7 @@ class RunResult:
             "perplexity": self.perplexity,
             "smoothing": self.smoothing,
             "experts": self.experts,
+            "allocation": self.allocation,
             "peak_memory": self.peak_memory,
         }
 
@@ -104,7 +111,8 @@ def _plan(recipe: Recipe, model: Path) -> Plan:
         raise ModelError(f"{model} is already quantized ({method}).", "Start from the float model.")
     section = recipe.model
     structure = find_structure(model, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
-    return make_plan(recipe, model, structure)
+    plan = make_plan(recipe, model, structure)
+    return plan if recipe.quantize.target is None else budgeted(recipe, plan)
 
 
 def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener | None = None) -> RunResult:
@@ -141,7 +149,8 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
         context.emit("plan", linears=len(plan.schemes), kept=len(plan.kept), notes=list(plan.notes))
         _bring_up_to_date(context, until)
         scores, smoothing = _perplexity(context), _smoothing(context)
-        result = RunResult(path, context.plan, context.results, scores, _peak_of(context), smoothing, _experts(context))
+        found = _experts(context), _allocation(context)
+        result = RunResult(path, context.plan, context.results, scores, _peak_of(context), smoothing, *found)
     _check_gates(recipe, result)
     return result
 
@@ -256,7 +265,8 @@ def _require_stage(name: str, recipe: Recipe) -> None:
         raise RecipeError(f"There is no stage {name!r}.", f"Stages: {', '.join(s.name for s in STAGES)}.")
     if not stage.wanted(recipe) and not (stage is sensitivity.STAGE and recipe.calibration is not None):
         section = {"calibrate": "a scheme that needs calibration", "sensitivity": "calibration", "smooth": "smooth",
-                   "search": "quantize.rollback.target", "select": "calibration.drop_outliers",
+                   "search": "quantize.rollback.target", "allocate": "quantize.target",
+                   "select": "calibration.drop_outliers", "distill": "quantize.distill",
                    "export": "export", "verify": "export",
                    "eval-ppl": "evaluate.perplexity"}.get(name, name)  # fmt: skip
         raise RecipeError(f"This recipe has nothing for stage {name}.", f"It would need {section}.")
@@ -339,6 +349,14 @@ def _experts(context: Context) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] | None = read_json(context.folder(calibrate.STAGE.name) / calibrate.MANIFEST).get("experts")
     return found
+
+
+def _allocation(context: Context) -> dict[str, Any] | None:
+    """What stage allocate chose: linears by scheme, bits a weight, and the budget."""
+    if allocate.STAGE.name not in context.results:
+        return None
+    found: dict[str, Any] = read_json(context.folder(allocate.STAGE.name) / allocate.RESULT)
+    return {key: found[key] for key in ("target", "bits_per_weight", "size", "error", "linears")}
 
 
 def _check_gates(recipe: Recipe, result: RunResult) -> None:

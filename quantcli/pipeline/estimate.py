@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 
 from quantcli.model.structure import Linear, Structure
@@ -88,6 +89,15 @@ def estimate(
     return Estimate(int(memory), int(disk), round(seconds, 1), tokens)
 
 
+def with_trials(
+    found: Estimate, structure: Structure, tokens: int, tried: Collection[tuple[Linear, WeightsSection]]
+) -> Estimate:
+    """The estimate with `tokens` more run through the blocks, for which the linears of `tried` are quantized."""
+    quantizing = sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in tried)
+    running = 2.0 * tokens * sum(linear.weights for linear in structure.linears()) / _rate()
+    return replace(found, seconds=round(found.seconds + quantizing + running, 1), tokens=found.tokens + tokens)
+
+
 def _smoothing_cost(section: SmoothSection, quantized: Collection[tuple[Linear, WeightsSection]]) -> int:
     """0 for a plain method, 1 for one that clips, 2 for auto."""
     if section.method == "auto":
@@ -110,8 +120,9 @@ def _smoothing_memory(
     return max(outer + rotated, 8 * block + int(searched))
 
 
+@cache
 def _rate() -> float:
-    """Operations a second of this machine in a float32 matrix product, the best of four."""
+    """Operations a second of this machine in a float32 matrix product, the best of four; measured once."""
     import numpy as np
 
     a = np.ones((768, 768), np.float32)

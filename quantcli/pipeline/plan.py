@@ -140,7 +140,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     if recipe.calibration is not None and not reads_calibration(recipe):
         notes.append("This scheme needs no calibration data; the calibration section only serves the sanity check.")
     before = sum(map(prod, structure.parameters.values())) * BYTES[structure.dtype]
-    stored = sum(_stored_bytes(recipe, linear, scheme, structure.dtype) for linear, scheme in quantized)
+    stored = sum(stored_bytes(recipe, linear, scheme, structure.dtype) for linear, scheme in quantized)
     weights = sum(linear.weights for linear, _ in quantized)
     after = before - weights * BYTES[structure.dtype] + stored
     if structure.tied and recipe.smooth is not None and recipe.smooth.unties:
@@ -200,12 +200,13 @@ def _passes(recipe: Recipe) -> int:
     """How often the calibration samples run through the model to decide something."""
     section = recipe.quantize
     solving = section.solves * (1 + section.gptq.asymmetric)
-    return needs_calibration(recipe) + (recipe.smooth is not None and recipe.smooth.scales) + solving
+    distilling = 0 if section.distill is None else 1 + 4 * section.distill.passes
+    return needs_calibration(recipe) + (recipe.smooth is not None and recipe.smooth.scales) + solving + distilling
 
 
 def reads_calibration(recipe: Recipe) -> bool:
     """Whether any stage that decides something runs the calibration samples."""
-    return _passes(recipe) > 0
+    return _passes(recipe) > 0 or recipe.quantize.target is not None
 
 
 def attention_scheme(recipe: Recipe) -> AttentionScheme | None:
@@ -281,7 +282,7 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
             reasons[name] = "weights.bits is 16"
         if pair is not None:
             pairs[name] = pair
-    unseen = _unobservable(structure) if needs_calibration(recipe) or section.solves else {}
+    unseen = unobservable(structure) if needs_calibration(recipe) or section.solves else {}
     for name in [name for name in unseen if name in pairs]:
         del pairs[name]
         reasons[name] = unseen[name]
@@ -332,7 +333,7 @@ def _siblings(structure: Structure, rolled_back: Mapping[str, str], notes: list[
     return reasons
 
 
-def _unobservable(structure: Structure) -> dict[str, str]:
+def unobservable(structure: Structure) -> dict[str, str]:
     """Linears that a forward pass does not reach, so that nothing can be found from their input."""
     reached = {name for block in structure.blocks for shared in block.inputs for name in shared.linears}
     reached |= {name for block in structure.blocks for experts in block.experts for name in experts.names}
@@ -452,7 +453,7 @@ def _refuse_split_siblings(recipe: Recipe, blocks: Sequence[Block], treatments: 
                 )
 
 
-def _stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:
+def stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:
     """Bytes in the first format; without an export, as compressed-tensors would hold them."""
     from quantcli.formats.table import FORMATS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,13 @@ def calibration_samples(context: Context, *, every: bool = False) -> TokenSet:
     content = json.loads((context.folder("select") / SELECTION).read_text(encoding="utf-8"))
     samples = [found.samples[index] for index in content["kept"]]
     return replace(found, samples=samples, tokens=sum(map(len, samples)))
+
+
+def spread(samples: Sequence[list[int]], count: int | None) -> list[list[int]]:
+    """`count` of the samples, evenly spaced and in order; all of them if there are no more, or without a count."""
+    if count is None or count >= len(samples):
+        return list(samples)
+    return [samples[index * len(samples) // count] for index in range(count)]
 
 
 def evaluation_text(context: Context) -> EvaluationText:

@@ -104,7 +104,10 @@ def solve_block(
                 for batch, value in enumerate(walk.advance(position)):
                     other = next(others, None)
                     if hessian is not None and other is not None and solver.asymmetric:
-                        hessian.update(value, other, _lacking(passes, batch, walk, beside) if writes else None)
+                        assert passes.plain is not None
+                        lack = _lacking(passes, batch, walk, beside) if writes else None
+                        meant = passes.plain.get(batch) if writes else other
+                        hessian.update(value, other, lack, _shares(meant).to(device))
                     elif hessian is not None:
                         hessian.update(value)
                 for name in shared.linears:
@@ -136,6 +139,16 @@ def solve_block(
                 for batch in range(len(passes.stream.batches)):
                     passes.quantized.put(batch, passes.stream.run(index, batch, passes.quantized.get(batch)))
     return found
+
+
+def _shares(values: Tensor) -> Tensor:
+    """min(1, median of ‖y‖² / ‖y_t‖²) of each token t of [..., width]: float32 [...].
+
+    A norm behind it divides by the size of a token, and a few tokens are a thousand times larger than the rest: they
+    would decide alone what is made good.
+    """
+    energy = values.float().square().sum(-1)
+    return (energy.median() / energy.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
 
 
 def _lacking(passes: Passes, batch: int, walk: Lockstep, beside: Lockstep | None) -> Tensor:
@@ -204,6 +217,7 @@ def _solve_input(
 ) -> Results:
     """The linears that read one input, those of one treatment at once. What was aimed at is added to `aims`."""
     moments, drifts, lacking = hessian.moments(), hessian.drifts(), hessian.lacks()
+    compared = hessian.compared_moments()
     if not bool(torch.isfinite(moments.diagonal()).all()):
         raise ModelError(f"{names[0]}: input values are not finite during calibration.",
                          "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
@@ -226,7 +240,9 @@ def _solve_input(
             pulls = [drift @ whole.t() for drift in drifts]
             if lacking is not None:
                 pulls = [pull + more for pull, more in zip(pulls, lacking, strict=True)]
-            target, damping, share = compensation(whole, moments, pulls[0], pulls[1], hessian.held_out_share)
+            target, damping, share = compensation(
+                whole, moments if compared is None else compared, pulls[0], pulls[1], hessian.held_out_share
+            )
             facts |= {"asymmetric": round(share, 3), "asymmetric_damping": damping}
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)

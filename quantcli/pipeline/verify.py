@@ -46,12 +46,12 @@ def export_digests(run: Path, form: str) -> dict[str, str]:
 
 
 def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
-    from quantcli.formats.store import Store
     from quantcli.formats.verify import verify_checkpoint
     from quantcli.model.structure_cache import find_structure
     from quantcli.pipeline.smoothed import smoothed_checkpoint
     from quantcli.pipeline.source import locate_model
     from quantcli.pipeline.stages.export import source_of
+    from quantcli.pipeline.tuned import finished_checkpoint, finished_store
     from quantcli.recipe import load_recipe
 
     if "export" not in read_json(run / RECORD).get("stages", {}):
@@ -63,8 +63,9 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     section = recipe.model
     model = locate_model(section)
     structure = find_structure(model, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
-    source = source_of(recipe, structure, smoothed_checkpoint(recipe, model, structure, run / "smooth"))
-    store = Store(run / "quantize")
+    smoothed = smoothed_checkpoint(recipe, model, structure, run / "smooth")
+    source = source_of(recipe, structure, finished_checkpoint(recipe, smoothed, run))
+    store = finished_store(recipe, run)
     found = {
         name: asdict(
             verify_checkpoint(

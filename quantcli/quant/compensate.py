@@ -18,8 +18,8 @@ def compensated(weight: Tensor, hessian: Tensor, pull: Tensor, damping: float) -
     [in, out] says what the outputs lack, e = (x − x̂) Wᵀ: P = D Wᵀ with D = E[x̂ (x − x̂)ᵀ]. Of all Ŵ, E‖x̂ Ŵᵀ − x Wᵀ‖² =
     tr((Ŵ − W*) H (Ŵ − W*)ᵀ) + const without damping, so that rounding W* by any method that minimises the plain error
     solves the problem with the float model's outputs (LoaQ, 2509.06297; GPTAQ solves the same one step by step). What
-    the stream lacks that the outputs are added to may be part of e as well. P may come from fewer tokens than H.
-    Damping draws W* back to W. Raises ValueError if H does not factor.
+    the stream lacks that the outputs are added to may be part of e as well. Tokens may count differently, in H and P
+    alike. Damping draws W* back to W. Raises ValueError if H does not factor.
     """
     return weight.float() + _step(hessian, pull, damping)
 

@@ -65,10 +65,8 @@ class WeightGrid:
         return self.signed_scales and self.symmetric and (self.bits < 8 or self.granularity == "group")
 
     def stored(self, scale: Tensor) -> Tensor:
-        """`stored_scale` of this grid: a smaller magnitude than `smallest_scale` becomes that one, and 0 is 1."""
-        if self.smallest_scale:
-            scale = torch.where(scale == 0, scale, scale.abs().clamp(min=self.smallest_scale).copysign(scale))
-        return stored_scale(scale, self.scale_dtype)
+        """`stored_scale` of this grid."""
+        return stored_scale(scale, self.scale_dtype, self.smallest_scale)
 
 
 class QuantizedWeight(NamedTuple):
@@ -138,12 +136,14 @@ def group_count(in_features: int, grid: WeightGrid) -> int:
     return in_features // grid.group_size
 
 
-def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_scale(scale: Tensor, dtype: torch.dtype, smallest: float = 0.0) -> Tensor:
     """A float32 scale as the checkpoint will hold it, still in float32: rounded to `dtype`, never zero, never infinite.
 
     Zero (a group of zero weights) becomes 1; what underflows becomes the smallest normal number of `dtype`, what
-    overflows its largest, each with its sign.
+    overflows its largest, each with its sign. A smaller magnitude than `smallest` becomes that one.
     """
+    if smallest:
+        scale = torch.where(scale == 0, scale, scale.abs().clamp(min=smallest).copysign(scale))
     info = torch.finfo(dtype)
     rounded = scale.clamp(-info.max, info.max).to(dtype).float()
     rounded = torch.where(rounded == 0, torch.full_like(scale, info.tiny).copysign_(scale), rounded)

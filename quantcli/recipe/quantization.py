@@ -16,8 +16,9 @@ from pydantic import (
 )
 
 from quantcli.recipe.aliases import with_aliases
+from quantcli.recipe.budget import BudgetSection, CandidateSection
 from quantcli.recipe.fields import Count, Pattern, Section, as_percent, fraction_of, null_is_default, refusal, whole
-from quantcli.recipe.solver import SOLVED_METHODS, GptqSection, SignroundSection
+from quantcli.recipe.solver import SOLVED_METHODS, DistillSection, GptqSection, SignroundSection
 
 DEFAULT_GROUP_SIZE = 128
 SPARSE_METHODS = ("co_sparse", "low_bit", "low_bit_sigma")
@@ -335,12 +336,18 @@ class QuantizeSection(Section):
     overrides: Annotated[tuple[OverrideSection, ...], Field(strict=False)] = Field(
         default=(), description="Other schemes for some linears; the first match wins."
     )
+    target: BudgetSection | None = Field(
+        default=None, description="Choose the scheme of each linear for a number of bits a weight, or a size."
+    )
     gptq: Annotated[GptqSection, BeforeValidator(null_is_default, json_schema_input_type=GptqSection | None)] = Field(
         default=GptqSection(), description="How methods gptq and signround solve for weights."
     )
     signround: Annotated[
         SignroundSection, BeforeValidator(null_is_default, json_schema_input_type=SignroundSection | None)
     ] = Field(default=SignroundSection(), description="How method signround goes on from there.")
+    distill: DistillSection | None = Field(
+        default=None, description="Tune scales and norms to the predictions of the float model; {} for the defaults."
+    )
     kv_cache: CacheSection | None = Field(default=None, description="Quantize the key-value cache; {} for int8.")
     attention: AttentionSection | None = Field(
         default=None, description="Quantize queries, keys and values in attention (FA3); {} for int8."
@@ -360,6 +367,8 @@ class QuantizeSection(Section):
                           "Set propagation: float.")  # fmt: skip
         if self.weights.bits == 16 and not (self.overrides or self.kv_cache or self.attention):
             raise refusal("weights.bits", "is 16, so nothing is quantized", "Set 8, 4, 3 or 2, or add kv_cache.")
+        if self.target is not None:
+            _check_target(self, self.target)
         return self
 
     @property
@@ -382,6 +391,26 @@ class QuantizeSection(Section):
         if weights is None or activations is None or weights.bits == 16:
             return None
         return weights, activations
+
+
+def variant(candidate: CandidateSection, match: str) -> OverrideSection:
+    """The override that gives a candidate's scheme to what a pattern matches."""
+    if candidate.floats:
+        return OverrideSection(match=match, scheme="float")
+    return OverrideSection(match=match, weights=candidate.keys)
+
+
+def _check_target(section: QuantizeSection, target: BudgetSection) -> None:
+    """Refuse a budget that something else decides already, and candidates that are no schemes."""
+    if section.weights.bits == 16:
+        raise refusal("target", "shares out bits of weights, and weights.bits is 16", "Set weights.bits: 4.")
+    for key in ("level", "target"):
+        if getattr(section.rollback, key):
+            raise refusal("target", f"excludes rollback.{key}: both choose linears that get more bits",
+                          "Remove one of them.")  # fmt: skip
+    for index, candidate in enumerate(target.candidates):
+        if not candidate.floats:
+            _overridden(section, variant(candidate, "*"), f"target.candidates.{index}.")
 
 
 def named_scheme(name: str) -> tuple[WeightsSection, ActivationsSection] | None:

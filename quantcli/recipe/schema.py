@@ -133,6 +133,10 @@ class Recipe(Section):
                 )
         if self.calibration is None and section.solves:
             raise refusal("quantize.weights.method", "gptq needs calibration", f"{remedy} or set method: mse.")
+        if section.distill is not None and self.calibration is None:
+            raise refusal("quantize.distill", "learns from calibration text", f"{remedy}.")
+        if section.distill is not None and not any(treatment for _, treatment in treatments):
+            raise refusal("quantize.distill", "tunes scales of weights, and none is quantized", "Remove it.")
         to = named_scheme(section.rollback.to)
         if self.calibration is None and to is not None and to[1].observed:
             wrong = f"is {section.rollback.to}, and static scales need calibration"
@@ -143,6 +147,8 @@ class Recipe(Section):
         if self.calibration is None and section.rollback.ranks:
             key = "level" if section.rollback.level else "target"
             raise refusal(f"quantize.rollback.{key}", "ranks linears by what they are fed", f"{remedy}.")
+        if self.calibration is None and section.target is not None:
+            raise refusal("quantize.target", "is shared out by what linears do to calibration text", f"{remedy}.")
         if self.calibration is not None and self.calibration.drop_outliers and not any(t for _, t in treatments):
             raise refusal(
                 "calibration.drop_outliers",

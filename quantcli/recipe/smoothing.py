@@ -24,6 +24,8 @@ NUMBERED: dict[str, SmoothingMethod] = {
 
 DEFAULT_ALPHA: dict[SmoothingMethod, float | None] = {"smoothquant": 0.5, "iterative": 0.9, "flex": None}
 """The methods that have an alpha; flex searches it."""
+AUTO_SAMPLES = 24
+"""What method auto looks at of the calibration samples: with all 64 of the default it finds nothing better."""
 
 
 def _method(value: object) -> object:
@@ -83,6 +85,11 @@ class SmoothSection(Section):
     rotation: RotationSection | None = Field(
         default=None, validate_default=True, description="Rotate before smoothing; {} for all of it."
     )
+    samples: Count | None = Field(
+        default=None,
+        description="Calibration samples that smoothing looks at, spread evenly over all; null is "
+        f"{AUTO_SAMPLES} for method auto, and all for the others.",
+    )
     search_samples: Count = Field(
         default=8, description="Calibration samples whose inputs are kept for searches; auto judges on them alone."
     )
@@ -112,7 +119,17 @@ class SmoothSection(Section):
     @model_validator(mode="after")
     def _check(self) -> SmoothSection:
         if self.method == "rotate":
-            for key in ("alpha", "beta", "folds", "exclude", "shift", "clip", "search_samples", "search_tokens"):
+            for key in (
+                "alpha",
+                "beta",
+                "folds",
+                "exclude",
+                "shift",
+                "clip",
+                "samples",
+                "search_samples",
+                "search_tokens",
+            ):
                 if getattr(self, key) != type(self).model_fields[key].default:
                     raise refusal(key, "has no effect on method rotate", "Remove it or choose another method.")
         if self.alpha is not None and self.method not in DEFAULT_ALPHA:
@@ -133,6 +150,11 @@ class SmoothSection(Section):
     def scales(self) -> bool:
         """Whether channels are scaled, by what calibration saw of them, and not rotated alone."""
         return self.method != "rotate"
+
+    @property
+    def looks_at(self) -> int | None:
+        """How many calibration samples are looked at; None for all."""
+        return AUTO_SAMPLES if self.samples is None and self.method == "auto" else self.samples
 
     @property
     def unties(self) -> bool:

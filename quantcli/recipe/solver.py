@@ -1,4 +1,4 @@
-"""The sections `quantize.gptq` and `quantize.signround`: how weights are found from their inputs."""
+"""The sections `gptq`, `signround` and `distill` of `quantize`: how weights are found from what they meet."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from quantcli.recipe.fields import Section, refusal, whole
+from quantcli.recipe.fields import Count, Section, refusal, whole
 
 SOLVED_METHODS = ("gptq", "signround")
 
@@ -48,3 +48,24 @@ class SignroundSection(Section):
     check_every: Annotated[int, BeforeValidator(whole, json_schema_input_type=int), Field(ge=1, le=100_000)] = Field(
         default=5, description="Steps from one check on samples kept apart to the next; the best of them is kept."
     )
+
+
+class DistillSection(Section):
+    """Scales and norms tuned, behind quantization, until the whole model predicts what the float model does."""
+
+    passes: Count = Field(default=1, description="How often the calibration samples are gone through.")
+    scale_rate: Annotated[float, Field(ge=0, le=0.1)] = Field(
+        default=0.0005, description="Largest step of a scale, relative to it; 0 leaves scales alone."
+    )
+    norm_rate: Annotated[float, Field(ge=0, le=0.1)] = Field(
+        default=0.001, description="Largest step of a norm's weight or a bias, relative to it; 0 leaves them alone."
+    )
+    held_out: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        default=0.0625, description="Share of the samples that are kept apart, to see whether tuning helps."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> DistillSection:
+        if not (self.scale_rate or self.norm_rate):
+            raise refusal("", "tunes nothing", "Set scale_rate or norm_rate above 0.")
+        return self

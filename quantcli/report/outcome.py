@@ -13,6 +13,8 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     for linear in plan["linears"]:
         counts[linear["scheme"]] = counts.get(linear["scheme"], 0) + 1
     yield "schemes", ", ".join(f"{_count(n, 'linear')} {scheme}" for scheme, n in counts.items())
+    if allocation := result.get("allocation"):
+        yield "mixed bits", _allocated(allocation)
     if smoothing := result.get("smoothing"):
         yield "smoothing", _smoothed(smoothing)
     if (experts := result.get("experts")) and experts["few"]:
@@ -33,6 +35,14 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     yield "peak memory", f"{result['peak_memory'] / 1e9:.2f} GB"
     for export in result["exports"]:
         yield "checkpoint", export
+
+
+def _allocated(found: Mapping[str, Any]) -> str:
+    """What the stage allocate reached, and among how many linears of which scheme."""
+    target = found["target"]
+    bound = f"{target['size']:g} GB" if "size" in target else f"{target['bits_per_weight']:g} bits"
+    shared = ", ".join(f"{_count(count, 'linear')} {name}" for name, count in found["linears"].items())
+    return f"{found['bits_per_weight']:.3f} bits a weight for at most {bound}: {shared}"
 
 
 def _smoothed(found: Mapping[str, Any]) -> str:

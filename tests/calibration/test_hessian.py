@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -110,3 +112,35 @@ def test_one_batch_of_another_pass_leaves_none_to_check_it_on() -> None:
     hessian.update(x, y)
     hessian.update(y)
     assert hessian.drifts() is None
+
+
+def test_shares_weigh_what_is_compared_and_nothing_else() -> None:
+    generator = torch.Generator().manual_seed(5)
+    width = WIDE + 8
+    hessian, plain = Hessian(width, "cpu"), Hessian(width, "cpu")
+    sides: list[list[tuple[Tensor, Tensor, Tensor, Tensor]]] = [[], []]
+    for batch in range(3):
+        x, y = torch.randn(2, 2, 5, width, generator=generator)
+        lack, share = torch.randn(2, 5, 3, generator=generator), torch.rand(2, 5, generator=generator)
+        hessian.update(x, y, lack, share)
+        plain.update(x, y, lack)
+        sides[batch == 1].append((x, y, lack, share))
+    compared, drifts, lacks = hessian.compared_moments(), hessian.drifts(), hessian.lacks()
+    assert compared is not None
+    assert drifts is not None
+    assert lacks is not None
+
+    def mean(side: list[tuple[Tensor, Tensor, Tensor, Tensor]], right: Callable[..., Tensor]) -> Tensor:
+        parts = [(a.unsqueeze(-1) * x).flatten(0, 1).double().t() @ right(x, y, e).flatten(0, 1).double()
+                 for x, y, e, a in side]  # fmt: skip
+        return torch.stack(parts).sum(0) / (10 * len(side))
+
+    def close(found: Tensor, wanted: Tensor) -> None:
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+    close(compared, mean(sides[0] + sides[1], lambda x, y, e: x))
+    for drift, lack, side in zip(drifts, lacks, sides, strict=True):
+        close(drift, mean(side, lambda x, y, e: y - x))
+        close(lack, mean(side, lambda x, y, e: e))
+    assert torch.equal(hessian.moments(), plain.moments())
+    assert plain.compared_moments() is None

@@ -25,7 +25,7 @@ from quantcli.recipe.fields import size_of
 from quantcli.recipe.schema import Recipe
 
 Quantcli = Callable[[list[str]], tuple[int, str, str]]
-STAGES = ["smooth", "calibrate", "search", "quantize", "export", "eval-ppl"]
+STAGES = ["smooth", "calibrate", "search", "allocate", "quantize", "export", "eval-ppl"]
 
 
 # ------------------------------------------------------------------------------------------------------ recipe

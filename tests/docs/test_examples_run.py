@@ -14,7 +14,7 @@ from quantcli.recipe import load_recipe, shipped_names, shipped_path
 
 Quantcli = Callable[[list[str]], tuple[int, str, str]]
 
-STAGES = {"run", "smooth", "calibrate", "sensitivity", "search", "quantize", "export", "eval-ppl"}
+STAGES = {"run", "smooth", "calibrate", "sensitivity", "search", "allocate", "quantize", "export", "eval-ppl"}
 PLACEHOLDERS = {"RECIPE", "PATH", "NAME"}
 # What quicker runs need, by section of the recipe; the example's own options come after and win.
 QUICKER = {

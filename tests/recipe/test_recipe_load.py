@@ -127,6 +127,7 @@ BASE: dict[str, Any] = {
         "overrides": [{"match": "c", "scheme": "float"}],
         "gptq": {"sweeps": 1},
         "signround": {"iterations": 5},
+        "distill": {"passes": 2},
         "kv_cache": {"bits": 8},
     },
     "export": {"formats": ["compressed-tensors"]},
@@ -136,7 +137,12 @@ BASE: dict[str, Any] = {
 
 
 def with_section(keys: tuple[str, ...]) -> dict[str, Any]:
-    """BASE with the section: attention and kv_cache exclude each other."""
+    """BASE with the section: attention and kv_cache exclude each other, and so do the two targets."""
+    if keys[:2] == ("quantize", "target"):
+        grid = {"bits": 8, "symmetric": True, "granularity": "group", "group_size": 32}
+        mixed = {"activations": {"bits": 16}, "rollback": {"names": ["a"]}}
+        target = {"size": 1.5, "candidates": [grid, {"bits": 4}]}
+        return BASE | {"quantize": BASE["quantize"] | mixed | {"target": target}}
     if keys != ("quantize", "attention"):
         return BASE
     quantize = {name: value for name, value in BASE["quantize"].items() if name != "kv_cache"}
@@ -175,7 +181,12 @@ def test_an_unknown_key_is_refused_at_its_line_wherever_it_stands(
     lines = render(with_section(section), ())
     line = next(number for number, text in enumerate(lines, 1) if text.endswith("MARK"))
     message = refused(tmp_path, "\n".join(lines))
-    place = ".".join((*section, key)).replace("mix.", "mix[0].").replace("overrides.", "overrides[0].")
+    place = (
+        ".".join((*section, key))
+        .replace("mix.", "mix[0].")
+        .replace("overrides.", "overrides[0].")
+        .replace("candidates.", "candidates[0].")
+    )
     assert message.startswith(f"r.yaml:{line}: {place}: unknown key. ")
     assert message.count("\n") == 0
 
@@ -320,6 +331,7 @@ _any_method = {
     "exclude": _names,
     "shift": st.booleans(),
     "rotation": _rotation,
+    "samples": st.none() | _counts,
     "search_samples": _counts,
     "save_model": st.booleans(),
 }
@@ -365,7 +377,7 @@ def test_a_resolved_recipe_shows_every_key() -> None:
         return found
 
     found = {}
-    for section in ((), ("quantize", "attention")):
+    for section in ((), ("quantize", "attention"), ("quantize", "target")):
         found |= keys_of(yaml.safe_load(resolved_yaml(load_recipe(with_section(section)))), ())
     expected = {keys: {name for name in names if (*keys, name) not in ALIASES} for keys, names in known_keys().items()}
     assert found == expected

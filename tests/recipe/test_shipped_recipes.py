@@ -23,6 +23,7 @@ SCHEMES = {
     "w4a16": (4, "group", 16, "tensor", True),
     "w4a16-awq": (4, "group", 16, "tensor", True),
     "w4a16-gptq": (4, "group", 16, "tensor", True),
+    "w4a16-best": (4, "group", 16, "tensor", True),
     "w8a16": (8, "group", 16, "tensor", False),
     "w8a8": (8, "channel", 8, "tensor", True),
     "w8a8-dynamic": (8, "channel", 8, "token", True),

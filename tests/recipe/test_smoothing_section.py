@@ -134,6 +134,7 @@ def test_the_clip_is_searched_where_few_bits_of_weights_are_all_there_is(
         ("{method: m4, folds: [norms]}", "smooth.folds[0]: is 'norms'", "Did you mean norm?"),
         ("{exclude: ['re:(']}", "smooth.exclude[0]: 're:('", "Mend"),
         ("{exclude: '*.q'}", "smooth.exclude: is '*.q'", "a list"),
+        ("{samples: 0}", "smooth.samples: is 0", "more than 0"),
         ("{search_samples: 0}", "smooth.search_samples: is 0", "more than 0"),
         ("{search_tokens: 0}", "smooth.search_tokens: is 0", "more than 0"),
         ("{rotation: {hidden: false, heads: false}}", "smooth.rotation: rotates nothing", "rotation: null"),

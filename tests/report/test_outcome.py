@@ -104,3 +104,12 @@ def test_linears_that_differ_in_their_block_alone_share_a_row() -> None:
     every = list(scheme_rows(PLAN["linears"], every=True))  # type: ignore[arg-type]
     assert [row[0] for row in every] == [entry["name"] for entry in PLAN["linears"]]  # type: ignore[index]
     assert all(row[1] == "1" for row in every)
+
+
+def test_mixed_bits_are_told_with_their_budget() -> None:
+    found = {"target": {"bits_per_weight": 4.5}, "bits_per_weight": 4.4913, "linears": {"W4A16 g64": 23, "float": 1}}
+    rows = dict(outcome_rows(PLAN, {**RESULT, "allocation": found}))
+    assert rows["mixed bits"] == "4.491 bits a weight for at most 4.5 bits: 23 linears W4A16 g64, 1 linear float"
+    rows = dict(outcome_rows(PLAN, {**RESULT, "allocation": {**found, "target": {"size": 0.07}}}))
+    assert "for at most 0.07 GB:" in rows["mixed bits"]
+    assert "mixed bits" not in dict(outcome_rows(PLAN, RESULT))

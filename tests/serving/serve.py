@@ -25,7 +25,7 @@ def main(checkpoint: str, questions: Path, answers: Path) -> None:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_INT4_W4A8": "0",  # or a CPU with AMX rounds the inputs of 4-bit weights to 8 bits
+        "VLLM_CPU_INT4_W4A8": "0",  # else CPUs with AMX round the inputs of 4-bit linears to 8 bits
     }
     from vllm import LLM, SamplingParams
 

@@ -45,12 +45,13 @@ RUNS = {
         "--set", "quantize.weights.importance=none",
     ],
     "GPTQ": [
-        "w4a16", "--set", "calibration=null", "--set", "quantize.weights={group_size: 64, importance: none}",
-        "--set", "export.formats=[gptq]", "--set", 'quantize.rollback.names=["*.0.mlp.down_proj"]',
+        "w4a16", "--set", "calibration=null", "--set", "quantize.weights.group_size=64",
+        "--set", "quantize.weights.importance=none", "--set", "export.formats=[gptq]",
     ],
     "AWQ": [
-        "w4a16", "--set", "calibration=null", "--set", "quantize.weights={group_size: 64, importance: none, "
-        "symmetric: false}", "--set", "export.formats=[awq]", "--set", 'quantize.rollback.names=["*.0.mlp.down_proj"]',
+        "w4a16", "--set", "calibration=null", "--set", "quantize.weights.group_size=64",
+        "--set", "quantize.weights.importance=none", "--set", 'quantize.rollback.names=["*.mlp.down_proj"]',
+        "--set", "quantize.weights.symmetric=false", "--set", "export.formats=[awq]",
     ],
     "W8A8 dynamic, MLP in W4A16 g64": [
         "w8a8-dynamic", *QUICK, "--set", 'quantize.overrides=[{match: "*.mlp.*", scheme: W4A16, '

@@ -14,7 +14,7 @@ from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import needs_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
-from quantcli.pipeline.samples import calibration_samples
+from quantcli.pipeline.samples import calibration_samples, spread
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 HIDDEN = "hidden"
+MOMENT_SAMPLES = 12
+"""Calibration samples, spread over all, from which second moments are known well enough to weigh errors by."""
 
 
 def _wanted(recipe: Recipe) -> bool:
@@ -44,7 +46,15 @@ def _identity(context: Context) -> dict[str, Any]:
         "head": _observes_head(context),
         "attention": attention and [attention.to_json(), cache and cache.observe, _coverage(context)],
         "experts": [section.expert_tokens, section.route_all_experts] if _observes_experts(context) else None,
+        "looks_at": _looks_at(context),
     }
+
+
+def _looks_at(context: Context) -> int | None:
+    """How many calibration samples are looked at; None for all, which ranges, ranks and experts need."""
+    plan, ranges = context.plan, any(t.scheme.observed for t in context.plan.treatments.values())
+    every = ranges or context.ranks or plan.attention is not None or _observes_experts(context)
+    return None if every else MOMENT_SAMPLES
 
 
 def _counts(context: Context) -> bool:
@@ -93,11 +103,13 @@ def run(context: Context, folder: StageFolder) -> None:
         HiddenCache(folder.path / HIDDEN, [], torch.float32).clear()
         return
     found = calibration_samples(context)
-    context.emit("tokens", samples=len(found.samples), tokens=found.tokens, documents=found.documents_used)
+    samples = spread(found.samples, _looks_at(context))
+    tokens = sum(map(len, samples))
+    context.emit("tokens", samples=len(samples), tokens=tokens, documents=found.documents_used)
     for note in found.notes:
         context.emit("note", text=note)
     skeleton = context.skeleton()
-    stream = BlockStream(skeleton, batched(found.samples))
+    stream = BlockStream(skeleton, batched(samples))
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     done = cache.resume()
     if done is not None and not all(recorded[:done]):
@@ -124,7 +136,7 @@ def run(context: Context, folder: StageFolder) -> None:
         shared = SharedInput((head.name,), head.in_features)
         entering = observe_head(stream, cache, shared, context.device, _counts(context))
         _write(folder, context.blocks, {head.name: entering})
-    write_json(folder.path / MANIFEST, _manifest(context, folder, found.tokens))
+    write_json(folder.path / MANIFEST, _manifest(context, folder, tokens))
     folder.add(folder.path / MANIFEST)
     cache.clear()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.model.structure import Structure
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder
+from quantcli.pipeline.tuned import finished_checkpoint, finished_store
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def _identity(context: Context) -> dict[str, Any]:
 
 def float_source(context: Context) -> Source:
     """The float checkpoint that everything but the quantized linears comes from."""
-    return source_of(context.recipe, context.plan.structure, context.checkpoint)
+    checkpoint = finished_checkpoint(context.recipe, context.checkpoint, context.run.path)
+    return source_of(context.recipe, context.plan.structure, checkpoint)
 
 
 def source_of(recipe: Recipe, structure: Structure, checkpoint: Checkpoint) -> Source:
@@ -48,11 +50,10 @@ def source_of(recipe: Recipe, structure: Structure, checkpoint: Checkpoint) -> S
 def run(context: Context, folder: StageFolder) -> None:
     """Writes one folder a format, each ready to serve."""
     from quantcli.formats.export import export_checkpoint
-    from quantcli.formats.store import Store
     from quantcli.formats.table import FORMATS
 
     assert context.recipe.export is not None
-    store, source = Store(context.folder("quantize")), float_source(context)
+    store, source = finished_store(context.recipe, context.run.path), float_source(context)
     for name in context.recipe.export.formats:
         stem = FORMATS[name].STEM
         for shard in sorted((folder.path / name).glob(f"{stem}-*-of-*.safetensors")):
@@ -78,4 +79,6 @@ def _writes(context: Context) -> tuple[str, ...]:
     return tuple(f"{form}/{name}" for form in forms for name in names[form])
 
 
-STAGE = Stage("export", ("smooth", "quantize"), lambda recipe: recipe.export is not None, _identity, run, _writes)
+STAGE = Stage(
+    "export", ("smooth", "quantize", "distill"), lambda recipe: recipe.export is not None, _identity, run, _writes
+)

@@ -28,7 +28,7 @@ HIDDEN_FLOAT = "hidden-float"
 def _identity(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     return {
-        "quantize": recipe.quantize.model_dump(mode="json"),
+        "quantize": recipe.quantize.model_dump(mode="json", exclude={"distill"}),
         "dtype": recipe.model.dtype,
         "trust_remote_code": recipe.model.trust_remote_code,
         "device": context.device,
@@ -288,5 +288,10 @@ def _writes(context: Context) -> tuple[str, ...]:
 
 
 STAGE = Stage(
-    "quantize", ("select", "smooth", "calibrate", "sensitivity", "search"), lambda _: True, _identity, run, _writes
+    "quantize",
+    ("select", "smooth", "calibrate", "sensitivity", "search", "allocate"),
+    lambda _: True,
+    _identity,
+    run,
+    _writes,
 )

@@ -153,7 +153,7 @@ def _of_outputs(context: Context, folder: StageFolder) -> dict[str, Metrics]:
     from quantcli.pipeline.treatment import WeightSource
 
     source = WeightSource(context)
-    stream = BlockStream(context.skeleton(), batched(_first_samples(context, TOKENS)))
+    stream = BlockStream(context.skeleton(), batched(first_samples(context, TOKENS)))
     cache = HiddenCache(
         folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype, context.recipe.model.cache_memory
     )
@@ -185,7 +185,7 @@ def _of_model(context: Context, folder: StageFolder) -> dict[str, float | None]:
     found = {name: entry["kl_divergence"] for entry in read_lines(file) for name in entry["linears"]}
     groups = [g for g in fused_groups(context.plan.structure, context.plan.rankable) if g[0] not in found]
     if groups:
-        text = EvaluationText("calibration", _first_samples(context, MODEL_TOKENS), 0, None, "")
+        text = EvaluationText("calibration", first_samples(context, MODEL_TOKENS), 0, None, "")
         store = trial_store(context, folder.path / STORE)
         model = TrialModel(context, store, None, text, "prefill")
         every = set(store.schemes)
@@ -202,7 +202,7 @@ def _of_model(context: Context, folder: StageFolder) -> dict[str, float | None]:
     return found
 
 
-def _first_samples(context: Context, tokens: int) -> list[list[int]]:
+def first_samples(context: Context, tokens: int) -> list[list[int]]:
     """The first calibration samples that together have at most so many tokens; at least one, cut off there."""
     samples, taken = [], 0
     for sample in calibration_samples(context).samples:
@@ -235,7 +235,7 @@ def _block_errors(
             with simulated(module, local, block.local_experts):
                 for batch, wanted in enumerate(exact):
                     output = stream.run(index, batch, cache.get(batch))
-                    lost += float(_relative(output, wanted).sum())
+                    lost += float(relative_error(output, wanted).sum())
                     tokens += wanted.shape[0] * wanted.shape[1]
             for name in group:
                 errors[name]["block_error"] = _rounded(lost / tokens)
@@ -293,7 +293,7 @@ def _output_errors(
         errors[name]["output_error"] = _rounded(lost / whole) if whole else 0.0
 
 
-def _relative(output: Tensor, wanted: Tensor) -> Tensor:
+def relative_error(output: Tensor, wanted: Tensor) -> Tensor:
     """‖output − wanted‖² / ‖wanted‖² of every token."""
     exact = wanted.float()
     norm = exact.square().sum(-1)

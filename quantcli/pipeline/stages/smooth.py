@@ -14,7 +14,7 @@ from quantcli.model.structure import Block, SharedInput, Structure, rotatable_he
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
-from quantcli.pipeline.samples import calibration_samples
+from quantcli.pipeline.samples import calibration_samples, spread
 from quantcli.pipeline.smoothed import ROTATION, folds_file, write_folds
 from quantcli.pipeline.stages.export import checkpoint_files, source_of
 
@@ -111,9 +111,11 @@ def _go_through_blocks(
         HiddenCache(folder.path / HIDDEN, [], torch.float32).clear()
         return
     found = calibration_samples(context) if section.scales else None
-    samples = found.samples if found is not None else [list(range(CHECKED_TOKENS))]
+    samples = [list(range(CHECKED_TOKENS))]
     if found is not None:
-        context.emit("tokens", samples=len(samples), tokens=found.tokens, documents=found.documents_used)
+        samples = spread(found.samples, section.looks_at)
+        tokens = sum(map(len, samples))
+        context.emit("tokens", samples=len(samples), tokens=tokens, documents=found.documents_used)
     batches = batched(samples)
     skeleton = context.skeleton(checkpoint=checkpoint)
     stream = BlockStream(skeleton, batches if section.scales else batches[:1])

@@ -8,6 +8,7 @@ from typing import Any
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.stages.export import float_source
+from quantcli.pipeline.tuned import finished_store
 from quantcli.pipeline.verify import check_digests, export_digests
 
 RESULT = "verified.json"
@@ -19,11 +20,10 @@ def _identity(context: Context) -> dict[str, Any]:
 
 def run(context: Context, folder: StageFolder) -> None:
     """Writes verified.json. Raises VerificationError for the first difference."""
-    from quantcli.formats.store import Store
     from quantcli.formats.verify import verify_checkpoint
 
     assert context.recipe.export is not None
-    store, source = Store(context.folder("quantize")), float_source(context)
+    store, source = finished_store(context.recipe, context.run.path), float_source(context)
     found: dict[str, Any] = {}
     for name in context.recipe.export.formats:
         export = context.folder("export") / name
@@ -38,7 +38,7 @@ def run(context: Context, folder: StageFolder) -> None:
 
 STAGE = Stage(
     "verify",
-    ("smooth", "quantize", "export"),
+    ("smooth", "quantize", "distill", "export"),
     lambda recipe: recipe.export is not None,
     _identity,
     run,

@@ -1,0 +1,45 @@
+"""llm-compressor's GPTQ at other bits than its benchmark's, for a side by side with `quantcli run w4a16-gptq`.
+
+    python -m venv peer && peer/bin/pip install llmcompressor
+    peer/bin/python benchmarks/peer_gptq.py MODEL TEXT OUT BITS GROUP     (GROUP 0: a scale a channel)
+
+Prints seconds and peak memory. The calibration samples are the first 64 windows of 512 tokens of TEXT, as in quantcli.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import GPTQModifier
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SAMPLES, LENGTH = 64, 512
+
+
+def main(source: str, text: str, out: str, bits: int, group: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    ids = tokenizer(Path(text).read_text(encoding="utf-8")).input_ids
+    windows = [ids[start : start + LENGTH] for start in range(0, SAMPLES * LENGTH, LENGTH)]
+    grid = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+    weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, **grid)
+    recipe = GPTQModifier(config_groups={"linears": QuantizationScheme(targets=["Linear"], weights=weights)},
+                          ignore=["lm_head"])  # fmt: skip
+    data = Dataset.from_list([{"input_ids": window, "attention_mask": [1] * LENGTH} for window in windows])
+    started = time.perf_counter()
+    oneshot(model=model, recipe=recipe, dataset=data, max_seq_length=LENGTH, num_calibration_samples=SAMPLES)
+    seconds, peak = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"quantize {seconds:.1f} s, peak {peak:.2f} GB")
+    model.save_pretrained(out, save_compressed=True)
+    tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4], *map(int, sys.argv[4:6]))  # type: ignore[misc,arg-type]

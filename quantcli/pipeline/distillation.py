@@ -1,0 +1,226 @@
+"""Scales and norms of a quantized model tuned to predict what the float model does, with one block in memory at a time.
+
+A step runs a batch through all blocks, keeping what enters each; the loss at the end is the Kullback-Leibler divergence
+from the float model's predictions (Hinton et al. 2015). Then each block, the last one first, is run again with
+gradients, which it gets from the block behind it. Codes stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from quantcli.evaluation.simulate import not_read, simulated
+from quantcli.formats.store import Store, StoredLinear
+from quantcli.model.stream import BlockStream
+from quantcli.pipeline.context import Context
+from quantcli.quant.grid import QuantizedWeight, stored_scale
+from quantcli.quant.scheme import Scheme
+from quantcli.quant.straight_through import graded_linear
+
+if TYPE_CHECKING:
+    from quantcli.recipe.solver import DistillSection
+
+WARM_UP = 2
+"""Steps over which the rate rises; behind them it falls along a cosine to nothing."""
+MOMENTUM = (0.9, 0.95)
+
+
+@dataclass
+class Student:
+    """A quantized model whose scales and vectors are tuned.
+
+    `changes`, one for each tuned tensor and of its shape, are relative: a scale becomes s (1 + d), an element of a
+    vector v + d (|v| + mean|v| / 10). `inputs` names what shares a static input scale.
+    """
+
+    context: Context
+    stream: BlockStream
+    store: Store
+    section: DistillSection
+    changes: dict[str, nn.Parameter] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+
+    def prepare(self) -> None:
+        """Start without any change."""
+        structure, device = self.context.plan.structure, self.stream.skeleton.device
+        shared = {name: each.name for block in structure.blocks for each in block.inputs for name in each.linears}
+        for name in self.store.schemes:
+            stored = self.store.read(name)
+            if self.section.scale_rate:
+                self._add(f"{name}.scale", stored.weight.scale)
+                if stored.input_scale is not None:
+                    self.inputs[name] = shared.get(name, name)
+                    self._add(f"{self.inputs[name]}.input_scale", stored.input_scale)
+        if self.section.norm_rate:
+            skeleton = self.stream.skeleton
+            outer = self.stream.head_names()
+            inside = [n for path in skeleton.blocks for n in skeleton.parameter_names(path)]
+            names = [n for n in (*inside, *outer) if _is_vector(skeleton.model, n, skeleton.sources[n].converter)]
+            for name, value in skeleton.read(names).items():
+                self.vectors[name] = value.to(device, torch.float32)
+                self._add(name, value)
+
+    def _add(self, name: str, like: Tensor) -> None:
+        if name not in self.changes:
+            device = self.stream.skeleton.device
+            self.changes[name] = nn.Parameter(torch.zeros(like.shape, dtype=torch.float32, device=device))
+
+    def groups(self) -> list[dict[str, object]]:
+        """What is tuned at which rate, for an optimizer."""
+        vectors = [p for name, p in self.changes.items() if name in self.vectors]
+        scales = [p for name, p in self.changes.items() if name not in self.vectors]
+        both = ((scales, self.section.scale_rate), (vectors, self.section.norm_rate))
+        return [{"params": params, "lr": rate, "peak": rate} for params, rate in both if params]
+
+    def vector(self, name: str) -> Tensor:
+        """A vector of the model with its change, float32."""
+        value = self.vectors[name]
+        unit = value.abs() + value.abs().mean() / 10
+        return value + self.changes[name] * torch.where(unit > 0, unit, 1.0)
+
+    def scale(self, name: str, stored: StoredLinear) -> Tensor:
+        """The scale of a linear with its change, rounded as it will be stored."""
+        scale = stored.weight.scale.float()
+        if (change := self.changes.get(f"{name}.scale")) is not None:
+            scale = scale * (1 + change)
+        return scale.to(stored.weight.scale.dtype)
+
+    def input_scale(self, name: str, stored: StoredLinear) -> Tensor | None:
+        if stored.input_scale is None or (key := self.inputs.get(name)) is None:
+            return stored.input_scale
+        return stored.input_scale * (1 + self.changes[f"{key}.input_scale"])
+
+    def linears(self, path: str) -> dict[str, Callable[[nn.Module, Tensor], Tensor]]:
+        """The forward of every quantized linear below a module, by its name from there; of the head itself, by its
+        own."""
+        device = self.stream.skeleton.device
+        found: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {}
+        for name, scheme in self.store.schemes.items():
+            if name == path or name.startswith(f"{path}."):
+                stored = _moved(self.store.read(name), device)
+                found[name.removeprefix(f"{path}.")] = partial(self._forward, name, stored, scheme)
+        return found
+
+    def _forward(self, name: str, stored: StoredLinear, scheme: Scheme, module: nn.Module, x: Tensor) -> Tensor:
+        static = scheme.activations in ("static", "mix")
+        return graded_linear(
+            x,
+            stored.weight,
+            self.scale(name, stored),
+            getattr(module, "bias", None),
+            input_bits=None if scheme.activations == "none" else scheme.activation_bits,
+            input_scale=self.input_scale(name, stored) if static else None,
+            input_zero_point=stored.input_zero_point if static else None,
+        )
+
+    def block(self, index: int, batch: int, hidden: Tensor, *, graded: bool) -> Tensor:
+        """What leaves a block, with gradients to what enters it and to what is tuned, or without."""
+        path = self.stream.skeleton.blocks[index]
+        experts = self.stream.skeleton.structure.blocks[index].local_experts
+        linears = self.linears(path)
+        vectors = {name: self.vector(name) for name in self.vectors if name.startswith(f"{path}.")}
+        own = {name: value.to(self.stream.skeleton.dtype) for name, value in vectors.items()}
+        left_out = {f"{path}.{name}" for name in not_read(linears, experts)}
+        with (
+            self.stream.block(index, left_out=left_out) as module,
+            simulated(module, linears, experts),
+            torch.set_grad_enabled(graded),
+        ):
+            return self.stream.differentiable(index, batch, hidden, own)
+
+    def divergence(self, hidden: Tensor, wanted: Tensor, *, graded: bool) -> float:
+        """Mean KL divergence, in nats a token, of predictions from `hidden`, which left the last block, from those of
+        the float model from `wanted`. With `graded` its gradient is left in hidden.grad and in what is tuned."""
+        head = self.context.plan.structure.head
+        linears = self.linears(head) if head is not None and head in self.store.schemes else {}
+        outer = {name: value for name, value in self.vectors.items() if name in self.stream.head_names()}
+        tokens, total = hidden.shape[0] * hidden.shape[1], 0.0
+        wanted = wanted.to(hidden.device)
+        with self.stream.head():
+            for piece in self.stream.pieces(hidden):
+                with torch.no_grad():
+                    logp = torch.log_softmax(self.stream.head_logits(wanted[piece], {}), -1)
+                own = {name: self.vector(name).to(self.stream.skeleton.dtype) for name in outer}
+                with torch.set_grad_enabled(graded), simulated(self.stream.skeleton.model, linears):
+                    logq = torch.log_softmax(self.stream.head_logits(hidden[piece], own), -1)
+                    lost = (logp.exp() * (logp - logq)).sum() / tokens
+                    if graded:
+                        lost.backward()
+                total += float(lost.detach())
+        return total
+
+    def forward(self, batch: int, hidden: Tensor) -> list[Tensor]:
+        """What enters each block, and last what leaves the last one."""
+        states = [hidden]
+        for index in range(self.context.blocks):
+            states.append(self.block(index, batch, states[-1], graded=False))
+        return states
+
+    def step(self, batch: int, hidden: Tensor, wanted: Tensor) -> float:
+        """The divergence on a batch; its gradient is added to what is tuned."""
+        states = self.forward(batch, hidden)
+        leaf = states.pop().requires_grad_()
+        total = self.divergence(leaf, wanted, graded=True)
+        for index in reversed(range(self.context.blocks)):
+            upstream = leaf.grad
+            leaf = states.pop().requires_grad_()
+            self.block(index, batch, leaf, graded=True).backward(upstream)
+        return total
+
+    def tuned(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(scales by linear and part as they are stored, vectors by the names of their tensors in the checkpoint)."""
+        scales: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, scheme in self.store.schemes.items() if self.section.scale_rate else ():
+                stored = _moved(self.store.read(name), self.stream.skeleton.device)
+                scale, dtype = stored.weight.scale.float(), stored.weight.scale.dtype
+                scale = scale * (1 + self.changes[f"{name}.scale"])
+                scales[f"{name}.scale"] = stored_scale(scale, dtype, scheme.smallest_scale(self.store.dtype)).to(dtype)
+                if (input_scale := self.input_scale(name, stored)) is not None:
+                    scales[f"{name}.input_scale"] = input_scale
+            sources = self.stream.skeleton.sources
+            vectors = {sources[name].tensors[0]: self.vector(name) for name in self.vectors}
+        return scales, vectors
+
+
+def rates(steps: int) -> Iterator[float]:
+    """The share of the peak rate at each of `steps` steps."""
+    for step in range(steps):
+        yield min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def train(student: Student, order: list[int], states: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[float]:
+    """Tune on the batches of `order`, one step each, yielding the divergence of each before its step.
+
+    states: by batch what enters the first block, and what leaves the last one of the float model.
+    """
+    optimizer = torch.optim.Adam(student.groups(), betas=MOMENTUM)
+    for batch, share in zip(order, rates(len(order)), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        optimizer.zero_grad()
+        yield student.step(batch, *states[batch])
+        optimizer.step()
+
+
+def _is_vector(model: nn.Module, name: str, converter: object) -> bool:
+    """Whether a parameter is one vector of floats that a checkpoint holds as it is: of a norm, or a bias."""
+    path, _, leaf = name.rpartition(".")
+    value = model.get_submodule(path)._parameters.get(leaf)
+    return value is not None and value.ndim == 1 and value.is_floating_point() and converter is None
+
+
+def _moved(stored: StoredLinear, device: torch.device) -> StoredLinear:
+    codes, scale, zero_point = (None if part is None else part.to(device) for part in stored.weight)
+    assert codes is not None
+    assert scale is not None
+    parts = (None if part is None else part.to(device) for part in (stored.input_scale, stored.input_zero_point))
+    return StoredLinear(QuantizedWeight(codes, scale, zero_point), *parts)

@@ -1,0 +1,24 @@
+"""Which calibration samples a stage looks at."""
+
+from __future__ import annotations
+
+import pytest
+
+from quantcli.pipeline.samples import spread
+from quantcli.recipe.smoothing import AUTO_SAMPLES, SmoothSection
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(None, [0, 1, 2, 3, 4, 5, 6, 7]), (8, [0, 1, 2, 3, 4, 5, 6, 7]), (9, [0, 1, 2, 3, 4, 5, 6, 7]),
+     (4, [0, 2, 4, 6]), (3, [0, 2, 5]), (1, [0])],
+)  # fmt: skip
+def test_samples_are_spread_evenly(count: int | None, expected: list[int]) -> None:
+    assert spread([[i] for i in range(8)], count) == [[i] for i in expected]
+
+
+def test_auto_looks_at_some_samples_and_other_methods_at_all() -> None:
+    assert SmoothSection().looks_at == AUTO_SAMPLES
+    assert SmoothSection(method="smoothquant").looks_at is None
+    assert SmoothSection(method="awq", samples=5).looks_at == 5
+    assert SmoothSection(samples=64).looks_at == 64
