@@ -48,6 +48,11 @@ class StoredLinear:
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> StoredLinear:
+        """The same on a device."""
+        inputs = (None if part is None else part.to(device) for part in (self.input_scale, self.input_zero_point))
+        return StoredLinear(self.weight.to(device), *inputs)
+
     def tensors(self) -> dict[str, Tensor]:
         parts = {
             "codes": self.weight.codes,

@@ -20,7 +20,7 @@ from quantcli.evaluation.simulate import not_read, simulated
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.context import Context
-from quantcli.quant.grid import QuantizedWeight, stored_scale
+from quantcli.quant.grid import stored_scale
 from quantcli.quant.scheme import Scheme
 from quantcli.quant.straight_through import graded_linear
 
@@ -52,13 +52,12 @@ class Student:
         """Start without any change."""
         structure, device = self.context.plan.structure, self.stream.skeleton.device
         shared = {name: each.name for block in structure.blocks for each in block.inputs for name in each.linears}
-        for name in self.store.schemes:
-            stored = self.store.read(name)
-            if self.section.scale_rate:
-                self._add(f"{name}.scale", stored.weight.scale)
-                if stored.input_scale is not None:
-                    self.inputs[name] = shared.get(name, name)
-                    self._add(f"{self.inputs[name]}.input_scale", stored.input_scale)
+        for name, scheme in self.store.schemes.items() if self.section.scale_rate else ():
+            linear = self.context.linears[name]
+            self._add(f"{name}.scale", scheme.scale_shape(linear.out_features, linear.in_features))
+            if scheme.observed:
+                self.inputs[name] = shared.get(name, name)
+                self._add(f"{self.inputs[name]}.input_scale", (1,))
         if self.section.norm_rate:
             skeleton = self.stream.skeleton
             outer = self.stream.head_names()
@@ -66,12 +65,12 @@ class Student:
             names = [n for n in (*inside, *outer) if _is_vector(skeleton.model, n, skeleton.sources[n].converter)]
             for name, value in skeleton.read(names).items():
                 self.vectors[name] = value.to(device, torch.float32)
-                self._add(name, value)
+                self._add(name, tuple(value.shape))
 
-    def _add(self, name: str, like: Tensor) -> None:
+    def _add(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.changes:
             device = self.stream.skeleton.device
-            self.changes[name] = nn.Parameter(torch.zeros(like.shape, dtype=torch.float32, device=device))
+            self.changes[name] = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=device))
 
     def groups(self) -> list[dict[str, object]]:
         """What is tuned at which rate, for an optimizer."""
@@ -87,11 +86,9 @@ class Student:
         return value + self.changes[name] * torch.where(unit > 0, unit, 1.0)
 
     def scale(self, name: str, stored: StoredLinear) -> Tensor:
-        """The scale of a linear with its change, rounded as it will be stored."""
-        scale = stored.weight.scale.float()
-        if (change := self.changes.get(f"{name}.scale")) is not None:
-            scale = scale * (1 + change)
-        return scale.to(stored.weight.scale.dtype)
+        """The scale of a linear with its change, float32."""
+        scale, change = stored.weight.scale.float(), self.changes.get(f"{name}.scale")
+        return scale if change is None else scale * (1 + change)
 
     def input_scale(self, name: str, stored: StoredLinear) -> Tensor | None:
         if stored.input_scale is None or (key := self.inputs.get(name)) is None:
@@ -105,7 +102,7 @@ class Student:
         found: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {}
         for name, scheme in self.store.schemes.items():
             if name == path or name.startswith(f"{path}."):
-                stored = _moved(self.store.read(name), device)
+                stored = self.store.read(name).to(device)
                 found[name.removeprefix(f"{path}.")] = partial(self._forward, name, stored, scheme)
         return found
 
@@ -114,7 +111,7 @@ class Student:
         return graded_linear(
             x,
             stored.weight,
-            self.scale(name, stored),
+            self.scale(name, stored).to(stored.weight.scale.dtype),  # rounded as it will be stored
             getattr(module, "bias", None),
             input_bits=None if scheme.activations == "none" else scheme.activation_bits,
             input_scale=self.input_scale(name, stored) if static else None,
@@ -141,7 +138,7 @@ class Student:
         the float model from `wanted`. With `graded` its gradient is left in hidden.grad and in what is tuned."""
         head = self.context.plan.structure.head
         linears = self.linears(head) if head is not None and head in self.store.schemes else {}
-        outer = {name: value for name, value in self.vectors.items() if name in self.stream.head_names()}
+        outer = [name for name in self.stream.head_names() if name in self.vectors]
         tokens, total = hidden.shape[0] * hidden.shape[1], 0.0
         wanted = wanted.to(hidden.device)
         with self.stream.head():
@@ -180,9 +177,8 @@ class Student:
         scales: dict[str, Tensor] = {}
         with torch.no_grad():
             for name, scheme in self.store.schemes.items() if self.section.scale_rate else ():
-                stored = _moved(self.store.read(name), self.stream.skeleton.device)
-                scale, dtype = stored.weight.scale.float(), stored.weight.scale.dtype
-                scale = scale * (1 + self.changes[f"{name}.scale"])
+                stored = self.store.read(name).to(self.stream.skeleton.device)
+                scale, dtype = self.scale(name, stored), stored.weight.scale.dtype
                 scales[f"{name}.scale"] = stored_scale(scale, dtype, scheme.smallest_scale(self.store.dtype)).to(dtype)
                 if (input_scale := self.input_scale(name, stored)) is not None:
                     scales[f"{name}.input_scale"] = input_scale
@@ -216,11 +212,3 @@ def _is_vector(model: nn.Module, name: str, converter: object) -> bool:
     path, _, leaf = name.rpartition(".")
     value = model.get_submodule(path)._parameters.get(leaf)
     return value is not None and value.ndim == 1 and value.is_floating_point() and converter is None
-
-
-def _moved(stored: StoredLinear, device: torch.device) -> StoredLinear:
-    codes, scale, zero_point = (None if part is None else part.to(device) for part in stored.weight)
-    assert codes is not None
-    assert scale is not None
-    parts = (None if part is None else part.to(device) for part in (stored.input_scale, stored.input_zero_point))
-    return StoredLinear(QuantizedWeight(codes, scale, zero_point), *parts)

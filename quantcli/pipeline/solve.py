@@ -176,15 +176,13 @@ def _tune(
     dtype = source.context.plan.structure.dtype
     learned = {}
     for name, aim in aims.items():
-        start = QuantizedWeight(*(None if part is None else part.to(device) for part in found[name][0].weight))  # type: ignore[arg-type]
+        start = found[name][0].weight.to(device)
         transposed = source.context.linears[name].transposed
         learned[name] = LearnedRounding(aim, start, weight_grid(treatments[name], dtype)), transposed
     facts = tune_block(passes.stream, index, passes.quantized, wanted, learned, section)
     results: Results = {}
     for name, (linear, _) in learned.items():
-        codes, scale, zero_point = linear.quantized()
-        weight = QuantizedWeight(codes.cpu(), scale.cpu(), None if zero_point is None else zero_point.cpu())
-        results[name] = replace(found[name][0], weight=weight), found[name][1] | facts
+        results[name] = replace(found[name][0], weight=linear.quantized().to("cpu")), found[name][1] | facts
     return results
 
 
@@ -272,9 +270,7 @@ def _alike(names: Sequence[str], treatments: Mapping[str, Treatment]) -> list[li
 
 def _split(quantized: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWeight]:
     """The rows of each linear, on the CPU; the scale of a tensor belongs to one linear alone."""
-    codes, scale, zero_point = (None if part is None else part.cpu() for part in quantized)
-    assert codes is not None
-    assert scale is not None
+    codes, scale, zero_point = quantized.to("cpu")
     if len(rows) == 1:
         return [QuantizedWeight(codes, scale, zero_point)]
     zeros = [None] * len(rows) if zero_point is None else zero_point.split(list(rows))

@@ -216,12 +216,9 @@ def replacement(
 
 def dequantized(stored: StoredLinear, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """The weight [out, in] that the codes stand for."""
-    from quantcli.quant.grid import QuantizedWeight, dequantize
+    from quantcli.quant.grid import dequantize
 
-    codes, scale, zero_point = (None if part is None else part.to(device) for part in stored.weight)
-    assert codes is not None
-    assert scale is not None
-    return dequantize(QuantizedWeight(codes, scale, zero_point), dtype)
+    return dequantize(stored.weight.to(device), dtype)
 
 
 def weight_grid(treatment: Treatment, dtype: str) -> WeightGrid:

@@ -77,6 +77,11 @@ class QuantizedWeight(NamedTuple):
     scale: Tensor
     zero_point: Tensor | None
 
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same on a device."""
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return QuantizedWeight(self.codes.to(device), self.scale.to(device), zero_point)
+
 
 def quantize_codes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: WeightGrid) -> Tensor:
     """q = clamp(round(w / s) + z, qmin, qmax) in float32, ties to even: int8 [out, in].
