@@ -13,6 +13,7 @@ from quantcli.formats import dense
 from quantcli.formats.table import FORMATS
 from quantcli.pipeline.held import unheld
 from quantcli.pipeline.rundir import is_run, room_errors
+from quantcli.pipeline.stages.export import DESCRIPTIONS, weight_files
 from quantcli.pipeline.standalone import open_checkpoint
 
 if TYPE_CHECKING:
@@ -20,15 +21,13 @@ if TYPE_CHECKING:
     from quantcli.formats.verify import Verified
     from quantcli.model.checkpoint import Checkpoint
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "quant*.json")
-
 
 def convert_checkpoint(source: Path, form: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
     """Write the checkpoint `source`, whoever made it, in the format `form`; codes and scales stay as they are.
 
     It is written beside `output`, read back by other code and compared, and then moved there, so that `output` holds
-    all of it or nothing. With `overwrite`, weights and configurations that were there are replaced; other files stay.
-    Raises RecipeError for what the format cannot hold, before anything is written, ModelError for a source without
+    all of it or nothing. With `overwrite`, weights and configurations that were there are replaced, and what has the
+    name of a file that comes along, such as the tokenizer; other files stay. Raises RecipeError for what the format cannot hold, before anything is written, ModelError for a source without
     codes or with scales that the format does not hold, OutputError for an output that is in use.
     """
     if form not in FORMATS:
@@ -72,6 +71,17 @@ def _refuse_place(source: Path, output: Path, overwrite: bool) -> None:
         raise OutputError(f"{output} holds something else than a checkpoint.", "Choose an empty or a new directory.")
     if not overwrite:
         raise OutputError(f"{output} holds a checkpoint already.", "Choose another --output, or say --overwrite.")
+    replaced = _replaced(output)
+    for file in sorted(output.glob("*.safetensors")):
+        if file not in replaced:  # engines would load it beside the new weights
+            raise OutputError(f"{file} is not a name of the weights of any format.", "Choose another --output.")
+
+
+def _replaced(output: Path) -> set[Path]:
+    """Weights and configurations of a checkpoint of any format, by their names."""
+    stems = {form.STEM for form in FORMATS.values()}
+    patterns = [*(pattern for stem in stems for pattern in weight_files(stem)), *DESCRIPTIONS, "config.json"]
+    return {file for pattern in patterns for file in output.glob(pattern)}
 
 
 def _written(folder: Path, form: str, checkpoint: QuantizedCheckpoint, weights: dict[str, str]) -> Verified:
@@ -90,11 +100,9 @@ def _written(folder: Path, form: str, checkpoint: QuantizedCheckpoint, weights: 
 
 
 def _move(temporary: Path, output: Path) -> None:
-    """Every file to its place, config.json last; weights that were there go first."""
+    """Every file to its place, config.json last; what is replaced goes before, config.json first."""
     output.mkdir(exist_ok=True)
-    (output / "config.json").unlink(missing_ok=True)
-    for pattern in _WEIGHTS:
-        for file in output.glob(pattern):
-            file.unlink()
+    for file in sorted(_replaced(output), key=lambda file: file.name != "config.json"):
+        file.unlink()
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(output / file.name)

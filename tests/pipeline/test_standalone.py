@@ -157,6 +157,15 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, monkeypatch: pytest.Monk
     assert [file.name for file in output.glob("*.safetensors*")] == ["model.safetensors"]
     assert not (output / "quantize_config.json").exists()
     assert (output / "notes.txt").read_text() == "mine"
+    (output / "quantities.json").write_text("mine")
+    (output / "lora.safetensors").write_bytes(b"mine")
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    with pytest.raises(OutputError, match=r"lora.safetensors is not a name"):
+        convert_checkpoint(first.folder, "gptq", output, overwrite=True)
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+    (output / "lora.safetensors").unlink()
+    convert_checkpoint(first.folder, "gptq", output, overwrite=True)
+    assert (output / "quantities.json").read_text() == "mine"
     other = tmp_path / "other"
     other.mkdir()
     (other / "letter.txt").write_text("mine")

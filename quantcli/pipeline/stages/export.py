@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours, the first
 # three behind the stem of the format.
 _WEIGHTS = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
-_DESCRIPTIONS = ("quant_model_description.json", "quantization.json", "quantize_config.json")
+DESCRIPTIONS = ("quant_model_description.json", "quantization.json", "quantize_config.json")
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -64,10 +64,15 @@ def run(context: Context, folder: StageFolder) -> None:
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
 
 
+def weight_files(stem: str) -> list[str]:
+    """Patterns of the weights of an export, and their index."""
+    return [stem + ending for ending in _WEIGHTS]
+
+
 def checkpoint_files(model: Path, stem: str) -> list[str]:
     """Patterns of what an export of a model may write: weights and their index, config.json, what it copies."""
     beside = sorted(file.name for file in model.iterdir() if file.suffix not in (".safetensors", ".md"))
-    return list(dict.fromkeys([*(stem + ending for ending in _WEIGHTS), "config.json", *map(escape, beside)]))
+    return list(dict.fromkeys([*weight_files(stem), "config.json", *map(escape, beside)]))
 
 
 def _writes(context: Context) -> tuple[str, ...]:
@@ -75,7 +80,7 @@ def _writes(context: Context) -> tuple[str, ...]:
 
     assert context.recipe.export is not None
     forms = context.recipe.export.formats
-    names = {form: [*checkpoint_files(context.model, FORMATS[form].STEM), *_DESCRIPTIONS] for form in forms}
+    names = {form: [*checkpoint_files(context.model, FORMATS[form].STEM), *DESCRIPTIONS] for form in forms}
     return tuple(f"{form}/{name}" for form in forms for name in names[form])
 
 
