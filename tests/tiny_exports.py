@@ -7,6 +7,7 @@ The steps are those of the pipeline, without its run directory: structure, codes
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -93,6 +94,14 @@ class Export:
         """Export once more, elsewhere; the files in the order in which they were finished."""
         written = export_checkpoint(folder, FORMATS[self.form], self.store, self.source, self.linears)
         return [file for file, _ in written]
+
+
+def flip_bit(file: Path, place: float, bit: int) -> None:
+    """Flip a bit of the tensors of a safetensors file: at `place`, from 0 to 1, of their bytes."""
+    data = bytearray(file.read_bytes())
+    begin = 8 + struct.unpack("<Q", data[:8])[0]
+    data[begin + int(place * (len(data) - begin))] ^= 1 << bit
+    file.write_bytes(data)
 
 
 def export_tiny(

@@ -4,7 +4,6 @@ evaluation of the packed export computes."""
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_exports import SCHEMES, WEIGHT_ONLY, Export, export_tiny
+from tiny_exports import SCHEMES, WEIGHT_ONLY, Export, export_tiny, flip_bit
 from tiny_models import save_tiny_model, token_batches
 
 from quantcli.errors import ModelError, RecipeError, VerificationError
@@ -137,10 +136,7 @@ def test_it_stands_alone_and_gives_no_codes(exported: Exported, tmp_path: Path) 
 def test_any_flipped_bit_is_found(exported: Exported, tmp_path: Path, place: float, bit: int) -> None:
     made = dense_of(exported("W4A16 g32"), tmp_path / "dense")
     file = made.folder / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    begin = 8 + struct.unpack("<Q", data[:8])[0]
-    data[begin + int(place * (len(data) - begin))] ^= 1 << bit
-    file.write_bytes(data)
+    flip_bit(file, place, bit)
     with pytest.raises(VerificationError):
         made.verify()
     file.unlink()  # the next example starts from a whole export

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_exports import Export, export_tiny
+from tiny_exports import Export, export_tiny, flip_bit
 from tiny_models import save_tiny_model
 from torch import Tensor
 
@@ -362,10 +361,7 @@ def test_any_flipped_bit_of_any_tensor_is_found(
 ) -> None:
     export = copy_of(made(form, name), tmp_path)
     file = export.folder / "model.safetensors"
-    data = bytearray(file.read_bytes())
-    begin = 8 + struct.unpack("<Q", data[:8])[0]
-    data[begin + int(place * (len(data) - begin))] ^= 1 << bit
-    file.write_bytes(data)
+    flip_bit(file, place, bit)
     with pytest.raises(VerificationError):
         export.verify()
 
