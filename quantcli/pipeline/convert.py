@@ -27,8 +27,9 @@ def convert_checkpoint(source: Path, form: str, output: Path, *, overwrite: bool
 
     It is written beside `output`, read back by other code and compared, and then moved there, so that `output` holds
     all of it or nothing. With `overwrite`, weights and configurations that were there are replaced, and what has the
-    name of a file that comes along, such as the tokenizer; other files stay. Raises RecipeError for what the format cannot hold, before anything is written, ModelError for a source without
-    codes or with scales that the format does not hold, OutputError for an output that is in use.
+    name of a file that comes along, such as the tokenizer; other files stay. Raises RecipeError for what the format
+    cannot hold, before anything is written, ModelError for a source without codes or with scales that the format does
+    not hold, OutputError for an output that is in use.
     """
     if form not in FORMATS:
         raise RecipeError(f"--to: there is no format {form!r}.", f"Known formats: {', '.join(FORMATS)}.")
