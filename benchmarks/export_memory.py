@@ -4,7 +4,8 @@ python benchmarks/export_memory.py [--work DIRECTORY] [--layers 22]
 
 A random Llama (22 layers: 1.1B) is quantized by min-max, to 4 bits in groups of 64 and to 8 bits a channel. The store
 of the first is exported as compressed-tensors, gptq, awq and dense, that of the second as ascend and
-compressed-tensors. The peak is VmHWM of a process that does one thing, Python and its libraries included. Rows go to BENCHMARKS.md by hand.
+compressed-tensors. The peak is VmHWM of a process that does one thing, Python and its libraries included. Rows go to
+BENCHMARKS.md by hand.
 """
 
 from __future__ import annotations

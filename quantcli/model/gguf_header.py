@@ -59,7 +59,8 @@ class _Walk:
         tensors, keys = self.number("Q"), self.number("Q")
         if max(tensors, keys) > MAXIMUM_ENTRIES:
             raise _Damage(f"{tensors} tensors and {keys} keys are more than any model has")
-        alignment, seen = 32, set()
+        alignment = 32
+        seen: set[bytes] = set()
         for _ in range(keys):
             key = self.name(seen)
             begin = self.position

@@ -183,7 +183,6 @@ SIZES: dict[str, Callable[[dict[str, object]], object]] = {
     "head size": lambda c: c.update(head_dim=1 << 40),
     "vocabulary": lambda c: c.update(vocab_size=-7),
     "experts": lambda c: c.update(model_type="mixtral", num_local_experts=1 << 30, num_experts_per_tok=2),
-    "masks": lambda c: c.update(model_type="gpt2", n_embd=64, n_layer=2, n_head=4, n_positions=1 << 20),
 }
 
 
