@@ -15,11 +15,10 @@ Nibble n of a word, the lowest first, belongs to output ORDER[n] of its eight, w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import gptq
+from quantcli.formats import common, gptq
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -35,13 +34,13 @@ WRITES_TIED_HEAD = False
 ONE_SCHEME = True
 FLOAT16_SCALES = True
 
+recognizes = common.named_by_config(NAME)
+attention_refusal = common.attention_refusal
+attention_names = common.attention_names
+attention_tensors = common.attention_tensors
+
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS = 4
-
-# as there: no scales for caches or attention
-attention_refusal = gptq.attention_refusal
-attention_names = gptq.attention_names
-attention_tensors = gptq.attention_tensors
 
 
 def refusal(linear: Linear, scheme: Scheme) -> str:
@@ -56,7 +55,7 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
         return "holds a scale a channel or group, not a tensor"
     if linear.out_features % 8:
         return f"packs outputs by eight, which {linear.out_features} are not a multiple of"
-    return "" if gptq.in_block(linear.name) else "is loaded with an output head in float"
+    return "" if common.in_block(linear.name) else "is loaded with an output head in float"
 
 
 def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -134,12 +133,6 @@ def configuration(schemes: Mapping[str, Scheme], kept: set[str]) -> dict[str, An
         "zero_point": True,
         "modules_to_not_convert": sorted(kept),
     }
-
-
-def recognizes(directory: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a directory holds a checkpoint of this format."""
-    content = config.get("quantization_config")
-    return isinstance(content, dict) and content.get("quant_method") == NAME
 
 
 def described(

@@ -17,12 +17,14 @@ expressions; earlier versions take a class before such parts. Its output head is
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
+from quantcli.formats import common
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -37,6 +39,8 @@ STEM = "model"
 WRITES_TIED_HEAD = False
 ONE_SCHEME = False
 FLOAT16_SCALES = False
+
+recognizes = common.named_by_config(NAME)
 
 
 def refusal(linear: Linear, scheme: Scheme) -> str:
@@ -169,12 +173,6 @@ def documents(
     return {"config.json": content}
 
 
-def recognizes(directory: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a directory holds a checkpoint of this format."""
-    content = config.get("quantization_config")
-    return isinstance(content, dict) and content.get("quant_method") == NAME
-
-
 def described(
     checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, str]
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
@@ -202,7 +200,7 @@ def configuration(
     names = dict(sorted(names.items(), key=lambda item: -len(item[1])))
     if len(names) == 1:
         ((scheme, modules),) = names.items()
-        names = {scheme: [*(name for name in modules if not _in_block(name)), "Linear"]}
+        names = {scheme: [*(name for name in modules if not common.in_block(name)), "Linear"]}
     groups = {f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(names.items())}
     forms = {_form(scheme) for scheme in names} or {"dense"}
     config = QuantizationConfig(
@@ -221,11 +219,6 @@ _FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "s
 
 def _form(scheme: Scheme) -> str:
     return "int-quantized" if scheme.int8_products else "pack-quantized"
-
-
-def _in_block(module: str) -> bool:
-    """Whether the module is in a decoder block, which a number names; the output head is not."""
-    return any(part.isdigit() for part in module.split("."))
 
 
 def _group(scheme: Scheme, targets: list[str]) -> Any:
@@ -287,8 +280,37 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
     from compressed_tensors.utils import match_name
 
     exact = {pattern for pattern in patterns if not pattern.startswith("re:")}
-    others = [pattern for pattern in patterns if pattern.startswith("re:")]
+    others = sorted({pattern for pattern in patterns if pattern.startswith("re:")})
+    _check_expressions(others)
     return lambda name: name in exact or any(match_name(name, pattern) for pattern in others)
+
+
+_EXPRESSIONS, _STEPS = 1000, 1e9
+
+
+def _check_expressions(patterns: list[str]) -> None:
+    """Refuse regular expressions that cannot be read, or that may take for ever to match a name. Raises ModelError."""
+    if len(patterns) > _EXPRESSIONS:
+        raise ModelError(f"quantization_config has {len(patterns)} regular expressions.", "Name the linears.")
+    for pattern in patterns:
+        if _steps(pattern) > _STEPS:
+            raise ModelError(f"quantization_config: {pattern[:200]!r} may take for ever to match.", "Name the linears.")
+        try:
+            re.compile(pattern.removeprefix("re:"))
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ModelError(f"quantization_config: {pattern[:200]!r} is no regular expression: {error}.") from error
+
+
+def _steps(pattern: str) -> float:
+    """A bound of the ways in which an expression can be tried on a name of 60 characters: each repetition may end at
+    each of them, each optional part be there or not, each group be any of its alternatives."""
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)
+    if re.search(r"\)[*+{]", bare) or len(bare) > 10_000:  # repeated groups multiply without end
+        return math.inf
+    repeated, optional = len(re.findall(r"[*+{]", bare)), len(re.findall(r"(?<![(*+?}])\?", bare))
+    groups = bare.count("(") + 1
+    exponent = repeated * math.log(60) + optional * math.log(2) + groups * math.log(bare.count("|") / groups + 1)
+    return math.exp(min(exponent, 500))
 
 
 def parse_attention(content: Mapping[str, Any]) -> AttentionScheme | None:

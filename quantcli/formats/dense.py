@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
+from quantcli.formats import common
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -27,6 +28,9 @@ STEM = "model"
 WRITES_TIED_HEAD = False
 ONE_SCHEME = False
 FLOAT16_SCALES = False
+
+attention_names = common.attention_names
+attention_tensors = common.attention_tensors
 
 RECORD = "quantization.json"
 
@@ -67,18 +71,6 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
 def attention_refusal(attention: AttentionScheme) -> str:
     """Nothing is refused; `left_out` says that it is not in the files."""
     return ""
-
-
-def attention_names(path: str, attention: AttentionScheme) -> dict[str, str]:
-    """None: an attention module has no scales here."""
-    return {}
-
-
-def attention_tensors(
-    path: str, parts: Mapping[str, Tensor], attention: AttentionScheme, dtype: str
-) -> dict[str, Tensor]:
-    """None, as `attention_names`."""
-    return {}
 
 
 def documents(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from quantcli.errors import ModelError
 from quantcli.formats.store import Store
-from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json, replacing
+from quantcli.formats.sums import write_sums
+from quantcli.model.checkpoint import Checkpoint, TensorEntry, file_digest, read_json, replacing
 from quantcli.model.folding import added_tensors
 from quantcli.model.names import checkpoint_prefix
 from quantcli.model.structure import Linear, Structure
+from quantcli.model.untrusted import check_links
 from quantcli.model.workers import linear_workers
 from quantcli.model.writer import (
     DTYPE_NAMES,
@@ -62,7 +65,10 @@ class Source:
         return tensor.to(self.stored_dtype(self.checkpoint.entries[name]))
 
     def stored_dtype(self, entry: TensorEntry) -> torch.dtype:
-        stored = _TORCH_DTYPES[entry.dtype]
+        stored = _TORCH_DTYPES.get(entry.dtype)
+        if stored is None:
+            raise ModelError(f"{entry.file}: {entry.name} is {entry.dtype}, which is not written.",
+                             "Start from a checkpoint of float16, bfloat16 or float32.")  # fmt: skip
         return self.cast if self.cast is not None and stored.is_floating_point else stored
 
 
@@ -114,7 +120,20 @@ def export_float(folder: Path, source: Source, dtype: str) -> Iterator[tuple[Pat
 def _write(
     folder: Path, pieces: Mapping[str, _Piece], documents: Mapping[str, str], stem: str, origin: Path
 ) -> Iterator[tuple[Path, str]]:
+    """All files; checksums of the others come before config.json, which is last."""
     folder.mkdir(parents=True, exist_ok=True)
+    *others, (name, config) = documents.items()
+    digests = {name: sha256(config.encode()).hexdigest()}
+    for file, digest in _before_config(folder, pieces, dict(others), stem, origin):
+        digests[file.name] = digest or file_digest(file)
+        yield file, digests[file.name]
+    yield write_sums(folder, digests), ""
+    yield _write_text(folder / name, config), digests[name]
+
+
+def _before_config(
+    folder: Path, pieces: Mapping[str, _Piece], documents: Mapping[str, str], stem: str, origin: Path
+) -> Iterator[tuple[Path, str]]:
     shards = split_shards([piece.planned for piece in pieces.values()], SHARD_BYTES)
     for file, shard in zip(shard_names(len(shards), stem), shards, strict=True):
         digest = ""
@@ -125,9 +144,13 @@ def _write(
         yield index, ""
     yield from _copy_companions(origin, folder, set(documents))
     for name, content in documents.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
-        yield folder / name, ""
+        yield _write_text(folder / name, content), ""
+
+
+def _write_text(file: Path, content: str) -> Path:
+    with replacing(file) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+    return file
 
 
 def _encoder(
@@ -200,12 +223,22 @@ def _producer(pieces: Mapping[str, _Piece]) -> Callable[[str], Tensor]:
     return lambda name: pieces[name].produce()
 
 
-def _copy_companions(origin: Path, folder: Path, written: set[str]) -> Iterator[tuple[Path, str]]:
-    """Tokenizer, chat template, generation settings, licence and code files: whatever stands beside the weights."""
+def companions(origin: Path) -> list[Path]:
+    """What of a model directory an export copies: tokenizer, chat template, generation settings, licence and code
+    files, whatever stands beside the weights. Raises ModelError for a link that leads out of the model."""
+    found = []
     for file in sorted(origin.iterdir()):
         wanted = file.suffix in _COPIED or file.name.upper().startswith("LICEN")
-        own = file.name in _NOT_COPIED | written or file.name.endswith(".safetensors.index.json")
+        own = file.name in _NOT_COPIED or file.name.endswith(".safetensors.index.json")
         if file.is_file() and wanted and not own:
+            found.append(file)
+    check_links(found, origin)
+    return found
+
+
+def _copy_companions(origin: Path, folder: Path, written: set[str]) -> Iterator[tuple[Path, str]]:
+    for file in companions(origin):
+        if file.name not in written:
             with replacing(folder / file.name) as temporary:
                 shutil.copyfile(file, temporary)
             yield folder / file.name, ""

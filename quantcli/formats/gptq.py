@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
+from quantcli.formats import common
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -37,6 +37,11 @@ STEM = "model"
 WRITES_TIED_HEAD = False
 ONE_SCHEME = True
 FLOAT16_SCALES = True
+
+recognizes = common.named_by_config(NAME)
+attention_refusal = common.attention_refusal
+attention_names = common.attention_names
+attention_tensors = common.attention_tensors
 
 BITS = (2, 3, 4, 8)
 CONFIG = "quantize_config.json"
@@ -116,23 +121,6 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
     return StoredLinear(QuantizedWeight(codes, tensors["scales"].t().contiguous(), zero_point))
 
 
-def attention_refusal(attention: AttentionScheme) -> str:
-    """Why this format cannot hold keys, values and queries under the scheme; empty when it can."""
-    return "has no scales for caches or attention"
-
-
-def attention_names(path: str, attention: AttentionScheme) -> dict[str, str]:
-    """None: see `attention_refusal`."""
-    return {}
-
-
-def attention_tensors(
-    path: str, parts: Mapping[str, Tensor], attention: AttentionScheme, dtype: str
-) -> dict[str, Tensor]:
-    """None: see `attention_refusal`."""
-    return {}
-
-
 def documents(
     config: Mapping[str, Any], store: Store, kept: set[str], owners: Mapping[str, str | None]
 ) -> dict[str, dict[str, Any]]:
@@ -161,24 +149,13 @@ def configuration(schemes: Mapping[str, Scheme], kept: Iterable[str]) -> dict[st
         "group_size": scheme.group_size or -1,
         "sym": scheme.symmetric,
         "desc_act": False,
-        "lm_head": any(not in_block(name) for name in schemes),
+        "lm_head": any(not common.in_block(name) for name in schemes),
     }
-    left = [name for name in kept if in_block(name)]
+    left = [name for name in kept if common.in_block(name)]
     if left:
         content["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in left}
-        content["modules_in_block_to_quantize"] = [[name for name in schemes if in_block(name)]]
+        content["modules_in_block_to_quantize"] = [[name for name in schemes if common.in_block(name)]]
     return content
-
-
-def in_block(module: str) -> bool:
-    """Whether a module is in a decoder block, which a number names; the output head is not."""
-    return any(part.isdigit() for part in module.split("."))
-
-
-def recognizes(directory: Path, config: Mapping[str, Any]) -> bool:
-    """Whether a directory holds a checkpoint of this format."""
-    content = config.get("quantization_config")
-    return isinstance(content, dict) and content.get("quant_method") == NAME
 
 
 def described(

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from quantcli.errors import ModelError
+from quantcli.errors import ModelError, QuantcliError
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.formats.table import find_format
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
+from quantcli.model.skeleton import DTYPES
 from quantcli.model.structure import Linear
+from quantcli.model.writer import DTYPE_NAMES
 from quantcli.quant.grid import dequantize
 from quantcli.quant.scheme import AttentionScheme, Scheme
+
+_TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class QuantizedCheckpoint:
@@ -30,13 +36,14 @@ class QuantizedCheckpoint:
         self.raw = Checkpoint(directory)
         config = read_json(directory / "config.json")
         self.form = find_format(directory, config)
-        self.dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+        self.dtype = _declared_dtype(directory, config)
         self.linears = linears
         self.schemes: dict[str, Scheme] = {}
         self.attention: AttentionScheme | None = None
         if self.form is not None:
             named = {name: weights[name] for name in linears if name in weights}
-            self.schemes, self.attention = self.form.described(self.raw, config, named)
+            with _understood(directory / "config.json"):
+                self.schemes, self.attention = self.form.described(self.raw, config, named)
         self.weights = {name: weights[name] for name in self.schemes}
         self._modules = {weight: name for name, weight in self.weights.items()}
         self._attention_paths = self._find_attention(weights)
@@ -69,14 +76,17 @@ class QuantizedCheckpoint:
         """Codes and scales of one quantized linear. Raises ModelError if a tensor is missing or misshapen."""
         assert self.form is not None
         linear, layout = self.linears[module], self._layout(module)
+        for suffix, (dtype, shape) in layout.items():  # before it is read, since it may have any size
+            entry = self.raw.entries.get(self.tensor_name(module, suffix))
+            if entry is None:
+                continue  # named below
+            found, wanted = _TORCH_DTYPES.get(entry.dtype), getattr(torch, dtype)
+            if found != wanted and not (found is not None and found.is_floating_point and wanted.is_floating_point):
+                raise self._damaged(module, suffix, f"is {entry.dtype}, not {dtype}")
+            if entry.shape != shape:
+                raise self._damaged(module, suffix, f"has shape {entry.shape}, not {shape}")
         read = self.raw.read(self.tensor_name(module, suffix) for suffix in layout)
         parts = {suffix: read[self.tensor_name(module, suffix)] for suffix in layout}
-        for suffix, (dtype, shape) in layout.items():
-            tensor, wanted = parts[suffix], getattr(torch, dtype)
-            if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
-                raise self._damaged(module, suffix, f"is {tensor.dtype}, not {wanted}")
-            if tuple(tensor.shape) != shape:
-                raise self._damaged(module, suffix, f"has shape {tuple(tensor.shape)}, not {shape}")
         if "weight_shape" in parts and parts["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
             raise self._damaged(module, "weight_shape", f"says {parts['weight_shape'].tolist()}")
         try:
@@ -99,9 +109,10 @@ class QuantizedCheckpoint:
 
     def _layout(self, module: str) -> dict[str, tuple[str, tuple[int, ...]]]:
         assert self.form is not None
-        layout: dict[str, tuple[str, tuple[int, ...]]] = self.form.layout(
-            self.linears[module], self.schemes[module], self.dtype
-        )
+        with _understood(self.directory / "config.json"):
+            layout: dict[str, tuple[str, tuple[int, ...]]] = self.form.layout(
+                self.linears[module], self.schemes[module], self.dtype
+            )
         return layout
 
     def _attention_names(self, path: str) -> dict[str, str]:
@@ -129,6 +140,26 @@ class QuantizedCheckpoint:
                     raise ModelError(f"{self.directory}: {name} belongs to no attention of this model.")
                 found[parents[path]] = path
         return found
+
+
+@contextmanager
+def _understood(config: Path) -> Iterator[None]:
+    """Whatever values of a configuration make of the body, the file is at fault."""
+    try:
+        yield
+    except (QuantcliError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(f"{config}: what it says of quantization is not understood: {type(error).__name__}: {error}.",
+                         "Download the checkpoint again.") from error  # fmt: skip
+
+
+def _declared_dtype(directory: Path, config: Mapping[str, Any]) -> str:
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ModelError(f"{directory / 'config.json'}: the dtype {repr(dtype)[:100]} is not known.",
+                         f"Known: {', '.join(DTYPES)}.")  # fmt: skip
+    return dtype
 
 
 class ReadStore(Store):

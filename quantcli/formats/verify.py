@@ -5,6 +5,7 @@ Tensors are read with safetensors and unpacked apart from the writer's code; JSO
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -62,8 +63,9 @@ def verify_checkpoint(
     """Check that the checkpoint holds the store's codes and scales exactly, and the float model's other tensors.
 
     Every linear of the store is quantized and nothing else is; no scale is zero or not finite; the JSON files say what
-    the tensors are. Other files beside the weights are not looked at. `tied` maps a head that is tied and not in the
-    float checkpoint to its embedding. Raises VerificationError with the module and the difference.
+    the tensors are, and of the model what the float one's say. Other files beside the weights are not looked at. `tied`
+    maps a head that is tied and not in the float checkpoint to its embedding. Raises VerificationError with the module
+    and the difference.
     """
     if form in ("gptq", "awq") and not store.schemes:
         form = "compressed-tensors"  # all are float checkpoints then
@@ -73,6 +75,7 @@ def verify_checkpoint(
         description = read_json(folder / _DESCRIPTIONS[form]) if form in _DESCRIPTIONS else {}
     if added_tensors(source) and config.get("tie_word_embeddings") is not False:
         raise VerificationError(f"{folder}: config.json ties an output head that is not.", "Export again.")
+    _check_model(config, source, store)
     paths = {module: checkpoint_prefix(module, weights) for module in store.attention_modules}
     if form == "ascend":
         verify_ascend.check_description(description, config, checkpoint.entries, store, weights, paths)
@@ -129,6 +132,27 @@ def verify_checkpoint(
     return Verified(len(store.schemes), len(source.entries) - len(quantized), checkpoint.nbytes)
 
 
+def _check_model(config: Mapping[str, Any], source: Checkpoint, store: Store) -> None:
+    """What config.json says of the model is what the float one says, in the dtype that is stored."""
+    wanted = _unquantized(read_json(source.directory / "config.json"))
+    wanted |= {key: store.dtype for key in ("dtype", "torch_dtype") if key in wanted}
+    if added_tensors(source):
+        wanted["tie_word_embeddings"] = False
+    found = _unquantized(config)
+    for key in [*wanted, *found]:
+        # as text: 1 is not true, and NaN is NaN
+        one, other = (json.dumps(side.get(key, "absent"), sort_keys=True) for side in (found, wanted))
+        if one != other:
+            raise VerificationError(f"config.json: {key} is {one[:100]}, not {other[:100]}.", "Export again.")
+
+
+def _unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    left = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(left.get("text_config"), dict):
+        left["text_config"] = _unquantized(left["text_config"])
+    return left
+
+
 @contextmanager
 def _damage() -> Iterator[None]:
     """What cannot be read of an export is a failed verification, not a bad model of the user's."""
@@ -150,6 +174,8 @@ def _check_module(
         bias_value = checkpoint.read([bias])[bias] if bias is not None else None
     found = {suffix: tensors[name] for suffix, name in parts.items()}
     stored, scheme = store.read(module), store.schemes[module]
+    if form == "dense":
+        _usable(module, "its scale", stored.weight.scale)
     if form in _EXPECTED:
         _check_parts(module, found, _EXPECTED[form](stored, scheme, store.dtype, bias_value))
     else:

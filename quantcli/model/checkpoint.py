@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
+from quantcli.model.untrusted import MAXIMUM_JSON_BYTES, parse_object, read_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# A JSON file of a real model is at most a few MB; this bound keeps a hostile one from filling the memory.
-MAXIMUM_JSON_BYTES = 256 << 20
+MAXIMUM_HEADER_BYTES = 32 << 20
+"""A header has about 150 bytes a tensor: this is one of 200 000 tensors."""
 DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -37,15 +39,18 @@ class TensorEntry:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES.get(self.dtype, 1)
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 class Checkpoint:
     """The tensors of a model directory, found by reading headers only.
 
     Weights are read when asked for and belong to the caller. Files are opened for one call and closed again, so mapped
-    pages do not add up in the resident memory. Raises ModelError for a missing or damaged file, for pickled weights and
-    for an index that names a file outside the directory.
+    pages do not add up in the resident memory. Raises ModelError for a missing or damaged file, for one that is not
+    regular, for pickled weights and for an index that names a file outside the directory.
+
+    Links to weights are followed wherever they lead: what is no safetensors file is refused by its header, and nothing
+    but tensors is taken from one that is.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -87,16 +92,17 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size. Raises ModelError with the place."""
-    try:
-        if path.stat().st_size > MAXIMUM_JSON_BYTES:
-            raise ModelError(f"{path} is larger than {MAXIMUM_JSON_BYTES >> 20} MB, which no model needs.")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} does not hold a JSON object.")
-    return content
+    """A JSON object from a regular file of bounded size. Raises ModelError with the place."""
+    return parse_object(read_regular(path, MAXIMUM_JSON_BYTES), str(path))
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -130,7 +136,7 @@ def _weight_files(directory: Path) -> list[Path]:
         return files
     if single.is_file():
         return [single]
-    others = sorted(directory.glob("*.safetensors"))
+    others = sorted(file for file in directory.glob("*.safetensors") if not file.is_dir())
     if len(others) == 1:
         return others
     if others:
@@ -159,17 +165,75 @@ def _inside(directory: Path, name: str, index: Path) -> Path:
 
 
 def _read_header(file: Path) -> list[TensorEntry]:
-    from safetensors import SafetensorError, safe_open
-
+    """The tensors of a file in the order of their names, as safetensors lists them. Their bytes have to fill the file
+    one behind the other, without gaps and overlaps."""
     try:
-        with safe_open(file, framework="np") as opened:
-            entries = []
-            for name in opened.keys():  # noqa: SIM118 - not a dictionary
-                view = opened.get_slice(name)
-                entries.append(TensorEntry(name, file, tuple(view.get_shape()), view.get_dtype()))
-            return entries
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{file} is truncated or damaged: {error}.", "Download it again.") from error
+        if not file.is_file():
+            raise _Damage("it is no regular file")
+        with file.open("rb") as opened:
+            size = opened.seek(0, os.SEEK_END) - 8
+            opened.seek(0)
+            (length,) = struct.unpack("<Q", opened.read(8).ljust(8, b"\xff"))
+            if length > size:
+                raise _Damage("the header is longer than the file")
+            if length > MAXIMUM_HEADER_BYTES:
+                raise _Damage(f"the header is larger than {MAXIMUM_HEADER_BYTES >> 20} MB, which no model needs")
+            header = parse_object(opened.read(length), "its header")
+    except OSError as error:
+        raise _damaged(file, str(error)) from error
+    except ModelError as error:
+        raise _damaged(file, error.message.rstrip(".")) from error
+    try:
+        return _entries(file, header, size - length)
+    except _Damage as error:
+        raise _damaged(file, error.message) from error
+
+
+class _Damage(ModelError):
+    """What is wrong with a file of weights."""
+
+
+def _damaged(file: Path, how: str) -> ModelError:
+    return ModelError(f"{file} is truncated or damaged: {how}.", "Download it again.")
+
+
+def _entries(file: Path, header: dict[str, Any], nbytes: int) -> list[TensorEntry]:
+    found = []
+    spans = []
+    for name, content in header.items():
+        if name == "__metadata__":
+            if not isinstance(content, dict) or not all(isinstance(value, str) for value in content.values()):
+                raise _Damage("__metadata__ does not map names to texts")
+            continue
+        if not isinstance(content, dict) or content.keys() != {"dtype", "shape", "data_offsets"}:
+            raise _Damage(f"tensor {_short(name)} is not described by dtype, shape and data_offsets")
+        dtype, shape, span = content["dtype"], content["shape"], content["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            raise _Damage(f"tensor {_short(name)} has the dtype {_short(dtype)}, which is not known")
+        if not _sizes(shape) or not _sizes(span) or len(span) != 2:
+            raise _Damage(f"tensor {_short(name)} has the shape {_short(shape)} at {_short(span)}")
+        entry = TensorEntry(name, file, tuple(shape), dtype)
+        if span[1] - span[0] != entry.nbytes:
+            raise _Damage(f"tensor {_short(name)} has {span[1] - span[0]} bytes, and its shape {entry.nbytes}")
+        found.append(entry)
+        spans.append((span[0], span[1], name))
+    end = 0
+    for begin, behind, name in sorted(spans):
+        if begin != end:
+            raise _Damage(f"tensor {_short(name)} begins at {begin}, where {end} is due")
+        end = behind
+    if end != nbytes:
+        raise _Damage(f"the tensors have {end} bytes, and the file {nbytes}")
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _short(value: object) -> str:
+    return repr(value)[:200]
+
+
+def _sizes(values: object) -> bool:
+    """Whether a value of a header is a list of few numbers that are not negative. True is no number."""
+    return isinstance(values, list) and len(values) < 32 and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
 
 
 def _check_index(directory: Path, entries: dict[str, TensorEntry]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantcli.errors import ModelError
+from quantcli.errors import ModelError, QuantcliError
 from quantcli.model.channel_paths import ListIndexing
 from quantcli.model.experts import find_experts
 from quantcli.model.skeleton import build_model, find_blocks, load_config, resolve_dtype
@@ -24,15 +24,27 @@ from quantcli.model.structure import Block, Residual, SharedInput, Structure
 from quantcli.model.watch import Watch, first_argument
 
 PROBE_TOKENS = 8
+MAXIMUM_BUFFERS = 8 << 30
+"""Bytes of the tables that a model computes from its configuration, such as masks and rotary frequencies."""
 
 
-@torch.inference_mode(False)  # inside it products are not taken apart, and nothing could be followed
 def discover(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> Structure:
     """The structure of the model that `config.json` describes; no weights are read.
 
     Blocks of equal make (class, parameter names and shapes) are watched once. Raises ModelError if the architecture
-    cannot be built or run on the meta device.
+    cannot be built or run on the meta device, or asks for tables of more than MAXIMUM_BUFFERS.
     """
+    try:
+        return _discover(directory, dtype, trust_remote_code)
+    except (QuantcliError, MemoryError):
+        raise
+    except Exception as error:  # whatever a value of the configuration makes of it, the file is at fault
+        raise ModelError(f"{directory / 'config.json'} describes no decoder: {type(error).__name__}: {error}.",
+                         "Check that file, or download it again.") from error  # fmt: skip
+
+
+@torch.inference_mode(False)  # inside it products are not taken apart, and nothing could be followed
+def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure:
     config = load_config(directory, trust_remote_code=trust_remote_code)
     compute = resolve_dtype(config, dtype)
     # eager attention keeps values visible as an operand on every device; the structure does not depend on the kernel
@@ -41,6 +53,9 @@ def discover(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = 
         # in bfloat16 whatever the model's dtype: grouped products of experts exist for it alone on this device
         model = build_model(config, torch.bfloat16, trust_remote_code)
     model.eval().requires_grad_(False)
+    if sum(buffer.nbytes for buffer in model.buffers()) > MAXIMUM_BUFFERS:
+        raise ModelError(f"{directory / 'config.json'} asks for tables of more than {MAXIMUM_BUFFERS >> 30} GB.",
+                         "Check its number of positions.")  # fmt: skip
     paths = find_blocks(model, config)
     first_of_kind: dict[str, str] = {}
     for path in paths:

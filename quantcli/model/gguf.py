@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +23,9 @@ from transformers.modeling_gguf_pytorch_utils import (
     read_field,
 )
 
-from quantcli.errors import ModelError, OutputError, RoomError
+from quantcli.errors import ModelError, OutputError, QuantcliError, RoomError
+from quantcli.model.gguf_header import check_header
+from quantcli.model.skeleton import check_size
 from quantcli.model.writer import PlannedTensor, shard_names, split_shards, write_index, write_safetensors
 
 MAXIMUM_SHARD_BYTES = 4 << 30
@@ -61,17 +63,16 @@ def convert_gguf(path: Path, destination: Path, dtype: torch.dtype = torch.bfloa
 
 
 def _open(path: Path) -> Any:
-    """The file's GGUFReader; opening it checks the header and that every tensor lies inside the file."""
+    """The file's GGUFReader, once its header is known to be sound: the reader trusts every count in it."""
     if find_spec("gguf") is None:
         raise ModelError(f"{path}: reading GGUF needs the gguf package.", "Install it: pip install 'quantcli[gguf]'")
     from gguf import GGUFReader
 
     if not path.is_file():
         raise ModelError(f"{path}: no such file.")
-    try:
+    check_header(path)
+    with _at_fault(f"{path} is no complete GGUF file", "Download it again."):
         reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, struct.error) as error:
-        raise ModelError(f"{path} is no complete GGUF file: {error}.", "Download it again.") from error
     if not read_field(reader, "general.architecture"):
         raise ModelError(f"{path} names no architecture (general.architecture).", USE_ORIGINAL)
     if (read_field(reader, "split.count") or [1])[0] > 1:
@@ -83,12 +84,11 @@ def _open(path: Path) -> Any:
 
 def _write_configuration(path: Path, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Write config.json and generation_config.json; return the model without weights (on the meta device)."""
-    try:
+    with _at_fault(f"{path}: transformers cannot build this model", USE_ORIGINAL):
         config: PretrainedConfig = AutoConfig.for_model(**load_gguf_checkpoint(str(path))["config"])
+        check_size(path, config)
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-        raise ModelError(f"{path}: transformers cannot build this model: {error}", USE_ORIGINAL) from error
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     model.config.save_pretrained(directory)
@@ -100,10 +100,8 @@ def _write_configuration(path: Path, directory: Path, dtype: torch.dtype) -> Pre
 def _write_tokenizer(path: Path, directory: Path) -> None:
     with TemporaryDirectory() as alone:  # transformers would also read tokenizer files that lie beside the model
         Path(alone, "model.gguf").symlink_to(path.resolve())
-        try:
+        with _at_fault(f"{path}: transformers cannot read its tokenizer", USE_ORIGINAL):
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
-        except (ValueError, KeyError, TypeError, NotImplementedError) as error:
-            raise ModelError(f"{path}: transformers cannot read its tokenizer: {error}", USE_ORIGINAL) from error
         tokenizer.save_pretrained(directory)
 
 
@@ -198,13 +196,11 @@ def _parameter_maker(path: Path, reader: Any, model: PreTrainedModel) -> Callabl
     def make(parameter: str) -> Tensor:
         made: dict[str, Tensor] = {}
         for source in sources[parameter]:
-            try:
+            with _at_fault(f"{path}: {source.name}", USE_ORIGINAL):
                 values = dequantize(source.data, source.tensor_type)
-            except NotImplementedError as error:
-                raise ModelError(f"{path}: {source.name}: {error}.", USE_ORIGINAL) from error
-            result = processor.process(
-                weights=values, name=source.name, tensor_key_mapping=names, parsed_parameters={"tensors": made}
-            )
+                result = processor.process(
+                    weights=values, name=source.name, tensor_key_mapping=names, parsed_parameters={"tensors": made}
+                )
             if result.name is not None:  # None: the processor has put its part into `made` itself
                 made[parameter] = torch.from_numpy(np.require(result.weights, requirements=["C", "W"]))
         if tuple(made[parameter].shape) != shapes[parameter]:
@@ -216,6 +212,19 @@ def _parameter_maker(path: Path, reader: Any, model: PreTrainedModel) -> Callabl
         return made[parameter]
 
     return make
+
+
+@contextmanager
+def _at_fault(what: str, remedy: str) -> Iterator[None]:
+    """Whatever other packages raise on reading the file in the body, the file is at fault."""
+    try:
+        yield
+    except (QuantcliError, MemoryError):
+        raise
+    except BaseException as error:
+        if not (isinstance(error, Exception) or "Panic" in type(error).__name__):  # of Rust, which is no Exception
+            raise
+        raise ModelError(f"{what}: {' '.join(str(error).split())}.", remedy) from error
 
 
 def _some(names: list[str]) -> str:

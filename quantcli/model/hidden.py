@@ -72,15 +72,19 @@ class HiddenCache:
         for other in set(self.folder.glob("hidden-*.bin")) - {self._file(position)}:
             other.unlink()
 
-    def resume(self) -> int | None:
-        """The block boundary at which an earlier run stopped, or None if nothing usable is there."""
+    def resume(self, finished: Sequence[bool] = ()) -> int | None:
+        """The block boundary at which an earlier run stopped, or None if nothing usable is there.
+
+        `finished` says of each block whether what the run writes of it is there: behind a block of which it is not,
+        the states are of no use, since those that entered that block are gone.
+        """
         try:
             content = json.loads((self.folder / "hidden.json").read_text())
             position = int(content["position"])
             usable = content == self._description(position) and self._file(position).stat().st_size == self.offsets[-1]
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        if not usable:
+        if not usable or not all(finished[:position]):
             return None
         self.position = position
         if not self.mapped:

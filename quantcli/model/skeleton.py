@@ -17,7 +17,10 @@ from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
 from quantcli.model.names import map_parameters
 from quantcli.model.rotation import untied as untied_structure
 from quantcli.model.structure import Structure
+from quantcli.model.untrusted import check_texts
 
+MAXIMUM_BLOCKS, MAXIMUM_EXPERTS = 4096, 1 << 18
+"""Decoder blocks, and experts of all blocks, that a configuration may ask for."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -90,14 +93,12 @@ class Skeleton:
         for name in names:
             readers[id(self.sources[name])].append(name)
         for own in readers.values():
+            self._check_shape(own[0], state)
             # in its final dtype before the next is read: folded weights are float32 until then
             parts = self.sources[own[0]].assemble(self.model, self.checkpoint.read)
             for name in own:
                 key = name if name in parts else next(iter(parts))
-                stored, expected = tuple(parts[key].shape), tuple(state[name].shape)
-                if stored != expected:
-                    raise ModelError(f"{name} has shape {stored} in the checkpoint and {expected} in the model.",
-                                     "Check that config.json belongs to these weights.")  # fmt: skip
+                _require_shape(name, tuple(parts[key].shape), tuple(state[name].shape))
                 if rows is not None and name in rows and parts[key].dtype != state[name].dtype:
                     values[name] = torch.zeros_like(parts[key], dtype=state[name].dtype)
                     values[name][rows[name]] = parts[key][rows[name]].to(state[name].dtype)
@@ -105,6 +106,12 @@ class Skeleton:
                 # tied parameters share what they become
                 values[name] = parts[key] = parts[key].to(state[name].dtype)
         return values
+
+    def _check_shape(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Before it is read: what is not of the model may have any size."""
+        source = self.sources[name]
+        if source.converter is None:
+            _require_shape(name, self.checkpoint.entries[source.tensors[0]].shape, tuple(state[name].shape))
 
     @contextmanager
     def resident(self, names: Iterable[str], rows: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -126,6 +133,12 @@ class Skeleton:
                 table[leaf] = empty
 
 
+def _require_shape(name: str, stored: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if stored != expected:
+        raise ModelError(f"{name} has shape {stored} in the checkpoint and {expected} in the model.",
+                         "Check that config.json belongs to these weights.")  # fmt: skip
+
+
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration of a model directory. Raises ModelError for a broken file, an unknown architecture, or one that
     needs code which is not trusted."""
@@ -134,6 +147,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     path = directory / "config.json"
     if not path.is_file():
         raise ModelError(f"{directory} holds no config.json.", "model.path must be a Hugging Face model directory.")
+    check_texts(directory)
     content = read_json(path)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -149,7 +163,24 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     if "quantization_config" in content:
         # what the weights are stored as is the readers' business; the architecture is the float model's
         del config.quantization_config
-    return config.get_text_config(decoder=True) if not _is_causal(config) else config
+    try:
+        config = config.get_text_config(decoder=True) if not _is_causal(config) else config
+    except Exception as error:  # likewise
+        raise ModelError(f"{path}: {_one_line(error)}.", "Check that value, or download the file again.") from error
+    check_size(path, config)
+    return config
+
+
+def check_size(path: Path, config: Any) -> None:
+    """Refuse more modules than memory has room for, and what is no number of modules."""
+    keys = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")
+    depth, *experts = (getattr(config, key, None) for key in keys)
+    count = max([number for number in experts if type(number) is int], default=1)
+    if depth is None:
+        return
+    if type(depth) is not int or not 0 < depth <= MAXIMUM_BLOCKS or depth * count > MAXIMUM_EXPERTS:
+        raise ModelError(f"{path}: {repr(depth)[:100]} decoder blocks of {count} experts are more than any model has.",
+                         "Check num_hidden_layers, or download the file again.")  # fmt: skip
 
 
 def _is_causal(config: Any) -> bool:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from quantcli.model.structure import Structure
+from quantcli.model.untrusted import MAXIMUM_JSON_BYTES, read_regular
 
 LAYOUT = 6
 """Raised when `Structure` or its discovery changes, so that remembered ones are found anew."""
@@ -22,8 +23,8 @@ def find_structure(directory: Path, *, dtype: str = "auto", trust_remote_code: b
     """
     config = directory / "config.json"
     cache = None
-    if config.is_file() and not trust_remote_code:
-        cache = _folder() / f"{_key(config.read_bytes(), dtype)}.json"
+    if config.exists() and not trust_remote_code:
+        cache = _folder() / f"{_key(read_regular(config, MAXIMUM_JSON_BYTES), dtype)}.json"
         try:
             return Structure.from_json(json.loads(cache.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

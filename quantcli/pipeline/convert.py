@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.formats import dense
+from quantcli.formats.sums import SUMS
 from quantcli.formats.table import FORMATS
 from quantcli.pipeline.held import unheld
 from quantcli.pipeline.rundir import is_run, room_errors
@@ -26,10 +28,11 @@ def convert_checkpoint(source: Path, form: str, output: Path, *, overwrite: bool
     """Write the checkpoint `source`, whoever made it, in the format `form`; codes and scales stay as they are.
 
     It is written beside `output`, read back by other code and compared, and then moved there, so that `output` holds
-    all of it or nothing. With `overwrite`, weights and configurations that were there are replaced, and what has the
-    name of a file that comes along, such as the tokenizer; other files stay. Raises RecipeError for what the format
-    cannot hold, before anything is written, ModelError for a source without codes or with scales that the format does
-    not hold, OutputError for an output that is in use.
+    all of it or nothing; what a killed conversion left is no checkpoint, and the next one clears it away. With
+    `overwrite`, weights and configurations that were there are replaced, and what has the name of a file that comes
+    along, such as the tokenizer; other files stay. Raises RecipeError for what the format cannot hold, before anything
+    is written, ModelError for a source without codes or with scales that the format does not hold, OutputError for an
+    output that is in use.
     """
     if form not in FORMATS:
         raise RecipeError(f"--to: there is no format {form!r}.", f"Known formats: {', '.join(FORMATS)}.")
@@ -43,6 +46,7 @@ def convert_checkpoint(source: Path, form: str, output: Path, *, overwrite: bool
     temporary = output.parent / f".{output.name}.{os.getpid()}.part"
     with room_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(output)
         try:
             found = _written(temporary, form, checkpoint, weights)
             _move(temporary, output)
@@ -68,7 +72,7 @@ def _refuse_place(source: Path, output: Path, overwrite: bool) -> None:
         raise OutputError(f"{output} is a file.", "Choose a directory.")
     if not output.is_dir() or not any(output.iterdir()):
         return
-    if is_run(output) or not (output / "config.json").is_file():
+    if is_run(output) or not any((output / name).is_file() for name in ("config.json", SUMS)):
         raise OutputError(f"{output} holds something else than a checkpoint.", "Choose an empty or a new directory.")
     if not overwrite:
         raise OutputError(f"{output} holds a checkpoint already.", "Choose another --output, or say --overwrite.")
@@ -81,7 +85,7 @@ def _refuse_place(source: Path, output: Path, overwrite: bool) -> None:
 def _replaced(output: Path) -> set[Path]:
     """Weights and configurations of a checkpoint of any format, by their names."""
     stems = {form.STEM for form in FORMATS.values()}
-    patterns = [*(pattern for stem in stems for pattern in weight_files(stem)), *DESCRIPTIONS, "config.json"]
+    patterns = [*(pattern for stem in stems for pattern in weight_files(stem)), *DESCRIPTIONS, SUMS, "config.json"]
     return {file for pattern in patterns for file in output.glob(pattern)}
 
 
@@ -100,10 +104,32 @@ def _written(folder: Path, form: str, checkpoint: QuantizedCheckpoint, weights: 
     return verify_checkpoint(folder, store, read_as_float, weights, None, form, tied)
 
 
+def _clear_leftovers(output: Path) -> None:
+    """Remove what conversions to this place left that were killed."""
+    for folder in output.parent.glob(f".{escape(output.name)}.*.part"):
+        number = folder.name.removesuffix(".part").rpartition(".")[2]
+        if number.isdecimal() and not _alive(int(number)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        pass
+    return True
+
+
 def _move(temporary: Path, output: Path) -> None:
-    """Every file to its place, config.json last; what is replaced goes before, config.json first."""
-    output.mkdir(exist_ok=True)
-    for file in sorted(_replaced(output), key=lambda file: file.name != "config.json"):
+    """Every file to its place, at once where nothing is there. Else what is replaced goes before, config.json first,
+    and config.json comes last; the checksums, which are there throughout, mark what an interruption leaves as ours."""
+    if not output.exists():
+        temporary.rename(output)
+        return
+    (temporary / SUMS).replace(output / SUMS)
+    for file in sorted(_replaced(output) - {output / SUMS}, key=lambda file: file.name != "config.json"):
         file.unlink()
     for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
         file.replace(output / file.name)

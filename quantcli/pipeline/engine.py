@@ -285,11 +285,14 @@ def _require_disk(path: Path, plan: Plan) -> None:
 
 
 def _require_readable(recipe: Recipe, plan: Plan) -> None:
-    """Refuse damaged weights, as far as headers tell, and text that is not there."""
+    """Refuse damaged weights, as far as headers tell, links that are not copied, and text that is not there."""
+    from quantcli.formats.export import companions
     from quantcli.model.names import weight_tensors
 
     checkpoint, trust = Checkpoint(plan.model), recipe.model.trust_remote_code
     weight_tensors(plan.model, plan.structure, checkpoint.entries, trust_remote_code=trust)
+    if recipe.export is not None:
+        companions(plan.model)
     if recipe.calibration is not None and reads_calibration(recipe):
         texts_of(recipe.calibration)
     if recipe.evaluate is not None and recipe.evaluate.perplexity is not None:

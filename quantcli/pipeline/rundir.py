@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from quantcli.errors import OutputError, QuantcliError, RoomError
-from quantcli.model.checkpoint import replacing
+from quantcli.model.checkpoint import file_digest, replacing
 
 RECORD = "run.json"
 RECIPE = "recipe.yaml"
@@ -146,8 +146,11 @@ class StageFolder:
         return record if all(isinstance(part, dict) for part in parts) else {}
 
     def _remove(self, patterns: Iterable[str]) -> None:
-        """Remove files of the stage, by name or pattern, and folders in it that are empty then."""
-        for pattern in patterns:
+        """Remove files of the stage, by name or pattern, and folders in it that are empty then.
+
+        config.json goes first, so that no engine finds half a checkpoint.
+        """
+        for pattern in sorted(patterns, key=lambda pattern: PurePosixPath(pattern).name != "config.json"):
             if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
                 continue  # no stage writes there
             named = [self.path / pattern] if (self.path / pattern).is_file() else []
@@ -283,15 +286,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _size(path: Path) -> int | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import read_json
+from quantcli.model.untrusted import check_texts
 from quantcli.pipeline.rundir import room_errors
 from quantcli.recipe.schema import ModelSection
 
@@ -73,10 +74,14 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory. Raises ModelError when there is none."""
     from transformers import AutoTokenizer
 
+    check_texts(directory)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"{directory} has no usable tokenizer: {str(error).splitlines()[0]}.",
+    except BaseException as error:  # whatever is raised, the files are at fault; a panic of the library is no Exception
+        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or "Panic" in type(error).__name__):
+            raise
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"{directory} has no usable tokenizer: {first}.",
                          "Put the tokenizer's files beside the weights.") from error  # fmt: skip
 
 

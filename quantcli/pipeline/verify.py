@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError, RecipeError, VerificationError
+from quantcli.formats.sums import check_digests, check_strangers, check_sums
 from quantcli.model.checkpoint import read_json
-from quantcli.pipeline.rundir import RECIPE, RECORD, STAGE_RECORD, file_digest, is_run
+from quantcli.pipeline.rundir import RECIPE, RECORD, STAGE_RECORD, is_run
+
+if TYPE_CHECKING:
+    from quantcli.formats.export import Source
+    from quantcli.formats.store import Store
+    from quantcli.model.structure import Structure
 
 
 def verify_path(path: Path) -> dict[str, Any]:
     """Check the exports of a run, or one checkpoint.
 
     A checkpoint inside a run is compared with the store it was written from, and every file with its recorded digest;
-    one that stands alone is checked against itself. Raises VerificationError with the module and the difference.
+    one that stands alone is checked against itself and its checksums, if it has any. Raises VerificationError with the
+    file or module and the difference.
     """
     resolved = path.resolve()
     if is_run(resolved):
@@ -29,24 +35,40 @@ def verify_path(path: Path) -> dict[str, Any]:
     return _verify_alone(path)
 
 
-def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
-    """Raise VerificationError unless every file, by its name relative to the folder, has its recorded sha256."""
-    for name, digest in digests.items():
-        file = folder / name
-        if not file.is_file():
-            raise VerificationError(f"{file} is missing.", "Run the recipe again to export it.")
-        if file_digest(file) != digest:
-            raise VerificationError(f"{file} is not what was exported.", "Delete it and run the recipe again.")
-
-
 def export_digests(run: Path, form: str) -> dict[str, str]:
-    """The recorded digests of one exported checkpoint, by file name."""
-    files = read_json(run / "export" / STAGE_RECORD)["files"]
-    return {name.removeprefix(f"{form}/"): digest for name, digest in files.items() if name.startswith(f"{form}/")}
+    """The recorded digests of one exported checkpoint, by file name. Raises VerificationError where there are none."""
+    try:
+        files = read_json(run / "export" / STAGE_RECORD).get("files")
+    except ModelError as error:
+        raise VerificationError(error.message, "Run the recipe again to export it.") from error
+    found = files.items() if isinstance(files, dict) else ()
+    digests = {name.removeprefix(f"{form}/"): digest for name, digest in found if name.startswith(f"{form}/")}
+    if not digests:
+        raise VerificationError(f"{run} has no record of the files of {form}.", "Run the recipe again to export it.")
+    return digests
+
+
+def verify_export(
+    run: Path, form: str, store: Store, source: Source, structure: Structure, *, trust_remote_code: bool
+) -> dict[str, Any]:
+    """What was found in order in one export of a run: counts, the score of a fixed prompt, the digests of its files.
+
+    Files are those that were recorded, and no others that an engine may read; tensors and configuration those of the
+    store and the float checkpoint; logits of a fixed prompt those of the store. Raises VerificationError.
+    """
+    from quantcli.formats.verify import verify_checkpoint
+    from quantcli.pipeline.prompt import check_prompt
+
+    folder, digests = run / "export" / form, export_digests(run, form)
+    check_digests(folder, digests)
+    check_strangers(folder, digests)
+    check_sums(folder)
+    found = verify_checkpoint(folder, store, source.checkpoint, source.weights, source.cast, form, source.tied)
+    score = check_prompt(folder, form, store, source, structure, trust_remote_code=trust_remote_code)
+    return {**asdict(found), "prompt": score, "files": digests}
 
 
 def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
-    from quantcli.formats.verify import verify_checkpoint
     from quantcli.model.structure_cache import find_structure
     from quantcli.pipeline.smoothed import smoothed_checkpoint
     from quantcli.pipeline.source import locate_model
@@ -54,26 +76,27 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     from quantcli.pipeline.tuned import finished_checkpoint, finished_store
     from quantcli.recipe import load_recipe
 
-    if "export" not in read_json(run / RECORD).get("stages", {}):
+    record = read_json(run / RECORD).get("stages", {})
+    if "export" not in record:
         raise VerificationError(f"{run} holds no finished export.", f"Run it: quantcli export {run / RECIPE}")
     recipe = load_recipe(run / RECIPE)
     formats = [only] if only else list(recipe.export.formats if recipe.export else ())
-    for name in formats:
+    for name in formats:  # before anything is computed
         check_digests(run / "export" / name, export_digests(run, name))
+    files = read_json(run / "export" / STAGE_RECORD)["files"]
+    if record["export"].get("files", files) != files:
+        raise VerificationError(f"{run}: {RECORD} and export/{STAGE_RECORD} differ about the files of the export.",
+                                "Run the recipe again.")  # fmt: skip
     section = recipe.model
     model = locate_model(section)
     structure = find_structure(model, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     smoothed = smoothed_checkpoint(recipe, model, structure, run / "smooth")
     source = source_of(recipe, structure, finished_checkpoint(recipe, smoothed, run))
     store = finished_store(recipe, run)
-    found = {
-        name: asdict(
-            verify_checkpoint(
-                run / "export" / name, store, source.checkpoint, source.weights, source.cast, name, source.tied
-            )
-        )
-        for name in formats
-    }
+    trust = section.trust_remote_code
+    found = {name: verify_export(run, name, store, source, structure, trust_remote_code=trust) for name in formats}
+    for facts in found.values():
+        facts["files"] = len(facts["files"])
     return {f"{name}: {key}": value for name, facts in found.items() for key, value in facts.items()}
 
 
@@ -83,6 +106,7 @@ def _verify_alone(path: Path) -> dict[str, Any]:
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.structure_cache import find_structure
 
+    files = check_sums(path)
     structure = find_structure(path)
     linears = {linear.name: linear for linear in structure.matrices()}
     try:
@@ -104,4 +128,5 @@ def _verify_alone(path: Path) -> dict[str, Any]:
     missing = [name for name in structure.parameters if name not in checkpoint]
     if missing:
         raise VerificationError(f"{path}: {missing[0]} is missing.", "Export it again.")
-    return {"linears": len(checkpoint.schemes), "checked against": "itself (no run beside it)"}
+    sums = "it has no checksums" if files is None else f"and the checksums of its {files} files"
+    return {"linears": len(checkpoint.schemes), "checked against": f"itself (no run beside it; {sums})"}

@@ -253,3 +253,26 @@ def test_our_own_reader_names_a_misshapen_tensor(exported: Exported, tmp_path: P
     change_tensors(made, lambda tensors: tensors[f"{UP}.weight_shape"].copy_(torch.tensor([64, 128])))
     with pytest.raises(ModelError, match="weight_shape says"):
         made.reader().read_linear(UP)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c.update(rope_parameters={"rope_theta": 1e6, "rope_type": "default"}),
+        lambda c: c.update(num_hidden_layers=3),
+        lambda c: c.update(tie_word_embeddings=0),  # 0 is not false
+        lambda c: c.update(dtype="float32"),
+        lambda c: c.update(sliding_window=8),
+        lambda c: c.pop("rms_norm_eps"),
+    ],
+)
+def test_a_configuration_of_another_model_is_found(
+    change: Callable[[dict[str, Any]], Any], exported: Exported, tmp_path: Path
+) -> None:
+    made = copy_of(exported("W8A16"), tmp_path)
+    file = made.folder / "config.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(VerificationError, match=r"config\.json: \w+ is .*, not"):
+        made.verify()

@@ -126,6 +126,16 @@ def test_started_again_beside_an_older_run(tmp_path: Path) -> None:
     assert holds(resumed, states(0))
 
 
+@either
+def test_states_behind_a_block_whose_files_are_gone_are_not_resumed(limit: int, tmp_path: Path) -> None:
+    commit(cache_of(tmp_path, limit), 2, states(2))
+    assert cache_of(tmp_path, limit).resume([True, True, False]) == 2
+    for finished in ([False, True, True], [True, False, False]):
+        cache = cache_of(tmp_path, limit)
+        assert cache.resume(finished) is None
+        assert cache.position == -1
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     assert cache_of(tmp_path).resume() is None
     cache_of(tmp_path).put(0, states(0)[0])

@@ -128,10 +128,8 @@ def _measured(context: Context, folder: StageFolder, allocation: Allocation) -> 
     }
     stream = BlockStream(context.skeleton(), batched(first_samples(context, TOKENS)))
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
-    done = cache.resume()
     parts = [folder.path / _part(index) for index in range(context.blocks)]
-    if done is not None and not all(part.name in folder.files for part in parts[:done]):
-        done = None
+    done = cache.resume([part.name in folder.files for part in parts])
     for index in range(stream.enter(cache, done), context.blocks):
         started = time.perf_counter()
         found = _block_errors(context, allocation, sources, stream, cache, index)

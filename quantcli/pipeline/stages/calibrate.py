@@ -111,10 +111,7 @@ def run(context: Context, folder: StageFolder) -> None:
     skeleton = context.skeleton()
     stream = BlockStream(skeleton, batched(samples))
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
-    done = cache.resume()
-    if done is not None and not all(recorded[:done]):
-        done = None  # statistics of an earlier block are gone, and so are the hidden states that made them
-    for index in range(stream.enter(cache, done), context.blocks):
+    for index in range(stream.enter(cache, cache.resume(recorded)), context.blocks):
         started = time.perf_counter()
         block = context.plan.structure.blocks[index]
         with (

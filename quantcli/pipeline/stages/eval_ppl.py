@@ -107,7 +107,7 @@ def advance(
     blocks = len(stream.skeleton.blocks)
     for index in range(stream.enter(cache, cache.resume()), blocks):
         started = time.perf_counter()
-        with _block(stream, index, exported, phase):
+        with block_as_served(stream, index, exported, phase):
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
         cache.commit(index + 1)
@@ -116,7 +116,9 @@ def advance(
 
 
 @contextmanager
-def _block(stream: BlockStream, index: int, exported: QuantizedCheckpoint | None, phase: Phase) -> Iterator[None]:
+def block_as_served(
+    stream: BlockStream, index: int, exported: QuantizedCheckpoint | None, phase: Phase
+) -> Iterator[None]:
     """A resident block; of a quantized model, with linears and attention computing as an engine does."""
     from quantcli.evaluation.simulate import not_read, simulated
     from quantcli.pipeline.attention import attention_as_stored

@@ -6,6 +6,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.formats.sums import SUMS
 from quantcli.model.structure import Structure
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder
@@ -72,7 +73,7 @@ def weight_files(stem: str) -> list[str]:
 def checkpoint_files(model: Path, stem: str) -> list[str]:
     """Patterns of what an export of a model may write: weights and their index, config.json, what it copies."""
     beside = sorted(file.name for file in model.iterdir() if file.suffix not in (".safetensors", ".md"))
-    return list(dict.fromkeys([*weight_files(stem), "config.json", *map(escape, beside)]))
+    return list(dict.fromkeys([*weight_files(stem), "config.json", SUMS, *map(escape, beside)]))
 
 
 def _writes(context: Context) -> tuple[str, ...]:

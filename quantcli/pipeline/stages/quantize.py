@@ -127,9 +127,7 @@ def _run_propagated(context: Context, folder: StageFolder) -> None:
     cache = HiddenCache(
         folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype, context.recipe.model.cache_memory
     )
-    done = cache.resume()
-    if done is not None and not all(recorded[:done]):
-        done = None
+    done = cache.resume(recorded)
     section = context.recipe.calibration
     assert section is not None
     statistics_of = partial(read_statistics, context)
@@ -200,10 +198,8 @@ def _run_solved(context: Context, folder: StageFolder) -> None:
         passes.again = True
         context.emit("note", text=f"Inside a block {passes.waiting_bytes() / 2**20:.1f} MiB of activations would wait, "
                      "more than model.cache_memory: a block is run anew for each input of its linears.")  # fmt: skip
-    positions = [one.resume() for one in caches]
+    positions = [one.resume(recorded) for one in caches]
     done = positions[0] if len(set(positions)) == 1 else None
-    if done is not None and not all(recorded[:done]):
-        done = None
     start = stream.enter(cache, done)
     if passes.beside is not None and passes.plain is not None:
         passes.beside.enter(passes.plain, done)

@@ -157,10 +157,8 @@ def _of_outputs(context: Context, folder: StageFolder) -> dict[str, Metrics]:
     cache = HiddenCache(
         folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype, context.recipe.model.cache_memory
     )
-    done = cache.resume()
     parts = [folder.path / _part(index) for index in range(context.blocks)]
-    if done is not None and not all(part.name in folder.files for part in parts[:done]):
-        done = None
+    done = cache.resume([part.name in folder.files for part in parts])
     for index in range(stream.enter(cache, done), context.blocks):
         started = time.perf_counter()
         errors = _block_errors(context, source, stream, cache, index)

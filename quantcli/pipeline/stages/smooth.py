@@ -123,13 +123,10 @@ def _go_through_blocks(
     if rotation is not None:
         _check_outside(context, exact, embedded, rotation)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
-    done = cache.resume()
-    if done is not None and not all(recorded[:done]):
-        done = None
     source = GroupSource(context, checkpoint)
     for text in _obstacles(context.plan.structure, source):
         context.emit("warning", text=text)
-    for index in range(stream.enter(cache, done), context.blocks):
+    for index in range(stream.enter(cache, cache.resume(recorded)), context.blocks):
         started = time.perf_counter()
         block = context.plan.structure.blocks[index]
         entering = cache.get(0)[:1, :CHECKED_TOKENS]

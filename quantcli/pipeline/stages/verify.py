@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
+from quantcli.errors import VerificationError
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.stages.export import float_source
 from quantcli.pipeline.tuned import finished_store
-from quantcli.pipeline.verify import check_digests, export_digests
+from quantcli.pipeline.verify import verify_export
 
 RESULT = "verified.json"
 
@@ -20,18 +20,16 @@ def _identity(context: Context) -> dict[str, Any]:
 
 def run(context: Context, folder: StageFolder) -> None:
     """Writes verified.json. Raises VerificationError for the first difference."""
-    from quantcli.formats.verify import verify_checkpoint
-
     assert context.recipe.export is not None
     store, source = finished_store(context.recipe, context.run.path), float_source(context)
+    if store.schemes != {name: scheme for name, (_, scheme) in context.plan.schemes.items()}:
+        raise VerificationError("The store has other linears or schemes than the plan.", "Quantize again.")
+    trust, structure = context.recipe.model.trust_remote_code, context.plan.structure
     found: dict[str, Any] = {}
     for name in context.recipe.export.formats:
-        export = context.folder("export") / name
-        check_digests(export, export_digests(context.run.path, name))
-        found[name] = asdict(
-            verify_checkpoint(export, store, source.checkpoint, source.weights, source.cast, name, source.tied)
-        )
-        context.emit("verified", format=name, **found[name])
+        facts = verify_export(context.run.path, name, store, source, structure, trust_remote_code=trust)
+        found[name] = facts
+        context.emit("verified", format=name, **{key: value for key, value in facts.items() if key != "files"})
     write_json(folder.path / RESULT, found)
     folder.add(folder.path / RESULT)
 

@@ -1,0 +1,131 @@
+"""A changed byte anywhere in an export is found, in its run and away from it, and so are files that come or go."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import quantcli
+from quantcli.errors import QuantcliError, VerificationError
+from quantcli.formats.sums import SUMS
+from quantcli.pipeline.stages import verify
+from quantcli.pipeline.verify import verify_path
+
+FORMATS = ["compressed-tensors", "ascend", "dense", "gptq", "awq"]
+Recipe = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def runs(static_recipe: Callable[[Path], Recipe], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Format → a run that holds an export of it; read only, or put back as it was."""
+    found: dict[str, Path] = {}
+    for formats, weights in (
+        (FORMATS[:3], {"bits": 8, "granularity": "channel"}),
+        (FORMATS[3:], {"bits": 4, "granularity": "group", "group_size": 32}),
+    ):
+        place = tmp_path_factory.mktemp("run")
+        recipe = static_recipe(place / "run") | {"quantize": {"weights": weights}, "export": {"formats": formats}}
+        del recipe["evaluate"], recipe["calibration"]
+        quantcli.run(recipe)
+        found |= dict.fromkeys(formats, place / "run")
+        for form in formats:
+            shutil.copytree(place / "run" / "export" / form, place / form)
+    return found
+
+
+def places(run: Path, form: str) -> list[Path]:
+    """The export in its run, and a copy that stands alone."""
+    return [run / "export" / form, run.parent / form]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_untouched_exports_are_in_order(form: str, runs: dict[str, Path]) -> None:
+    inside, alone = places(runs[form], form)
+    facts = verify_path(inside)
+    assert facts[f"{form}: linears"] == 21
+    assert facts[f"{form}: files"] == len(list(inside.iterdir()))
+    assert -20 < facts[f"{form}: prompt"] < 0
+    assert "checksums" in verify_path(alone)["checked against"]
+    recorded = json.loads((runs[form] / "verify" / "verified.json").read_text())[form]["files"]
+    assert recorded == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in inside.iterdir()}
+    sums = dict(reversed(line.split("  ")) for line in (alone / SUMS).read_text().splitlines())
+    assert sums == {name: digest for name, digest in recorded.items() if name != SUMS}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(data=st.data())
+def test_a_flipped_bit_anywhere_is_found(form: str, runs: dict[str, Path], data: st.DataObject) -> None:
+    export = data.draw(st.sampled_from(places(runs[form], form)))
+    file = data.draw(st.sampled_from(sorted(export.iterdir())))
+    content = file.read_bytes()
+    # half of the places in the first bytes, which are the header of weights
+    reach = data.draw(st.sampled_from([len(content), min(len(content), 3000)]))
+    place, bit = data.draw(st.integers(0, reach - 1)), data.draw(st.integers(0, 7))
+    try:
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        with pytest.raises(VerificationError):
+            verify_path(export)
+    finally:
+        file.write_bytes(content)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_files_that_go_or_come_are_found(form: str, runs: dict[str, Path]) -> None:
+    for export in places(runs[form], form):
+        for file in sorted(export.iterdir()):
+            content = file.read_bytes()
+            if file.name in (SUMS, "config.json") and export.parent.name != "export":
+                continue  # without the first it is checked against itself, and without the second it is no checkpoint
+            file.unlink()
+            with pytest.raises(VerificationError, match=file.name):
+                verify_path(export)
+            file.write_bytes(content)
+        for name in ("lora.safetensors", "pytorch_model.bin", "processor_config.json", "modeling_x.py"):
+            (export / name).write_text("{}")
+            with pytest.raises(VerificationError, match=f"{name} was not exported"):
+                verify_path(export)
+            (export / name).unlink()
+        (export / "NOTES.md").write_text("mine")
+        (export / "NOTES.md").unlink()
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(name=st.sampled_from(["export/stage.json", "run.json"]), place=st.floats(0, 1, exclude_max=True))
+def test_damaged_records_are_typed_errors(name: str, place: float, runs: dict[str, Path]) -> None:
+    run = runs["awq"]
+    file = run / name
+    content = file.read_bytes()
+    at = int(place * len(content))
+    try:
+        file.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        with suppress(QuantcliError):
+            verify_path(run / "export" / "awq")
+    finally:
+        file.write_bytes(content)
+
+
+def test_a_store_that_is_not_the_plan_is_found(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = static_recipe(tmp_path / "run") | {"quantize": {}}
+    del recipe["evaluate"], recipe["calibration"]
+    finished = verify.finished_store
+
+    def without_one(*arguments: Any) -> Any:
+        store = finished(*arguments)
+        store.schemes.popitem()
+        return store
+
+    monkeypatch.setattr(verify, "finished_store", without_one)
+    with pytest.raises(VerificationError, match="than the plan"):
+        quantcli.run(recipe)
