@@ -16,6 +16,9 @@ from quantcli.model.structure import Linear
 from quantcli.quant.grid import dequantize
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
+"""Dtypes that scales may have; those of other tools' checkpoints are not always the ones written here."""
+
 
 class QuantizedCheckpoint:
     """A quantized checkpoint that reads like a float one: X.weight is dequantized when it is asked for.
@@ -73,7 +76,7 @@ class QuantizedCheckpoint:
         parts = {suffix: read[self.tensor_name(module, suffix)] for suffix in layout}
         for suffix, (dtype, shape) in layout.items():
             tensor, wanted = parts[suffix], getattr(torch, dtype)
-            if tensor.dtype != wanted and not (tensor.is_floating_point() and wanted.is_floating_point):
+            if tensor.dtype != wanted and not {tensor.dtype, wanted} <= _FLOATS:
                 raise self._damaged(module, suffix, f"is {tensor.dtype}, not {wanted}")
             if tuple(tensor.shape) != shape:
                 raise self._damaged(module, suffix, f"has shape {tuple(tensor.shape)}, not {shape}")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from quantcli.evaluation import simulate
-from quantcli.evaluation.simulate import Int8Weights
+from quantcli.evaluation.simulate import QuantizedProduct
 from quantcli.formats.engines import verdicts
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
@@ -54,7 +54,7 @@ def of_transformers(folder: Path) -> Tensor:
         return model(TOKENS).logits.float()
 
 
-def by_the_rules_of_transformers(module: nn.Module, weights: Int8Weights) -> Callable[[Tensor], Tensor]:
+def by_the_rules_of_transformers(module: nn.Module, weights: QuantizedProduct) -> Callable[[Tensor], Tensor]:
     """The table above as code, in the place of `simulate._forward`."""
 
     def forward(x: Tensor) -> Tensor:
