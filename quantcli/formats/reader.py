@@ -13,6 +13,7 @@ from quantcli.formats.store import Store, StoredLinear
 from quantcli.formats.table import find_format
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
 from quantcli.model.structure import Linear
+from quantcli.quant.float8 import FP8
 from quantcli.quant.grid import dequantize
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
@@ -69,7 +70,8 @@ class QuantizedCheckpoint:
         return values | self.raw.read(plain)
 
     def read_linear(self, module: str) -> StoredLinear:
-        """Codes and scales of one quantized linear. Raises ModelError if a tensor is missing or misshapen."""
+        """Codes and scales of one quantized linear. Raises ModelError if a tensor is missing or misshapen, or
+        holds codes that are NaN."""
         assert self.form is not None
         linear, layout = self.linears[module], self._layout(module)
         read = self.raw.read(self.tensor_name(module, suffix) for suffix in layout)
@@ -80,6 +82,8 @@ class QuantizedCheckpoint:
                 raise self._damaged(module, suffix, f"is {tensor.dtype}, not {wanted}")
             if tuple(tensor.shape) != shape:
                 raise self._damaged(module, suffix, f"has shape {tuple(tensor.shape)}, not {shape}")
+            if tensor.dtype == FP8 and bool((tensor.view(torch.uint8) & 0x7F == 0x7F).any()):
+                raise self._damaged(module, suffix, "holds codes that are no numbers (NaN)")
         if "weight_shape" in parts and parts["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
             raise self._damaged(module, "weight_shape", f"says {parts['weight_shape'].tolist()}")
         try:
