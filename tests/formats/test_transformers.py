@@ -6,7 +6,7 @@ model's dtype, dequantizes weights once, and quantizes inputs only to dequantize
     weights   W = q·s in the model's dtype, s rounded to it (engines: float32 scales beside int8 codes)
     dynamic   s = max|x| / 127.5 a token, or 7.5, in the model's dtype (engines: max|x| / 127, or 7, in float32)
     static    q = round(x / s + z), all in the model's dtype (engines: float32)
-    float8    s = max|x| / 448 a token, q = x / s to nearest, all in the model's dtype (engines: float32, s bounded below)
+    float8    s = max|x| / 448 a token, q = x / s to nearest, all in the model's dtype (engines: float32)
     product   (q − z)·s times Wᵀ in the model's dtype (engines: exact integers, scaled in float32, rounded once)
 
 The evaluation follows the engines, which tests/serving proves. Here the same streamed evaluation, with those rules in

@@ -186,8 +186,7 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "in float but not ignored": lambda c: c["ignore"].remove("lm_head"),
     "ignored without reason": lambda c: c["ignore"].append("model.layers.9.mlp.up_proj"),
 }
-INPUT_OTHER_TYPE = {"int": "float", "float": "int"}
-CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
+INPUT_CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no inputs": lambda c: group(c).update(input_activations=None),
     "input bits": lambda c: group(c)["input_activations"].update(num_bits=4),
     "input type": lambda c: group(c)["input_activations"].update(

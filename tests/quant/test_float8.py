@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -130,7 +131,7 @@ def test_gptq_rounds_to_nearest_without_correlation_and_gains_with_it() -> None:
         found = descended(weight, found, grid, hessian, curvature.order)
         errors.append(float(output_error(weight, found, hessian).sum()))
     assert errors[1] < 0.8 * errors[0]
-    assert all(after <= before * (1 + 1e-4) for before, after in zip(errors[1:], errors[2:], strict=False))
+    assert all(after <= before * (1 + 1e-4) for before, after in pairwise(errors))
     assert found.codes.dtype == FP8
     assert bool((found.codes.float().abs() <= 448).all())
 
