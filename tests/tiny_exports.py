@@ -63,6 +63,15 @@ PACKED_WITH_ACTIVATIONS = {
     "W3A8 dynamic g32": Scheme(3, granularity="group", group_size=32, activations="dynamic"),
 }
 WITH_ACTIVATIONS |= PACKED_WITH_ACTIVATIONS
+FLOAT8 = {
+    "W8A16 fp8": Scheme(8, type="float"),
+    "W8A16 fp8 tensor": Scheme(8, granularity="tensor", type="float"),
+    "W8A8 fp8 dynamic": Scheme(8, activations="dynamic", type="float"),
+    "W8A8 fp8 static": Scheme(8, activations="static", type="float"),
+    "W8A8 fp8 static tensor": Scheme(8, granularity="tensor", activations="static", type="float"),
+}
+WEIGHT_ONLY |= {name: scheme for name, scheme in FLOAT8.items() if scheme.activations == "none"}
+WITH_ACTIVATIONS |= {name: scheme for name, scheme in FLOAT8.items() if scheme.activations != "none"}
 SCHEMES = WEIGHT_ONLY | WITH_ACTIVATIONS
 
 
@@ -168,12 +177,13 @@ def _quantize(weight: Tensor, scheme: Scheme, dtype: str, seen: tuple[float, flo
     scale_dtype = getattr(torch, scheme.scale_dtype(dtype))
     smallest = scheme.smallest_scale(dtype)
     grid = WeightGrid(
-        scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size, scale_dtype, smallest_scale=smallest
-    )
+        scheme.bits, scheme.symmetric, scheme.granularity, scheme.group_size, scale_dtype,
+        smallest_scale=smallest, type=scheme.type,
+    )  # fmt: skip
     quantized = QuantizedWeight(*WEIGHT_METHODS["minmax"](weight, grid, None))
     if seen is None:
         return StoredLinear(quantized)
-    scale, zero = static_parameters(*seen, scheme.activations_symmetric)
+    scale, zero = static_parameters(*seen, scheme.activations_symmetric, scheme.type)
     return StoredLinear(quantized, scale, None if scheme.activations_symmetric else zero)
 
 

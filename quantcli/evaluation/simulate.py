@@ -12,12 +12,15 @@ from torch.nn.functional import linear
 
 from quantcli.model.expert_loop import Weight, one_by_one
 from quantcli.model.structure import Experts
-from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_static
+from quantcli.quant.activation import float8_linear, int8_linear, quantize_per_token, quantize_static
+from quantcli.quant.float8 import FP8
+from quantcli.quant.scheme import CodeType
 
 
 @dataclass(frozen=True)
-class Int8Weights:
-    """A linear of integer products: codes int8 [out, in], scale float32 [out, groups], [out, 1] or [1, 1].
+class QuantizedProduct:
+    """A linear of products of codes: int8 [out, in] with a scale float32 [out, groups], [out, 1] or [1, 1], or
+    float8_e4m3fn with the latter two, and inputs of the same type.
 
     Static activations have input_scale float32 [1] and, if asymmetric, input_zero_point int8 [1]; dynamic ones, with
     one scale a token and codes of `input_bits`, have neither.
@@ -36,11 +39,12 @@ Forward = Callable[[nn.Module, Tensor], Tensor]
 
 @contextmanager
 def simulated(
-    block: nn.Module, linears: Mapping[str, Int8Weights | Tensor | Forward], experts: Iterable[Experts] = ()
+    block: nn.Module, linears: Mapping[str, QuantizedProduct | Tensor | Forward], experts: Iterable[Experts] = ()
 ) -> Iterator[None]:
     """While the body runs, the named linears of `block` compute otherwise.
 
-    Int8Weights: y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b, as `quant.activation.int8_linear` has it. A tensor [out, in], in the
+    QuantizedProduct: y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b, as `quant.activation.int8_linear` or `float8_linear` has it. A
+    tensor [out, in], in the
     input's dtype: y = x·Wᵀ + b with it, as for weights that an engine unpacks. A function: whatever it returns.
 
     Linears of `experts`, by names below the block, have no modules: where one is named, its layer runs expert by
@@ -73,9 +77,9 @@ def not_read(linears: Collection[str], experts: Iterable[Experts]) -> set[str]:
     return {f"{name}.weight" for name in linears if name not in joined} | whole
 
 
-def forward_of(module: nn.Module, how: Int8Weights | Tensor | Forward) -> Callable[[Tensor], Tensor]:
+def forward_of(module: nn.Module, how: QuantizedProduct | Tensor | Forward) -> Callable[[Tensor], Tensor]:
     """The forward that `simulated` gives a linear."""
-    if isinstance(how, Int8Weights):
+    if isinstance(how, QuantizedProduct):
         return _forward(module, how)
     if isinstance(how, Tensor):
         # nn.Linear's own name for its input, since callers may use it as a keyword
@@ -83,21 +87,25 @@ def forward_of(module: nn.Module, how: Int8Weights | Tensor | Forward) -> Callab
     return lambda input: how(module, input)
 
 
-def _forward(module: nn.Module, weights: Int8Weights) -> Callable[[Tensor], Tensor]:
+def _forward(module: nn.Module, weights: QuantizedProduct) -> Callable[[Tensor], Tensor]:
     zero_point = weights.input_zero_point
     if weights.input_scale is not None and zero_point is None:
         zero_point = torch.zeros_like(weights.input_scale, dtype=torch.int8)
     zero = None if zero_point is None else int(zero_point.item())
+    type: CodeType = "float" if weights.codes.dtype == FP8 else "int"
 
     def forward(input: Tensor) -> Tensor:  # nn.Linear's own name for it, since callers may use it as a keyword
         tokens = input.reshape(-1, input.shape[-1])
         if weights.input_scale is None or zero_point is None:
-            codes, scale = quantize_per_token(tokens, weights.input_bits)
+            codes, scale = quantize_per_token(tokens, weights.input_bits, type)
         else:
             scale = weights.input_scale
-            codes = quantize_static(tokens, scale, zero_point)
+            codes = quantize_static(tokens, scale, zero_point, type)
         bias: Tensor | None = getattr(module, "bias", None)
-        output = int8_linear(codes, scale, zero, weights.codes, weights.scale, bias, input.dtype)
+        if type == "float":
+            output = float8_linear(codes, scale, weights.codes, weights.scale, bias, input.dtype)
+        else:
+            output = int8_linear(codes, scale, zero, weights.codes, weights.scale, bias, input.dtype)
         return output.view(*input.shape[:-1], weights.codes.shape[0])
 
     return forward

@@ -66,6 +66,8 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
     """Why this format cannot hold the linear under the scheme; empty when it can."""
     if linear.transposed:
         return "holds weights as [out, in], and this model's are stored transposed (Conv1D)"
+    if scheme.type == "float":
+        return "is written with integer codes, not fp8"
     if scheme.bits != 8:
         return f"is written with 8-bit weights only, not {scheme.bits}-bit ones"
     if scheme.activations != "none" and scheme.activation_bits != 8:

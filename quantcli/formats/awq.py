@@ -49,6 +49,8 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
         return "is written for Linear modules only, and this model's are stored transposed (Conv1D)"
     if scheme.activations != "none":
         return "holds weights alone, with inputs in float"
+    if scheme.type == "float":
+        return "holds integer codes, not fp8"
     if scheme.bits != BITS:
         return f"holds weights of 4 bits, not {scheme.bits}"
     if scheme.granularity == "tensor":

@@ -1,10 +1,11 @@
 """compressed-tensors, the format of llm-compressor and vLLM. https://github.com/vllm-project/compressed-tensors
 
 W8A8 (`int-quantized`): X.weight int8 [out, in], X.weight_scale float32 [out, 1] or [1], and for static inputs
-X.input_scale float32 [1] and, if asymmetric, X.input_zero_point int8 [1]. All else (`pack-quantized`), which is weights
-alone, and dynamic inputs of 8 or 4 bits beside weights of fewer bits or with a scale a group: X.weight_packed int32
-[out, in·bits/32], X.weight_scale in the model's dtype, X.weight_zero_point int32 packed along the output,
-X.weight_shape int64 [2]. An fp8 cache of attention A: A.k_scale and A.v_scale float32 [1].
+X.input_scale float32 [1] and, if asymmetric, X.input_zero_point int8 [1]. FP8 (`float-quantized`, and `naive-quantized`
+where inputs stay in float): the same, symmetric, with X.weight float8_e4m3fn. All else (`pack-quantized`), which is
+integer weights alone, and dynamic inputs of 8 or 4 bits beside weights of fewer bits or with a scale a group:
+X.weight_packed int32 [out, in·bits/32], X.weight_scale in the model's dtype, X.weight_zero_point int32 packed along the
+output, X.weight_shape int64 [2]. An fp8 cache of attention A: A.k_scale and A.v_scale float32 [1].
 
 W4A8 could be `int-quantized`, too, a byte a code, as llm-compressor writes it. vLLM loads that on CPUs and XPUs; packed
 it loads it on GPUs and CPUs, and W4A4 with it (CompressedTensorsW4A8Int; CompressedTensorsWNA8Int, WNA4Int).
@@ -51,7 +52,7 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
         return "holds static or dynamic activations, not both for one linear"
     if scheme.activations != "none" and not scheme.symmetric:
         return "holds integer activations with symmetric weights"
-    if scheme.activations == "static" and not scheme.int8_products:
+    if scheme.activations == "static" and not _by_the_byte(scheme):
         return "holds static activations of 8 bits with 8-bit weights, one scale a channel or tensor"
     return ""
 
@@ -62,8 +63,9 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     scale_shape: tuple[int, ...] = scheme.scale_shape(out, inner) if scheme.granularity != "tensor" else (1,)
     scale = (scheme.scale_dtype(dtype), scale_shape)
     tensors: dict[str, tuple[str, tuple[int, ...]]]
-    if scheme.int8_products:
-        tensors = {"weight": ("int8", (out, inner)), "weight_scale": scale}
+    if _by_the_byte(scheme):
+        codes = "float8_e4m3fn" if scheme.type == "float" else "int8"
+        tensors = {"weight": (codes, (out, inner)), "weight_scale": scale}
         if scheme.activations == "static":
             tensors["input_scale"] = ("float32", (1,))
             if not scheme.activations_symmetric:
@@ -91,7 +93,7 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
     codes, scale, zero_point = stored.weight
     scale = held_scale(scale, getattr(torch, scheme.scale_dtype(dtype)))
     scale = scale.view(-1) if scheme.granularity == "tensor" else scale
-    if scheme.int8_products:
+    if _by_the_byte(scheme):
         tensors = {"weight": codes, "weight_scale": scale}
         if stored.input_scale is not None:
             tensors["input_scale"] = stored.input_scale.float()
@@ -116,7 +118,7 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
     scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
     if scheme.granularity == "tensor":
         scale = scale.view(1, 1)
-    if scheme.int8_products:
+    if _by_the_byte(scheme):
         weight = QuantizedWeight(tensors["weight"], scale, None)
         return StoredLinear(weight, tensors.get("input_scale"), tensors.get("input_zero_point"))
     rows, columns = (int(size) for size in tensors["weight_shape"])
@@ -217,7 +219,15 @@ def configuration(
 _FP8: dict[str, Any] = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 
 
+def _by_the_byte(scheme: Scheme) -> bool:
+    """Whether a code is a byte of its own, not packed into words."""
+    return scheme.int8_products or scheme.type == "float"
+
+
 def _form(scheme: Scheme) -> str:
+    """The name that the format's own library gives the layout of a scheme (infer_module_format)."""
+    if scheme.type == "float":
+        return "naive-quantized" if scheme.activations == "none" else "float-quantized"
     return "int-quantized" if scheme.int8_products else "pack-quantized"
 
 
@@ -226,7 +236,7 @@ def _group(scheme: Scheme, targets: list[str]) -> Any:
 
     weights = QuantizationArgs(
         num_bits=scheme.bits,
-        type="int",
+        type=scheme.type,
         symmetric=scheme.symmetric,
         strategy=scheme.granularity,
         group_size=scheme.group_size,
@@ -237,7 +247,7 @@ def _group(scheme: Scheme, targets: list[str]) -> Any:
         dynamic = scheme.activations == "dynamic"
         activations = QuantizationArgs(
             num_bits=scheme.activation_bits,
-            type="int",
+            type=scheme.type,
             symmetric=scheme.activations_symmetric,
             strategy="token" if dynamic else "tensor",
             dynamic=dynamic,
@@ -341,14 +351,16 @@ def _scheme(group: Any, form: str) -> Scheme:
     mode = "none" if inputs is None else ("dynamic" if inputs.dynamic else "static")
     understood = (
         weights is not None
-        and (weights.type, bool(weights.dynamic), weights.actorder != "group") == ("int", False, True)
+        and (bool(weights.dynamic), weights.actorder != "group") == (False, True)
         and weights.strategy in ("tensor", "channel", "group")
+        and (weights.type == "int" or (weights.num_bits, weights.symmetric, weights.group_size) == (8, True, None))
         and group.output_activations is None
     )
     if understood and inputs is not None:
         strategy, widths = ("token", (8, 4)) if mode == "dynamic" else ("tensor", (8,))
-        understood = (inputs.type, inputs.strategy) == ("int", strategy) and inputs.num_bits in widths
-        understood &= weights.symmetric and (inputs.symmetric or mode == "static")
+        widths = (8,) if weights.type == "float" else widths
+        understood = (inputs.type, inputs.strategy) == (weights.type, strategy) and inputs.num_bits in widths
+        understood &= weights.symmetric and (inputs.symmetric or (mode, weights.type) == ("static", "int"))
     if understood:
         scheme = Scheme(
             bits=weights.num_bits,
@@ -358,11 +370,13 @@ def _scheme(group: Any, form: str) -> Scheme:
             activations=mode,  # type: ignore[arg-type]
             activations_symmetric=True if inputs is None else inputs.symmetric,
             activation_bits=8 if inputs is None else inputs.num_bits,
+            type=str(getattr(weights.type, "value", weights.type)),  # type: ignore[arg-type]
         )
-        if (group.format or form) == _form(scheme) and (mode != "static" or scheme.int8_products):
+        forms = {_form(scheme), "float-quantized"} if scheme.type == "float" else {_form(scheme)}
+        if (group.format or form) in forms and (mode != "static" or _by_the_byte(scheme)):
             return scheme
-    raise ModelError("quantization_config describes a scheme that is not supported: only integer weights, alone or "
-                     "with integer inputs as this program writes them, are.")  # fmt: skip
+    raise ModelError("quantization_config describes a scheme that is not supported: only integer and fp8 weights, "
+                     "alone or with inputs of their type as this program writes them, are.")  # fmt: skip
 
 
 def _words(values: int, bits: int) -> int:

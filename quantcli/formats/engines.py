@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
+_FP8_GPU = "fp8 products from Ada on, before it unpacked weights; not run here"
 _NO_TENSOR = "takes packed weights with a scale a channel or group, not a tensor"
 
 # Linears that vLLM and vLLM-Ascend join into one, which then has one scheme (packed_modules_mapping).
@@ -113,6 +114,8 @@ def _split(schemes: Mapping[str, Scheme | None], joined: Iterable[tuple[str, ...
 
 
 def _vllm_cpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
+    if scheme.type == "float":
+        return _vllm_cpu_fp8(scheme)
     if scheme.int8_products:
         return True, "int8 products (oneDNN)"
     if scheme.granularity == "tensor":
@@ -127,6 +130,19 @@ def _vllm_cpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     if scheme.activations != "none":
         return True, f"computes it as W4A16: inputs stay in float, where W4A{scheme.activation_bits} is evaluated"
     return True, "weights unpacked in the kernel"
+
+
+def _vllm_cpu_fp8(scheme: Scheme) -> tuple[bool, str]:
+    """_POSSIBLE_WFP8A16_KERNELS has none for a CPU. A scale a tensor is rounded anew on loading by scaled_fp8_quant,
+    which CPUs do not have (requantize_with_max_scale); ChannelWiseTorchFP8ScaledMMLinearKernel takes an input scale for
+    each token (torch.narrow)."""
+    if scheme.activations == "none":
+        return False, "has no kernel for fp8 weights with float activations"
+    if scheme.granularity == "tensor":
+        return False, "loads fp8 weights with a scale a channel, not a tensor"
+    if scheme.activations == "static":
+        return False, "multiplies fp8 inputs with a scale a token, not a static one"
+    return True, "fp8 products by torch, without a fast kernel: far slower than int8"
 
 
 def _vllm_cpu_experts(experts: Collection[Scheme | None], counts: Mapping[Scheme, int]) -> tuple[bool, str]:
@@ -153,7 +169,9 @@ def _vllm_gpu_experts(experts: Collection[Scheme | None], counts: Mapping[Scheme
     for scheme in filter(None, experts):
         if scheme.int8_products and scheme.granularity != "channel":
             return False, "takes int8 experts with a scale a channel only"
-        if scheme.activations != "none" and not scheme.int8_products:
+        if scheme.type == "float" and scheme.activations == "none":
+            return False, f"has no kernel for experts of {scheme.name}"
+        if scheme.type == "int" and scheme.activations != "none" and not scheme.int8_products:
             return False, f"has no kernel for experts of {scheme.name}"
     return True, ""
 
@@ -166,7 +184,7 @@ def _transformers_experts(experts: Collection[Scheme | None], counts: Mapping[Sc
         return False, "unpacks all experts by one scheme, and none in float beside quantized linears"
     if first is None:
         return True, ""
-    if first.int8_products:
+    if first.int8_products or first.type == "float":
         return False, "unpacks packed experts only, and these are a byte a code"
     if counts[first] < max(counts.values()):
         return False, "unpacks experts by the scheme that most linears have, which is another"
@@ -174,6 +192,8 @@ def _transformers_experts(experts: Collection[Scheme | None], counts: Mapping[Sc
 
 
 def _vllm_gpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
+    if scheme.type == "float":
+        return True, "fp8 weights unpacked in the kernel; not run here" if scheme.activations == "none" else _FP8_GPU
     if scheme.int8_products:
         return True, "int8 products (CUTLASS); not run here"
     if scheme.granularity == "tensor":

@@ -54,6 +54,8 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
         return "is written for Linear modules only, and this model's are stored transposed (Conv1D)"
     if scheme.activations != "none":
         return "holds weights alone, with inputs in float"
+    if scheme.type == "float":
+        return "holds integer codes, not fp8"
     if scheme.bits not in BITS:
         return f"holds weights of 2, 3, 4 and 8 bits, not {scheme.bits}"
     if scheme.granularity == "tensor":

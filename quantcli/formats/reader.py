@@ -17,10 +17,13 @@ from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
 from quantcli.model.skeleton import DTYPES
 from quantcli.model.structure import Linear
 from quantcli.model.writer import DTYPE_NAMES
+from quantcli.quant.float8 import FP8
 from quantcli.quant.grid import dequantize
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
+"""Dtypes that scales may have; those of other tools' checkpoints are not always the ones written here."""
 
 
 class QuantizedCheckpoint:
@@ -73,7 +76,8 @@ class QuantizedCheckpoint:
         return values | self.raw.read(plain)
 
     def read_linear(self, module: str) -> StoredLinear:
-        """Codes and scales of one quantized linear. Raises ModelError if a tensor is missing or misshapen."""
+        """Codes and scales of one quantized linear. Raises ModelError if a tensor is missing or misshapen, or
+        holds codes that are NaN."""
         assert self.form is not None
         linear, layout = self.linears[module], self._layout(module)
         for suffix, (dtype, shape) in layout.items():  # before it is read, since it may have any size
@@ -81,12 +85,15 @@ class QuantizedCheckpoint:
             if entry is None:
                 continue  # named below
             found, wanted = _TORCH_DTYPES.get(entry.dtype), getattr(torch, dtype)
-            if found != wanted and not (found is not None and found.is_floating_point and wanted.is_floating_point):
+            if found != wanted and not {found, wanted} <= _FLOATS:
                 raise self._damaged(module, suffix, f"is {entry.dtype}, not {dtype}")
             if entry.shape != shape:
                 raise self._damaged(module, suffix, f"has shape {entry.shape}, not {shape}")
         read = self.raw.read(self.tensor_name(module, suffix) for suffix in layout)
         parts = {suffix: read[self.tensor_name(module, suffix)] for suffix in layout}
+        for suffix, tensor in parts.items():
+            if tensor.dtype == FP8 and bool((tensor.view(torch.uint8) & 0x7F == 0x7F).any()):
+                raise self._damaged(module, suffix, "holds codes that are no numbers (NaN)")
         if "weight_shape" in parts and parts["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
             raise self._damaged(module, "weight_shape", f"says {parts['weight_shape'].tolist()}")
         try:

@@ -1,9 +1,9 @@
-"""The neutral store: integer codes and scales of every quantized linear, one safetensors file a decoder block.
+"""The neutral store: codes and scales of every quantized linear, one safetensors file a decoder block.
 
 The quantize stage writes it, exporters read it, and nothing in it depends on how the codes were found. The tensors
 of a linear X:
 
-    X.codes              int8 [out, in]     codes q in the signed domain of their bits
+    X.codes              int8 [out, in]     codes q in the signed domain of their bits; fp8: float8_e4m3fn
     X.scale              [out, groups], [out, 1] or [1, 1], in the dtype that the checkpoint will hold
     X.zero_point         int8, shape of the scale; asymmetric weights only
     X.input_scale        float32 [1]; static activations only

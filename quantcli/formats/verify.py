@@ -206,7 +206,7 @@ def _check_linear(module: str, tensors: dict[str, Tensor], expected: StoredLinea
         "input_scale": None if expected.input_scale is None else expected.input_scale.float(),
         "input_zero_point": expected.input_zero_point,
     }
-    if scheme.int8_products:
+    if scheme.int8_products or scheme.type == "float":
         wanted["weight"] = codes
     else:
         wanted |= {"weight_packed": codes, "weight_shape": torch.tensor(codes.shape)}
@@ -258,7 +258,8 @@ def _same(module: str, what: str, found: Tensor | None, expected: Tensor | None)
         raise VerificationError(f"{module}: {what} {'missing' if found is None else 'unexpected'}.", "Export again.")
     if found is None or expected is None:
         return
-    if found.dtype != expected.dtype or found.shape != expected.shape or not torch.equal(found, expected):
+    alike = (found.dtype, found.shape) == (expected.dtype, expected.shape)
+    if not alike or not torch.equal(_bytes(found), _bytes(expected)):  # which has no rule for float8 itself
         raise VerificationError(f"{module}: {what} in the checkpoint differ from the store's.", "Export again.")
 
 
@@ -326,6 +327,8 @@ def _check_whole(config: Mapping[str, Any], store: Store) -> None:
 
 
 def _form(scheme: Scheme) -> str:
+    if scheme.type == "float":
+        return "naive-quantized" if scheme.activations == "none" else "float-quantized"
     return "int-quantized" if scheme.int8_products else "pack-quantized"
 
 
@@ -350,12 +353,12 @@ def _matches(entry: object, module: str) -> bool:
 
 def _describes(group: Mapping[str, Any], scheme: Scheme) -> bool:
     """Whether the group says all of the scheme and nothing else that an engine would act on."""
-    weights = {"num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": scheme.granularity,
-               "group_size": scheme.group_size, "dynamic": False}  # fmt: skip
+    weights = {"num_bits": scheme.bits, "type": scheme.type, "symmetric": scheme.symmetric,
+               "strategy": scheme.granularity, "group_size": scheme.group_size, "dynamic": False}  # fmt: skip
     inputs = None
     if scheme.activations != "none":
         dynamic = scheme.activations == "dynamic"
-        inputs = {"num_bits": scheme.activation_bits, "type": "int", "symmetric": scheme.activations_symmetric,
+        inputs = {"num_bits": scheme.activation_bits, "type": scheme.type, "symmetric": scheme.activations_symmetric,
                   "strategy": "token" if dynamic else "tensor", "dynamic": dynamic}  # fmt: skip
     return (
         _said(group, {"targets", "weights", "input_activations"}) == {"format": _form(scheme)}

@@ -301,6 +301,7 @@ class GroupSource:
                 activations="dynamic" if scheme.activations == "dynamic" else kind,
                 activation_bits=scheme.activation_bits,
                 symmetric=scheme.activations_symmetric,
+                type=scheme.type,
             )
         return self.targets[treatment]
 

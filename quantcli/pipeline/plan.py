@@ -20,7 +20,7 @@ from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "int32": 4, "int64": 8}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "float8_e4m3fn": 1, "int32": 4, "int64": 8}
 
 
 @dataclass(frozen=True)
@@ -384,6 +384,7 @@ def _scheme(
         sparse=weights.sparse,
         activation_bits=8 if mode == "none" else activations.bits,
         float16_scales=float16_scales,
+        type=weights.type,
     )
 
 

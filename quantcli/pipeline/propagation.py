@@ -15,19 +15,19 @@ from torch.nn.functional import linear
 
 from quantcli.calibration.statistics import InputStatistics
 from quantcli.errors import ModelError
-from quantcli.evaluation.simulate import Int8Weights, simulated
+from quantcli.evaluation.simulate import QuantizedProduct, simulated
 from quantcli.formats.store import StoredLinear
 from quantcli.model.hidden import HiddenCache
 from quantcli.model.stream import BlockStream
 from quantcli.model.structure import Block, SharedInput
 from quantcli.pipeline.plan import Treatment
 from quantcli.pipeline.treatment import dequantized, input_parameters, observed_of, replacement, with_input
-from quantcli.quant.activation import QMAX, QMIN, static_parameters
+from quantcli.quant.activation import quantize_static, static_parameters
 
 if TYPE_CHECKING:
     from quantcli.recipe.quantization import ActivationsSection
 
-Replacement = Int8Weights | Tensor | Callable[[nn.Module, Tensor], Tensor]
+Replacement = QuantizedProduct | Tensor | Callable[[nn.Module, Tensor], Tensor]
 
 
 def propagates(treatments: Mapping[str, Treatment]) -> bool:
@@ -38,9 +38,9 @@ def propagates(treatments: Mapping[str, Treatment]) -> bool:
 class RunningInput:
     """One input, quantized with what has been observed of it up to and including the sample at hand.
 
-    The range is the running one of the extremes, by `aggregation`; of a symmetric input s = max|.| / 127. A value takes
-    its quantized value with probability `quantized_share` (msModelSlim's `pr`); a negative share is drawn anew for each
-    batch. `seed` fixes what is drawn.
+    The range is the running one of the extremes, by `aggregation`; the scale is that of `static_parameters`. A value
+    takes its quantized value with probability `quantized_share` (msModelSlim's `pr`); a negative share is drawn anew
+    for each batch. `seed` fixes what is drawn.
     """
 
     def __init__(self, width: int, section: ActivationsSection, device: str, seed: int) -> None:
@@ -67,8 +67,9 @@ class RunningInput:
         samples = x.unsqueeze(0) if x.ndim == 2 else x
         parts = []
         for sample, least, most in zip(samples, low[before:].tolist(), high[before:].tolist(), strict=True):
-            scale, zero = (p.to(x.device) for p in static_parameters(least, most, self.section.symmetric))
-            codes = (sample.float() / scale).round_().add_(zero.float()).clamp_(QMIN, QMAX)
+            parameters = static_parameters(least, most, self.section.symmetric, self.section.type)
+            scale, zero = (p.to(x.device) for p in parameters)
+            codes = quantize_static(sample, scale, zero, self.section.type).float()
             parts.append(codes.sub_(zero.float()).mul_(scale).to(x.dtype))
         return self._mixed(torch.stack(parts).view_as(x), x)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantcli.calibration.hessian import Hessian
 from quantcli.errors import ModelError
-from quantcli.evaluation.simulate import Int8Weights, forward_of, simulated
+from quantcli.evaluation.simulate import QuantizedProduct, forward_of, simulated
 from quantcli.formats.store import StoredLinear
 from quantcli.model.hidden import HiddenCache
 from quantcli.model.lockstep import Lockstep, stopping
@@ -76,7 +76,7 @@ def solve_block(
     treatments, solver = source.context.plan.treatments, section.gptq
     found: Results = {}
     aims: dict[str, Tensor] = {}
-    hows: dict[str, Int8Weights | Tensor] = {}
+    hows: dict[str, QuantizedProduct | Tensor] = {}
     replaced: dict[str, Callable[[Tensor], Tensor]] = {}
     every = [name for shared in block.inputs for name in shared.linears]
     device, dtype = passes.stream.skeleton.device, passes.stream.skeleton.dtype

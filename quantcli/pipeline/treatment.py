@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantcli.evaluation.simulate import Int8Weights
+    from quantcli.evaluation.simulate import QuantizedProduct
     from quantcli.formats.store import StoredLinear
     from quantcli.quant.grid import WeightGrid
     from quantcli.quant.observers import Observed
@@ -91,7 +91,9 @@ class WeightSource:
         jobs = {name: workers.submit(self.quantize, name, statistics, with_inputs) for name in names}
         return {name: jobs[name] for name in self.by_block.get(index, [])}
 
-    def replacements(self, index: int, statistics: StatisticsOf, dtype: torch.dtype) -> dict[str, Int8Weights | Tensor]:
+    def replacements(
+        self, index: int, statistics: StatisticsOf, dtype: torch.dtype
+    ) -> dict[str, QuantizedProduct | Tensor]:
         """What takes the place of each planned linear of a block, by its full name; a `mix` has its static scales."""
         from quantcli.model.workers import linear_workers
 
@@ -170,7 +172,7 @@ def input_parameters(observed: Observed, treatment: Treatment) -> tuple[Tensor, 
         aggregation=section.aggregation,
         percentile=section.percentile,
     )
-    scale, zero = static_parameters(low, high, section.symmetric)
+    scale, zero = static_parameters(low, high, section.symmetric, section.type)
     facts = {"input_min": _short(low), "input_max": _short(high), "range_parm": _short(observed.range_parm)}
     return scale, None if section.symmetric else zero, facts
 
@@ -198,12 +200,12 @@ Phase = Literal["prefill", "decode"]
 
 def replacement(
     stored: StoredLinear, scheme: Scheme, dtype: torch.dtype, device: torch.device | str, phase: Phase
-) -> Int8Weights | Tensor:
-    """What `evaluation.simulate.simulated` puts in the place of a linear: integer products, or the dequantized weight.
+) -> QuantizedProduct | Tensor:
+    """What `evaluation.simulate.simulated` puts in the place of a linear: products of codes, or the dequantized weight.
 
     Of inputs with activations `mix`, prompts (`prefill`) have dynamic scales, decoding static ones.
     """
-    from quantcli.evaluation.simulate import Int8Weights
+    from quantcli.evaluation.simulate import QuantizedProduct
 
     if scheme.activations == "none":
         return dequantized(stored, dtype, device)
@@ -211,7 +213,7 @@ def replacement(
     parts = (stored.input_scale, stored.input_zero_point) if static else (None, None)
     scale, zero_point = (None if part is None else part.to(device) for part in parts)
     codes, weight_scale = stored.weight.codes.to(device), stored.weight.scale.float().to(device)
-    return Int8Weights(codes, weight_scale, scale, zero_point, scheme.activation_bits)
+    return QuantizedProduct(codes, weight_scale, scale, zero_point, scheme.activation_bits)
 
 
 def dequantized(stored: StoredLinear, dtype: torch.dtype, device: torch.device | str) -> Tensor:
@@ -238,6 +240,7 @@ def weight_grid(treatment: Treatment, dtype: str) -> WeightGrid:
         scale_dtype,
         signed,
         scheme.smallest_scale(dtype),
+        scheme.type,
     )
 
 

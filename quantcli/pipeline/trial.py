@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantcli.evaluation.protocols import EvaluationText
 from quantcli.evaluation.scores import Scores, score_windows, summarize
-from quantcli.evaluation.simulate import Int8Weights, not_read, simulated
+from quantcli.evaluation.simulate import QuantizedProduct, not_read, simulated
 from quantcli.formats.store import Store
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.attention import attention_as_stored
@@ -63,7 +63,7 @@ class TrialModel:
         """`BlockStream.logits` with the output head as an engine computes it, if it is quantized."""
         head = self.context.plan.structure.head
         store = self.other if head in rolled_back else self.base
-        replaced: dict[str, Int8Weights | Tensor] = {}
+        replaced: dict[str, QuantizedProduct | Tensor] = {}
         if head is not None and store is not None and head in store.schemes:
             skeleton = self.stream.skeleton
             scheme = store.schemes[head]
@@ -116,7 +116,7 @@ class TrialModel:
     def _block(self, index: int, rolled_back: frozenset[str]) -> Iterator[nn.Module]:
         skeleton = self.stream.skeleton
         path = skeleton.blocks[index]
-        replaced: dict[str, Int8Weights | Tensor] = {}
+        replaced: dict[str, QuantizedProduct | Tensor] = {}
         for name, block in self.base.blocks.items():
             store = self.other if name in rolled_back else self.base
             if block == index and store is not None:

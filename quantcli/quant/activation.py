@@ -1,4 +1,5 @@
-"""Integer activations of 8 or 4 bits: their scales, their codes, and the integer product of a linear layer."""
+"""Activations as integers of 8 or 4 bits or as 8-bit floats: their scales, their codes, and the products of a linear
+layer."""
 
 from __future__ import annotations
 
@@ -8,9 +9,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from quantcli.quant.float8 import FP8_MAX, quantize_fp8
 from quantcli.quant.grid import QuantizedWeight, dequantize
+from quantcli.quant.scheme import CodeType
 
 QMIN, QMAX = -128, 127
+SMALLEST_FP8_SCALE = 1 / (448 * 512)
+"""Of a token, in vLLM: with it every code of the token is below 1, the smallest being 2^-9."""
 
 # |sum (x - z) w| <= 255 * 128 * in has to stay below 2^31 for an int32 accumulator.
 _INT32_MAX_IN_FEATURES = (2**31 - 1) // (255 * 128)
@@ -20,37 +25,52 @@ _CUDA_MIN_ROWS, _CUDA_MULTIPLE = 17, 8
 _CPU_PRODUCT_ELEMENTS = 1 << 18
 
 
-def static_parameters(minimum: float, maximum: float, symmetric: bool) -> tuple[Tensor, Tensor]:
+def static_parameters(minimum: float, maximum: float, symmetric: bool, type: CodeType = "int") -> tuple[Tensor, Tensor]:
     """Scale (float32 [1]) and zero point (int8 [1]) of a tensor whose values were seen in [minimum, maximum].
 
-    Symmetric: s = max(|min|, |max|) / 127, z = 0. Asymmetric, with 0 in the range: s = (max - min) / 255,
-    z = clamp(round(-min / s) - 128, -128, 127). A range of zero gives s = 1. Raises ValueError unless
-    minimum <= maximum, both finite.
+    Symmetric: s = max(|min|, |max|) / 127, or / 448 for float codes, and z = 0. Asymmetric, with 0 in the range:
+    s = (max - min) / 255, z = clamp(round(-min / s) - 128, -128, 127). A range of zero gives s = 1. Raises ValueError
+    unless minimum <= maximum, both finite, and for asymmetric float codes.
     """
+    if type == "float" and not symmetric:
+        raise ValueError("float codes have no zero point")
     if not (math.isfinite(minimum) and math.isfinite(maximum) and minimum <= maximum):
         raise ValueError(f"activation range [{minimum}, {maximum}] is not a finite interval")
     low, high = torch.tensor([min(minimum, 0.0)]), torch.tensor([max(maximum, 0.0)])
-    scale = torch.maximum(-low, high) / QMAX if symmetric else high / 255 - low / 255
+    largest = FP8_MAX if type == "float" else QMAX
+    scale = torch.maximum(-low, high) / largest if symmetric else high / 255 - low / 255
     scale = _usable(scale)
     zero = torch.zeros_like(scale) if symmetric else ((-low / scale).round() + QMIN).clamp(QMIN, QMAX)
     return scale, zero.to(torch.int8)
 
 
-def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """clamp(round(x / s) + z, -128, 127) in float32, ties to even: int8 in the shape of x (any float dtype)."""
+def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor, type: CodeType = "int") -> Tensor:
+    """clamp(round(x / s) + z, -128, 127) in float32, ties to even: int8 in the shape of x (any float dtype).
+
+    Float codes, float8_e4m3fn, are x / s to nearest within +-448; zero_point means nothing to them.
+    """
+    if type == "float":
+        return quantize_fp8(x, scale)
     codes = (x.float() / scale).round_().add_(zero_point.float())
     return codes.clamp_(QMIN, QMAX).to(torch.int8)
 
 
-def quantize_per_token(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor, bits: int = 8, type: CodeType = "int") -> tuple[Tensor, Tensor]:
     """Symmetric codes (int8, shape of x) with one scale a token: s = max|x| / (2^(bits-1) - 1) over the last dimension,
     float32 [..., 1]; q = clamp(round(x / s), -2^(bits-1), 2^(bits-1) - 1). A token of zeros gets s = 1.
 
     The divisor, 127 or 7, is that of vLLM's kernels (scaled_int8_quant; dynamic_per_token_int8_quant_ref for any bits),
     which put both ends of the token on the grid. compressed-tensors, and so transformers, divides by 127.5 or 7.5.
+
+    Float codes, float8_e4m3fn: q = x / s to nearest with s = max(max|x| / 448, 1 / (448 * 512)), vLLM's too (QuantFP8);
+    compressed-tensors has no such bound.
     """
     values, largest = x.float(), (1 << (bits - 1)) - 1
-    scale = _usable(torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True)) / largest)
+    ends = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))
+    if type == "float":
+        scale = (ends / FP8_MAX).clamp(min=SMALLEST_FP8_SCALE)
+        return quantize_fp8(values, scale), scale
+    scale = _usable(ends / largest)
     return (values / scale).round_().clamp_(-largest - 1, largest).to(torch.int8), scale
 
 
@@ -87,6 +107,24 @@ def int8_linear(
         y = product.to(torch.float32).mul_(scale * columns)
         output[part] = y if bias is None else y.add_(bias.float())
     return output
+
+
+def float8_linear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    weight_codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y = Xq Wq^T * s_x * s_w + bias: [tokens, out] in `dtype`.
+
+    x_codes float8_e4m3fn [tokens, in]; x_scale float32 [1] or [tokens, 1]; weight_codes float8_e4m3fn [out, in];
+    weight_scale [out, 1] or [1, 1]; bias [out] or None. Products of codes are exact in float32, in which they are added
+    up and scaled; the result is rounded once.
+    """
+    y = (x_codes.float() @ weight_codes.float().t()).mul_(x_scale * weight_scale.float().view(1, -1))
+    return (y if bias is None else y.add_(bias.float())).to(dtype)
 
 
 def _grouped_linear(

@@ -8,11 +8,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from quantcli.quant.float8 import FP8_MAX, dequantize_fp8, quantize_fp8
 from quantcli.quant.grid import stored_scale
 
 QMIN, QMAX = -128, 127
-FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 RECALL = (0.9999, 0.9999, 1.0)
 """Ratios of the recall windows of queries, keys and values."""
 
@@ -117,16 +116,6 @@ def dequantize_int8(codes: Tensor, scale: Tensor, offset: Tensor | None = None) 
     if offset is not None:
         values -= _spread(offset, codes)
     return values.mul_(_spread(scale, codes))
-
-
-def quantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
-    """x / s, held within +-448, as float8_e4m3fn (ties to even) in the shape of x; scale [1]."""
-    return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
-
-
-def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:
-    """Float32 values of float8_e4m3fn codes; scale [1]."""
-    return codes.float().mul_(scale)
 
 
 def round_trip(query: Tensor, key: Tensor, value: Tensor, scales: AttentionScales) -> tuple[Tensor, Tensor, Tensor]:

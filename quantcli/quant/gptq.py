@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcli.quant.grid import QuantizedWeight, WeightGrid
+from quantcli.quant.grid import QuantizedWeight, WeightGrid, nearest_codes_
 
 BLOCK = 128
 """Channels whose updates wait for one matrix product."""
@@ -76,7 +76,7 @@ def gptq(
     size = in_features // scales.shape[0]
     groups = (order // size).tolist()
     diagonal = factor.diagonal().tolist()
-    codes = torch.empty(in_features, out_features, dtype=torch.int8, device=weight.device)
+    codes = torch.empty(in_features, out_features, dtype=grid.code_dtype, device=weight.device)
     errors = torch.empty(min(BLOCK, in_features), out_features, device=weight.device)
     rounded = torch.empty(out_features, device=weight.device)
     for start in range(0, in_features, BLOCK):
@@ -85,13 +85,11 @@ def gptq(
             stop = min(begin + INNER, end)
             for j in range(begin, stop):
                 step = scales[groups[j]]
-                torch.div(left[j], step, out=rounded).round_()
-                if zeros is not None:
-                    rounded.add_(zeros[groups[j]])
-                rounded.clamp_(grid.qmin, grid.qmax)
+                zero = None if zeros is None else zeros[groups[j]]
+                nearest_codes_(torch.div(left[j], step, out=rounded), zero, grid)
                 codes[j] = rounded
-                if zeros is not None:
-                    rounded.sub_(zeros[groups[j]])
+                if zero is not None:
+                    rounded.sub_(zero)
                 error = errors[j - start]
                 torch.addcmul(left[j], rounded, step, value=-1, out=error).div_(diagonal[j])
                 if j + 1 < stop:

@@ -1,4 +1,4 @@
-"""Integer grids for weights: which codes exist, how scales lie over a matrix, and the way to codes and back."""
+"""Grids for weights: which codes exist, how scales lie over a matrix, and the way to codes and back."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from quantcli.quant.float8 import FP8, FP8_MAX, fp8_values_
+from quantcli.quant.scheme import CodeType
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_GROUP_SIZE = 16
@@ -21,10 +24,12 @@ _DEVICE_ELEMENTS = 1 << 25
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """A signed integer grid q in [-2^(b-1), 2^(b-1)-1] with w ~ (q - z) * s, and how many weights share one (s, z).
+    """A grid of codes q with w ~ (q - z) * s, and how many weights share one (s, z).
 
-    Asymmetric zero points live in the same signed domain as the codes; a symmetric grid has z = 0. Raises ValueError
-    for bits outside 2..8, an unknown granularity or scale dtype, or a group size without (or missing with) "group".
+    Codes are the signed integers in [-2^(b-1), 2^(b-1)-1] or, of type float, the values of float8_e4m3fn. Asymmetric
+    zero points live in the same signed domain as the codes; a symmetric grid has z = 0. Raises ValueError for bits
+    outside 2..8, an unknown granularity or scale dtype, a group size without (or missing with) "group", or float codes
+    that are not of 8 bits, symmetric, with a scale a channel or tensor.
     """
 
     bits: int
@@ -34,6 +39,7 @@ class WeightGrid:
     scale_dtype: torch.dtype = torch.float32
     signed_scales: bool = True
     smallest_scale: float = 0.0
+    type: CodeType = "int"
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -46,14 +52,21 @@ class WeightGrid:
             raise ValueError(f"group_size {self.group_size} has no meaning with granularity {self.granularity}")
         if self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype must be float32, bfloat16 or float16, got {self.scale_dtype}")
+        if self.type == "float" and (self.bits != 8 or not self.symmetric or self.granularity == "group"):
+            raise ValueError("float codes have 8 bits, no zero point, and a scale a channel or tensor")
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The dtype in which codes are held: int8, or float8_e4m3fn."""
+        return FP8 if self.type == "float" else torch.int8
 
     @property
     def qmin(self) -> int:
-        return -(1 << (self.bits - 1))
+        return -int(FP8_MAX) if self.type == "float" else -(1 << (self.bits - 1))
 
     @property
     def qmax(self) -> int:
-        return (1 << (self.bits - 1)) - 1
+        return int(FP8_MAX) if self.type == "float" else (1 << (self.bits - 1)) - 1
 
     @property
     def full_range(self) -> bool:
@@ -70,8 +83,8 @@ class WeightGrid:
 
 
 class QuantizedWeight(NamedTuple):
-    """Codes int8 [out, in]; scale [out, groups] ([1, 1] for tensor, [out, 1] for channel) in the grid's scale dtype;
-    zero_point int8 of the scale's shape, or None on a symmetric grid."""
+    """Codes int8 or float8_e4m3fn [out, in]; scale [out, groups] ([1, 1] for tensor, [out, 1] for channel) in the
+    grid's scale dtype; zero_point int8 of the scale's shape, or None on a symmetric grid."""
 
     codes: Tensor
     scale: Tensor
@@ -84,11 +97,11 @@ class QuantizedWeight(NamedTuple):
 
 
 def quantize_codes(weight: Tensor, scale: Tensor, zero_point: Tensor | None, grid: WeightGrid) -> Tensor:
-    """q = clamp(round(w / s) + z, qmin, qmax) in float32, ties to even: int8 [out, in].
+    """q = clamp(round(w / s) + z, qmin, qmax) in float32, ties to even: [out, in] in the dtype of the grid's codes.
 
     weight [out, in] of any float dtype; scale and zero_point [out, groups], [out, 1] or [1, 1].
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=grid.code_dtype, device=weight.device)
     for rows, block in float_blocks(weight, scale.shape[1]):
         zero = None if zero_point is None else row_slice(zero_point, rows).float().unsqueeze(-1)
         round_to_codes_(block, row_slice(scale, rows).float().unsqueeze(-1), zero, grid)
@@ -160,10 +173,17 @@ def round_to_codes_(block: Tensor, scale: Tensor, zero: Tensor | None, grid: Wei
 
     It divides rather than multiplying by 1 / s: the extra rounding of the reciprocal would move codes at ties.
     """
-    block.div_(scale).round_()
+    return nearest_codes_(block.div_(scale), zero, grid)
+
+
+def nearest_codes_(values: Tensor, zero: Tensor | None, grid: WeightGrid) -> Tensor:
+    """In place on float32: clamp(round(x) + z, qmin, qmax), the codes nearest to x = w / s, ties to even."""
+    if grid.type == "float":
+        return fp8_values_(values)
+    values.round_()
     if zero is not None:
-        block.add_(zero)
-    return block.clamp_(grid.qmin, grid.qmax)
+        values.add_(zero)
+    return values.clamp_(grid.qmin, grid.qmax)
 
 
 def row_runs(matrix: Tensor) -> Iterator[slice]:

@@ -44,7 +44,7 @@ def quantize_groups(weight: Tensor, grid: WeightGrid, solve: Solver) -> Quantize
         zero_point = None if block_zero is None else block_zero.view(1, 1).to(torch.int8)
         return QuantizedWeight(quantize_codes(weight, scale, zero_point, grid), scale, zero_point)
 
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=grid.code_dtype, device=weight.device)
     scale = torch.empty(out_features, groups, dtype=grid.scale_dtype, device=weight.device)
     zero_point = None if grid.symmetric else torch.empty(scale.shape, dtype=torch.int8, device=weight.device)
     for rows, block in float_blocks(weight, groups):

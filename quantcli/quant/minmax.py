@@ -19,7 +19,8 @@ def minmax(weight: Tensor, grid: WeightGrid, importance: Tensor | None = None) -
     """Scales from the smallest and largest weight that share them, then round to nearest.
 
     Symmetric: s = w* / -2^(b-1) with w* the weight of largest magnitude, so that s may be negative, all codes are
-    used and w* is met exactly (the Q4_0 rule of llama.cpp); with 8 bits a channel or tensor s = max|w| / 127.
+    used and w* is met exactly (the Q4_0 rule of llama.cpp); with 8 bits a channel or tensor s = max|w| / 127,
+    or max|w| / 448 for float codes.
     Asymmetric: lo = min(w, 0), hi = max(w, 0), s = (hi - lo) / (2^b - 1), z = clamp(round(qmin - lo / s), qmin, qmax).
     The scale is rounded to grid.scale_dtype before codes and zero points are computed from it; zero weights get s = 1.
 
@@ -36,7 +37,7 @@ def minmax(weight: Tensor, grid: WeightGrid, importance: Tensor | None = None) -
         zero_point = None if zero is None else zero.to(torch.int8)
         return QuantizedWeight(quantize_codes(weight, scale, zero_point, grid), scale, zero_point)
 
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    codes = torch.empty(weight.shape, dtype=grid.code_dtype, device=weight.device)
     scale = torch.empty(out_features, groups, dtype=grid.scale_dtype, device=weight.device)
     zero_point = None if grid.symmetric else torch.empty(scale.shape, dtype=torch.int8, device=weight.device)
     for rows, block in float_blocks(weight, groups):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantcli.quant.gptq import BLOCK, INNER
-from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize
+from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, nearest_codes_
 
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Tensor:
@@ -80,8 +80,7 @@ def descended(
                     change.zero_()
                     continue
                 step = scales[groups[j]]
-                torch.div(slope[j], step, out=new).div_(diagonal[j]).add_(codes[j])
-                new.round_().clamp_(grid.qmin, grid.qmax)
+                nearest_codes_(torch.div(slope[j], step, out=new).div_(diagonal[j]).add_(codes[j]), None, grid)
                 torch.sub(new, codes[j], out=change).mul_(step)
                 codes[j] = new
                 if j + 1 < stop:
@@ -90,6 +89,6 @@ def descended(
                 slope[stop:end].addmm_(h[begin:stop, stop:end].t(), changes[begin - start : stop - start], alpha=-1)
         if end < in_features:
             slope[end:].addmm_(h[start:end, end:].t(), changes[: end - start], alpha=-1)
-    natural = torch.empty(in_features, out_features, dtype=torch.int8, device=weight.device)
-    natural[order] = codes.to(torch.int8)
+    natural = torch.empty(in_features, out_features, dtype=grid.code_dtype, device=weight.device)
+    natural[order] = codes.to(grid.code_dtype)
     return QuantizedWeight(natural.t().contiguous(), quantized.scale, quantized.zero_point)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+CodeType = Literal["int", "float"]
+"""What codes are: signed integers, or 8-bit floats (float8_e4m3fn)."""
+
 
 @dataclass(frozen=True)
 class Scheme:
     """Bits, grid and granularity of a linear's weights, and how its input is quantized.
 
-    activations: `none` leaves the input in float; `static` has one calibrated int8 scale for the tensor; `dynamic` one
+    type: what the codes are, of weights and of quantized inputs alike; floats have 8 bits and no zero points.
+    activations: `none` leaves the input in float; `static` has one calibrated scale for the tensor; `dynamic` one
     for every token, found while serving; `mix` is dynamic for prompts and static for decoding (W8A8_MIX of Ascend).
     activation_bits: 8, or 4 for dynamic inputs; without meaning for inputs in float.
     sparse: most codes are zero or small, for engines that compress them (W8A8S of Ascend); the arithmetic is the same.
@@ -26,6 +30,7 @@ class Scheme:
     sparse: bool = False
     activation_bits: int = 8
     float16_scales: bool = False
+    type: CodeType = "int"
 
     @property
     def observed(self) -> bool:
@@ -36,13 +41,16 @@ class Scheme:
     def int8_products(self) -> bool:
         """W8A8 with a scale a channel or tensor: int8 codes that engines multiply as they are stored. Other integer
         products, such as W4A8, have codes of fewer bits or scales of groups, and are stored packed."""
-        return self.activations != "none" and self.bits == self.activation_bits == 8 and self.granularity != "group"
+        whole = self.bits == self.activation_bits == 8 and self.granularity != "group"
+        return self.type == "int" and self.activations != "none" and whole
 
     @property
     def name(self) -> str:
-        """The field's name, such as W4A16 g64, W4A16 g64 asym, W8A8 static or W4A8 dynamic g64."""
+        """The field's name, such as W4A16 g64, W4A16 g64 asym, W8A8 static, W4A8 dynamic g64 or W8A8 fp8 static."""
         inputs = 16 if self.activations == "none" else self.activation_bits
         parts = [f"W{self.bits}A{inputs}{'S' if self.sparse else ''}"]
+        if self.type == "float":
+            parts.append("fp8")
         if self.activations != "none":
             parts.append(self.activations)
         if self.group_size:
@@ -52,13 +60,13 @@ class Scheme:
         return " ".join(parts)
 
     def scale_dtype(self, model_dtype: str) -> str:
-        """The dtype in which engines hold the scale: float32 beside W8A8 products, else the model's own.
+        """The dtype in which engines hold the scale: float32 for W8A8 products and float codes, else the model's own.
 
         With `float16_scales` that of a float32 model is float16. Engines turn float16 scales into those of the model's
         dtype when they load, so those of a bfloat16 model stay bfloat16 values, of the size that both dtypes hold
         (`smallest_scale`).
         """
-        if self.int8_products:
+        if self.int8_products or self.type == "float":
             return "float32"
         if model_dtype not in ("bfloat16", "float16"):
             return "float16" if self.float16_scales else "float32"

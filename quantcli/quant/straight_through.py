@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quantcli.quant.activation import QMAX, QMIN
+from quantcli.quant.activation import QMAX, QMIN, quantize_per_token
+from quantcli.quant.float8 import FP8, FP8_MAX, fp8_values_
 from quantcli.quant.grid import QuantizedWeight
+from quantcli.quant.scheme import CodeType
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -15,10 +17,16 @@ def rounded(x: Tensor) -> Tensor:
     return x + (x.detach().round() - x.detach())
 
 
+def rounded_fp8(x: Tensor) -> Tensor:
+    """The nearest float8_e4m3fn value within +-448, with the gradient of x within that range and none beyond."""
+    held = x.clamp(-FP8_MAX, FP8_MAX)
+    return held + (fp8_values_(held.detach().clone()) - held.detach())
+
+
 def graded_weight(quantized: QuantizedWeight, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """ŵ = (q − z) s in `dtype` [out, in], with the gradient of `scale`, which has the shape of `quantized.scale`.
 
-    q − z is exact in bfloat16, so a scale of that dtype gives the weight that an engine unpacks.
+    q − z, integer or float8, is exact in bfloat16, so a scale of that dtype gives the weight that an engine unpacks.
     """
     out_features, in_features = quantized.codes.shape
     rows = out_features if scale.shape[0] > 1 else 1
@@ -28,23 +36,28 @@ def graded_weight(quantized: QuantizedWeight, scale: Tensor, dtype: torch.dtype)
     return (centred * scale.to(dtype).unsqueeze(-1)).view(out_features, in_features)
 
 
-def token_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def token_codes(x: Tensor, bits: int, type: CodeType = "int") -> tuple[Tensor, Tensor]:
     """Codes with the gradient of x, and the scale of each token [..., 1]: `activation.quantize_per_token` in float32.
 
     The scale is that of the largest magnitude and has no gradient.
     """
+    if type == "float":
+        scale = quantize_per_token(x.detach(), type=type)[1]
+        return rounded_fp8(x.float() / scale), scale
     largest = (1 << (bits - 1)) - 1
     scale = x.detach().float().abs().amax(-1, keepdim=True) / largest
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return rounded(x.float() / scale).clamp(-largest - 1, largest), scale
 
 
-def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, type: CodeType = "int") -> Tensor:
     """q − z of a static scale, float32, with the gradients of x within the range and of the scale [1] everywhere.
 
     The gradient of q s to s is q − x/s within the range and q at its ends (Esser et al. 2020, LSQ, arXiv 1902.08153,
     eq. 3); it comes of the rounding that is passed.
     """
+    if type == "float":
+        return rounded_fp8(x.float() / scale)
     zero = 0.0 if zero_point is None else zero_point.float()
     return (rounded(x.float() / scale) + zero).clamp(QMIN, QMAX) - zero
 
@@ -66,10 +79,11 @@ def graded_linear(
     """
     if input_bits is None:
         return linear(x, graded_weight(quantized, scale, x.dtype), bias)
+    type: CodeType = "float" if quantized.codes.dtype == FP8 else "int"
     if input_scale is None:
-        codes, step = token_codes(x, input_bits)
+        codes, step = token_codes(x, input_bits, type)
     else:
-        codes, step = static_codes(x, input_scale, input_zero_point), input_scale
+        codes, step = static_codes(x, input_scale, input_zero_point, type), input_scale
     if scale.shape[1] == 1:
         weight, columns = quantized.codes.to(x.dtype), scale.float().view(1, -1)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from decimal import Decimal
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError, PydanticKnownError
@@ -92,6 +92,9 @@ Text = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(gt=0, le=2**31 - 1)]
 Length = Annotated[int, Field(gt=1, le=2**31 - 1)]
 Pattern = Annotated[Text, AfterValidator(pattern)]
+SchemeName = Literal["float", "W8A16", "W8A8", "W8A8-dynamic", "W8A8-mix", "W4A16", "W4A8", "W4A4",
+                     "W8A8-fp8", "W8A8-fp8-static", "W8A16-fp8"]  # fmt: skip
+"""Schemes that have a name in a recipe."""
 
 
 class Section(BaseModel):

@@ -1,8 +1,7 @@
-"""The section `quantize`: schemes, rollback and overrides."""
+"""The section `quantize`: schemes and overrides."""
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -10,28 +9,39 @@ from pydantic import (
     Field,
     ValidationError,
     ValidationInfo,
-    field_serializer,
     field_validator,
     model_validator,
 )
 
 from quantcli.recipe.aliases import with_aliases
 from quantcli.recipe.budget import BudgetSection, CandidateSection
-from quantcli.recipe.fields import Count, Pattern, Section, as_percent, fraction_of, null_is_default, refusal, whole
+from quantcli.recipe.fields import Count, Pattern, SchemeName, Section, null_is_default, refusal, whole
+from quantcli.recipe.rollback import RollbackSection
 from quantcli.recipe.solver import SOLVED_METHODS, DistillSection, GptqSection, SignroundSection
 
 DEFAULT_GROUP_SIZE = 128
 SPARSE_METHODS = ("co_sparse", "low_bit", "low_bit_sigma")
-SchemeName = Literal["float", "W8A16", "W8A8", "W8A8-dynamic", "W8A8-mix", "W4A16", "W4A8", "W4A4"]
+FLOAT_METHODS = ("minmax", "mse", "gptq")
+"""Weight methods that find float codes."""
+
+
+def _check_float_codes(bits: int, symmetric: bool) -> None:
+    if bits != 8:
+        raise refusal("bits", f"is {bits}, and float codes have 8 (e4m3)", "Set bits: 8, or type: int.")
+    if not symmetric:
+        raise refusal("symmetric", "is false, and fp8 has no zero point", "Set it true, or type: int.")
 
 
 class WeightsSection(Section):
-    """The integer grid of the weights and how their scales are chosen."""
+    """The grid of the weights and how their scales are chosen."""
 
     model_config = with_aliases("quantize", "weights")
 
     bits: Annotated[Literal[16, 8, 4, 3, 2], BeforeValidator(whole, json_schema_input_type=Literal[16, 8, 4, 3, 2])] = (
         Field(default=8, description="Bits of a weight code; 16 leaves weights in float.")
+    )
+    type: Literal["int", "float"] = Field(
+        default="int", description="What codes are: integers, or 8-bit floats (fp8, e4m3)."
     )
     symmetric: bool = Field(
         default=True, description="Zero point fixed at zero; false stores a zero point with each scale."
@@ -81,6 +91,8 @@ class WeightsSection(Section):
             raise refusal("group_size", f"has no meaning with granularity {self.granularity}", "Remove it.")
         if self.importance == "second_moment" and self.method != "mse":
             raise refusal("importance", f"second_moment has no effect on method {self.method}", "Set method: mse.")
+        if self.type == "float" and self.bits != 16:
+            self._check_float()
         if self.sparse and (self.bits != 8 or not self.symmetric or self.granularity == "group"):
             raise refusal(
                 "method",
@@ -91,6 +103,14 @@ class WeightsSection(Section):
             if getattr(self, key) != type(self).model_fields[key].default and self.method not in methods:
                 raise refusal(key, f"has no effect on method {self.method}", f"Set method: {' or '.join(methods)}.")
         return self
+
+    def _check_float(self) -> None:
+        _check_float_codes(self.bits, self.symmetric)
+        if self.granularity == "group":
+            raise refusal("granularity", "is group, and fp8 weights have a scale a channel or tensor",
+                          "Set it to channel or tensor, or type: int.")  # fmt: skip
+        if self.method not in FLOAT_METHODS:
+            raise refusal("method", f"{self.method} finds integers", "Set method: minmax, mse or gptq, or type: int.")
 
     @property
     def solves(self) -> bool:
@@ -104,16 +124,19 @@ class WeightsSection(Section):
 
 
 def _default_symmetric(data: dict[str, Any]) -> bool:
-    return bool(data["scope"] == "token")
+    return data.get("scope") == "token" or data.get("type") == "float"
 
 
 class ActivationsSection(Section):
-    """The integer grid of the inputs of quantized linears."""
+    """The grid of the inputs of quantized linears."""
 
     model_config = with_aliases("quantize", "activations")
 
     bits: Annotated[Literal[16, 8, 4], BeforeValidator(whole, json_schema_input_type=Literal[16, 8, 4])] = Field(
         default=16, description="16 leaves activations in float; 8 or, with scope token, 4 quantize them."
+    )
+    type: Literal["int", "float"] = Field(
+        default="int", description="What codes are, the same as for weights: integers, or 8-bit floats (fp8, e4m3)."
     )
     scope: Literal["tensor", "token", "mix"] = Field(
         default="tensor",
@@ -122,7 +145,7 @@ class ActivationsSection(Section):
     )
     symmetric: bool = Field(
         default_factory=_default_symmetric,
-        description="Zero point fixed at zero; default true for token, false for tensor.",
+        description="Zero point fixed at zero; default true for token and for type float, else false.",
     )
     method: Literal["minmax", "histogram", "mixed", "percentile", "mse"] = Field(
         default="minmax", description="How the range of a static scale is found from what was observed."
@@ -158,7 +181,16 @@ class ActivationsSection(Section):
                 "is false, but engines read only symmetric scales per token",
                 "Set it true or scope: tensor.",
             )
+        if self.type == "float" and self.bits != 16:
+            self._check_float()
         return self
+
+    def _check_float(self) -> None:
+        _check_float_codes(self.bits, self.symmetric)
+        if self.scope == "mix":
+            raise refusal("scope", "is mix, which engines have for integers only", "Set scope: token or tensor.")
+        if self.method not in ("minmax", "percentile"):
+            raise refusal("method", f"{self.method} is for the even steps of integers", "Set minmax or percentile.")
 
     @property
     def observed(self) -> bool:
@@ -199,93 +231,6 @@ class AttentionSection(Section):
     )
 
 
-class TargetSection(Section):
-    """What an automatic rollback has to reach; one of the three bounds."""
-
-    perplexity_increase: Annotated[
-        float | None, BeforeValidator(fraction_of, json_schema_input_type=float | str | None)
-    ] = Field(default=None, description="Largest relative increase of perplexity over the float model, as 1% or 0.01.")
-    kl_divergence: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="Largest mean Kullback-Leibler divergence from the float model, in nats a token."
-    )
-    size: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="Largest checkpoint in GB; as many sensitive linears are rolled back as fit."
-    )
-    windows: Count = Field(default=8, description="Windows of evaluate.perplexity that trials are measured on.")
-    evaluations: Annotated[int, Field(ge=2, le=2**31 - 1)] = Field(default=60, description="At most so many trials.")
-
-    @model_validator(mode="after")
-    def _check(self) -> TargetSection:
-        given = [name for name in ("perplexity_increase", "kl_divergence", "size") if getattr(self, name) is not None]
-        if len(given) != 1:
-            wrong = f"has {' and '.join(given)}" if given else "has no bound"
-            raise refusal("", wrong, "Give one of perplexity_increase, kl_divergence and size.")
-        return self
-
-    @field_serializer("perplexity_increase")
-    def _percent(self, value: float | None) -> str | None:
-        return as_percent(value)
-
-
-def _level(value: object) -> object:
-    """'L5' or 5 as 5."""
-    if isinstance(value, str) and re.fullmatch(r"L(0|[1-9][0-9]{0,8})", value):
-        return int(value[1:])
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 10**9:
-        return value
-    raise refusal("", f"is {value!r}", "Write L5 or 5 for the five most sensitive linears, L0 for none.")
-
-
-class RollbackSection(Section):
-    """Linears that stay in float."""
-
-    model_config = with_aliases("quantize", "rollback")
-
-    # Recipes write a list; the tuple keeps the section unchangeable.
-    names: Annotated[tuple[Pattern, ...], Field(strict=False)] = Field(
-        default=(),
-        description="Names, globs, or regular expressions after re:, of linears that are rolled back.",
-    )
-    level: Annotated[int, BeforeValidator(_level, json_schema_input_type=int | str)] = Field(
-        default=0, description="L5 or 5 rolls back the five most sensitive linears besides."
-    )
-    metric: Literal["range_parm", "kurtosis", "quantile", "output_error", "block_error", "kl_divergence"] | None = (
-        Field(
-            default=None,
-            description="What sensitivity is measured by; null is range_parm for level, kl_divergence for target.",
-        )
-    )
-    target: TargetSection | None = Field(
-        default=None, description="Search the fewest linears to roll back that meet a bound, measuring the model."
-    )
-    to: SchemeName = Field(default="float", description="What a rolled-back linear becomes: float, or another scheme.")
-    last_linear: bool | None = Field(
-        default=None,
-        description="true keeps the last linear in float (the output head, or the last of the last block), false "
-        "quantizes the output head too; null keeps the output head in float.",
-    )
-    siblings: Literal["together", "apart"] = Field(
-        default="together",
-        description="Whether linears that engines fuse (q, k, v; gate, up) are rolled back together.",
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> RollbackSection:
-        if self.target is not None and self.level:
-            raise refusal("level", "is given beside a target, which finds the number itself", "Remove one of them.")
-        return self
-
-    @property
-    def ranks(self) -> bool:
-        """Whether linears have to be ranked by their sensitivity."""
-        return self.level > 0 or self.target is not None
-
-    @property
-    def ranked_by(self) -> str:
-        """The metric that counts."""
-        return self.metric or ("kl_divergence" if self.target is not None else "range_parm")
-
-
 class OverrideSection(Section):
     """Another scheme for some linears."""
 
@@ -318,6 +263,9 @@ _NAMED_SCHEMES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "W4A16": ({"bits": 4, "granularity": "group", "method": "mse"}, {}),
     "W4A8": ({"bits": 4, "granularity": "group", "method": "mse"}, {"bits": 8, "scope": "token"}),
     "W4A4": ({"bits": 4, "granularity": "group", "method": "mse"}, {"bits": 4, "scope": "token"}),
+    "W8A8-fp8": ({"bits": 8, "type": "float"}, {"bits": 8, "type": "float", "scope": "token"}),
+    "W8A8-fp8-static": ({"bits": 8, "type": "float"}, {"bits": 8, "type": "float", "scope": "tensor"}),
+    "W8A16-fp8": ({"bits": 8, "type": "float"}, {}),
 }
 
 
@@ -470,6 +418,12 @@ def _check_treatment(weights: WeightsSection, activations: ActivationsSection, p
             f"{place}activations.bits",
             f"{activations.bits}-bit activations need quantized weights, and weights.bits is 16",
             "Set weights.bits: 8 or activations.bits: 16.",
+        )
+    if weights.type != activations.type:
+        raise refusal(
+            f"{place}activations.type",
+            f"is {activations.type}, and that of weights is {weights.type}: engines multiply codes of one type",
+            f"Set activations.type: {weights.type}, or weights.type: {activations.type}.",
         )
     if activations.observed and weights.bits != 8:
         raise refusal(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quantcli.quant.activation import quantize_per_token, quantize_static, static_parameters
+from quantcli.quant.scheme import CodeType
 from quantcli.smoothing.clip import COARSE_RATIOS, clamped, clip_bounds
 from quantcli.smoothing.group import ErrorOf, Group
 
@@ -22,7 +23,7 @@ class Target:
 
     weight: float32 [out, C] → the weight quantized and back. bits: of its codes; group_size: inputs that share a scale,
     None for all. clipped: the weight is held within `clip_bounds` first. activations: `none`, `static` (one scale for
-    the tensor) or `dynamic` (one a token), of `activation_bits`.
+    the tensor) or `dynamic` (one a token), of `activation_bits`. type: of the codes of both.
     """
 
     weight: Callable[[Tensor], Tensor]
@@ -32,6 +33,7 @@ class Target:
     activations: Literal["none", "static", "dynamic"] = "none"
     activation_bits: int = 8
     symmetric: bool = True
+    type: CodeType = "int"
 
 
 Targets = Sequence[Target | None]
@@ -42,13 +44,13 @@ def quantized_input(group: Group, scale: Tensor, target: Target) -> Tensor:
     """The kept tokens x/s quantized and back, float32 [T, C]. A static range is that of all inputs seen."""
     x = group.tokens / scale
     if target.activations == "dynamic":
-        codes, token_scale = quantize_per_token(x, target.activation_bits)
+        codes, token_scale = quantize_per_token(x, target.activation_bits, target.type)
         return codes.float().mul_(token_scale)
     if target.activations == "static":
         low, high = float((group.minimum / scale).min()), float((group.maximum / scale).max())
-        step, zero = static_parameters(low, high, target.symmetric)
+        step, zero = static_parameters(low, high, target.symmetric, target.type)
         step, zero = step.to(x.device), zero.to(x.device)
-        return quantize_static(x, step, zero).float().sub_(zero.float()).mul_(step)
+        return quantize_static(x, step, zero, target.type).float().sub_(zero.float()).mul_(step)
     return x
 
 
@@ -113,8 +115,9 @@ class ExpectedNoise:
     itself, which small values lose by becoming zero. For a linear that gives
         E = Σ_t a_t Σ_c min(x_tc², d_t² s_c²/12) ‖W_c‖² + Σ_rc min(w_rc², d_rg² / (12 s_c²)) m_c
     with token shares a_t, d_t = range of x_t/s over the codes (of all inputs seen, if static), d_rg = max_{c in g}
-    |w_rc| s_c over the codes for the group g of c, and m_c = Σ_t a_t x_tc². Each linear counts relative to its output.
-    Without a product with the tokens it is far cheaper than `output_error`, though less exact.
+    |w_rc| s_c over the codes for the group g of c, and m_c = Σ_t a_t x_tc². The step of a float code is about x/2^3.5,
+    but no less than that of the codes nearest to zero, the largest over 448·512. Each linear counts relative to its
+    output. Without a product with the tokens it is far cheaper than `output_error`, though less exact.
     """
 
     def __init__(self, group: Group, targets: Targets, tokens: int = 128) -> None:
@@ -141,22 +144,35 @@ class ExpectedNoise:
         for target, columns, weights, squares in self.parts:
             size = target.group_size or len(scale)
             steps = (weights * scale).unflatten(1, (-1, size)).amax(2, keepdim=True)
-            steps = steps.div(2 ** (target.bits - 1) - 1).square().div(12)
-            lost = torch.minimum(squares, (steps / scale.square().view(1, -1, size)).flatten(1))
+            steps = steps.div(_steps(target.bits, target.type)).square().div(12)
+            lost = _rounding(squares, (steps / scale.square().view(1, -1, size)).flatten(1), target.type)
             noise = noise + (lost.sum(0) * self.moment).sum()
             if target.activations != "none":
-                rounding = torch.minimum(self.squares, self._input_step(scale, target) * (scale.square() / 12))
+                steps = self._input_step(scale, target) * (scale.square() / 12)
+                rounding = _rounding(self.squares, steps, target.type)
                 noise = noise + self.share @ (rounding @ columns)
         return noise
 
     def _input_step(self, scale: Tensor, target: Target) -> Tensor:
         """Squared step of the inputs over s: [T, 1] with a scale a token, [1, 1] with one for all."""
-        high = 2 ** (target.activation_bits - 1) - 1
+        high = _steps(target.activation_bits, target.type)
         if target.activations == "dynamic":
             return ((self.inputs / scale).amax(1, keepdim=True) / high).square()
         top, bottom = (self.group.maximum / scale).amax(), (self.group.minimum / scale).amin()
         width = torch.maximum(top, -bottom) * 2 if target.symmetric else top.clamp(min=0) - bottom.clamp(max=0)
         return (width / (2 * high + 1)).square().view(1, 1)
+
+
+def _steps(bits: int, type: CodeType) -> int:
+    """Steps from zero to the largest code, of the size that they have at zero."""
+    return 448 * 512 if type == "float" else 2 ** (bits - 1) - 1
+
+
+def _rounding(squares: Tensor, steps: Tensor, type: CodeType) -> Tensor:
+    """Expected squared error of values of these squares, with the variance `steps` of the codes nearest to zero."""
+    if type == "float":
+        steps = torch.maximum(steps, squares * (2.0**-7 / 12))
+    return torch.minimum(squares, steps)
 
 
 _TINY = 1e-30

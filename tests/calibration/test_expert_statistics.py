@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM
 
 from quantcli.calibration.expert_statistics import experts_observed
-from quantcli.evaluation.simulate import Int8Weights, not_read, simulated
+from quantcli.evaluation.simulate import QuantizedProduct, not_read, simulated
 from quantcli.model.discovery import discover
 from quantcli.model.structure import Block
 from quantcli.quant.activation import int8_linear, quantize_per_token
@@ -88,12 +88,12 @@ def test_experts_of_integer_products_are_those_of_a_slow_sum(family: str, made: 
     hidden, index, weights = routed(model, block, tokens)
     (experts,) = block.local_experts
     joined = model.get_submodule(block.experts[0].name)
-    replaced: dict[str, Int8Weights] = {}
+    replaced: dict[str, QuantizedProduct] = {}
     for expert, names in enumerate(experts.linears):
         parts = (*joined.gate_up_proj[expert].chunk(2), joined.down_proj[expert])
         for name, weight in zip(names, parts, strict=True):
             codes, scale, _ = minmax(weight, WeightGrid(8))
-            replaced[name] = Int8Weights(codes, scale)
+            replaced[name] = QuantizedProduct(codes, scale)
     module = model.get_submodule(block.name)
     with torch.inference_mode(), simulated(module, replaced, block.local_experts):
         made_at_once = joined(hidden, index, weights)
@@ -102,7 +102,7 @@ def test_experts_of_integer_products_are_those_of_a_slow_sum(family: str, made: 
         for place, expert in enumerate(index[token].tolist()):
             gate, up, down = (replaced[name] for name in experts.linears[expert])
 
-            def product(x: Tensor, how: Int8Weights) -> Tensor:
+            def product(x: Tensor, how: QuantizedProduct) -> Tensor:
                 codes, scale = quantize_per_token(x)
                 return int8_linear(codes, scale, None, how.codes, how.scale, None, torch.float32)
 

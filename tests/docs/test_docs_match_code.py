@@ -167,10 +167,11 @@ def test_the_engines_table_is_what_plan_says() -> None:
     def scheme(name: str) -> Scheme:
         bits, activations = (int(n) for n in re.match(r"W(\d)A(\d+)", name).groups())  # type: ignore[union-attr]
         group = re.search(r" g(\d+)", name)
-        mode = "none" if activations == 16 else name.split()[1]
+        mode = "none" if activations == 16 else re.search("static|dynamic", name)[0]  # type: ignore[index]
+        kind = "float" if "fp8" in name else "int"
         size, granularity = (int(group[1]), "group") if group else (None, "channel")
         inputs = min(activations, 8)
-        made = Scheme(bits, "asym" not in name, granularity, size, mode, activation_bits=inputs)  # type: ignore[arg-type]
+        made = Scheme(bits, "asym" not in name, granularity, size, mode, activation_bits=inputs, type=kind)  # type: ignore[arg-type]
         assert made.name == name
         return made
 

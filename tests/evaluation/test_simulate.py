@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantcli.evaluation.simulate import Int8Weights, simulated
+from quantcli.evaluation.simulate import QuantizedProduct, simulated
 
 MODES = ("dynamic", "static symmetric", "static asymmetric")
 
 
 def make(
     mode: str, bias: bool, granularity: str = "channel", seed: int = 0, bits: tuple[int, int] = (8, 8)
-) -> tuple[nn.Module, Int8Weights]:
+) -> tuple[nn.Module, QuantizedProduct]:
     """A block with one linear of 48 → 24, and integer weights to put in its place; bits of weights and inputs."""
     generator = torch.Generator().manual_seed(seed)
     block = nn.ModuleDict({"proj": nn.Linear(48, 24, bias=bias)})
@@ -23,7 +23,7 @@ def make(
     shape = {"channel": (24, 1), "tensor": (1, 1), "group": (24, 3)}[granularity]
     scale = torch.rand(shape, generator=generator) * 0.01 + 1e-3
     static = mode != "dynamic"
-    return block, Int8Weights(
+    return block, QuantizedProduct(
         codes,
         scale,
         torch.tensor([0.03]) if static else None,
@@ -32,7 +32,7 @@ def make(
     )
 
 
-def reference(x: Tensor, weights: Int8Weights, bias: Tensor | None) -> Tensor:
+def reference(x: Tensor, weights: QuantizedProduct, bias: Tensor | None) -> Tensor:
     """y = (q(x) − z)·sx · (Wq·sw)ᵀ + b in float64 from the float32 scales."""
     x = x.float()
     largest = 2 ** (weights.input_bits - 1) - 1

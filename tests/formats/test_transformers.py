@@ -6,6 +6,7 @@ model's dtype, dequantizes weights once, and quantizes inputs only to dequantize
     weights   W = q·s in the model's dtype, s rounded to it (engines: float32 scales beside int8 codes)
     dynamic   s = max|x| / 127.5 a token, or 7.5, in the model's dtype (engines: max|x| / 127, or 7, in float32)
     static    q = round(x / s + z), all in the model's dtype (engines: float32)
+    float8    s = max|x| / 448 a token, q = x / s to nearest, all in the model's dtype (engines: float32)
     product   (q − z)·s times Wᵀ in the model's dtype (engines: exact integers, scaled in float32, rounded once)
 
 The evaluation follows the engines, which tests/serving proves. Here the same streamed evaluation, with those rules in
@@ -20,17 +21,19 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_exports import SCHEMES, WEIGHT_ONLY, WITH_ACTIVATIONS, Export, export_tiny
+from tiny_exports import FLOAT8, SCHEMES, WEIGHT_ONLY, WITH_ACTIVATIONS, Export, export_tiny
 from tiny_models import token_batches
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from quantcli.evaluation import simulate
-from quantcli.evaluation.simulate import Int8Weights
+from quantcli.evaluation.simulate import QuantizedProduct
 from quantcli.formats.engines import verdicts
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.stages.eval_ppl import _block
+from quantcli.quant.float8 import FP8
+from quantcli.quant.scheme import CodeType
 
 Exported = Callable[..., Export]
 (TOKENS,) = token_batches((3, 24))
@@ -54,12 +57,16 @@ def of_transformers(folder: Path) -> Tensor:
         return model(TOKENS).logits.float()
 
 
-def by_the_rules_of_transformers(module: nn.Module, weights: Int8Weights) -> Callable[[Tensor], Tensor]:
+def by_the_rules_of_transformers(module: nn.Module, weights: QuantizedProduct) -> Callable[[Tensor], Tensor]:
     """The table above as code, in the place of `simulate._forward`."""
 
     def forward(x: Tensor) -> Tensor:
         scale = weights.scale.repeat_interleave(weights.codes.shape[1] // weights.scale.shape[1], 1)
         weight = weights.codes.to(x.dtype) * scale.to(x.dtype)
+        if weights.codes.dtype == FP8:
+            scale = x.abs().amax(-1, keepdim=True) / 448 if weights.input_scale is None else weights.input_scale
+            codes = (x / scale.to(x.dtype)).clamp(-448, 448).to(FP8).to(x.dtype)
+            return linear(codes * scale.to(x.dtype), weight, module.bias)
         half = 2 ** (weights.input_bits - 1)
         zero = 0 if weights.input_zero_point is None else weights.input_zero_point.to(x.dtype)
         if weights.input_scale is None:
@@ -102,8 +109,8 @@ def test_activations_by_the_rules_of_transformers_give_its_logits_to_the_bit(
     assert (by_engine - theirs).std() < share * theirs.std()
 
 
-@pytest.mark.parametrize("name", ["W8A8 static", "W8A8 static asym"])
-def test_in_float32_static_activations_agree_as_they_are(name: str, exported: Exported) -> None:
+@pytest.mark.parametrize("name", ["W8A8 static", "W8A8 static asym", *(n for n in WITH_ACTIVATIONS if n in FLOAT8)])
+def test_in_float32_activations_agree_as_they_are(name: str, exported: Exported) -> None:
     made = exported(name, torch.float32)
     assert share_of_equal_tokens(of_evaluation(made), of_transformers(made.folder)) > 0.5
 
@@ -116,7 +123,7 @@ def test_in_float32_dynamic_activations_differ_by_the_divisor_alone(
     theirs = of_transformers(made.folder)
     assert share_of_equal_tokens(of_evaluation(made), theirs) == 0
 
-    def quantize_per_token(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    def quantize_per_token(x: Tensor, bits: int, type: CodeType) -> tuple[Tensor, Tensor]:
         half = 2 ** (bits - 1)
         scale = x.abs().amax(-1, keepdim=True) / (half - 0.5)
         return (x / scale).round().clamp(-half, half - 1).to(torch.int8), scale

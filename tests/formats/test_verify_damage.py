@@ -19,7 +19,7 @@ from quantcli.errors import ModelError, VerificationError
 
 Exported = Callable[..., Export]
 NAMES = ["W8A16", "W4A16 g32 asym", "W4A16 tensor asym", "W3A16 g32 asym", "W8A8 dynamic", "W8A8 static asym",
-         "W4A8 dynamic g32"]  # fmt: skip
+         "W4A8 dynamic g32", "W8A8 fp8 static tensor", "W8A16 fp8"]  # fmt: skip
 UP = "model.layers.1.mlp.up_proj"
 
 
@@ -69,7 +69,7 @@ def test_a_flipped_bit_in_every_small_tensor_is_found(name: str, exported: Expor
     """Shapes, zero points and input scales are so small that chance seldom meets them."""
     original = exported(name)
     small = {key for key, t in load_file(original.folder / "model.safetensors").items() if UP in key and t.nbytes < 512}
-    assert bool(small) == (name not in {"W8A8 dynamic"})
+    assert bool(small) == (name not in {"W8A8 dynamic", "W8A16 fp8"})
     for key in small:
 
         def flip(tensors: dict[str, torch.Tensor], key: str = key) -> None:
@@ -157,9 +157,10 @@ def group(config: dict[str, Any]) -> dict[str, Any]:
     return only
 
 
+OTHER_TYPE = {"int": "float", "float": "int"}
 CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "bits": lambda c: group(c)["weights"].update(num_bits=5),
-    "type": lambda c: group(c)["weights"].update(type="float"),
+    "type": lambda c: group(c)["weights"].update(type=OTHER_TYPE[group(c)["weights"]["type"]]),
     "symmetric": lambda c: group(c)["weights"].update(symmetric=not group(c)["weights"]["symmetric"]),
     "strategy": lambda c: group(c)["weights"].update(strategy="block"),
     "group size": lambda c: group(c)["weights"].update(group_size=16),
@@ -188,7 +189,9 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
 INPUT_CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "no inputs": lambda c: group(c).update(input_activations=None),
     "input bits": lambda c: group(c)["input_activations"].update(num_bits=4),
-    "input type": lambda c: group(c)["input_activations"].update(type="float"),
+    "input type": lambda c: group(c)["input_activations"].update(
+        type=OTHER_TYPE[group(c)["input_activations"]["type"]]
+    ),
     "input symmetric": lambda c: group(c)["input_activations"].update(
         symmetric=not group(c)["input_activations"]["symmetric"]
     ),
@@ -200,7 +203,9 @@ INPUT_CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("claim", CLAIMS | INPUT_CLAIMS)
-@pytest.mark.parametrize("name", ["W8A16", "W4A16 g32 asym", "W8A8 dynamic", "W8A8 static asym", "W4A8 dynamic g32"])
+@pytest.mark.parametrize(
+    "name", ["W8A16", "W4A16 g32 asym", "W8A8 dynamic", "W8A8 static asym", "W4A8 dynamic g32", "W8A8 fp8 static"]
+)
 def test_a_false_claim_of_the_configuration_is_found(name: str, claim: str, exported: Exported, tmp_path: Path) -> None:
     made = copy_of(exported(name), tmp_path)
     if claim in INPUT_CLAIMS and SCHEMES[name].activations == "none":
@@ -211,15 +216,24 @@ def test_a_false_claim_of_the_configuration_is_found(name: str, claim: str, expo
         made.verify()
 
 
+def test_float8_codes_that_are_no_numbers_are_not_read(exported: Exported, tmp_path: Path) -> None:
+    made = copy_of(exported("W8A8 fp8 dynamic"), tmp_path)
+    for pattern in (0x7F, 0xFF):
+        change_tensors(made, lambda tensors: tensors[f"{UP}.weight"].view(torch.uint8)[3].fill_(pattern))  # noqa: B023
+        with pytest.raises(ModelError, match=r"up_proj\.weight holds codes that are no numbers"):
+            made.reader().read_linear(UP)
+
+
 @pytest.mark.parametrize(
     "claim",
     ["type", "dynamic", "actorder", "no weights", "outputs", "group format", "status", "cache", *INPUT_CLAIMS],
 )
 def test_our_own_reader_refuses_what_it_would_misread(claim: str, exported: Exported, tmp_path: Path) -> None:
-    made = copy_of(exported("W8A8 dynamic"), tmp_path)
-    change_config(made, (CLAIMS | INPUT_CLAIMS)[claim])
-    with pytest.raises(ModelError, match="quantization_config"):
-        made.reader()
+    for name in ("W8A8 dynamic", "W8A8 fp8 dynamic"):
+        made = copy_of(exported(name), tmp_path)
+        change_config(made, (CLAIMS | INPUT_CLAIMS)[claim])
+        with pytest.raises(ModelError, match="quantization_config"):
+            made.reader()
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def left_out(model: str, case: str, entry: dict[str, Any]) -> str:
         ("w4a8", "" if "ssz" in case or "gptq" in case else "W4A8_DYNAMIC is not written yet"),
         ("w4a4", "4-bit activations in AscendV1 are not there yet"),
         ("mxfp", "microscaling formats are not there yet"),
-        ("fp8_dynamic", "fp8 linears are not there yet"),
+        ("fp8_dynamic", "fp8 linears in AscendV1 are not written"),
         ("nf4", "NF4 has no counterpart"),
         ("tp2", "tensor-parallel scales have no counterpart"),
         ("static_hist", "defect of the tool: clipped to the extremes of the last sample"),

@@ -150,6 +150,10 @@ SCHEMES: dict[str, Recipe] = {
         "activations": {"bits": 8, "scope": "token"},
         "rollback": {"last_linear": False},
     },
+    "fp8, static activations": {
+        "weights": {"type": "float", "method": "gptq"},
+        "activations": {"bits": 8, "type": "float", "scope": "tensor"},
+    },
     "an override beside float and min-max": {
         "weights": {"bits": 4, "method": "minmax"},
         "overrides": [

@@ -407,6 +407,7 @@ def test_calibration_that_is_not_needed_is_noted() -> None:
 
 
 ASCEND = {"formats": ["ascend"]}
+FP8 = {"weights": {"type": "float"}, "activations": {"bits": 8, "type": "float"}}
 
 
 @pytest.mark.parametrize(
@@ -427,6 +428,11 @@ ASCEND = {"formats": ["ascend"]}
         ({"kv_cache": {"type": "float"}, "export": ASCEND}, "ascend cannot hold KV fp8: it holds an int8 cache"),
         ({"rollback": {"names": ["*.down_proj"], "to": "W4A16"}, "export": ASCEND}, "down_proj as W4A16 g32"),
         ({"weights": {"bits": 4}, "export": {"formats": ["compressed-tensors", "ascend"]}}, "ascend cannot hold"),
+        ({"weights": {"type": "float"}, "export": ASCEND},
+         "ascend cannot hold .* as W8A16 fp8: it is written with integer codes"),
+        ({**FP8, "export": ASCEND}, "ascend cannot hold .* as W8A8 fp8 static: it is written with integer codes"),
+        *(({"weights": {"type": "float"}, "export": {"formats": [form]}},
+           f"{form} cannot hold .* as W8A16 fp8: it holds integer codes, not fp8") for form in ("gptq", "awq")),
         ({**W4A8, "export": ASCEND}, "ascend cannot hold .* as W4A8 dynamic: it is written with 8-bit weights only"),
         ({**TOKEN, "activations": {"bits": 4, "scope": "token"}, "export": ASCEND},
          "ascend cannot hold .* as W8A4 dynamic: it is written with 8-bit activations only"),
@@ -438,6 +444,20 @@ def test_a_format_that_cannot_hold_a_scheme_refuses(quantize: dict[str, Any], me
     schemeless = planned(**{**quantize, "export": None})
     assert schemeless.engines == ()
     assert schemeless.schemes
+
+
+@pytest.mark.parametrize(
+    ("granularity", "scope", "on_cpu"),
+    [("channel", "token", True), ("channel", "tensor", False), ("tensor", "token", False), ("tensor", "tensor", False),
+     ("channel", None, False)],
+)  # fmt: skip
+def test_the_plan_says_which_engines_load_fp8(granularity: str, scope: str | None, on_cpu: bool) -> None:
+    inputs = {"bits": 16} if scope is None else {"bits": 8, "type": "float", "scope": scope}
+    plan = planned(weights={"type": "float", "granularity": granularity}, activations=inputs)
+    assert plan.bits_per_weight == pytest.approx(8, abs=1)
+    loads = {verdict.engine: verdict.loads for verdict in plan.engines}
+    assert loads == {"vLLM on a CPU": on_cpu, "vLLM on a GPU": True, "transformers": True}
+    assert all("fp8" in verdict.note for verdict in plan.engines if verdict.engine.startswith("vLLM"))
 
 
 def test_the_plan_says_how_engines_compute_inputs_of_few_bits() -> None:

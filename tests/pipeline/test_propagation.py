@@ -97,6 +97,17 @@ def test_a_sample_is_quantized_with_what_was_seen_up_to_it(aggregation: str, sym
     assert torch.equal(torch.stack([flat(sample) for sample in samples]), together)
 
 
+def test_float_codes_have_the_running_scale_of_a_448th() -> None:
+    samples = random_samples()
+    found = RunningInput(WIDTH, section(type="float", symmetric=True), "cpu", 0)(samples)
+    largest = torch.tensor(0.0)
+    for sample, quantized in zip(samples, found, strict=True):
+        largest = torch.maximum(largest, sample.abs().max())
+        scale = largest / 448
+        expected = (sample / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        torch.testing.assert_close(quantized, expected, rtol=1e-6, atol=0)
+
+
 def test_linears_that_share_an_input_count_it_once() -> None:
     running, samples = RunningInput(WIDTH, section(), "cpu", 0), random_samples()
     assert running(samples) is running(samples)

@@ -20,7 +20,7 @@ from quantcli.model.structure import Block, Linear, SharedInput
 from quantcli.pipeline.plan import fused_groups
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.sensitivity import _output_errors
-from quantcli.recipe.quantization import RollbackSection
+from quantcli.recipe.rollback import RollbackSection
 
 Recipe = dict[str, Any]
 METRICS = ("range_parm", "kurtosis", "quantile", "output_error", "block_error")

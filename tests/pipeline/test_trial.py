@@ -66,6 +66,12 @@ SCHEMES: dict[str, dict[str, Any]] = {
         "activations": {"bits": 8, "scope": "token"},
         "overrides": [{"match": "*.o_proj", "scheme": "W4A4", "weights": {"group_size": 32}}],
     },
+    "fp8 static": {"weights": {"type": "float"}, "activations": {"bits": 8, "type": "float"}},
+    "fp8 and others": {
+        "weights": {"type": "float", "granularity": "tensor", "method": "mse"},
+        "activations": {"bits": 8, "type": "float", "scope": "token"},
+        "overrides": [{"match": "*.o_proj", "scheme": "W8A16-fp8"}, {"match": "*.down_proj", "scheme": "W8A8-dynamic"}],
+    },
     "head": {"activations": {"bits": 8}, "rollback": {"last_linear": False}},
     "fp8 cache": {"kv_cache": {"type": "float"}},
     "mixed": {

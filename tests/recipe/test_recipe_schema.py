@@ -314,6 +314,68 @@ STATIC = "  activations: {bits: 8}\n"
             "6: quantize.weights.symmetric: integer products",
             "Set it true",
         ),
+        # fp8
+        (
+            "  weights: {bits: 4, type: float}\n",
+            "6: quantize.weights.bits: is 4, and float codes have 8",
+            "Set bits: 8, or type: int.",
+        ),
+        (
+            "  weights: {type: float, symmetric: false}\n",
+            "6: quantize.weights.symmetric: is false, and fp8 has no zero point",
+            "type: int",
+        ),
+        (
+            "  weights: {type: float, granularity: group}\n",
+            "6: quantize.weights.granularity: is group, and fp8 weights have a scale a channel or tensor",
+            "channel or tensor",
+        ),
+        *(
+            (
+                f"  weights: {{type: float, method: {method}}}\n",
+                f"6: quantize.weights.method: {method} finds integers",
+                "minmax, mse or gptq",
+            )
+            for method in ("hqq", "ssz", "signround", "low_bit")
+        ),
+        (
+            "  weights: {type: float}\n  activations: {bits: 8, scope: token}\n",
+            "7: quantize.activations.type: is int, and that of weights is float",
+            "Set activations.type: float, or weights.type: int.",
+        ),
+        (
+            "  weights: {bits: 8}\n  activations: {bits: 8, type: float}\n",
+            "7: quantize.activations.type: is float, and that of weights is int",
+            "Set activations.type: int, or weights.type: float.",
+        ),
+        (
+            "  weights: {type: float}\n  activations: {bits: 4, type: float, scope: token}\n",
+            "7: quantize.activations.bits: is 4, and float codes have 8",
+            "bits: 8",
+        ),
+        (
+            "  weights: {type: float}\n  activations: {bits: 8, type: float, scope: mix}\n",
+            "7: quantize.activations.scope: is mix, which engines have for integers only",
+            "token or tensor",
+        ),
+        (
+            "  weights: {type: float}\n  activations: {bits: 8, type: float, symmetric: false}\n",
+            "7: quantize.activations.symmetric: is false, and fp8 has no zero point",
+            "type: int",
+        ),
+        *(
+            (
+                f"  weights: {{type: float}}\n  activations: {{bits: 8, type: float, method: {method}}}\n",
+                f"7: quantize.activations.method: {method} is for the even steps of integers",
+                "minmax or percentile",
+            )
+            for method in ("histogram", "mixed", "mse")
+        ),
+        (
+            "  weights: {type: float}\n  overrides: [{match: '*', weights: {bits: 4}}]\n",
+            "7: quantize.overrides[0].weights: bits is 4, and float codes have 8",
+            "type: int",
+        ),
         # inside attention
         (
             "  kv_cache:\n    type: float\n    symmetric: false\n",

@@ -27,6 +27,8 @@ SCHEMES = {
     "w8a16": (8, "group", 16, "tensor", False),
     "w8a8": (8, "channel", 8, "tensor", True),
     "w8a8-dynamic": (8, "channel", 8, "token", True),
+    "w8a8-fp8": (8, "channel", 8, "token", False),
+    "w8a8-fp8-static": (8, "channel", 8, "tensor", True),
     "w8a8-tuned": (8, "channel", 8, "tensor", True),
 }
 
@@ -41,6 +43,7 @@ def test_shipped_recipes_load_with_model_and_output_and_mean_their_name(name: st
     weights, activations = recipe.quantize.weights, recipe.quantize.activations
     scheme = (weights.bits, weights.granularity, activations.bits, activations.scope, recipe.calibration is not None)
     assert scheme == SCHEMES[name]
+    assert weights.type == activations.type == ("float" if "fp8" in name else "int")
     assert recipe.evaluate is not None
     if recipe.quantize.rollback.target is None:  # a target is measured on what evaluate says
         assert load_recipe(name, ["evaluate=null"], model="org/name", output="o").evaluate is None

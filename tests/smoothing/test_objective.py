@@ -88,6 +88,32 @@ def test_the_error_is_that_of_the_slow_reference(
         assert found == pytest.approx(slow_error(group, scale, target, reduction), rel=0.02)
 
 
+def fp8(w: Tensor, step: Tensor) -> Tensor:
+    return (w / step).clamp(-448, 448).to(torch.float8_e4m3fn).to(w.dtype) * step
+
+
+def fp8_target(activations: Activations) -> Target:
+    return Target(lambda w: fp8(w, w.abs().amax(1, keepdim=True) / 448), 8, activations=activations, type="float")
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_inputs_of_float_codes_are_rounded_as_such(activations: Activations) -> None:
+    group, scale = gaussian(), scale_of(gaussian())
+    x, target = group.tokens / scale, fp8_target(activations)
+    ends = x.abs().amax(1, keepdim=True) if activations == "dynamic" else x.abs().amax()
+    lost = [fp8(x, ends / 448) @ target.weight(w * scale).t() - group.tokens @ w.t() for w in group.weights]
+    expected = sum(float(each.square().mean()) for each in lost)
+    assert output_error(group, [target, target], "mean")(scale) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
+def test_expected_noise_of_float_codes_is_about_the_error(activations: Activations) -> None:
+    group, target = gaussian(), fp8_target(activations)
+    noise, error = ExpectedNoise(group, [target, target]), output_error(group, [target, target], "token")
+    for scale in (torch.ones(32), scale_of(group), scale_of(group) ** 12):
+        assert 0.4 < float(noise(scale.log())) / error(scale) < 2.5
+
+
 @pytest.mark.parametrize("reduction", ["mean", "joint", "token"])
 def test_every_linear_counts_under_its_own_scheme(reduction: Reduction) -> None:
     """Those that stay in float make no error, and errors add up over schemes; likewise the expected noise."""

@@ -17,7 +17,7 @@ from quantcli.pipeline.rundir import StageFolder, append_line, read_lines, write
 from quantcli.pipeline.samples import evaluation_text
 from quantcli.pipeline.stages.quantize import trial_store
 from quantcli.recipe import resolved_yaml
-from quantcli.recipe.quantization import TargetSection
+from quantcli.recipe.rollback import TargetSection
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:

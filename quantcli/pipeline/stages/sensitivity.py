@@ -22,7 +22,7 @@ from quantcli.recipe.schema import Recipe
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from quantcli.evaluation.simulate import Int8Weights
+    from quantcli.evaluation.simulate import QuantizedProduct
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
     from quantcli.model.structure import Block
@@ -244,7 +244,7 @@ def _block_errors(
 def _output_errors(
     module: nn.Module,
     block: Block,
-    replaced: Mapping[str, Int8Weights | Tensor],
+    replaced: Mapping[str, QuantizedProduct | Tensor],
     errors: dict[str, Metrics],
 ) -> Iterator[None]:
     """While the body runs the block, compare what each linear puts out with what it would put out quantized."""

@@ -1,0 +1,25 @@
+"""float8_e4m3fn, 8-bit floats of 4 bits of exponent and 3 of mantissa: codes of weights, inputs, keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+"""The largest code; the format has no infinities, and two patterns are NaN."""
+
+
+def quantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """x / s, held within +-448, as float8_e4m3fn (ties to even) in the shape of x; scale [1], or of a shape like x."""
+    return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:
+    """Float32 values of float8_e4m3fn codes; scale as it was."""
+    return codes.float().mul_(scale)
+
+
+def fp8_values_(x: Tensor) -> Tensor:
+    """In place on float32: the nearest float8_e4m3fn value within +-448, ties to even."""
+    return x.copy_(x.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
