@@ -10,8 +10,8 @@ from torch import Tensor
 
 from quantcli.errors import ModelError
 from quantcli.formats.store import Store, StoredLinear
-from quantcli.formats.table import find_format
-from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
+from quantcli.formats.table import find_format, open_weights
+from quantcli.model.checkpoint import TensorEntry, read_json
 from quantcli.model.structure import Linear
 from quantcli.quant.grid import dequantize
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -27,7 +27,7 @@ class QuantizedCheckpoint:
 
     def __init__(self, directory: Path, linears: Mapping[str, Linear], weights: Mapping[str, str]) -> None:
         self.directory = directory
-        self.raw = Checkpoint(directory)
+        self.raw = open_weights(directory)
         config = read_json(directory / "config.json")
         self.form = find_format(directory, config)
         self.dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
