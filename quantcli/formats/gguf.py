@@ -61,9 +61,9 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
     if scheme.activations != "none":
         return "holds weights alone, with inputs in float"
     if not kind_of(scheme):
-        return "holds codes of 8 bits, symmetric, and of 4 bits, and llama.cpp has no others that are integers times a scale"
+        return "holds codes of 4 bits, and symmetric ones of 8 bits"
     if linear.in_features % BLOCK or (scheme.group_size or BLOCK) % BLOCK:
-        return f"has blocks of {BLOCK} inputs, which neither groups nor widths may cut"
+        return f"has a scale for each {BLOCK} inputs, so that groups and widths have to be multiples of it"
     return ""
 
 
@@ -160,7 +160,7 @@ def _joined(values: Tensor, scheme: Scheme, blocks: int) -> Tensor:
     apart = values.view(rows, len(values) // rows, groups, blocks // groups)
     kept = apart[:, :1, :, :1]
     if not bool((apart == kept).all()):
-        raise ModelError(f"{RECORD} says {scheme.name}, and blocks that share a scale have several.", "Export it again.")
+        raise ModelError(f"Blocks that share a scale by {RECORD} have several.", "Export it again.")
     return kept.reshape(rows, groups).contiguous()
 
 
@@ -172,8 +172,11 @@ def write_weights(
     origin: Path,
     config: Mapping[str, Any],
 ) -> Path:
-    """Write the one file of the weights, unless it is there. `schemes` are those of tensors, `origin` is the float model,
-    whose tokenizer goes into the file, and `config` the config.json of the export. A copy of a tied head is left out."""
+    """Write the one file of the weights, unless it is there, and return it.
+
+    `schemes` are those of tensors, `origin` is the float model, whose tokenizer goes into the file, and `config` the
+    config.json of the export. Tensors that are no parameters are left out.
+    """
     from quantcli.model.gguf_file import FILE, configuration, write_gguf
 
     types = {name: kind_of(scheme) for name, scheme in schemes.items()}

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 FILE = "model.gguf"
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
-"""general.file_type by the type that most weights have."""
+"""general.file_type by the type that most of the quantized weights have."""
 _ROW_DTYPES = {"Q4_0": "U8", "Q4_1": "U8", "Q8_0": "U8"}
 
 
@@ -55,67 +55,77 @@ def write_gguf(
     directory: Path,
     config: Mapping[str, Any],
 ) -> None:
-    """Write the planned tensors, named as in the float checkpoint `directory`, whose tokenizer goes into the file, too.
+    """Write the planned tensors, named as in the float model `directory`, whose tokenizer goes into the file, too.
 
     `types` names the ggml type of tensors whose uint8 rows are blocks of quantized weights; of others vectors become
-    float32, as llama.cpp wants them, and matrices stay as they are. `config` is the configuration with all its defaults.
+    float32, as llama.cpp wants them, and matrices stay as they are. `config` is the configuration with all defaults.
     Rows are put into the order of llama.cpp, blocks and all. `produce` is asked for one tensor at a time. The file
     appears under its name only when complete. Raises ModelError for what llama.cpp has no place or no rules for.
     """
-    from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter
+    from gguf import GGUFWriter
 
     names = gguf_layout.tensor_names(config, [tensor.name for tensor in planned])
-    architecture = gguf_layout.ARCHITECTURES[config["model_type"]].name
-    kinds = {tensor.name: types.get(tensor.name) or _float_type(tensor) for tensor in planned}
-    vectors = {tensor.name for tensor in planned if len(tensor.shape) == 1}
-    most = Counter(kinds[tensor.name] for tensor in planned for _ in range(tensor.nbytes >> 10)).most_common(1)
     divisors = gguf_layout.frequency_divisors(config)
     with replacing(path) as temporary:
-        writer = GGUFWriter(temporary, architecture)
+        writer = GGUFWriter(temporary, gguf_layout.ARCHITECTURES[config["model_type"]].name)
         try:
-            writer.add_type("model")
-            writer.add_file_type(_FILE_TYPES[most[0][0] if most else "F32"])
-            writer.add_quantization_version(GGML_QUANT_VERSION)
+            _describe(writer, planned, names, types)
             for key, value in gguf_layout.architecture_keys(config).items():
                 _add(writer, key, value)
             for key, value in gguf_tokenizer.tokenizer_keys(directory, int(config["vocab_size"])).items():
                 _add(writer, key, value)
             if divisors is not None:
-                writer.add_tensor_info(gguf_layout.FREQUENCIES, (len(divisors),), np.dtype(np.float32), 4 * len(divisors))
-            for tensor in planned:
-                kind = kinds[tensor.name]
-                nbytes = tensor.nbytes if kind in types.values() else prod(tensor.shape) * _FLOATS[kind].itemsize
-                raw = kind in types.values()
-                writer.add_tensor_info(
-                    names[tensor.name], tensor.shape, np.dtype(np.uint8 if raw else np.float32), nbytes,
-                    GGMLQuantizationType[kind],
-                )  # fmt: skip
+                made = np.array(divisors, dtype=np.float32)
+                writer.add_tensor_info(gguf_layout.FREQUENCIES, made.shape, made.dtype, made.nbytes)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            if divisors is not None:
-                writer.write_tensor_data(np.array(divisors, dtype=np.float32))
             for tensor in planned:
-                made = produce(tensor.name)
-                if (made.dtype, tuple(made.shape)) != (tensor.dtype, tensor.shape):
-                    raise ValueError(f"{path}: {made.dtype} {tuple(made.shape)} was planned as {tensor}")
-                if tensor.name in vectors:
-                    made = made.float()
-                order = gguf_layout.neighbour_order(names[tensor.name], config)
-                writer.write_tensor_data(_bytes(made if order is None else made[order]))
+                writer.write_tensor_data(_ordered(tensor, produce, names[tensor.name], config))
+            if divisors is not None:
+                writer.write_tensor_data(made)
         finally:
             writer.close()
+
+
+def _describe(
+    writer: Any, planned: Sequence[PlannedTensor], names: Mapping[str, str], types: Mapping[str, str]
+) -> None:
+    """What kind of file it is, and which tensors will follow."""
+    from gguf import GGML_QUANT_VERSION, GGMLQuantizationType
+
+    weights: Counter[str] = Counter()
+    for tensor in planned:
+        kind = types.get(tensor.name) or _float_type(tensor)
+        weights[kind] += tensor.nbytes
+        in_blocks = kind not in _FLOATS
+        nbytes = tensor.nbytes if in_blocks else prod(tensor.shape) * _FLOATS[kind].itemsize
+        own = np.dtype(np.uint8 if in_blocks else np.float32)
+        writer.add_tensor_info(names[tensor.name], tensor.shape, own, nbytes, GGMLQuantizationType[kind])
+    blocks = {kind: nbytes for kind, nbytes in weights.items() if kind not in _FLOATS} or weights
+    writer.add_type("model")
+    writer.add_file_type(_FILE_TYPES[max(blocks, key=blocks.__getitem__)])
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+
+
+def _ordered(
+    tensor: PlannedTensor, produce: Callable[[str], Tensor], name: str, config: Mapping[str, Any]
+) -> NDArray[np.uint8]:
+    """The bytes of a tensor as they stand in the file."""
+    made = produce(tensor.name)
+    if (made.dtype, tuple(made.shape)) != (tensor.dtype, tensor.shape):
+        raise ValueError(f"{name}: {made.dtype} {tuple(made.shape)} was planned as {tensor}")
+    order = gguf_layout.neighbour_order(name, config)
+    made = made if order is None else made[order]
+    made = made.float() if made.ndim == 1 else made
+    raw: NDArray[np.uint8] = made.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+    return raw
 
 
 def _float_type(tensor: PlannedTensor) -> str:
     if tensor.dtype not in _FLOATS.values():
         raise ModelError(f"{tensor.name} is {tensor.dtype}, which no GGUF file of a model holds.")
     return "F32" if len(tensor.shape) == 1 else DTYPE_NAMES[tensor.dtype]
-
-
-def _bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    raw: NDArray[np.uint8] = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
-    return raw
 
 
 def _add(writer: Any, key: str, value: Any) -> None:

@@ -138,7 +138,7 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rope_scaling(config: Mapping[str, Any]) -> dict[str, str | int | float]:
-    """Keys of the file that stretch the rotary embedding. Raises ModelError for a kind that llama.cpp has no keys for."""
+    """Keys of the file that stretch the rotary embedding. Raises ModelError for a kind that has none."""
     rope = rope_of(config)
     kind = rope["rope_type"]
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:

@@ -35,8 +35,8 @@ PRETOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_QWEN2, "bytes"), False): "qwen2",
     ((_TEKKEN, "bytes"), True): "tekken",
 }
-"""Steps of a byte-level pre-tokenizer, and whether words of the vocabulary are taken whole (ignore_merges) → the name of
-the same rules in llama.cpp. The tests compare the two on text."""
+"""Steps of a byte-level pre-tokenizer, and whether words of the vocabulary are taken whole (ignore_merges) → the name
+of the same rules in llama.cpp. The tests compare the two on text."""
 
 _SPACE = "▁"
 
@@ -86,9 +86,7 @@ def _load(directory: Path) -> Any:
     return tokenizer
 
 
-def _tokens(
-    vocabulary: Mapping[str, int], added: list[dict[str, Any]], count: int
-) -> tuple[list[str], list[int]]:
+def _tokens(vocabulary: Mapping[str, int], added: list[dict[str, Any]], count: int) -> tuple[list[str], list[int]]:
     """Every token and its type, by id; ids that no token has are unused ones."""
     tokens = [f"[PAD{number}]" for number in range(count)]
     types = [UNUSED] * count
