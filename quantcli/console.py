@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os.path import commonprefix
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -148,7 +149,8 @@ def show_result(result: RunResult) -> None:
         table.add_row(label, value)
     console.print(table)
     for export in result.to_json()["exports"]:
-        console.print(f"Serve it: vllm serve {export}", markup=False, highlight=False, soft_wrap=True)
+        command = f"llama-server -m {export}/model.gguf" if Path(export).name == "gguf" else f"vllm serve {export}"
+        console.print(f"Serve it: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_plan(plan: Plan, *, verbose: bool) -> None:

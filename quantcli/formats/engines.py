@@ -267,6 +267,10 @@ def _experts_in_float(experts: Collection[Scheme | None], counts: Mapping[Scheme
     return not quantized, "quantized experts in this format were not tried" if quantized else "experts in float"
 
 
+def _llama_cpp(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
+    return True, "on a CPU it rounds inputs to 8 bits in blocks of 32"
+
+
 def _as_float(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     """A dense checkpoint, which is a float model to all that load it."""
     return True, "as a float model" + ("" if scheme.activations == "none" else ", with inputs in float")
@@ -311,6 +315,7 @@ ENGINES: dict[str, tuple[_Engine, ...]] = {
         _Engine("vLLM on a GPU", _vllm_gpu, _no_cache, _JOINED, _experts_in_float),
         _Engine("transformers", _gptqmodel, _no_cache, experts=_experts_in_float),
     ),
+    "gguf": (_Engine("llama.cpp", _llama_cpp, _no_cache),),
     "dense": tuple(
         _Engine(name, _as_float, _float_cache) for name in ("vLLM on a CPU", "vLLM on a GPU", "transformers")
     ),

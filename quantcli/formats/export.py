@@ -107,7 +107,15 @@ def export_checkpoint(
     with linear_workers() as workers:
         pieces = {piece.planned.name: piece for piece in _pieces(form, store, source, linears, workers)}
         documents = _documents(form, store, source, {name: piece.owner for name, piece in pieces.items()})
-        yield from _write(folder, pieces, documents, form.STEM, source.checkpoint.directory)
+        if not hasattr(form, "write_weights"):
+            yield from _write(folder, pieces, documents, form.STEM, source.checkpoint.directory)
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        schemes = {name: store.schemes[p.owner] for name, p in pieces.items() if p.owner in store.schemes}
+        planned, origin = [piece.planned for piece in pieces.values()], source.checkpoint.directory
+        config = json.loads(documents["config.json"])
+        yield form.write_weights(folder, planned, _producer(pieces), schemes, origin, config), ""
+        yield from _write_beside(folder, documents, origin)
 
 
 def export_float(folder: Path, source: Source, dtype: str) -> Iterator[tuple[Path, str]]:
@@ -142,6 +150,11 @@ def _before_config(
         yield folder / file, digest
     for index in write_index(folder, shards, stem):
         yield index, ""
+    yield from _write_beside(folder, documents, origin)
+
+
+def _write_beside(folder: Path, documents: Mapping[str, str], origin: Path) -> Iterator[tuple[Path, str]]:
+    """What is copied, then the JSON files, config.json last."""
     yield from _copy_companions(origin, folder, set(documents))
     for name, content in documents.items():
         yield _write_text(folder / name, content), ""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from quantcli.errors import ModelError, QuantcliError
 from quantcli.formats.store import Store, StoredLinear
-from quantcli.formats.table import find_format
-from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
+from quantcli.formats.table import find_format, open_weights
+from quantcli.model.checkpoint import TensorEntry, read_json
 from quantcli.model.skeleton import DTYPES
 from quantcli.model.structure import Linear
 from quantcli.model.writer import DTYPE_NAMES
@@ -36,7 +36,7 @@ class QuantizedCheckpoint:
 
     def __init__(self, directory: Path, linears: Mapping[str, Linear], weights: Mapping[str, str]) -> None:
         self.directory = directory
-        self.raw = Checkpoint(directory)
+        self.raw = open_weights(directory)
         config = read_json(directory / "config.json")
         self.form = find_format(directory, config)
         self.dtype = _declared_dtype(directory, config)

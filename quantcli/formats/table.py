@@ -8,16 +8,27 @@ from types import ModuleType
 from typing import Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import ascend, awq, compressed_tensors, dense, gptq
+from quantcli.formats import ascend, awq, compressed_tensors, dense, gguf, gptq
+from quantcli.model.checkpoint import Checkpoint
 
-FORMATS: dict[str, ModuleType] = {form.NAME: form for form in (compressed_tensors, ascend, gptq, awq, dense)}
+FORMATS: dict[str, ModuleType] = {form.NAME: form for form in (compressed_tensors, ascend, gptq, awq, gguf, dense)}
 """Name in a recipe → module with
 
 NAME, STEM (of its weight files), WRITES_TIED_HEAD, ONE_SCHEME, FLOAT16_SCALES;
 refusal, layout, encode, decode: a linear as tensors and back;
 attention_refusal, attention_names, attention_tensors: the scales of an attention module;
-documents: its JSON files; recognizes, described: what a directory is, and the schemes in it.
+documents: its JSON files; recognizes, described: what a directory is, and the schemes in it;
+and where it is not safetensors, and not for every model, refuses_model and write_weights.
 """
+
+
+def open_weights(directory: Path) -> Checkpoint:
+    """The tensors of a model directory, in whichever kind of file. Raises ModelError as `Checkpoint` does."""
+    if not gguf.recognizes(directory, {}):
+        return Checkpoint(directory)
+    from quantcli.model.gguf_file import GgufCheckpoint
+
+    return GgufCheckpoint(directory)
 
 
 def find_format(directory: Path, config: Mapping[str, Any]) -> ModuleType | None:

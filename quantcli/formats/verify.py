@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError, VerificationError
-from quantcli.formats import verify_ascend, verify_dense, verify_gptq
+from quantcli.formats import verify_ascend, verify_dense, verify_gguf, verify_gptq
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.folding import added_tensors
@@ -67,6 +67,9 @@ def verify_checkpoint(
     maps a head that is tied and not in the float checkpoint to its embedding. Raises VerificationError with the module
     and the difference.
     """
+    if form == "gguf":
+        nbytes = verify_gguf.check_gguf(folder, store, source, weights, cast)
+        return Verified(len(store.schemes), len(source.entries) - len(store.schemes), nbytes)
     if form in ("gptq", "awq") and not store.schemes:
         form = "compressed-tensors"  # all are float checkpoints then
     with _damage():

@@ -46,7 +46,7 @@ def convert_gguf(path: Path, destination: Path, dtype: torch.dtype = torch.bfloa
     type that is not known, lacks a tensor of the model or holds one with no place in it; OutputError where
     `destination` exists; RoomError where the disk is too small.
     """
-    reader = _open(path)
+    reader = open_gguf(path)
     if destination.exists():
         raise OutputError(f"{destination} already exists.", "Remove it or name another place for the converted model.")
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def convert_gguf(path: Path, destination: Path, dtype: torch.dtype = torch.bfloa
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _open(path: Path) -> Any:
+def open_gguf(path: Path) -> Any:
     """The file's GGUFReader, once its header is known to be sound: the reader trusts every count in it."""
     if find_spec("gguf") is None:
         raise ModelError(f"{path}: reading GGUF needs the gguf package.", "Install it: pip install 'quantcli[gguf]'")

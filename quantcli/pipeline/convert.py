@@ -13,7 +13,7 @@ from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.formats import dense
 from quantcli.formats.sums import SUMS
 from quantcli.formats.table import FORMATS
-from quantcli.pipeline.held import unheld
+from quantcli.pipeline.held import model_unheld, unheld
 from quantcli.pipeline.rundir import is_run, room_errors
 from quantcli.pipeline.stages.export import DESCRIPTIONS, weight_files
 from quantcli.pipeline.standalone import open_checkpoint
@@ -36,11 +36,11 @@ def convert_checkpoint(source: Path, form: str, output: Path, *, overwrite: bool
     """
     if form not in FORMATS:
         raise RecipeError(f"--to: there is no format {form!r}.", f"Known formats: {', '.join(FORMATS)}.")
-    _, checkpoint, weights = open_checkpoint(source)
+    structure, checkpoint, weights = open_checkpoint(source)
     if checkpoint.form is None or checkpoint.form is dense:
         raise ModelError(f"{source} holds no codes.", "Name a quantized checkpoint.")
     quantized = [(checkpoint.linears[name], scheme) for name, scheme in checkpoint.schemes.items()]
-    if reason := unheld(form, quantized, checkpoint.attention):
+    if reason := unheld(form, quantized, checkpoint.attention) or model_unheld(form, source, structure):
         raise RecipeError(f"--to: {reason}", "Choose another format.")
     _refuse_place(source, output, overwrite)
     temporary = output.parent / f".{output.name}.{os.getpid()}.part"
@@ -77,7 +77,7 @@ def _refuse_place(source: Path, output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{output} holds a checkpoint already.", "Choose another --output, or say --overwrite.")
     replaced = _replaced(output)
-    for file in sorted(output.glob("*.safetensors")):
+    for file in sorted([*output.glob("*.safetensors"), *output.glob("*.gguf")]):
         if file not in replaced:  # engines would load it beside the new weights
             raise OutputError(f"{file} is not a name of the weights of any format.", "Choose another --output.")
 

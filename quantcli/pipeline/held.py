@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from quantcli.errors import RecipeError
 from quantcli.formats import dense
 from quantcli.formats.table import FORMATS
-from quantcli.model.structure import Linear
+from quantcli.model.structure import Linear, Structure
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.schema import Recipe
 
@@ -33,14 +34,25 @@ def unheld(
     return ""
 
 
+def model_unheld(form: str, model: Path, structure: Structure) -> str:
+    """Why the format cannot hold this model under any scheme, as a sentence; empty when it can."""
+    refuses = getattr(FORMATS[form], "refuses_model", None)
+    reason = refuses(model, structure) if refuses is not None else ""
+    return reason and f"{form} cannot hold {structure.architecture}: it {reason}."
+
+
 def refuse_unheld(
-    recipe: Recipe, quantized: Sequence[tuple[Linear, Scheme]], attention: AttentionScheme | None
+    recipe: Recipe,
+    model: Path,
+    structure: Structure,
+    quantized: Sequence[tuple[Linear, Scheme]],
+    attention: AttentionScheme | None,
 ) -> None:
     """Raise RecipeError for what a format of the recipe cannot hold."""
     section = recipe.quantize.rollback
     further = [section.to] if section.ranks and section.to != "float" else []
     for name in recipe.export.formats if recipe.export else ():
-        if reason := unheld(name, quantized, attention, further):
+        if reason := unheld(name, quantized, attention, further) or model_unheld(name, model, structure):
             raise RecipeError(f"export.formats: {reason}", "Choose another format or scheme, or export: null.")
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import ModelError
-from quantcli.formats.table import find_format
-from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.formats.table import find_format, open_weights
+from quantcli.model.checkpoint import read_json
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.rundir import RECORD, is_run
 from quantcli.pipeline.source import locate_model
@@ -25,7 +25,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise ModelError(f"There is nothing at {path}.", "Check the path.")
     structure = find_structure(directory)
-    checkpoint = Checkpoint(directory)
+    checkpoint = open_weights(directory)
     facts: dict[str, Any] = {
         "kind": "float model",
         "architecture": structure.architecture,

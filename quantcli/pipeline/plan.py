@@ -20,7 +20,9 @@ from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "float8_e4m3fn": 1, "int32": 4, "int64": 8}
+BYTES = {
+    "bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "int32": 4, "int64": 8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     if not quantized and attention is None and not recipe.quantize.rollback.ranks:
         raise RecipeError("quantize.rollback.names: every linear is rolled back, so nothing would be quantized.",
                           "Narrow the patterns.")  # fmt: skip
-    refuse_unheld(recipe, quantized, attention)
+    refuse_unheld(recipe, model, structure, quantized, attention)
     excluded_from_smoothing(recipe, structure)
     _refuse_rotation(recipe, structure)
     notes += left_out_note(recipe, quantized, attention)

@@ -33,11 +33,11 @@ def open_checkpoint(
     Raises ModelError for a format that is not known.
     """
     from quantcli.formats.reader import QuantizedCheckpoint
-    from quantcli.model.checkpoint import Checkpoint
+    from quantcli.formats.table import open_weights
 
     structure = find_structure(directory, trust_remote_code=trust_remote_code)
     linears = {linear.name: linear for linear in structure.matrices()}
-    names = {_float_name(name) for name in Checkpoint(directory).entries}
+    names = {_float_name(name) for name in open_weights(directory).entries}
     found = {module: _weight_name(module, names) for module in linears}
     weights = {module: name for module, name in found.items() if name}
     return structure, QuantizedCheckpoint(directory, linears, weights), weights

@@ -43,7 +43,7 @@ def codes_of(checkpoint: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 def test_every_export_of_a_run_scores_as_the_run_did(static_recipe: Any, prose: Path, tmp_path: Path) -> None:
     recipe = static_recipe(tmp_path / "run") | {
         "quantize": {"weights": {"bits": 4, "granularity": "group", "group_size": 32}},
-        "export": {"formats": ["compressed-tensors", "gptq", "awq", "dense"]},
+        "export": {"formats": ["compressed-tensors", "gptq", "awq", "gguf", "dense"]},
     }
     del recipe["calibration"]
     result = run_recipe(load_recipe(recipe))
@@ -76,8 +76,8 @@ def test_a_checkpoint_is_scored_in_its_own_dtype(tmp_path: Path, prose: Path) ->
 @pytest.mark.parametrize(
     ("scheme", "route"),
     [
-        (FOUR, ["compressed-tensors", "gptq", "awq", "compressed-tensors"]),
-        (FOUR_ASYM, ["gptq", "compressed-tensors", "awq", "gptq"]),
+        (FOUR, ["compressed-tensors", "gptq", "awq", "gguf", "compressed-tensors"]),
+        (FOUR_ASYM, ["gptq", "gguf", "compressed-tensors", "awq", "gptq"]),
         (Scheme(8), ["ascend", "compressed-tensors", "ascend"]),
         (Scheme(8, activations="static", activations_symmetric=False), ["compressed-tensors", "ascend"]),
     ],

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours, the first
 # three behind the stem of the format.
-_WEIGHTS = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json")
+_WEIGHTS = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json", ".gguf")
 DESCRIPTIONS = ("quant_model_description.json", "quantization.json", "quantize_config.json")
 
 
@@ -59,7 +59,8 @@ def run(context: Context, folder: StageFolder) -> None:
         stem = FORMATS[name].STEM
         for shard in sorted((folder.path / name).glob(f"{stem}-*-of-*.safetensors")):
             folder.adopt(shard)
-        folder.adopt(folder.path / name / f"{stem}.safetensors")
+        for single in ("safetensors", "gguf"):
+            folder.adopt(folder.path / name / f"{stem}.{single}")
         for file, digest in export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears):
             folder.add(file, digest)
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)

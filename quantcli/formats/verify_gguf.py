@@ -1,0 +1,147 @@
+"""What a GGUF export has to hold, found from the store by other code than wrote it: block by block, in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from quantcli.errors import ModelError, VerificationError
+from quantcli.formats.store import Store, StoredLinear
+from quantcli.model import gguf_layout
+from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.model.gguf import open_gguf
+from quantcli.model.gguf_file import FILE, configuration
+from quantcli.quant.scheme import Scheme
+
+_TYPES = {(8, True): "Q8_0", (4, True): "Q4_0", (4, False): "Q4_1"}
+
+
+def check_gguf(
+    folder: Path, store: Store, source: Checkpoint, weights: Mapping[str, str], cast: torch.dtype | None
+) -> int:
+    """Every tensor of the file is the store's or the float model's, its keys say the model and its tokens, and
+    quantization.json the schemes; the bytes of the tensors. Raises VerificationError with the difference."""
+    try:
+        reader = open_gguf(folder / FILE)
+        config, record = configuration(folder), read_json(folder / "quantization.json")
+    except ModelError as error:
+        raise VerificationError(error.message, "Export again.") from error
+    wanted = {"format": "gguf", "linears": {name: scheme.to_json() for name, scheme in store.schemes.items()}}
+    if record != wanted:
+        raise VerificationError(f"{folder}: quantization.json is not that of the store.", "Export again.")
+    if "quantization_config" in read_json(folder / "config.json"):
+        raise VerificationError(f"{folder}: config.json has a quantization_config.", "Export again.")
+    _check_keys(folder, reader, config)
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    _check_frequencies(folder, tensors.pop("rope_freqs.weight", None), config)
+    modules = {weights[module]: module for module in store.schemes}
+    tied = config.get("tie_word_embeddings")
+    names = [n for n in source.entries if not n.endswith(".inv_freq") and not (tied and n == "lm_head.weight")]
+    for name, own in gguf_layout.tensor_names(config, names).items():
+        tensor = tensors.pop(own, None)
+        if tensor is None:
+            raise VerificationError(f"{folder}: tensor {own} is missing.", "Export again.")
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(own.rsplit(".", 2)[-2])
+        swapped = heads is not None and config["model_type"] in ("llama", "mistral")
+        if name in modules:
+            module = modules[name]
+            kind, expected = expected_blocks(store.read(module), store.schemes[module], module)
+        else:
+            kind, expected = _expected_float(source.read([name])[name], cast)
+        if swapped:
+            expected = _interleaved(expected, config[heads])  # type: ignore[index]
+        found = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
+        if tensor.tensor_type.name != kind or found.tobytes() != np.ascontiguousarray(expected).tobytes():
+            whose = "store's" if name in modules else "float model's"
+            raise VerificationError(f"{folder}: {own} differs from the {whose} {name}.", "Export again.")
+    if tensors:
+        raise VerificationError(f"{folder}: holds {next(iter(tensors))}, which belongs to nothing.", "Export again.")
+    return sum(int(tensor.n_bytes) for tensor in reader.tensors)
+
+
+def expected_blocks(stored: StoredLinear, scheme: Scheme, module: str) -> tuple[str, NDArray[np.uint8]]:
+    """The ggml type, and the rows [out, bytes] of blocks that stand for the store's codes."""
+    kind = _TYPES.get((scheme.bits, scheme.symmetric))
+    if kind is None:
+        raise VerificationError(f"{module} is {scheme.name}, which no type of GGUF holds.", "Export again.")
+    codes = stored.weight.codes.numpy()
+    out, inner = codes.shape
+    wide = np.broadcast_to(stored.weight.scale.float().numpy(), (out, stored.weight.scale.shape[1]))
+    if not np.isfinite(wide).all() or (wide == 0).any():
+        raise VerificationError(f"{module}: a scale is zero or not finite.", "Quantize again.")
+    step = inner // wide.shape[1]
+    block = np.zeros((out, inner // 32), dtype=[("d", "<f2"), ("m", "<f2"), ("q", "u1", 32)])
+    with np.errstate(over="ignore"):
+        block["d"] = np.repeat(wide, step, axis=1)[:, ::32]
+    if not np.array_equal(block["d"].astype(np.float32), np.repeat(wide, step, axis=1)[:, ::32]):
+        raise VerificationError(f"{module}: a scale of the store is no float16 value.", "Quantize for gguf again.")
+    if kind == "Q8_0":
+        block["q"] = codes.reshape(out, -1, 32).view(np.uint8)
+    else:
+        unsigned = (codes.astype(np.int16) + 8).astype(np.uint8).reshape(out, -1, 32)
+        block["q"][..., :16] = unsigned[..., :16] + 16 * unsigned[..., 16:]
+    if stored.weight.zero_point is not None:
+        zero = np.broadcast_to(stored.weight.zero_point.numpy(), wide.shape).astype(np.float32)
+        block["m"] = np.repeat(-(zero + 8) * wide, step, axis=1)[:, ::32]
+    parts = [block["d"][..., None].copy().view(np.uint8)]
+    if kind == "Q4_1":
+        parts.append(block["m"][..., None].copy().view(np.uint8))
+    parts.append(block["q"] if kind == "Q8_0" else block["q"][..., :16])
+    return kind, np.concatenate(parts, axis=-1).reshape(out, -1)
+
+
+def _expected_float(original: Tensor, cast: torch.dtype | None) -> tuple[str, NDArray[np.uint8]]:
+    made = original if cast is None else original.to(cast)
+    if made.ndim == 1:
+        made = made.float()
+    kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[made.dtype]
+    return kind, made.contiguous().view(len(made), -1).view(torch.uint8).numpy()
+
+
+def _interleaved(rows: NDArray[np.uint8], heads: int) -> NDArray[np.uint8]:
+    """Of each head the rows of its halves in turns, as llama.cpp rotates neighbours."""
+    made = np.empty_like(rows)
+    size = len(rows) // heads
+    for head in range(heads):
+        own = slice(head * size, (head + 1) * size)
+        made[own][0::2] = rows[own][: size // 2]
+        made[own][1::2] = rows[own][size // 2 :]
+    return made
+
+
+def _check_frequencies(folder: Path, tensor: Any, config: Mapping[str, Any]) -> None:
+    wanted = gguf_layout.frequency_divisors(config)
+    found = None if tensor is None else np.asarray(tensor.data).tolist()
+    expected = None if wanted is None else np.array(wanted, dtype=np.float32).tolist()
+    if found != expected:
+        raise VerificationError(f"{folder}: rope_freqs.weight is not that of config.json.", "Export again.")
+
+
+def _check_keys(folder: Path, reader: Any, config: Mapping[str, Any]) -> None:
+    """The keys of the model are those of config.json, and the tokens those of the tokenizer beside the file."""
+    from transformers import AutoTokenizer
+
+    found = {key: field.contents() for key, field in reader.fields.items()}
+    architecture = found.get("general.architecture")
+    for key, value in gguf_layout.architecture_keys(config).items():
+        same = key in found and (np.float32(value) == np.float32(found[key]) if isinstance(value, float)
+                                 else found[key] == value)  # fmt: skip
+        if not key.startswith(f"{architecture}.") or not same:
+            raise VerificationError(f"{folder}: {key} is not that of config.json.", "Export again.")
+    tokens = found.get("tokenizer.ggml.tokens") or []
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(tokens) != max(config["vocab_size"], len(tokenizer)):
+        raise VerificationError(f"{folder}: {len(tokens)} tokens are not those of the embedding.", "Export again.")
+    own = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    for number, (token, wanted) in enumerate(zip(tokens, own, strict=False)):
+        if wanted is not None and token != wanted:
+            raise VerificationError(f"{folder}: token {number} is not that of the tokenizer.", "Export again.")
+    for key in ("bos", "eos"):
+        if found.get(f"tokenizer.ggml.{key}_token_id") != getattr(tokenizer, f"{key}_token_id"):
+            raise VerificationError(f"{folder}: the {key} token is not that of the tokenizer.", "Export again.")
