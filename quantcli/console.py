@@ -31,6 +31,8 @@ _TITLES = {
     "export": "Writing checkpoints",
     "verify": "Reading the export back",
     "eval-ppl": "Scoring",
+    "layers": "Comparing what linears put out",
+    "generate": "Generating text",
 }
 
 

@@ -31,6 +31,8 @@ from quantcli.pipeline.stages import (
     distill,
     eval_ppl,
     export,
+    generate,
+    layers,
     quantize,
     search,
     select,
@@ -55,6 +57,8 @@ STAGES: tuple[Stage, ...] = (
     export.STAGE,
     verify.STAGE,
     eval_ppl.STAGE,
+    layers.STAGE,
+    generate.STAGE,
 )
 """In order. A new stage is a file in stages/ and a line here."""
 
@@ -278,7 +282,8 @@ def _require_stage(name: str, recipe: Recipe) -> None:
                    "search": "quantize.rollback.target", "allocate": "quantize.target",
                    "select": "calibration.drop_outliers", "distill": "quantize.distill",
                    "export": "export", "verify": "export",
-                   "eval-ppl": "evaluate.perplexity"}.get(name, name)  # fmt: skip
+                   "eval-ppl": "evaluate.perplexity", "layers": "evaluate.output_error",
+                   "generate": "evaluate.generate"}.get(name, name)  # fmt: skip
         raise RecipeError(f"This recipe has nothing for stage {name}.", f"It would need {section}.")
 
 

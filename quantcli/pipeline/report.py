@@ -1,4 +1,4 @@
-"""What a run directory says of its run, gathered for the page, from files alone: the model need not be there any more."""
+"""What a run directory says of its run, gathered for its page from files alone: the model may be gone by then."""
 
 from __future__ import annotations
 
@@ -166,14 +166,15 @@ def _errors(path: Path, result: Mapping[str, Any], facts: Mapping[str, Mapping[s
         if found:
             return {
                 "name": "Output error",
-                "description": f"‖ŷ − y‖² / ‖y‖² of what each linear puts out, quantized (ŷ) and in float (y), for the "
-                f"same inputs: those of {text} text in the float model. 0.01 is an error of a tenth of the output's size.",
+                "description": f"‖ŷ − y‖² / ‖y‖² of what each linear puts out, quantized (ŷ) and in float (y), for "
+                f"the same inputs: those that {text} text gives it in the float model. 0.01 is an error of a tenth of "
+                "the output.",
                 "values": found,
             }
     return {
         "name": "Weight error",
-        "description": "Relative squared error of the weights as their method reports it: weighed by the second moments "
-        "of the inputs where it knows them, so that it is the expected error of the output.",
+        "description": "Relative squared error of the weights as their method reports it: weighed by the second "
+        "moments of the inputs where it knows them, so that it is the expected error of the output.",
         "values": {name: fact["error"] for name, fact in facts.items() if fact.get("error") is not None},
     }
 

@@ -35,7 +35,9 @@ def checkpoint_sizes(context: Context) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _parts_of(context: Context, checkpoint: Checkpoint, owners: Mapping[str, str], *, quantized: bool) -> dict[str, Any]:
+def _parts_of(
+    context: Context, checkpoint: Checkpoint, owners: Mapping[str, str], *, quantized: bool
+) -> dict[str, Any]:
     structure, parts = context.plan.structure, dict[str, int]()
     schemes = context.plan.schemes if quantized else {}
     for entry in checkpoint.entries.values():

@@ -45,9 +45,7 @@ def heat_map(grid: Grid, scale: tuple[float, float] | None = None) -> Markup:
     return element("div", chart, class_="scroll chart")
 
 
-def _cell(
-    kind: str, block: int, cell: Cell, low: float, high: float, box: tuple[float, float, float, float]
-) -> Markup:
+def _cell(kind: str, block: int, cell: Cell, low: float, high: float, box: tuple[float, float, float, float]) -> Markup:
     x, y, width, height = box
     schemes = ", ".join(cell.schemes)
     worst = cell.worst
@@ -70,9 +68,7 @@ def heat_step(value: float, low: float, high: float) -> int:
 
 def _legend(x: float, y: float, low: float, high: float) -> Markup:
     width = 32
-    boxes = [
-        element("rect", x=x + i * width, y=y, width=width, height=12, class_=f"heat{i}") for i in range(STEPS)
-    ]
+    boxes = [element("rect", x=x + i * width, y=y, width=width, height=12, class_=f"heat{i}") for i in range(STEPS)]
     right = x + STEPS * width
     ends = [
         element("text", short(low, 2), x=x, y=y + 26, class_="label"),

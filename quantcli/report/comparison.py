@@ -54,7 +54,8 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 def _row(run: Run, name: str) -> dict[str, Any]:
     result, scores = run["result"], run["result"].get("perplexity") or {}
-    sizes = run["sizes"].get(scores.get("checkpoint")) or next((s for n, s in run["sizes"].items() if n != "float"), {})
+    exports: dict[str, Any] = {name: found for name, found in run["sizes"].items() if name != "float"}
+    sizes: Mapping[str, Any] = exports.get(scores.get("checkpoint", "")) or next(iter(exports.values()), {})
     original, quantized = scores.get("float_model") or {}, scores.get("quantized") or {}
     counts: dict[str, int] = {}
     for linear in run["plan"]["linears"]:

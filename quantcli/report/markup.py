@@ -67,7 +67,9 @@ def table(
     head = element("tr", [element("th", h, class_="number" if i in right else None) for i, h in enumerate(headings)])
     body = [element("tr", [cell(i, c) for i, c in enumerate(row)]) for row in rows]
     kind = "sortable" if sortable else None
-    return element("div", element("table", element("thead", head), element("tbody", body), class_=kind), class_="scroll")
+    return element(
+        "div", element("table", element("thead", head), element("tbody", body), class_=kind), class_="scroll"
+    )
 
 
 def facts(rows: Iterable[tuple[Any, Any]]) -> Markup:

@@ -47,7 +47,9 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
     for mark in losses.marks():
         y = _HEIGHT - _BOTTOM - losses.share(mark) * (_HEIGHT - _TOP - _BOTTOM)
         parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", short(mark, 2) if mark < 10 else short(mark), x=_LEFT - 8, y=y + 4, class_="label end"))
+        parts.append(
+            element("text", short(mark, 2) if mark < 10 else short(mark), x=_LEFT - 8, y=y + 4, class_="label end")
+        )
     for mark in sizes.marks():
         x = _LEFT + sizes.share(mark) * (_WIDTH - _LEFT - _RIGHT)
         parts.append(element("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="grid"))
@@ -60,7 +62,9 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
         x, y = place(point)
         if point.error and not logarithmic:
             half = abs(point.error) * (_HEIGHT - _TOP - _BOTTOM) / losses.span
-            parts.append(element("line", x1=x, x2=x, y1=y - half, y2=min(y + half, _HEIGHT - _BOTTOM), class_="whisker"))
+            parts.append(
+                element("line", x1=x, x2=x, y1=y - half, y2=min(y + half, _HEIGHT - _BOTTOM), class_="whisker")
+            )
         best = " best" if point in front else ""
         hint = element("title", f"{point.name}: {size(point.size)}, {loss} {short(point.loss, 4)}")
         parts.append(element("circle", hint, cx=x, cy=y, r=6, class_=f"point {point.look}{best}"))

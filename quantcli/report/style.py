@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-STYLE = """
+STYLE = (
+    """
 :root { color-scheme: light dark;
   --back: #fbfbfa; --card: #ffffff; --ink: #1c2126; --soft: #5d6670; --rule: #dfe3e7; --accent: #1f6fb5;
   --warn-back: #fff4dd; --warn-rule: #e0a93b; --good: #23785a; --mark: #ffe3b8;
@@ -77,9 +78,10 @@ figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; margin-bot
 @media print { body { background: none; } main { max-width: none; padding: 0; }
   section, .tile { break-inside: avoid; } section.long { break-inside: auto; } .chart svg { min-width: 0; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
-""" + "".join(
-    f".heat{i} {{ fill: var(--heat{i}); }} " for i in range(9)
-) + "".join(f".part{i} {{ fill: var(--part{i}); background: var(--part{i}); }} " for i in range(6))
+"""
+    + "".join(f".heat{i} {{ fill: var(--heat{i}); }} " for i in range(9))
+    + "".join(f".part{i} {{ fill: var(--part{i}); background: var(--part{i}); }} " for i in range(6))
+)
 
 SCRIPT = """
 for (const table of document.querySelectorAll("table.sortable")) {
