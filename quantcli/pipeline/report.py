@@ -115,7 +115,7 @@ def run_facts(path: Path) -> dict[str, Any]:
         "ranges": _smoothed_ranges(smoothing) or _observed_ranges(path, result, place),
         "problems": _problems(plan, events, linear_facts),
         "generation": _optional(path / "generate" / "generated.json") if "generate" in result["stages"] else None,
-        "calibration": _calibration(path, result, events),
+        "calibration": _calibration(path, result, events, _recipe_keys(text).get("calibration")),
     }
 
 
@@ -245,13 +245,19 @@ def _problems(
     return [{"kind": kind, "stage": stage, "text": text} for kind, stage, text in found]
 
 
-def _calibration(path: Path, result: Mapping[str, Any], events: list[dict[str, Any]]) -> list[tuple[str, str]]:
+def _calibration(
+    path: Path, result: Mapping[str, Any], events: list[dict[str, Any]], section: Mapping[str, Any] | None
+) -> list[tuple[str, str]]:
     """What was run through the model to decide something, and whether the float model is sane."""
     rows = []
     for event in events:
         if event["event"] == "tokens" and "protocol" not in event:
             documents = f" from {event['documents']} documents" if event.get("documents") else ""
             rows.append((event["stage"], f"{event['tokens']} tokens in {event['samples']} sequences{documents}"))
+    if rows and section:
+        sources = section.get("mix") or [section]
+        named = ", ".join(" ".join(str(s[key]) for key in ("dataset", "path") if s.get(key)) for s in sources)
+        rows.insert(0, ("text", f"{named}; seed {section.get('seed', 0)}"))
     stages, sanity = result["stages"], _optional(path / "check" / "sanity.json")
     if sanity and "check" in stages:
         perplexity = "undefined" if sanity.get("perplexity") is None else f"{sanity['perplexity']:.4g}"

@@ -86,7 +86,9 @@ def problems(found: Sequence[Mapping[str, str]]) -> Markup:
     notes = [each for each in found if each["kind"] == "note"]
     if not found:
         return element("section", element("h2", "No warnings, no fallbacks"), class_="calm")
-    heads = [f"{len(serious)} warning{'s' * (len(serious) != 1)} and fallbacks"] if serious else ["No warnings"]
+    heads = ["No warnings, no fallbacks"]
+    if serious:
+        heads = ["1 warning or fallback" if len(serious) == 1 else f"{len(serious)} warnings and fallbacks"]
     heads += [f"{len(notes)} note{'s' * (len(notes) != 1)}"] if notes else []
     return _section(", ".join(heads), _messages(serious), _messages(notes), look="warnings" if serious else None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quantcli.pipeline.batches import batched, data_identity, texts_of
 from quantcli.pipeline.context import Context, Stage
@@ -12,6 +12,13 @@ from quantcli.pipeline.source import known_positions
 from quantcli.pipeline.stages.sensitivity import output_errors
 from quantcli.recipe.data import PerplexitySection
 from quantcli.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from quantcli.evaluation.simulate import Int8Weights
+    from quantcli.formats.reader import QuantizedCheckpoint
+    from quantcli.model.stream import BlockStream
 
 RESULT = "errors.json"
 
@@ -46,26 +53,21 @@ def run(context: Context, folder: StageFolder) -> None:
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.stream import BlockStream
     from quantcli.pipeline.stages.export import float_source
-    from quantcli.pipeline.treatment import replacement
 
     assert context.recipe.export is not None
     wanted, section = _tokens(context.recipe)
     length = min(wanted, known_positions(context.model) or wanted)
     text = tokenize(context.tokenizer(), texts_of(section), samples=1, sequence_length=length, packing="packed", seed=0)
     form = context.recipe.export.formats[0]
-    exported = QuantizedCheckpoint(context.folder("export") / form, context.linears, float_source(context).weights)
+    source = float_source(context)
+    exported = QuantizedCheckpoint(context.folder("export") / form, context.linears, source.weights)
     stream = BlockStream(context.skeleton(), batched(text.samples))
     (hidden,) = stream.start()
     errors: dict[str, dict[str, float | None]] = {}
     for index, block in enumerate(context.plan.structure.blocks):
         started = time.perf_counter()
-        schemes = {name: s for name, s in exported.schemes.items() if name.startswith(f"{block.name}.")}
-        replaced = {
-            name: replacement(
-                exported.read_linear(name), scheme, stream.skeleton.dtype, stream.skeleton.device, section.phase
-            )
-            for name, scheme in schemes.items()
-        }
+        planned = [linear.name for linear in block.linears if linear.name in context.plan.schemes]
+        replaced = {name: _exported(context, exported, source.weights[name], name, stream, section) for name in planned}
         found: dict[str, dict[str, float | None]] = {name: {} for name in replaced}
         with stream.block(index) as module, torch.inference_mode(), output_errors(module, block, replaced, found):
             hidden = stream.run(index, 0, hidden)
@@ -75,6 +77,24 @@ def run(context: Context, folder: StageFolder) -> None:
     content = {"tokens": text.tokens, "linears": [{"name": name, **error} for name, error in errors.items()]}
     write_json(folder.path / RESULT, content)
     folder.add(folder.path / RESULT)
+
+
+def _exported(
+    context: Context,
+    exported: QuantizedCheckpoint,
+    weight: str,
+    name: str,
+    stream: BlockStream,
+    section: PerplexitySection,
+) -> Int8Weights | Tensor:
+    """A linear as an engine computes it: integer products, or the weight [out, in] that its codes stand for."""
+    from quantcli.pipeline.treatment import replacement
+
+    dtype, device = stream.skeleton.dtype, stream.skeleton.device
+    if name in exported.schemes:
+        return replacement(exported.read_linear(name), exported.schemes[name], dtype, device, section.phase)
+    dense = exported.read([weight])[weight].to(device, dtype)
+    return dense.t() if context.linears[name].transposed else dense
 
 
 STAGE = Stage("layers", ("smooth", "export"), _wanted, _identity, run, lambda _: (RESULT,), guards=("check", "verify"))
