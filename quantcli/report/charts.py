@@ -35,9 +35,7 @@ def heat_map(grid: Grid, scale: tuple[float, float] | None = None) -> Markup:
             x = left + block * width
             parts.append(_cell(kind, block, cell, low, high, (x, y, width - 1, height)))
     bottom = top + len(grid.rows) * (height + gap)
-    every = max(1, math.ceil(26 / width))
-    every = next(nice for nice in (1, 2, 5, 10, 20, 50, 100, 200, 1000) if nice >= every)
-    for block in range(0, grid.blocks, every):
+    for block in range(0, grid.blocks, _nice(26 / width)):
         parts.append(element("text", block, x=left + (block + 0.5) * width, y=bottom + 14, class_="label middle"))
     parts.append(element("text", "block", x=left - 8, y=bottom + 14, class_="label end"))
     parts.append(_legend(left, bottom + 34, low, high))
@@ -66,14 +64,19 @@ def heat_step(value: float, low: float, high: float) -> int:
     return min(STEPS - 1, int(share * STEPS))
 
 
+def _nice(least: float) -> int:
+    """The first of 1, 2, 5, 10, 20, … that is not less."""
+    return next(factor * 10**power for power in range(9) for factor in (1, 2, 5) if factor * 10**power >= least)
+
+
 def _legend(x: float, y: float, low: float, high: float) -> Markup:
     width = 32
     boxes = [element("rect", x=x + i * width, y=y, width=width, height=12, class_=f"heat{i}") for i in range(STEPS)]
     right = x + STEPS * width
     ends = [
-        element("text", short(low, 2), x=x, y=y + 26, class_="label"),
-        element("text", short(math.sqrt(low * high), 2), x=(x + right) / 2, y=y + 26, class_="label middle"),
-        element("text", short(high, 2), x=right, y=y + 26, class_="label end"),
+        element("text", f"{low:.1g}", x=x, y=y + 26, class_="label"),
+        element("text", f"{math.sqrt(low * high):.1g}", x=(x + right) / 2, y=y + 26, class_="label middle"),
+        element("text", f"{high:.1g}", x=right, y=y + 26, class_="label end"),
         element("rect", x=right + 24, y=y, width=20, height=12, rx=2, class_="float"),
         element("text", "in float", x=right + 50, y=y + 10, class_="label"),
     ]
@@ -116,8 +119,7 @@ def _panel(title: str, lines: Sequence[Line], blocks: int, scale: tuple[float, f
         _, y = place(0, 10.0**exponent)
         parts.append(element("line", x1=left, x2=width - 12, y1=y, y2=y, class_="grid"))
         parts.append(element("text", _power(exponent), x=left - 6, y=y + 4, class_="label end"))
-    marks = sorted({0, blocks - 1, *((blocks - 1) * i // 4 for i in range(1, 4))})
-    for block in marks:
+    for block in range(0, blocks, _nice(50 / step)):
         x, _ = place(block, scale[0])
         parts.append(element("text", block, x=x, y=height - 8, class_="label middle"))
     for line in lines:

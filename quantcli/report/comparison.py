@@ -138,7 +138,7 @@ def comparison_page(runs: Sequence[Run], found: Mapping[str, Any]) -> str:
         ),
         _notes(found["notes"]),
         _charts(found),
-        element("section", element("h2", "Numbers"), _numbers(rows, found["front"])),
+        element("section", element("h2", "Numbers"), _numbers(rows, found["front"]), class_="dense"),
         _recipes(rows, found["differences"]),
         _maps(runs, rows),
         _measured(rows),
@@ -180,14 +180,13 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
         return short(value, digits) if error is None or value is None else f"{short(value, digits)} ± {short(error, 2)}"
 
     best = {name for names in front.values() for name in names}
-    headings = ("run", "linears", "size", "× smaller", "bits a weight", "perplexity", "increase", "KL divergence",
+    headings = ("run", "linears", "size", "bits a weight", "perplexity", "increase", "KL divergence",
                 "same top token", "time", "warnings")  # fmt: skip
     cells = [
         (
             element("b", row["run"]) if row["run"] in best else row["run"],
             ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items()),
-            (size(row["size"]), row["size"]),
-            (short(row["float_size"] / row["size"] if row["size"] else None), row["ratio"]),
+            (f"{size(row['size'])}, {row['float_size'] / max(1, row['size']):.2f} × smaller", row["size"]),
             (short(row["bits_per_weight"]), row["bits_per_weight"]),
             (with_error(row["perplexity"], row["perplexity_error"], 4), row["perplexity"]),
             (percent(row["increase"], 2, True), row["increase"]),

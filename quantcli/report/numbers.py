@@ -12,7 +12,7 @@ def short(value: float | None, digits: int = 3) -> str:
     if value == 0:
         return "0"
     exponent = math.floor(math.log10(abs(value)))
-    if -4 < exponent < 6:
+    if -6 < exponent < 6:
         return f"{value:.{max(0, digits - 1 - exponent)}f}"
     return f"{value / 10**exponent:.{digits - 1}f}e{exponent}"
 
@@ -31,6 +31,12 @@ def size(count: float | None) -> str:
         if count >= factor:
             return f"{count / factor:.{2 if count < 10 * factor else 1}f} {unit}"
     return f"{count:.0f} B"
+
+
+def round_size(count: float) -> str:
+    """Bytes that are a round number of their unit, as at the ticks of an axis."""
+    unit, factor = next(((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if count >= f), ("B", 1.0))
+    return f"{count / factor:g} {unit}"
 
 
 def seconds(value: float | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantcli.report.markup import Markup, element
-from quantcli.report.numbers import short, size
+from quantcli.report.numbers import round_size, short, size
 
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 380, 64, 24, 16, 46
 
@@ -47,13 +47,11 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
     for mark in losses.marks():
         y = _HEIGHT - _BOTTOM - losses.share(mark) * (_HEIGHT - _TOP - _BOTTOM)
         parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(
-            element("text", short(mark, 2) if mark < 10 else short(mark), x=_LEFT - 8, y=y + 4, class_="label end")
-        )
+        parts.append(element("text", f"{mark:g}", x=_LEFT - 8, y=y + 4, class_="label end"))
     for mark in sizes.marks():
         x = _LEFT + sizes.share(mark) * (_WIDTH - _LEFT - _RIGHT)
         parts.append(element("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="grid"))
-        parts.append(element("text", size(mark), x=x, y=_HEIGHT - _BOTTOM + 18, class_="label middle"))
+        parts.append(element("text", round_size(mark), x=x, y=_HEIGHT - _BOTTOM + 18, class_="label middle"))
     parts.append(element("text", "size of the checkpoint", x=_WIDTH - _RIGHT, y=_HEIGHT - 6, class_="label end"))
     steps = "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(map(place, front)))
     parts.append(element("path", d=steps, class_="line front"))
@@ -71,7 +69,7 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
         parts.append(_label(point.name, x, y, taken))
     return element(
         "figure",
-        element("figcaption", f"{loss} against size"),
+        element("figcaption", f"{loss[0].upper()}{loss[1:]} against size"),
         element("svg", parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=f"{loss} against size"),
     )
 
@@ -85,7 +83,7 @@ def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float]
     while any(left < r and l < left + width and abs(m - y) < 14 for l, r, m in taken):  # noqa: E741
         y -= 14
     taken.append((left, left + width, y))
-    return element("text", shown, x=x + 12 if right else x - 12, y=y + 4, class_="label" if right else "label end")
+    return element("text", shown, x=x + 9 if right else x - 9, y=y - 7, class_="label" if right else "label end")
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,14 @@ th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-
 thead th { border-top: 0; color: var(--soft); font-weight: 600; font-size: 13px; }
 tbody tr:first-child > * { border-top: 0; } thead + tbody tr:first-child > * { border-top: 1px solid var(--rule); }
 .facts th { color: var(--soft); font-weight: 400; width: 170px; } .facts td { overflow-wrap: anywhere; }
+.dense table { font-size: 13px; } .dense th, .dense td { padding-right: 11px; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .sortable th { cursor: pointer; } .sortable th:hover { color: var(--accent); }
 .sortable th[aria-sort=ascending]::after { content: " \\2191"; }
 .sortable th[aria-sort=descending]::after { content: " \\2193"; }
 code, pre, .mono { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 code { overflow-wrap: anywhere; }
+td code { white-space: nowrap; } .facts td code { white-space: normal; }
 pre { margin: 8px 0 0; padding: 10px 12px; background: var(--back); border: 1px solid var(--rule); border-radius: 8px;
   overflow-x: auto; }
 details { margin-top: 12px; } summary { cursor: pointer; color: var(--accent); }

@@ -19,6 +19,7 @@ _OPTIONS = [
     "--disable-gpu",
     "--disable-dev-shm-usage",
     "--no-first-run",
+    "--hide-scrollbars",
     "--disable-background-networking",
     "--disable-component-update",
     "--remote-debugging-pipe",
