@@ -74,7 +74,7 @@ def _legend(x: float, y: float, low: float, high: float) -> Markup:
     boxes = [element("rect", x=x + i * width, y=y, width=width, height=12, class_=f"heat{i}") for i in range(STEPS)]
     right = x + STEPS * width
     ends = [
-        element("text", f"{low:.1g}", x=x, y=y + 26, class_="label"),
+        element("text", f"≤ {low:.1g}", x=x, y=y + 26, class_="label"),
         element("text", f"{math.sqrt(low * high):.1g}", x=(x + right) / 2, y=y + 26, class_="label middle"),
         element("text", f"{high:.1g}", x=right, y=y + 26, class_="label end"),
         element("rect", x=right + 24, y=y, width=20, height=12, rx=2, class_="float"),

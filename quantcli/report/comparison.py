@@ -40,7 +40,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     for key, _, _ in _CHARTS:
         points = _points([row for row in rows if row["run"] in group], key)
         front[key] = [point.name for point in pareto_front(points)]
-    return {"runs": rows, "comparable": group, "front": front, "notes": notes, "differences": _differences(runs, rows)}
+    return {"runs": rows, "comparable": group, "front": front, "notes": notes, "differences": _differences(runs)}
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -106,16 +106,34 @@ def _alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
-    error = {"kl_divergence": "kl_error", "perplexity": "perplexity_error"}[key]
-    return [Point(row["run"], row["size"], row[key], row[error]) for row in rows if row[key] is not None]
+    return [Point(row["run"], row["size"], row[key], _error(row, key)) for row in rows if row[key] is not None]
 
 
-def _differences(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Keys of the recipes that are not the same in all → their values, in the order of the runs."""
+def _error(row: Mapping[str, Any], key: str) -> float | None:
+    """The standard error by which runs on the same tokens differ: of perplexity that of the increase, over the float
+    model's, since how hard the text is does not tell them apart."""
+    if key == "kl_divergence":
+        error: float | None = row["kl_error"]
+        return error
+    error, original = row["increase_error"], row["float_perplexity"]
+    return None if error is None or original is None else error * original
+
+
+def _differences(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Keys of the recipes that are not the same in all → their values, in the order of the runs.
+
+    A section that one has and another does not is "given" and None; its keys are told only where those that have it
+    differ.
+    """
     recipes = [dict(flat_recipe(run["recipe_keys"])) for run in runs]
-    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
-    found = {key: [recipe.get(key) for recipe in recipes] for key in keys if key != "output"}
-    return {key: values for key, values in found.items() if any(value != values[0] for value in values)}
+    found: dict[str, list[Any]] = {}
+    for key in dict.fromkeys(key for recipe in recipes for key in recipe):
+        known = [recipe[key] for recipe in recipes if key in recipe]
+        sections = [any(other.startswith(f"{key}.") for other in recipe) for recipe in recipes]
+        if key != "output" and (any(sections) or any(value != known[0] for value in known)):
+            values = zip(recipes, sections, strict=True)
+            found[key] = ["given" if section else recipe.get(key) for recipe, section in values]
+    return found
 
 
 def flat_recipe(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -185,8 +203,8 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
     cells = [
         (
             element("b", row["run"]) if row["run"] in best else row["run"],
-            ", ".join(f"{count} {scheme}" for scheme, count in row["schemes"].items()),
-            (f"{size(row['size'])}, {row['float_size'] / max(1, row['size']):.2f} × smaller", row["size"]),
+            [element("div", f"{count} {scheme}", class_="whole") for scheme, count in row["schemes"].items()],
+            (f"{size(row['size'])} ({row['float_size'] / max(1, row['size']):.2f} ×)", row["size"]),
             (short(row["bits_per_weight"]), row["bits_per_weight"]),
             (with_error(row["perplexity"], row["perplexity_error"], 4), row["perplexity"]),
             (percent(row["increase"], 2, True), row["increase"]),
@@ -204,7 +222,7 @@ def _recipes(rows: Sequence[Mapping[str, Any]], differences: Mapping[str, Sequen
     if not differences:
         return None
     cells = [
-        (element("code", key), *["" if value is None else str(value) for value in values])
+        (element("code", key), *["–" if value is None else str(value) for value in values])
         for key, values in differences.items()
     ]
     names = [row["run"] for row in rows]

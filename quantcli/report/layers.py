@@ -50,11 +50,12 @@ class Grid:
         return [cell.worst for row in self.rows.values() for cell in row.values() if cell.worst is not None]
 
     def bounds(self) -> tuple[float, float]:
-        """Powers of ten, or halves of them, around all values that are above zero; (1, 10) without any."""
-        found = [math.log10(value) for value in self.values if value > 0]
+        """Powers of ten, or halves of them, from the least value to the largest, but for the least twentieth,
+        which would take most colours where it lies apart; (1, 10) without any above zero."""
+        found = sorted(math.log10(value) for value in self.values if value > 0)
         if not found:
             return 1.0, 10.0
-        low, high = math.floor(2 * min(found)) / 2, math.ceil(2 * max(found)) / 2
+        low, high = math.floor(2 * found[len(found) // 20]) / 2, math.ceil(2 * found[-1]) / 2
         return 10**low, 10 ** max(high, low + 0.5)
 
 

@@ -61,7 +61,9 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
         if point.error and not logarithmic:
             half = abs(point.error) * (_HEIGHT - _TOP - _BOTTOM) / losses.span
             parts.append(
-                element("line", x1=x, x2=x, y1=y - half, y2=min(y + half, _HEIGHT - _BOTTOM), class_="whisker")
+                element(
+                    "line", x1=x, x2=x, y1=max(y - half, _TOP), y2=min(y + half, _HEIGHT - _BOTTOM), class_="whisker"
+                )
             )
         best = " best" if point in front else ""
         hint = element("title", f"{point.name}: {size(point.size)}, {loss} {short(point.loss, 4)}")

@@ -40,7 +40,7 @@ th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-
 thead th { border-top: 0; color: var(--soft); font-weight: 600; font-size: 13px; }
 tbody tr:first-child > * { border-top: 0; } thead + tbody tr:first-child > * { border-top: 1px solid var(--rule); }
 .facts th { color: var(--soft); font-weight: 400; width: 170px; } .facts td { overflow-wrap: anywhere; }
-.dense table { font-size: 13px; } .dense th, .dense td { padding-right: 11px; }
+.whole { white-space: nowrap; } .dense table { font-size: 13px; } .dense th, .dense td { padding-right: 11px; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .sortable th { cursor: pointer; } .sortable th:hover { color: var(--accent); }
 .sortable th[aria-sort=ascending]::after { content: " \\2191"; }

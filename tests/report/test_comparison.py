@@ -94,6 +94,17 @@ def test_directories_of_one_name_are_told_apart_by_their_parents(tmp_path: Path)
     assert [row["run"] for row in compare(facts)["runs"]] == ["a/run", "b/run"]
 
 
+def test_a_section_that_one_recipe_lacks_is_told_once(tmp_path: Path) -> None:
+    sections = ("{samples: 8, seed: 0}", "{samples: 9, seed: 0}", "null")
+    facts = []
+    for index, section in enumerate(sections):
+        path = save_run(tmp_path / str(index))
+        (path / "recipe.yaml").write_text(f"calibration: {section}\noutput: {index}\n")
+        facts.append(run_facts(path))
+    wanted = {"calibration": ["given", "given", None], "calibration.samples": [8, 9, None]}
+    assert compare(facts)["differences"] == wanted
+
+
 def test_a_comparison_of_large_models_is_small(tmp_path: Path) -> None:
     facts = [run_facts(save_run(tmp_path / str(i), blocks=80)) for i in range(6)]
     assert len(comparison_page(facts, compare(facts)).encode()) < 2_000_000
