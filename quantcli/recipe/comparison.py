@@ -28,9 +28,9 @@ class GenerateSection(Section):
     )
     max_new_tokens: Count = Field(default=32, description="At most this many tokens are written to a prompt.")
     memory: Annotated[int, BeforeValidator(size_of, json_schema_input_type=str)] = Field(
-        default=4 << 30,
+        default=2 << 30,
         description="A model whose weights take more than this writes nothing, since all of them have to be in memory.",
-        json_schema_extra={"default": "4GiB"},
+        json_schema_extra={"default": "2GiB"},
     )
 
     @field_serializer("memory")
