@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 import traceback
@@ -127,7 +128,8 @@ def _run(
         from quantcli.pipeline.engine import MissedGate, run_recipe
 
         try:
-            result = run_recipe(loaded, until=stage, listener=listener)
+            command = _as_typed(stage or "run", recipe, overrides, model, output, device)
+            result = run_recipe(loaded, until=stage, listener=listener, command=command)
         except MissedGate as error:
             missed, result = error, error.result
     if as_json:
@@ -136,6 +138,16 @@ def _run(
         console.show_result(result)
     if missed is not None:
         raise missed
+
+
+def _as_typed(command: str, recipe: str, overrides: list[str] | None, *options: str | None) -> str:
+    """The command that does the same again; `options` are the values of --model, --output and --device."""
+    words = ["quantcli", command, recipe]
+    for change in overrides or ():
+        words += ["--set", change]
+    for name, value in zip(("--model", "--output", "--device"), options, strict=True):
+        words += [name, value] if value else []
+    return shlex.join(words)
 
 
 def _stage_command(stage: str | None) -> Callable[..., None]:
@@ -302,6 +314,25 @@ def verify(
         _print_json(found)
     else:
         console.show_facts(f"{path} is in order", found)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
+    output: Annotated[Path | None, typer.Option("--output", help="File to write.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Write the page of a run, or compare several on one page."""
+    from quantcli import console
+    from quantcli.pipeline.report import report_paths
+
+    found = report_paths(runs, output, overwrite=overwrite)
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_report(found)
 
 
 @app.command()

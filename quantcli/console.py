@@ -32,6 +32,8 @@ _TITLES = {
     "export": "Writing checkpoints",
     "verify": "Reading the export back",
     "eval-ppl": "Scoring",
+    "layers": "Comparing what linears put out",
+    "generate": "Generating text",
 }
 
 
@@ -148,6 +150,7 @@ def show_result(result: RunResult) -> None:
     for label, value in outcome_rows(result.plan.to_json(), result.to_json()):
         table.add_row(label, value)
     console.print(table)
+    console.print(f"Report: {result.path / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     for export in result.to_json()["exports"]:
         command = f"llama-server -m {export}/model.gguf" if Path(export).name == "gguf" else f"vllm serve {export}"
         console.print(f"Serve it: {command}", markup=False, highlight=False, soft_wrap=True)
@@ -234,6 +237,24 @@ def show_scores(found: Mapping[str, Any]) -> None:
         f"{found['protocol']}, {found['windows']} windows of {found['sequence_length']}, {found['dtype']}"
     )
     show_facts(found["checkpoint"], facts)
+
+
+def show_report(found: Mapping[str, Any]) -> None:
+    """Where `quantcli report` wrote a page; of several runs also the table."""
+    console = Console()
+    if "runs" in found:
+        table = Table()
+        table.add_column("run", overflow="fold")
+        for heading in ("size", "perplexity", "increase", "KL divergence", "same top token"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in found["runs"]:
+            forms = {"perplexity": ".3f", "increase": "+.2%", "kl_divergence": ".4f", "agreement": ".1%"}
+            numbers = ["" if row[key] is None else format(row[key], form) for key, form in forms.items()]
+            table.add_row(row["run"], f"{row['size'] / 1e6:.1f} MB", *numbers)
+        console.print(table)
+        for note in found["notes"]:
+            console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Wrote {found['page']}.", markup=False, highlight=False, soft_wrap=True)
 
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:

@@ -57,7 +57,11 @@ def static_recipe(tiny_llama: Path, prose: Path) -> Callable[[Path], dict[str, A
             "model": {"path": str(tiny_llama), "sanity_check": "warn"},
             "calibration": {**text, "samples": 4, "sequence_length": 32},
             "quantize": {"activations": {"bits": 8, "scope": "tensor"}},
-            "evaluate": {"perplexity": {**text, "sequence_length": 32, "windows": 4}},
+            "evaluate": {
+                "perplexity": {**text, "sequence_length": 32, "windows": 4},
+                "output_error": {"tokens": 32},
+                "generate": {"prompts": ["The hill"], "max_new_tokens": 3},
+            },
             "output": str(output),
         }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import gptq
+from quantcli.formats import common
 from quantcli.model import gguf_layout
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure import Linear, Structure
@@ -43,10 +43,9 @@ RECORD = "quantization.json"
 BLOCK = 32
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 
-# as there: no scales for caches or attention
-attention_refusal = gptq.attention_refusal
-attention_names = gptq.attention_names
-attention_tensors = gptq.attention_tensors
+attention_refusal = common.attention_refusal
+attention_names = common.attention_names
+attention_tensors = common.attention_tensors
 
 
 def kind_of(scheme: Scheme) -> str:

@@ -21,6 +21,7 @@ from quantcli.pipeline.allocation import budgeted
 from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context, Listener, Stage
 from quantcli.pipeline.plan import Plan, make_plan, reads_calibration
+from quantcli.pipeline.report import write_page, write_summary
 from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, StageFolder, check_place, is_run, open_run, room_errors
 from quantcli.pipeline.source import known_positions, locate_model, model_identity
 from quantcli.pipeline.stages import (
@@ -30,6 +31,8 @@ from quantcli.pipeline.stages import (
     distill,
     eval_ppl,
     export,
+    generate,
+    layers,
     quantize,
     search,
     select,
@@ -54,6 +57,8 @@ STAGES: tuple[Stage, ...] = (
     export.STAGE,
     verify.STAGE,
     eval_ppl.STAGE,
+    layers.STAGE,
+    generate.STAGE,
 )
 """In order. A new stage is a file in stages/ and a line here."""
 
@@ -74,6 +79,7 @@ class RunResult:
     smoothing: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
     allocation: dict[str, Any] | None = None
+    sizes: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         exported = self.stages.get("export", {}).get("files", {})
@@ -87,6 +93,7 @@ class RunResult:
             "smoothing": self.smoothing,
             "experts": self.experts,
             "allocation": self.allocation,
+            "sizes": self.sizes,
             "peak_memory": self.peak_memory,
         }
 
@@ -115,10 +122,13 @@ def _plan(recipe: Recipe, model: Path) -> Plan:
     return plan if recipe.quantize.target is None else budgeted(recipe, plan)
 
 
-def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener | None = None) -> RunResult:
+def run_recipe(
+    recipe: Recipe, *, until: str | None = None, listener: Listener | None = None, command: str | None = None
+) -> RunResult:
     """Bring the run directory up to date, as far as stage `until` (all stages by default).
 
-    Stage `sensitivity` can be asked for though the recipe rolls nothing back by rank.
+    Stage `sensitivity` can be asked for though the recipe rolls nothing back by rank. The page of the run, report.html,
+    is written last, with the `command` that asked for it.
 
     A stage runs when its fingerprint differs from the recorded one or a file of it is missing; one that was interrupted
     goes on behind its finished blocks. What can be known to be wrong is refused before anything is written. Raises the
@@ -150,7 +160,10 @@ def run_recipe(recipe: Recipe, *, until: str | None = None, listener: Listener |
         _bring_up_to_date(context, until)
         scores, smoothing = _perplexity(context), _smoothing(context)
         found = _experts(context), _allocation(context)
-        result = RunResult(path, context.plan, context.results, scores, _peak_of(context), smoothing, *found)
+        peak = _peak_of(context)
+        result = RunResult(path, context.plan, context.results, scores, peak, smoothing, *found, _sizes(context))
+        write_summary(path, context.plan.to_json(), result.to_json(), command)
+        write_page(path)
     _check_gates(recipe, result)
     return result
 
@@ -202,7 +215,8 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str) -> None:
         context.results[stage.name] = {**recorded, "reused": True}
         return
     started = time.perf_counter()
-    context.emit("started")
+    # what this one has no events of, an interrupted run before it has
+    context.emit("started", resumed=folder.begun(fingerprint))
     for name in _readers(stage.name) & records.keys():
         del records[name]  # what a change has made out of date is no result of this run any more
     context.run.write_record()
@@ -268,7 +282,8 @@ def _require_stage(name: str, recipe: Recipe) -> None:
                    "search": "quantize.rollback.target", "allocate": "quantize.target",
                    "select": "calibration.drop_outliers", "distill": "quantize.distill",
                    "export": "export", "verify": "export",
-                   "eval-ppl": "evaluate.perplexity"}.get(name, name)  # fmt: skip
+                   "eval-ppl": "evaluate.perplexity", "layers": "evaluate.output_error",
+                   "generate": "evaluate.generate"}.get(name, name)  # fmt: skip
         raise RecipeError(f"This recipe has nothing for stage {name}.", f"It would need {section}.")
 
 
@@ -360,6 +375,15 @@ def _allocation(context: Context) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = read_json(context.folder(allocate.STAGE.name) / allocate.RESULT)
     return {key: found[key] for key in ("target", "bits_per_weight", "size", "error", "linears")}
+
+
+def _sizes(context: Context) -> dict[str, Any] | None:
+    """Bytes of the float checkpoint and the exports, by part."""
+    if export.STAGE.name not in context.results:
+        return None
+    from quantcli.pipeline.sizes import checkpoint_sizes
+
+    return checkpoint_sizes(context)
 
 
 def _check_gates(recipe: Recipe, result: RunResult) -> None:

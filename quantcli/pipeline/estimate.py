@@ -33,6 +33,7 @@ SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 700e-9)
 # What it holds of its widest group of linears in float32, in copies of its weights (on a block of 44 M weights).
 SMOOTHING_COPIES = (1.5, 5.5, 11.0)
 SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed
+SECONDS_A_BYTE_READ = 0.4e-9  # of weights, by a model that writes one token after the other
 START = 6.0  # imports and the first look at a model
 
 
@@ -77,6 +78,13 @@ def estimate(
         hidden = min(observed * structure.width * width, recipe.model.cache_memory)
         memory = max(memory, BASE_MEMORY + _smoothing_memory(recipe.smooth, structure, outer, quantized) + 2 * hidden)
     seconds = START + SECONDS_A_BYTE * size_after
+    whole, generate = (
+        sum(map(prod, structure.parameters.values())) * width,
+        recipe.evaluate and recipe.evaluate.generate,
+    )
+    if generate and recipe.export and whole <= generate.memory:
+        memory = max(memory, BASE_MEMORY + whole)
+        seconds += 2 * len(generate.prompts) * generate.max_new_tokens * SECONDS_A_BYTE_READ * whole
     if recipe.smooth is not None and recipe.smooth.scales:
         seconds += SECONDS_A_SMOOTHED_WEIGHT[_smoothing_cost(recipe.smooth, quantized)] * linear_weights
     seconds += sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in quantized)

@@ -90,9 +90,11 @@ class Plan:
             "model": str(self.model),
             "architecture": self.structure.architecture,
             "dtype": self.structure.dtype,
+            "blocks": len(self.structure.blocks),
             "linears": [
                 {
                     "name": p.linear.name,
+                    "block": p.block,
                     "shape": [p.linear.out_features, p.linear.in_features],
                     "scheme": p.scheme.name if p.scheme else "float",
                     "reason": p.reason,

@@ -114,6 +114,11 @@ class StageFolder:
         self.fingerprint, self.writes = fingerprint, tuple(writes)
         self._write(complete=False)
 
+    def begun(self, fingerprint: str) -> bool:
+        """Whether an interrupted run has left finished files under this fingerprint."""
+        record = self._read()
+        return record.get("fingerprint") == fingerprint and bool(record.get("files"))
+
     def add(self, file: Path, digest: str = "") -> None:
         """Record a finished file; its sha256 is computed where the writer did not."""
         name = file.relative_to(self.path).as_posix()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
+from quantcli.recipe.comparison import GenerateSection, OutputErrorSection
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
 from quantcli.recipe.fields import Section, Text, as_percent, as_size, fraction_of, refusal, size_of, whole
 from quantcli.recipe.quantization import QuantizeSection, named_scheme
@@ -86,6 +87,12 @@ class EvaluateSection(Section):
     """What is measured on the exported model."""
 
     perplexity: PerplexitySection | None = Field(default=None, description="Measure perplexity; {} for the defaults.")
+    output_error: OutputErrorSection | None = Field(
+        default=OutputErrorSection(), description="Measure the output error of each linear; null leaves it out."
+    )
+    generate: GenerateSection | None = Field(
+        default=GenerateSection(), description="Let both models write a little text; null leaves it out."
+    )
     gates: GatesSection | None = Field(
         default=None, description="Quality bounds; a miss ends the run with exit status 4."
     )

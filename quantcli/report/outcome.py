@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from quantcli.report.numbers import size
+
 
 def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(label, value): what got which scheme, size and perplexity before and after, time, memory, files."""
@@ -23,7 +25,7 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     for note in plan["notes"]:
         yield "note", note
     before, after = result["size_before"], result["size_after"]
-    yield "size", f"{before / 1e6:.1f} MB → {after / 1e6:.1f} MB ({after / before - 1:+.1%})"
+    yield "size", f"{size(before)} → {size(after)} ({after / before - 1:+.1%})"
     if scores := result["perplexity"]:
         yield from _score_rows(scores)
     stages = result["stages"]

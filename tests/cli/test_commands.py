@@ -26,13 +26,13 @@ def test_json_is_one_document_and_progress_goes_elsewhere(quantcli: Any, recipe_
     assert content["size_after"] < content["size_before"]
     assert content["perplexity"]["quantized"]["value"] > 1
     assert content["missed_gate"] is None
-    assert [stage["reused"] for stage in content["stages"].values()] == [False] * 6
+    assert [stage["reused"] for stage in content["stages"].values()] == [False] * 8
     progress = outcome.err.splitlines()
     titles = ["Checking", "Observing", "Quantizing", "Writing", "Reading", "Scoring"]
     assert [line.split()[0] for line in progress if line.split()[0] in titles] == titles
     assert "\x1b" not in outcome.err  # plain lines where there is no terminal
     again = json.loads(quantcli("run", file, "--json").out)
-    assert [stage["reused"] for stage in again["stages"].values()] == [True] * 6
+    assert [stage["reused"] for stage in again["stages"].values()] == [True] * 8
     assert again["perplexity"] == content["perplexity"]
     assert again["peak_memory"] >= content["peak_memory"]
 
@@ -55,7 +55,7 @@ def test_the_outcome_of_a_run_fits_a_narrow_terminal(
     assert "21 linears W8A8 static" in out
     assert "1 linear float" in out
     assert f"vllm serve {file.parent / 'run' / 'export' / 'compressed-tensors'}" in out
-    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith("Serve it"))
+    assert all(len(line) <= 80 for line in out.splitlines() if not line.startswith(("Report", "Serve it")))
 
 
 def test_a_plan_for_people(quantcli: Any, recipe_file: RecipeFile, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -378,3 +378,62 @@ def test_the_interface_of_python(
     assert recorded == events
     with pytest.raises(QuantcliError, match="There is no stage 'smoothe'"):
         api.run_stage("smoothe", recipe)
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+
+def test_a_run_ends_with_its_page_and_report_makes_the_same(quantcli: Any, finished: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    outcome = quantcli("report", finished, "--output", page)
+    assert outcome == (0, f"Wrote {page}.\n", "")
+    assert page.read_bytes() == (finished / "report.html").read_bytes()
+    text = page.read_text(encoding="utf-8")
+    command = json.loads((finished / "summary.json").read_text())["command"]
+    assert command.startswith("quantcli run ")
+    assert command in text
+    for part in ("Output error by layer", "Activation ranges", "Generated text", "together", "W8A8 static"):
+        assert part in text, part
+
+
+def test_the_json_of_a_report_is_the_outcome_and_what_to_beware_of(
+    quantcli: Any, finished: Path, tmp_path: Path
+) -> None:
+    found = json.loads(quantcli("report", finished, "--output", tmp_path / "page.html", "--json").out)
+    scores = json.loads((finished / "eval-ppl" / "results.json").read_text())
+    assert found["perplexity"]["kl_divergence"] == scores["kl_divergence"]
+    assert found["run"] == finished.name
+    assert len(found["errors"]["values"]) == 21
+    assert {each["kind"] for each in found["problems"]} <= {"warning", "note", "fallback"}
+    folder = finished / "export" / "compressed-tensors"
+    sizes = found["sizes"]["compressed-tensors"]
+    header = 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
+    assert sizes["bytes"] == sum(sizes["parts"].values()) == (folder / "model.safetensors").stat().st_size - header
+    linears = 3 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96)
+    assert sizes["parts"]["codes"] == linears
+    assert sizes["parts"]["embeddings"] == sizes["parts"]["output head"] == 512 * 64 * 4
+    assert sizes["bits_per_weight"] == pytest.approx(
+        8 * (linears + sizes["parts"]["scales and zero points"]) / linears, abs=1e-4
+    )
+
+
+def test_runs_are_compared_and_a_file_that_is_there_is_kept(
+    quantcli: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(finished, tmp_path / "other"))
+    monkeypatch.chdir(tmp_path)
+    outcome = quantcli("report", finished, other)
+    assert outcome.status == 0
+    assert "comparison.html" in outcome.out
+    assert "KL divergence" in outcome.out
+    again = quantcli("report", finished, other)
+    assert again.status == 2
+    assert "comparison.html exists. Name another file by --output, or add --overwrite." in " ".join(again.err.split())
+    found = json.loads(quantcli("report", finished, other, "--overwrite", "--json").out)
+    assert found["comparable"] == [row["run"] for row in found["runs"]] == ["run", "other"]
+
+
+def test_what_is_no_run_is_not_reported(quantcli: Any, tmp_path: Path) -> None:
+    outcome = quantcli("report", tmp_path)
+    assert outcome.status == 2
+    assert "is no run directory. Name the output of `quantcli run`." in " ".join(outcome.err.split())

@@ -19,7 +19,12 @@ PLACEHOLDERS = {"RECIPE", "PATH", "NAME"}
 # What quicker runs need, by section of the recipe; the example's own options come after and win.
 QUICKER = {
     "calibration": ["calibration.samples=4", "calibration.sequence_length=64"],
-    "evaluate": ["evaluate.perplexity.windows=2", "evaluate.perplexity.sequence_length=64"],
+    "evaluate": [
+        "evaluate.perplexity.windows=2",
+        "evaluate.perplexity.sequence_length=64",
+        "evaluate.output_error.tokens=64",
+        "evaluate.generate.max_new_tokens=3",
+    ],
 }
 
 with_commands = pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from quantcli.pipeline.verify import verify_path
 
 Recipe = dict[str, Any]
 Tree = dict[str, str]
-ALL = ["check", "calibrate", "quantize", "export", "verify", "eval-ppl"]
+REPORTED = ["eval-ppl", "layers", "generate"]
+ALL = ["check", "calibrate", "quantize", "export", "verify", *REPORTED]
 
 
 def worked(recipe: Recipe, until: str | None = None) -> list[str]:
@@ -69,9 +70,12 @@ def test_a_second_run_writes_nothing(done: Recipe, tree: Callable[[Path], Tree])
     [
         ("evaluate.perplexity.windows", 3, ["eval-ppl"]),
         ("evaluate.gates", {"kl_divergence": 100.0}, []),
-        ("quantize.rollback.names", ["*.down_proj"], ["quantize", "export", "verify", "eval-ppl"]),
-        ("quantize.weights.method", "mse", ["quantize", "export", "verify", "eval-ppl"]),
-        ("calibration.samples", 3, ["calibrate", "quantize", "export", "verify", "eval-ppl"]),
+        ("evaluate.output_error", {"tokens": 16}, ["layers"]),
+        ("evaluate.output_error", None, []),
+        ("evaluate.generate", {"max_new_tokens": 3}, ["generate"]),
+        ("quantize.rollback.names", ["*.down_proj"], ["quantize", "export", "verify", *REPORTED]),
+        ("quantize.weights.method", "mse", ["quantize", "export", "verify", *REPORTED]),
+        ("calibration.samples", 3, ["calibrate", "quantize", "export", "verify", *REPORTED]),
         ("model.sanity_check", "off", []),
         ("model.dtype", "bfloat16", ALL),
     ],
@@ -84,7 +88,7 @@ def test_calibration_of_a_scheme_that_needs_none_is_no_reason_to_work(
     static_recipe: Callable[[Path], Recipe], tmp_path: Path
 ) -> None:
     recipe = changed(static_recipe(tmp_path / "run"), "quantize.activations", {"bits": 8, "scope": "token"})
-    assert worked(recipe) == ["check", "quantize", "export", "verify", "eval-ppl"]
+    assert worked(recipe) == ["check", "quantize", "export", "verify", *REPORTED]
     assert worked(changed(recipe, "calibration.samples", 9)) == []
 
 
@@ -101,6 +105,7 @@ def test_a_stage_of_its_own_brings_only_what_it_needs(static_recipe: Callable[[P
     assert worked(recipe, "quantize") == ["check", "calibrate", "quantize"]
     assert not (tmp_path / "run" / "export").exists()
     assert worked(recipe, "eval-ppl") == ["export", "verify", "eval-ppl"]
+    assert worked(recipe) == ["layers", "generate"]
     assert worked(recipe) == []
 
 
@@ -113,6 +118,8 @@ def test_a_stage_of_its_own_brings_only_what_it_needs(static_recipe: Callable[[P
         ("export/compressed-tensors/tokenizer.json", ["export"]),
         ("export/compressed-tensors/model.safetensors", ["export"]),
         ("eval-ppl/results.json", ["eval-ppl"]),
+        ("layers/errors.json", ["layers"]),
+        ("generate/generated.json", ["generate"]),
     ],
 )
 def test_a_damaged_artifact_is_made_again(

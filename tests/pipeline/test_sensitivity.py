@@ -19,10 +19,11 @@ from quantcli.formats.store import Store
 from quantcli.model.structure import Block, Linear, SharedInput
 from quantcli.pipeline.plan import fused_groups
 from quantcli.pipeline.samples import calibration_samples
-from quantcli.pipeline.stages.sensitivity import _output_errors
+from quantcli.pipeline.stages.sensitivity import output_errors
 from quantcli.recipe.rollback import RollbackSection
 
 Recipe = dict[str, Any]
+REPORTED = ("eval-ppl", "layers", "generate")
 METRICS = ("range_parm", "kurtosis", "quantile", "output_error", "block_error")
 LINEARS = [
     f"model.layers.{index}.{name}_proj"
@@ -172,7 +173,7 @@ def test_linears_that_are_called_with_keywords_are_measured() -> None:
     block = Block("b", (Linear("b.inner", 4, 2),), (SharedInput(("b.inner",), 4),), ())
     other = module.inner.weight.detach() * 1.1
     errors: dict[str, dict[str, float | None]] = {"b.inner": {}}
-    with _output_errors(module, block, {"b.inner": other}, errors):
+    with output_errors(module, block, {"b.inner": other}, errors):
         exact = module(x)
     lost = (x @ other.t() + module.inner.bias - exact).square().sum() / exact.square().sum()
     assert math.isclose(errors["b.inner"]["output_error"] or 0, float(lost), rel_tol=1e-5)
@@ -240,10 +241,10 @@ def test_another_level_observes_nothing_anew(ranked: Recipe, recipe: Recipe) -> 
         assert set(outcome.plan.kept) == expected
         return {name for name, record in outcome.stages.items() if not record["reused"]}
 
-    assert worked(2) == {"check", "calibrate", "sensitivity", "quantize", "export", "verify", "eval-ppl"}
+    assert worked(2) == {"check", "calibrate", "sensitivity", "quantize", "export", "verify", *REPORTED}
     assert worked(2) == set()
-    assert worked(3) == {"sensitivity", "quantize", "export", "verify", "eval-ppl"}
-    assert worked(2) == {"sensitivity", "quantize", "export", "verify", "eval-ppl"}
+    assert worked(3) == {"sensitivity", "quantize", "export", "verify", *REPORTED}
+    assert worked(2) == {"sensitivity", "quantize", "export", "verify", *REPORTED}
 
 
 def test_a_stage_that_is_up_to_date_brings_the_same_plan(recipe: Recipe) -> None:

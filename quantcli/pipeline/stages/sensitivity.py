@@ -223,10 +223,12 @@ def _block_errors(
     errors: dict[str, Metrics] = {name: {} for name in replaced}
     with stream.block(index) as module, torch.inference_mode():
         exact = []
-        with _output_errors(module, block, replaced, errors):
+        with output_errors(module, block, replaced, errors):
             for batch in range(len(stream.batches)):
                 exact.append(stream.run(index, batch, cache.get(batch)))
                 cache.put(batch, exact[-1])
+        for found in errors.values():
+            found.setdefault("output_error", 0.0)
         for group in fused_groups(context.plan.structure, replaced):
             lost, tokens = 0.0, 0
             local = {name.removeprefix(f"{block.name}."): replaced[name] for name in group}
@@ -241,13 +243,16 @@ def _block_errors(
 
 
 @contextmanager
-def _output_errors(
+def output_errors(
     module: nn.Module,
     block: Block,
     replaced: Mapping[str, QuantizedProduct | Tensor],
     errors: dict[str, Metrics],
 ) -> Iterator[None]:
-    """While the body runs the block, compare what each linear puts out with what it would put out quantized."""
+    """While the body runs the block, compare what each linear puts out with what it would put out quantized.
+
+    Afterwards `errors` has an output_error of each linear that put out anything.
+    """
     from torch import nn
     from torch.nn.functional import linear
 
@@ -288,7 +293,8 @@ def _output_errors(
             stack.enter_context(one_by_one(module.get_submodule(experts.name), experts, expert_linear))
         yield
     for name, (lost, whole) in sums.items():
-        errors[name]["output_error"] = _rounded(lost / whole) if whole else 0.0
+        if whole:
+            errors[name]["output_error"] = _rounded(lost / whole)
 
 
 def relative_error(output: Tensor, wanted: Tensor) -> Tensor:

@@ -1,0 +1,38 @@
+"""Sections that compare the exported with the float model other than by a score: outputs of linears, generated text."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, field_serializer
+
+from quantcli.recipe.fields import Count, Length, Section, Text, as_size, size_of
+
+
+class OutputErrorSection(Section):
+    """How far what each linear puts out is from what it puts out in float, for the report."""
+
+    tokens: Length = Field(default=512, description="Tokens of the evaluation text, from its start.")
+
+
+class GenerateSection(Section):
+    """Text that the float and the exported model write, side by side, for the report."""
+
+    prompts: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] = Field(
+        default=(
+            "Why is the sky blue? Answer in one sentence.",
+            "Write a Python function that returns the n-th Fibonacci number.",
+            "The three largest cities of France are",
+        ),
+        description="What to answer or go on with; as a user's message where the tokenizer has a chat template.",
+    )
+    max_new_tokens: Count = Field(default=32, description="At most this many tokens are written to a prompt.")
+    memory: Annotated[int, BeforeValidator(size_of, json_schema_input_type=str)] = Field(
+        default=2 << 30,
+        description="A model whose weights take more than this writes nothing, since all of them have to be in memory.",
+        json_schema_extra={"default": "2GiB"},
+    )
+
+    @field_serializer("memory")
+    def _size(self, value: int) -> str:
+        return as_size(value)

@@ -1,0 +1,126 @@
+"""The chart of a comparison: size against loss, and the runs that no other beats in both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from quantcli.report.markup import Markup, element
+from quantcli.report.numbers import round_size, short, size
+
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 380, 64, 24, 16, 46
+
+
+@dataclass(frozen=True)
+class Point:
+    """A model: its name, bytes, and what is lost, with its standard error where that is known."""
+
+    name: str
+    size: float
+    loss: float
+    error: float | None = None
+    look: str = "run"
+
+
+def pareto_front(points: Sequence[Point]) -> list[Point]:
+    """The points that none beats: no other is at most as large and loses at most as much, and is better in one."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.size, p.loss)):
+        if not front or point.loss < front[-1].loss:
+            front.append(point)
+    return front
+
+
+def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = False) -> Markup:
+    """Size to the right, `loss` upwards, the front as a line. With few values above zero the scale is linear."""
+    logarithmic = logarithmic and all(point.loss > 0 for point in points)
+    sizes = _Axis.around([point.size for point in points], False, zero=True)
+    losses = _Axis.around([point.loss for point in points], logarithmic)
+    front = pareto_front(points)
+
+    def place(point: Point) -> tuple[float, float]:
+        x = _LEFT + sizes.share(point.size) * (_WIDTH - _LEFT - _RIGHT)
+        return x, _HEIGHT - _BOTTOM - losses.share(point.loss) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts: list[Markup] = []
+    for mark in losses.marks():
+        y = _HEIGHT - _BOTTOM - losses.share(mark) * (_HEIGHT - _TOP - _BOTTOM)
+        parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid"))
+        parts.append(element("text", f"{mark:g}", x=_LEFT - 8, y=y + 4, class_="label end"))
+    for mark in sizes.marks():
+        x = _LEFT + sizes.share(mark) * (_WIDTH - _LEFT - _RIGHT)
+        parts.append(element("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="grid"))
+        parts.append(element("text", round_size(mark), x=x, y=_HEIGHT - _BOTTOM + 18, class_="label middle"))
+    parts.append(element("text", "size of the checkpoint", x=_WIDTH - _RIGHT, y=_HEIGHT - 6, class_="label end"))
+    steps = "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(map(place, front)))
+    parts.append(element("path", d=steps, class_="line front"))
+    taken: list[tuple[float, float, float]] = []  # left, right and middle of labels that are placed
+    for point in sorted(points, key=lambda p: p.loss):
+        x, y = place(point)
+        if point.error and not logarithmic:
+            half = abs(point.error) * (_HEIGHT - _TOP - _BOTTOM) / losses.span
+            parts.append(
+                element(
+                    "line", x1=x, x2=x, y1=max(y - half, _TOP), y2=min(y + half, _HEIGHT - _BOTTOM), class_="whisker"
+                )
+            )
+        best = " best" if point in front else ""
+        hint = element("title", f"{point.name}: {size(point.size)}, {loss} {short(point.loss, 4)}")
+        parts.append(element("circle", hint, cx=x, cy=y, r=6, class_=f"point {point.look}{best}"))
+        parts.append(_label(point.name, x, y, taken))
+    return element(
+        "figure",
+        element("figcaption", f"{loss[0].upper()}{loss[1:]} against size"),
+        element("svg", parts, viewBox=f"0 0 {_WIDTH} {_HEIGHT}", role="img", aria_label=f"{loss} against size"),
+    )
+
+
+def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> Markup:
+    """The name beside its point, on the side that has room, moved up while it would cover another."""
+    shown = name if len(name) <= 34 else f"{name[:33]}…"
+    width = 6.6 * len(shown)
+    right = x + 12 + width < _WIDTH
+    left = x + 12 if right else x - 12 - width
+    while any(left < r and l < left + width and abs(m - y) < 14 for l, r, m in taken):  # noqa: E741
+        y -= 14
+    taken.append((left, left + width, y))
+    return element("text", shown, x=x + 9 if right else x - 9, y=y - 7, class_="label" if right else "label end")
+
+
+@dataclass(frozen=True)
+class _Axis:
+    low: float
+    high: float
+    logarithmic: bool
+
+    @staticmethod
+    def around(values: Sequence[float], logarithmic: bool, zero: bool = False) -> _Axis:
+        low, high = min(values), max(values)
+        if logarithmic:
+            return _Axis(10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high * 1.0001)), True)
+        margin = 0.08 * ((high - low) or abs(high) or 1)
+        return _Axis(0.0 if zero else low - margin, high + margin, False)
+
+    @property
+    def span(self) -> float:
+        return self.high - self.low
+
+    def share(self, value: float) -> float:
+        if self.logarithmic:
+            return math.log(value / self.low) / math.log(self.high / self.low)
+        return (value - self.low) / self.span
+
+    def marks(self) -> list[float]:
+        """Round numbers along the axis."""
+        if self.logarithmic:
+            decades = range(round(math.log10(self.low)), round(math.log10(self.high)) + 1)
+            factors = (1, 2, 5) if len(decades) <= 3 else (1,)
+            marks = [factor * 10.0**decade for decade in decades for factor in factors]
+        else:
+            rough = self.span / 5
+            unit = 10 ** math.floor(math.log10(rough))
+            step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough)
+            first = math.ceil(self.low / step - 1e-9)
+            marks = [round(i * step, 12) for i in range(first, first + 8)]
+        return [mark for mark in marks if self.low <= mark <= self.high * (1 + 1e-9)]

@@ -1,0 +1,100 @@
+"""Stage generate: what both models write."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from run_contexts import changed, float_model, read
+from tiny_models import save_tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer
+
+import quantcli
+from quantcli.pipeline.stages.generate import prompt_tokens
+
+Recipe = dict[str, Any]
+PROMPTS = ["The hill saw", "One old sheep"]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<you>{% endif %}"
+)
+
+
+@torch.inference_mode()
+def _written(directory: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Greedy decoding without a cache, the whole text anew for every token."""
+    model, found = float_model(directory), []
+    for prompt in prompts:
+        tokens = list(prompt)
+        for _ in range(count):
+            tokens.append(int(model(torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+            if tokens[-1] == 2:  # ends a text
+                break
+        found.append(tokens[len(prompt) :])
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+def test_texts_are_what_the_models_write_greedily(
+    family: str, static_recipe: Callable[[Path], Recipe], tmp_path: Path
+) -> None:
+    model = save_tiny_model(family, tmp_path / "model", with_tokenizer=True)
+    recipe = changed(
+        static_recipe(tmp_path / "run"),
+        model__path=str(model),
+        quantize={"weights": {"bits": 4}},
+        export={"formats": ["dense"]},
+        evaluate__generate={"prompts": PROMPTS, "max_new_tokens": 8},
+    )
+    quantcli.run_stage("generate", recipe)
+    content = read(recipe, "generate", "generated.json")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+    assert [entry["prompt"] for entry in content["prompts"]] == PROMPTS
+    for name, directory in (("float", model), ("quantized", tmp_path / "run" / "export" / "dense")):
+        written = [entry[name]["tokens"] for entry in content["prompts"]]
+        assert written == _written(directory, prompts, 8)
+        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+        assert [entry[name]["text"] for entry in content["prompts"]] == texts
+
+
+def test_integer_products_and_a_quantized_cache_are_part_of_it(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path
+) -> None:
+    """Prompts have dynamic scales under `mix`, so that the first token is that of a scheme that has no others."""
+    first = {}
+    for name, quantize in (
+        ("token", {"activations": {"bits": 8, "scope": "token"}}),
+        ("mix", {"activations": {"bits": 8, "scope": "mix"}}),
+        ("cache", {"activations": {"bits": 8, "scope": "token"}, "kv_cache": {"bits": 8}}),
+    ):
+        recipe = changed(static_recipe(tmp_path / name), quantize=quantize, export={"formats": ["ascend"]})
+        quantcli.run_stage("generate", recipe)
+        (entry,) = read(recipe, "generate", "generated.json")["prompts"]
+        assert len(entry["quantized"]["tokens"]) == 3
+        first[name] = entry["quantized"]["tokens"][0]
+    assert first["mix"] == first["token"]
+
+
+def test_a_model_that_is_too_large_writes_nothing_and_says_so(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path
+) -> None:
+    recipe = changed(static_recipe(tmp_path / "run"), evaluate__generate={"memory": "100kB"})
+    quantcli.run_stage("generate", recipe)
+    content = read(recipe, "generate", "generated.json")
+    assert content["skipped"].startswith("No text was generated: the model's weights take 0.0 GiB, more than")
+    assert "prompts" not in content
+    notes = [e["text"] for e in map(json.loads, (tmp_path / "run" / "events.jsonl").open()) if e["event"] == "note"]
+    assert content["skipped"] in notes
+    assert content["skipped"].replace("'", "&#x27;") in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_chat_model_is_asked_as_a_user_asks() -> None:
+    tokenizer = tiny_tokenizer()
+    assert prompt_tokens(tokenizer, "The hill") == tokenizer("The hill").input_ids
+    tokenizer.chat_template = TEMPLATE
+    asked = prompt_tokens(tokenizer, "The hill")
+    assert asked == tokenizer("<user>The hill<you>", add_special_tokens=False).input_ids

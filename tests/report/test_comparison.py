@@ -1,0 +1,120 @@
+"""Runs beside each other: which are comparable, which none beats, and what differs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from synthetic_run import save_run
+
+from quantcli.errors import RecipeError
+from quantcli.pipeline.report import report_paths, run_facts
+from quantcli.report.comparison import compare, comparison_page
+from quantcli.report.scatter import Point, pareto_chart, pareto_front
+
+GB = 1_000_000_000
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=12))
+def test_the_front_is_what_no_other_point_beats(pairs: list[tuple[int, int]]) -> None:
+    points = [Point(str(i), size, loss) for i, (size, loss) in enumerate(pairs)]
+    unbeaten = {
+        (p.size, p.loss)
+        for p in points
+        if not any(o.size <= p.size and o.loss <= p.loss and (o.size, o.loss) != (p.size, p.loss) for o in points)
+    }
+    front = pareto_front(points)
+    assert {(p.size, p.loss) for p in front} == unbeaten
+    assert len(front) == len(unbeaten)
+
+
+def test_a_chart_is_drawn_of_one_point_and_of_equal_ones() -> None:
+    for points in ([Point("a", 1e9, 0.0)], [Point("a", 1e9, 0.01), Point("b", 1e9, 0.01)]):
+        chart = pareto_chart(points, "KL divergence", logarithmic=True)
+        assert chart.count("<circle") == len(points)
+        assert "nan" not in chart
+
+
+def _three(tmp_path: Path) -> list[Path]:
+    return [
+        save_run(tmp_path / "w8", bytes=7 * GB, kl=0.002, increase=0.001),
+        save_run(tmp_path / "w4", scheme="W4A16 g128", bytes=4 * GB, kl=0.03, increase=0.02),
+        save_run(tmp_path / "bad", bytes=8 * GB, kl=0.05, increase=0.04),
+    ]
+
+
+def test_the_runs_that_none_beats_are_named(tmp_path: Path) -> None:
+    found = compare([run_facts(path) for path in _three(tmp_path)])
+    assert found["comparable"] == ["w8", "w4", "bad"]
+    assert found["front"] == {"kl_divergence": ["w4", "w8"], "perplexity": ["w4", "w8"]}
+    assert found["notes"] == []
+    assert found["differences"] == {"quantize.weights.bits": [8, 4, 8]}
+    row = found["runs"][1]
+    assert (row["size"], row["kl_divergence"], row["schemes"]) == (4 * GB, 0.03, {"W4A16 g128": 20, "float": 2})
+    assert row["measured"]["eval-ppl.kl_percentiles.99"] == 0.2
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_page_shows_the_front_and_every_run(tmp_path: Path) -> None:
+    facts = [run_facts(path) for path in _three(tmp_path)]
+    page = comparison_page(facts, compare(facts))
+    assert len(re.findall(r'class="point run best"', page)) == 4  # two runs in each of two charts
+    assert len(re.findall(r'class="point run"', page)) == 2
+    assert 'class="point origin best"' in page  # smaller than none, and nothing lost
+    assert "What differs in the recipes" in page
+    assert page.count('class="scroll chart"') == 3
+    for name in ("w8", "w4", "bad"):
+        assert f"<h3>{name}</h3>" in page
+
+
+def test_runs_of_other_text_are_told_apart_and_left_out_of_the_charts(tmp_path: Path) -> None:
+    paths = [*_three(tmp_path), save_run(tmp_path / "other", bytes=GB, kl=0.0001)]
+    summary = json.loads((paths[-1] / "summary.json").read_text())
+    summary["result"]["perplexity"]["windows"] = 3
+    (paths[-1] / "summary.json").write_text(json.dumps(summary))
+    another_model = save_run(tmp_path / "model", bytes=GB, kl=0.0001, float=2.9)
+    unmeasured = save_run(tmp_path / "unmeasured")
+    summary = json.loads((unmeasured / "summary.json").read_text())
+    summary["result"]["perplexity"] = None
+    (unmeasured / "summary.json").write_text(json.dumps(summary))
+    found = compare([run_facts(path) for path in (*paths, another_model, unmeasured)])
+    assert found["comparable"] == ["w8", "w4", "bad"]
+    assert found["front"]["kl_divergence"] == ["w4", "w8"]
+    assert found["notes"][0].startswith("other, model: measured on other text")
+    assert found["notes"][1].startswith("unmeasured: nothing was measured")
+
+
+def test_directories_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+    facts = [run_facts(save_run(tmp_path / parent / "run")) for parent in ("a", "b")]
+    assert [row["run"] for row in compare(facts)["runs"]] == ["a/run", "b/run"]
+
+
+def test_a_section_that_one_recipe_lacks_is_told_once(tmp_path: Path) -> None:
+    sections = ("{samples: 8, seed: 0}", "{samples: 9, seed: 0}", "null")
+    facts = []
+    for index, section in enumerate(sections):
+        path = save_run(tmp_path / str(index))
+        (path / "recipe.yaml").write_text(f"calibration: {section}\noutput: {index}\n")
+        facts.append(run_facts(path))
+    wanted = {"calibration": ["given", "given", None], "calibration.samples": [8, 9, None]}
+    assert compare(facts)["differences"] == wanted
+
+
+def test_a_comparison_of_large_models_is_small(tmp_path: Path) -> None:
+    facts = [run_facts(save_run(tmp_path / str(i), blocks=80)) for i in range(6)]
+    assert len(comparison_page(facts, compare(facts)).encode()) < 2_000_000
+
+
+def test_a_run_is_compared_with_others_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = save_run(tmp_path / "run")
+    with pytest.raises(RecipeError, match="named twice"):
+        report_paths([path, tmp_path / "x" / ".." / "run"], None, overwrite=False)
+    found: dict[str, Any] = report_paths([path, save_run(tmp_path / "b")], None, overwrite=False)
+    assert found["page"] == "comparison.html"
+    assert (tmp_path / "comparison.html").is_file()

@@ -1,0 +1,80 @@
+"""The page in a real browser: it complains of nothing, asks no network, and its table can be sorted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chromium import PROGRAM, Browser
+from synthetic_run import save_run
+
+from quantcli.pipeline.report import report_paths
+
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs Chromium (Debian: apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    found = Browser(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    # what a hostile model might say; a page that took it for markup would run it, and would ask for the picture
+    text = "</pre><script>document.title='taken'</script><img src=http://example.invalid/x.png onerror=alert(1)>"
+    one = save_run(folder / "one", blocks=8, text=text)
+    other = save_run(folder / "other", blocks=8, kl=0.2, text=text)
+    report_paths([one], folder / "run.html", overwrite=False)
+    report_paths([one, other], folder / "comparison.html", overwrite=False)
+    return {name: folder / f"{name}.html" for name in ("run", "comparison")}
+
+
+@pytest.mark.parametrize("name", ["run", "comparison"])
+def test_a_page_opens_without_complaint_and_asks_for_nothing(
+    browser: Browser, pages: dict[str, Path], name: str
+) -> None:
+    browser.open(pages[name])
+    assert browser.named("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded") == []
+    asked = [event["request"]["url"] for event in browser.named("Network.requestWillBeSent")]
+    assert asked == [pages[name].as_uri()]
+    assert browser.evaluate("document.title") != "taken"
+    assert browser.evaluate("document.querySelectorAll('img').length") == 0
+    assert browser.evaluate("document.querySelectorAll('script').length") == 1
+    assert browser.evaluate("document.querySelectorAll('svg rect, svg path').length") > 20
+    assert browser.evaluate("document.compatMode") == "CSS1Compat"
+
+
+@pytest.mark.parametrize("name", ["run", "comparison"])
+@pytest.mark.parametrize("width", [400, 1200])
+def test_a_page_fits_its_window(browser: Browser, pages: dict[str, Path], name: str, width: int) -> None:
+    browser.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    browser.open(pages[name])
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_light_and_dark_differ_and_text_is_readable_in_both(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    seen = []
+    for scheme in ("light", "dark"):
+        browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        colours = [browser.evaluate(f"getComputedStyle(document.body).{key}") for key in ("color", "backgroundColor")]
+        ink, back = ([int(part) for part in colour[4:-1].split(",")] for colour in colours)
+        assert abs(sum(ink) - sum(back)) > 3 * 128
+        seen.append(colours)
+    assert seen[0] != seen[1]
+
+
+def test_a_table_is_sorted_by_the_column_that_is_clicked(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["run"])
+    column = """[...[...document.querySelectorAll("table.sortable")].at(-1).tBodies[0].rows]
+        .map(row => Number(row.cells[2].dataset.key)).filter(value => value > 0)"""
+    before = browser.evaluate(column)
+    click = '[...document.querySelectorAll("table.sortable")].at(-1).tHead.rows[0].cells[2].click()'
+    browser.evaluate(click)
+    assert browser.evaluate(column) == sorted(before, reverse=True) != before
+    browser.evaluate(click)
+    assert browser.evaluate(column) == sorted(before)

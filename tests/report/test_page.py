@@ -1,0 +1,166 @@
+"""The page of a run, made from run directories that no model is needed for."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from synthetic_run import save_run
+
+from quantcli.errors import OutputError, RecipeError
+from quantcli.pipeline.report import report_paths, run_facts
+from quantcli.report.charts import heat_step
+from quantcli.report.layers import grid_of, kind_of
+from quantcli.report.page import flat, run_page
+
+LIMIT = 2_000_000
+
+
+def test_the_page_of_a_70b_model_is_small(tmp_path: Path) -> None:
+    page = run_page(run_facts(save_run(tmp_path / "run", blocks=80)))
+    assert len(page.encode()) < LIMIT
+    assert len(re.findall(r'<rect [^>]*class="heat\d"><title>', page)) == 80 * 7 - 1
+
+
+def test_the_page_of_a_mixture_is_small_and_shows_each_layers_worst_expert(tmp_path: Path) -> None:
+    run = run_facts(save_run(tmp_path / "run", blocks=48, experts=64))
+    page = run_page(run)
+    assert len(page.encode()) < LIMIT
+    cells = re.findall(r"<title>block 7, mlp\.experts\.\*\.up_proj: (\S+) \(W8A8 static, worst of 64\)", page)
+    experts = [run["errors"]["values"][f"model.layers.7.mlp.experts.{e}.up_proj"] for e in range(64)]
+    assert [float(cell) for cell in cells] == [pytest.approx(max(experts), rel=0.01)]
+
+
+def test_the_page_says_what_a_reader_has_to_know(tmp_path: Path) -> None:
+    page = run_page(run_facts(save_run(tmp_path / "run", blocks=3)))
+    for part in (
+        "quantcli run w8a8 --model x", "seed", "transformers", "5.24.0", "weights: {bits: 8}",
+        "rolled back by output_error 0.0312", "output head, stays in float by default", "+1.20 %", "0.0123", "96.7 %",
+        "model.layers.1 is not smoothed.", "A note.", "32768 tokens in 64 sequences from 12 documents",
+        "Because blue light <mark>scatters more.</mark>", "Because blue light <mark>is scattered.</mark>",
+        "1 of 2 are equal", "as found: check", "strength 0.8 0", "kl_percentiles.99", "flips",
+        "scales and zero points", "bits a quantized weight", "int8 products",
+    ):  # fmt: skip
+        assert part in page, part
+    assert page.index("is not smoothed") < page.index("Outcome")
+    assert "/elsewhere/" not in page  # a run directory may be moved
+
+
+def test_nothing_of_a_models_text_becomes_markup(tmp_path: Path) -> None:
+    text = "<script>alert(1)</script><b onclick=x>&amp;\u202e'\""
+    page = run_page(run_facts(save_run(tmp_path / "run", text=text)))
+    assert "<script>alert" not in page
+    assert "<b onclick" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 6
+    assert not re.search(r"(?:src|href)=", page)
+    assert "default-src &#x27;none&#x27;" in page
+
+
+@pytest.mark.parametrize("missing", ["layers", "generate", "smooth", "eval-ppl", "calibrate", "check", "export"])
+def test_a_page_is_made_of_what_is_there(tmp_path: Path, missing: str) -> None:
+    path = save_run(tmp_path / "run")
+    summary = json.loads((path / "summary.json").read_text())
+    del summary["result"]["stages"][missing]
+    if missing == "eval-ppl":
+        summary["result"]["perplexity"] = None
+    if missing == "export":
+        summary["result"] |= {"sizes": None, "exports": []}
+    (path / "summary.json").write_text(json.dumps(summary))
+    page = run_page(run_facts(path))
+    assert ("KL divergence" in page) == (missing != "eval-ppl")
+    assert ("sky blue" in page) == (missing != "generate")
+    assert ("Output error by layer" in page) == (missing != "layers")
+    assert ("before smoothing" in page) == (missing != "smooth")
+
+
+def test_values_that_json_cannot_hold_leave_gaps(tmp_path: Path) -> None:
+    path = save_run(tmp_path / "run")
+    for name in ("summary.json", "eval-ppl/results.json", "layers/errors.json"):
+        content = re.sub(r'"(value|error|increase|kl_divergence|kl_error|output_error)": [\d.e-]+', r'"\1": null',
+                         (path / name).read_text())  # fmt: skip
+        (path / name).write_text(content)
+    page = run_page(run_facts(path))
+    assert "undefined" in page
+    assert "Output error by layer" not in page
+
+
+def test_events_of_work_that_was_done_again_are_left_out(tmp_path: Path) -> None:
+    path = save_run(tmp_path / "run")
+
+    def warned() -> list[str]:
+        return [each["text"] for each in run_facts(path)["problems"] if each["kind"] == "warning"]
+
+    def append(*events: dict[str, object]) -> None:
+        with (path / "events.jsonl").open("a") as file:
+            file.writelines(json.dumps({"stage": "smooth", **event}) + "\n" for event in events)
+
+    assert warned() == ["model.layers.1 is not smoothed."]
+    append({"event": "started", "resumed": True}, {"event": "warning", "text": "Two."})
+    assert warned() == ["model.layers.1 is not smoothed.", "Two."]
+    append({"event": "reused"}, {"event": "warning", "text": "Two."})
+    assert warned() == ["model.layers.1 is not smoothed.", "Two."]
+    append({"event": "started", "resumed": False}, {"event": "warning", "text": "Three."})
+    assert warned() == ["Three."]
+
+
+def test_linears_without_data_are_fallbacks(tmp_path: Path) -> None:
+    path = save_run(tmp_path / "run")
+    name = "model.layers.0.mlp.up_proj"
+    with (path / "events.jsonl").open("a") as file:
+        for scheme in ("W8A8 static", "W4A16"):
+            event = {"event": "linear", "stage": "quantize", "module": name, "scheme": scheme, "data_free": True}
+            file.write(json.dumps(event) + "\n")
+    found = [each for each in run_facts(path)["problems"] if each["kind"] == "fallback"]
+    assert [each["text"] for each in found] == [f"1 linears are quantized without calibration: {name}."]
+
+
+def test_a_page_goes_where_it_is_told_and_replaces_no_file_unasked(tmp_path: Path) -> None:
+    path, other = save_run(tmp_path / "run"), tmp_path / "page.html"
+    assert report_paths([path], None, overwrite=False)["page"] == str(path / "report.html")
+    assert report_paths([path], None, overwrite=False)["run"] == "run"  # its own page is made anew
+    report_paths([path], other, overwrite=False)
+    assert other.read_bytes() == (path / "report.html").read_bytes()
+    other.write_text("mine")
+    with pytest.raises(OutputError, match=r"page\.html exists"):
+        report_paths([path], other, overwrite=False)
+    assert other.read_text() == "mine"
+    report_paths([path], other, overwrite=True)
+    assert other.read_bytes() == (path / "report.html").read_bytes()
+    with pytest.raises(OutputError, match="cannot be written"):
+        report_paths([path], tmp_path / "nowhere" / "page.html", overwrite=False)
+
+
+def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is no run directory"):
+        report_paths([tmp_path], None, overwrite=False)
+    path = save_run(tmp_path / "run")
+    (path / "summary.json").unlink()
+    with pytest.raises(RecipeError, match=r"no run has come to its end there\. Finish it: quantcli run"):
+        report_paths([path], None, overwrite=False)
+
+
+def test_kinds_of_linears_are_named_within_their_block() -> None:
+    assert kind_of("model.layers.12.self_attn.q_proj", 12, 30) == "self_attn.q_proj"
+    assert kind_of("model.layers.1.mlp.experts.17.up_proj", 1, 30) == "mlp.experts.*.up_proj"
+    assert kind_of("transformer.h.3.attn.c_attn", 3, 12) == "attn.c_attn"
+    assert kind_of("lm_head", 30, 30) == "lm_head"
+
+
+def test_the_colours_of_a_map_are_even_steps_of_the_logarithm() -> None:
+    steps = [heat_step(10**exponent, 1e-4, 1e-1) for exponent in (-5, -4, -3.5, -3, -2.5, -2, -1.5, -1, 0)]
+    assert steps == [0, 0, 1, 3, 4, 6, 7, 8, 8]
+    linears = [{"name": f"h.{i}.fc", "block": i, "scheme": "W8A16"} for i in range(3)]
+    values = {"h.0.fc": 0.0, "h.1.fc": 2e-4, "h.2.fc": 0.02}
+    low, high = grid_of("error", linears, values, 3).bounds()
+    assert (low, high) == (pytest.approx(1e-4), pytest.approx(10**-1.5))
+    assert grid_of("error", linears, {}, 3).bounds() == (1.0, 10.0)
+
+
+def test_nested_numbers_have_dotted_names() -> None:
+    assert dict(flat({"a": 1, "b": {"c": None, "d": {"e": "x"}}, "rows": [1, 2]})) == {
+        "a": 1,
+        "b.c": None,
+        "b.d.e": "x",
+    }
