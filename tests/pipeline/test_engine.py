@@ -18,7 +18,7 @@ from quantcli.pipeline.verify import verify_path
 
 Recipe = dict[str, Any]
 Tree = dict[str, str]
-ALL = ["check", "calibrate", "quantize", "export", "verify", "eval-ppl"]
+ALL = ["check", "calibrate", "quantize", "export", "verify", "reference", "eval-ppl"]
 
 
 def worked(recipe: Recipe, until: str | None = None) -> list[str]:
@@ -67,7 +67,7 @@ def test_a_second_run_writes_nothing(done: Recipe, tree: Callable[[Path], Tree])
 @pytest.mark.parametrize(
     ("keys", "value", "stages"),
     [
-        ("evaluate.perplexity.windows", 3, ["eval-ppl"]),
+        ("evaluate.perplexity.windows", 3, ["reference", "eval-ppl"]),
         ("evaluate.gates", {"kl_divergence": 100.0}, []),
         ("quantize.rollback.names", ["*.down_proj"], ["quantize", "export", "verify", "eval-ppl"]),
         ("quantize.weights.method", "mse", ["quantize", "export", "verify", "eval-ppl"]),
@@ -84,7 +84,7 @@ def test_calibration_of_a_scheme_that_needs_none_is_no_reason_to_work(
     static_recipe: Callable[[Path], Recipe], tmp_path: Path
 ) -> None:
     recipe = changed(static_recipe(tmp_path / "run"), "quantize.activations", {"bits": 8, "scope": "token"})
-    assert worked(recipe) == ["check", "quantize", "export", "verify", "eval-ppl"]
+    assert worked(recipe) == ["check", "quantize", "export", "verify", "reference", "eval-ppl"]
     assert worked(changed(recipe, "calibration.samples", 9)) == []
 
 
@@ -100,7 +100,7 @@ def test_a_stage_of_its_own_brings_only_what_it_needs(static_recipe: Callable[[P
     recipe = static_recipe(tmp_path / "run")
     assert worked(recipe, "quantize") == ["check", "calibrate", "quantize"]
     assert not (tmp_path / "run" / "export").exists()
-    assert worked(recipe, "eval-ppl") == ["export", "verify", "eval-ppl"]
+    assert worked(recipe, "eval-ppl") == ["export", "verify", "reference", "eval-ppl"]
     assert worked(recipe) == []
 
 
@@ -112,6 +112,7 @@ def test_a_stage_of_its_own_brings_only_what_it_needs(static_recipe: Callable[[P
         ("quantize/block-00002.safetensors", ["quantize"]),
         ("export/compressed-tensors/tokenizer.json", ["export"]),
         ("export/compressed-tensors/model.safetensors", ["export"]),
+        ("reference/states/hidden-00003.bin", ["reference"]),
         ("eval-ppl/results.json", ["eval-ppl"]),
     ],
 )

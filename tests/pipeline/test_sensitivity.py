@@ -240,7 +240,7 @@ def test_another_level_observes_nothing_anew(ranked: Recipe, recipe: Recipe) -> 
         assert set(outcome.plan.kept) == expected
         return {name for name, record in outcome.stages.items() if not record["reused"]}
 
-    assert worked(2) == {"check", "calibrate", "sensitivity", "quantize", "export", "verify", "eval-ppl"}
+    assert worked(2) == {"check", "calibrate", "sensitivity", "quantize", "export", "verify", "reference", "eval-ppl"}
     assert worked(2) == set()
     assert worked(3) == {"sensitivity", "quantize", "export", "verify", "eval-ppl"}
     assert worked(2) == {"sensitivity", "quantize", "export", "verify", "eval-ppl"}
