@@ -48,11 +48,11 @@ def whole_model(model: Model, what: str) -> Iterator[nn.Module]:
 
 
 def generate(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, stop: str | None = None
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int
 ) -> Iterator[tuple[int, str]]:
     """(index, text) of greedy generation from each prompt's tokens, in batches of like length, padded on the left.
 
-    Ends at the EOS token, at a batch's `stop` string where given, or after `new_tokens` tokens.
+    Ends at the EOS token or after `new_tokens` tokens.
     """
     import torch
 
@@ -76,8 +76,6 @@ def generate(
                 max_new_tokens=new_tokens,
                 pad_token_id=pad or 0,
                 eos_token_id=tokenizer.eos_token_id,
-                stop_strings=stop,
-                tokenizer=tokenizer if stop else None,
             )
         for row, index in enumerate(members):
             yield index, tokenizer.decode(out[row, longest:], skip_special_tokens=True)

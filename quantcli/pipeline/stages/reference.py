@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.model.checkpoint import read_json, replacing
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
-from quantcli.pipeline.rundir import StageFolder, is_run, write_json
+from quantcli.pipeline.rundir import StageFolder, file_digest, is_run, write_json
 from quantcli.pipeline.samples import evaluation_text
 from quantcli.recipe.schema import Recipe
 
@@ -95,16 +95,18 @@ def taken_over(context: Context, folder: StageFolder, needed: str) -> bool:
     assert evaluate is not None
     for path in _candidates(context.run.path, evaluate.reference):
         other = StageFolder(path / folder.path.name)
-        if other.complete(folder.fingerprint) and any(name.startswith(needed) for name in other.files):
-            for name in sorted(other.files):
-                target = folder.path / name
-                target.parent.mkdir(exist_ok=True)
-                with replacing(target) as temporary:
-                    _link(other.path / name, temporary)
-                folder.add(target)
-            if folder.files == other.files:  # by their content
-                context.emit("note", text=f"The float model has been measured in {path}; its results are taken over.")
-                return True
+        if not other.complete(folder.fingerprint) or not any(name.startswith(needed) for name in other.files):
+            continue
+        if any(file_digest(other.path / name) != digest for name, digest in other.files.items()):
+            continue
+        for name, digest in sorted(other.files.items()):
+            target = folder.path / name
+            target.parent.mkdir(exist_ok=True)
+            with replacing(target) as temporary:
+                _link(other.path / name, temporary)
+            folder.add(target, digest)
+        context.emit("note", text=f"The float model has been measured in {path}; its results are taken over.")
+        return True
     if evaluate.reference is not None:
         context.emit("warning", text=f"evaluate.reference: {evaluate.reference} has no results of this model on the "
                      "same text by the same versions; they are computed.")  # fmt: skip
