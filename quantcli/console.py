@@ -31,7 +31,10 @@ _TITLES = {
     "distill": "Tuning scales and norms",
     "export": "Writing checkpoints",
     "verify": "Reading the export back",
+    "reference": "Running the float model over the evaluation text",
     "eval-ppl": "Scoring",
+    "reference-tasks": "Putting tasks to the float model",
+    "eval-tasks": "Putting tasks to the export",
     "layers": "Comparing what linears put out",
     "generate": "Generating text",
 }
@@ -138,6 +141,8 @@ def _sentence(event: dict[str, Any]) -> str | None:
         case "allocated":
             shared = ", ".join(f"{count} linears {name}" for name, count in event["linears"].items())
             return f"  {event['bits_per_weight']:.4g} bits a weight: {shared}; as a plain recipe: {event['recipe']}"
+        case "answered" if event["number"] == event["of"] or event["number"] % 50 == 0:
+            return f"  {event['number']} of {event['of']} questions answered ({event['model']})"
         case "verified":
             return f"  {event['linears']} linears and {event['other_tensors']} other tensors are as they should be"
     return None

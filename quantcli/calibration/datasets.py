@@ -129,12 +129,22 @@ def _joined(rows: list[Document], place: str) -> Document:
 def _load_boolq(path: Path | None, field: str | None, split: str) -> list[Document]:
     """One prompt a question; from the hub, whose rows have no title, without `path`."""
     _refuse_field(field, "boolq")
+    return [Document(boolq_prompt(row, place), place, prompt=True) for row, place in boolq_rows(path, split)]
+
+
+def boolq_rows(path: Path | None, split: str) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The rows of BoolQ, of a local file or from the hub, each with its place. Raises DataError as load_documents."""
     if path is None:
-        table = _hub_table("google/boolq", None, _hub_split(split))
-        rows = ((row, f"google/boolq, row {number}") for number, row in enumerate(table))
+        for number, row in enumerate(_hub_table("google/boolq", None, _hub_split(split))):
+            yield row, f"google/boolq, row {number}"
     else:
-        rows = (row for file in _boolq_files(path, split) for row in _json_rows(file))
-    return [Document(boolq_prompt(row, place), place, prompt=True) for row, place in rows]
+        for file in _boolq_files(path, split):
+            yield from _json_rows(file)
+
+
+def squad_rows() -> Iterator[Mapping[str, Any]]:
+    """The rows of SQuAD 1.1's development set on the hub. Raises DataError if it cannot be had."""
+    yield from _hub_table("rajpurkar/squad", None, "validation")
 
 
 def boolq_prompt(row: Mapping[str, Any], place: str) -> str:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from quantcli.errors import DataError
+
+Protocol = Literal["standard", "golden-stick", "lm-eval"]
 
 
 @dataclass(frozen=True)
 class EvaluationText:
     """Windows to score, and the protocol that made them.
 
-    A window of n tokens gives n − 1 predictions; perplexity is exp of the mean negative log-likelihood over all.
+    A window of n tokens whose first scored one is number f (from 0) gives n − f predictions; perplexity is exp of the
+    mean negative log-likelihood over all.
 
     Attributes:
         protocol: name of the protocol.
@@ -22,6 +25,10 @@ class EvaluationText:
         tokens: predictions in all windows, masked ones included.
         masked_token: predictions of this token are left out of the mean; null means that none are.
         description: the protocol in one sentence, for reports.
+        first: of each window the number of its first token that is scored; empty means 1 for all.
+        batch: the mean is taken over batches of so many windows, each counting as one; null for over tokens.
+        documents: of each window its document; empty where windows do not keep to documents.
+        words, bytes: of each document, counted before it is tokenized; empty where windows do not keep to documents.
     """
 
     protocol: str
@@ -29,73 +36,180 @@ class EvaluationText:
     tokens: int
     masked_token: int | None
     description: str
+    first: list[int] = field(default_factory=list)
+    batch: int | None = None
+    documents: list[int] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
+    bytes: list[int] = field(default_factory=list)
 
 
 def evaluation_windows(
     texts: Sequence[str],
     tokenizer: Any,
-    protocol: Literal["standard", "golden-stick"],
+    protocol: Protocol,
     sequence_length: int,
     windows: int | None,
+    *,
+    stride: int | None = None,
+    batch: int = 1,
+    dataset: str = "text",
 ) -> EvaluationText:
-    """The text's tokens in windows without overlap, by one of two protocols.
-
-    standard: the documents are joined by blank lines and tokenized once with the special tokens that the tokenizer
-    adds; windows of `sequence_length` tokens; a last short window is dropped, unless it is the only one.
-    golden-stick: as Golden Stick's wikitext2 evaluation of a text file does it. The text is detokenized
-    (clean_wikitext) and split at blank lines, headings (which start with "=") are dropped, each paragraph is tokenized
-    alone with special tokens; the tokens are joined and cut into windows of `sequence_length` − 1, a last short one is
-    dropped. Predictions of the tokenizer's pad token are masked. Golden Stick takes the mean over batches of each
-    batch's mean; with windows of one length and none masked that is the mean over tokens.
+    """The text's tokens in windows, by one of three protocols: `_standard`, `_golden_stick`, `_lm_eval`.
 
     Args:
         tokenizer: a transformers tokenizer.
         windows: use at most so many, from the start; null for all.
+        stride: of standard, the tokens from the start of a window to that of the next; null for `sequence_length`.
+        batch: of golden-stick, the windows in a batch.
+        dataset: what the texts come from, as recipes name it: lm-eval cuts wikitext2 into articles, golden-stick takes
+            rows of tables as they are.
 
     Raises:
         DataError: the text gives no window.
     """
-    text = "\n\n".join(text for text in texts if text.strip())
+    texts = [text for text in texts if text.strip()]
+    if protocol == "lm-eval":
+        return _lm_eval(texts, tokenizer, sequence_length, windows, dataset == "wikitext2")
+    text = "\n\n".join(texts)
     if protocol == "golden-stick":
-        length = sequence_length - 1
-        ids: list[int] = []
-        for paragraph in clean_wikitext(text).split("\n\n"):
-            if paragraph.strip() and not paragraph.strip().startswith("="):
-                ids += tokenizer(paragraph, verbose=False).input_ids
-        masked_token = tokenizer.pad_token_id
-        unit = "paragraphs without headings, detokenized, each tokenized alone with special tokens, then joined"
-        remainder = "a last short window is dropped"
-        mask = "predictions of the pad token are left out" if masked_token is not None else "there is no pad token"
-    else:
-        length = sequence_length
-        ids = tokenizer(text, verbose=False).input_ids if text else []
-        masked_token = None
-        unit = "the text as it stands, tokenized once with the tokenizer's special tokens"
-        remainder = "a last short window is dropped unless it is the only one"
-        mask = "every prediction counts"
+        rows = dataset == "parquet" or "/" in dataset
+        return _golden_stick(text, tokenizer, sequence_length, windows, batch, rows)
+    return _standard(text, tokenizer, sequence_length, windows, stride or sequence_length)
 
-    count = len(ids) // length if length > 1 else 0
-    cut = [ids[start : start + length] for start in range(0, count * length, length)]
-    if not cut and protocol != "golden-stick" and len(ids) > 1:
-        cut = [ids]
-    if not cut:
-        raise DataError(
-            f"The evaluation text gives {len(ids)} tokens, too few for a window of {length} by protocol {protocol}.",
-            "Choose a longer text or a smaller sequence_length.",
-        )
-    if windows is not None:
-        cut = cut[:windows]
-    limit = "" if len(cut) == max(count, 1) else f", the first {len(cut)} of {count}"
+
+def _standard(text: str, tokenizer: Any, length: int, windows: int | None, stride: int) -> EvaluationText:
+    """The documents, joined by blank lines, are tokenized once with the special tokens that the tokenizer adds. A
+    window of `length` tokens begins every `stride` tokens; one that would end behind the text is dropped, unless it is
+    the only one. Each window is scored from its second token on, but no token that an earlier window scored."""
+    ids = tokenizer(text, verbose=False).input_ids if text else []
+    starts = list(range(0, len(ids) - length + 1, stride)) or [0]
+    cut = [ids[start : start + length] for start in starts]
+    if len(cut[0]) < 2:
+        raise _too_short(ids, length, "standard")
+    kept = cut[:windows]
+    apart = "without overlap" if stride == length else f"every {stride} tokens"
+    scored = "its second token on" if stride >= length else "behind the end of the one before it on"
     return EvaluationText(
-        protocol=protocol,
-        windows=cut,
-        tokens=sum(len(window) - 1 for window in cut),
-        masked_token=masked_token,
+        protocol="standard",
+        windows=kept,
+        tokens=len(kept[0]) - 1 + sum(min(stride, length - 1) for _ in kept[1:]),
+        masked_token=None,
         description=(
-            f"Protocol {protocol}: {unit}; windows of {length} tokens without overlap{limit}; {remainder}; "
-            f"each window is scored from its second token on, {mask}."
+            "Protocol standard: the text as it stands, tokenized once with the tokenizer's special tokens; windows of "
+            f"{length} tokens {apart}{_limited(kept, len(cut))}; a last short window is dropped unless it is the only "
+            f"one; each window is scored from {scored}, every prediction counts."
         ),
+        first=[1, *(max(1, length - stride) for _ in kept[1:])] if stride < length else [],
     )
+
+
+def _golden_stick(
+    text: str, tokenizer: Any, sequence_length: int, windows: int | None, batch: int, rows: bool
+) -> EvaluationText:
+    """As Golden Stick's wikitext2 evaluation does it. The text of a file is detokenized (clean_wikitext) and split at
+    blank lines, headings (which start with "=") are dropped, each paragraph is tokenized alone with special tokens;
+    rows of a table, joined by blank lines, are tokenized once as they are. The tokens are cut into windows of
+    `sequence_length` − 1, a last short one is dropped. Predictions of the tokenizer's pad token are masked. The mean is
+    that of batches, each of which is the mean of its predictions."""
+    length = sequence_length - 1
+    paragraphs = [text] if rows else clean_wikitext(text).split("\n\n")
+    ids: list[int] = []
+    for paragraph in paragraphs:
+        if paragraph.strip() and (rows or not paragraph.strip().startswith("=")):
+            ids += tokenizer(paragraph, verbose=False).input_ids
+    count = len(ids) // length if length > 1 else 0
+    if not count:
+        raise _too_short(ids, length, "golden-stick")
+    kept = [ids[start : start + length] for start in range(0, count * length, length)][:windows]
+    masked = tokenizer.pad_token_id
+    unit = "rows joined by blank lines and tokenized once with special tokens"
+    if not rows:
+        unit = "paragraphs without headings, detokenized, each tokenized alone with special tokens, then joined"
+    return EvaluationText(
+        protocol="golden-stick",
+        windows=kept,
+        tokens=sum(len(window) - 1 for window in kept),
+        masked_token=masked,
+        description=(
+            f"Protocol golden-stick: {unit}; windows of {length} tokens without overlap{_limited(kept, count)}; a last "
+            "short window is dropped; each window is scored from its second token on, "
+            f"{'there is no pad token' if masked is None else 'predictions of the pad token are left out'}; the mean "
+            f"over batches of {batch} of the mean of each."
+        ),
+        batch=batch,
+    )
+
+
+def _lm_eval(texts: Sequence[str], tokenizer: Any, length: int, windows: int | None, wikitext: bool) -> EvaluationText:
+    """As lm-evaluation-harness's tasks of rolling log-likelihood. Each document (of wikitext each article,
+    detokenized) is tokenized alone with the special tokens that the tokenizer adds. Every token is predicted, the first
+    from the BOS token, or the EOS token if there is none: `length` tokens a window, of which each is fed the `length`
+    tokens before it at most. Only a document's last window, which is short, sees tokens of the one before it. `windows`
+    limits whole documents, of which one is always taken."""
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if prefix is None:
+        raise DataError("Protocol lm-eval begins documents with the BOS or the EOS token, and the tokenizer has none.",
+                        "Use protocol: standard.")  # fmt: skip
+    pages = [page for text in texts for page in wikitext_pages(text)] if wikitext else list(texts)
+    cut: list[list[int]] = []
+    first: list[int] = []
+    documents: list[int] = []
+    taken: list[str] = []
+    for page in pages:
+        ids = [prefix, *tokenizer(clean_wikitext(page) if wikitext else page, verbose=False).input_ids]
+        ends = [min(begin + length, len(ids)) for begin in range(1, len(ids), length)]
+        if windows is not None and cut and len(cut) + len(ends) > windows:
+            break
+        for begin, end in zip(range(1, len(ids), length), ends, strict=True):
+            # fed: the `length` tokens before the last one predicted, with which it makes length + 1
+            start = max(0, end - length - 1)
+            cut.append(ids[start:end])
+            first.append(begin - start)
+            documents.append(len(taken))
+        taken.append(page)
+    if not cut:
+        raise _too_short([], length, "lm-eval")
+    limit = "" if len(taken) == len(pages) else f", the first {len(taken)} of {len(pages)}"
+    return EvaluationText(
+        protocol="lm-eval",
+        windows=cut,
+        tokens=sum(len(window) - begin for window, begin in zip(cut, first, strict=True)),
+        masked_token=None,
+        description=(
+            f"Protocol lm-eval: {'articles, detokenized,' if wikitext else 'documents'} each tokenized alone with the "
+            f"tokenizer's special tokens{limit}; every token predicted, the first from token {prefix}; windows of"
+            f" {length} predictions without overlap, a document's last one with as much context as fits; "
+            f"words and bytes are those of the {'articles as they stand' if wikitext else 'documents'}."
+        ),
+        first=first,
+        documents=documents,
+        words=[len(re.split(r"\s+", page)) for page in taken],
+        bytes=[len(page.encode()) for page in taken],
+    )
+
+
+def _limited(kept: Sequence[object], count: int) -> str:
+    return "" if len(kept) == count else f", the first {len(kept)} of {count}"
+
+
+def _too_short(ids: Sequence[int], length: int, protocol: str) -> DataError:
+    return DataError(
+        f"The evaluation text gives {len(ids)} tokens, too few for a window of {length} by protocol {protocol}.",
+        "Choose a longer text or a smaller sequence_length.",
+    )
+
+
+def wikitext_pages(text: str) -> list[str]:
+    """The articles of a wikitext file, as the document-level wikitext sets cut them: an article begins at a line with a
+    heading of the first level, "= Title =". What stands before the first is one too, if it is not blank."""
+    pages: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        closed = line.replace("= = =", "===").replace("= =", "==").strip()
+        if closed.startswith("= ") and closed.endswith(" ="):
+            pages.append([])
+        pages[-1].append(line)
+    joined = ("\n".join(lines) for lines in pages)
+    return [page for page in joined if page.strip()]
 
 
 _SPACED = {"s '": "s'", " @-@ ": "-", " @,@ ": ",", " @.@ ": "."} | {f" {mark} ": f"{mark} " for mark in ":;.!?,"}

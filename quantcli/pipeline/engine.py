@@ -9,7 +9,7 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.allocation import budgeted
 from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context, Listener, Stage
+from quantcli.pipeline.gates import Gate, judged, message_of, worst_linears, write_reports
 from quantcli.pipeline.plan import Plan, make_plan, reads_calibration
 from quantcli.pipeline.report import write_page, write_summary
 from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, StageFolder, check_place, is_run, open_run, room_errors
@@ -30,18 +31,22 @@ from quantcli.pipeline.stages import (
     check,
     distill,
     eval_ppl,
+    eval_tasks,
     export,
     generate,
     layers,
     quantize,
+    reference,
+    reference_tasks,
     search,
     select,
     sensitivity,
     smooth,
     verify,
 )
+from quantcli.pipeline.tasks import require_readable
 from quantcli.recipe import resolved_yaml
-from quantcli.recipe.data import CalibrationSection
+from quantcli.recipe.data import CalibrationSection, PerplexitySection
 from quantcli.recipe.schema import Recipe
 
 STAGES: tuple[Stage, ...] = (
@@ -56,7 +61,10 @@ STAGES: tuple[Stage, ...] = (
     distill.STAGE,
     export.STAGE,
     verify.STAGE,
+    reference.STAGE,
     eval_ppl.STAGE,
+    reference_tasks.STAGE,
+    eval_tasks.STAGE,
     layers.STAGE,
     generate.STAGE,
 )
@@ -80,6 +88,8 @@ class RunResult:
     experts: dict[str, Any] | None = None
     allocation: dict[str, Any] | None = None
     sizes: dict[str, Any] | None = None
+    tasks: dict[str, Any] | None = None
+    gates: tuple[Gate, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         exported = self.stages.get("export", {}).get("files", {})
@@ -88,8 +98,11 @@ class RunResult:
             "stages": {name: {k: v for k, v in r.items() if k != "files"} for name, r in self.stages.items()},
             "size_before": self.plan.size_before,
             "size_after": self.plan.size_after,
+            "bits_per_weight": round(self.plan.bits_per_weight, 3),
             "exports": sorted({str(self.path / "export" / Path(file).parts[0]) for file in exported}),
             "perplexity": self.perplexity,
+            "tasks": self.tasks,
+            "gates": [asdict(gate) | {"passed": gate.passed} for gate in self.gates],
             "smoothing": self.smoothing,
             "experts": self.experts,
             "allocation": self.allocation,
@@ -161,10 +174,13 @@ def run_recipe(
         scores, smoothing = _perplexity(context), _smoothing(context)
         found = _experts(context), _allocation(context)
         peak = _peak_of(context)
-        result = RunResult(path, context.plan, context.results, scores, peak, smoothing, *found, _sizes(context))
+        sizes, tasks = _sizes(context), _tasks(context)
+        result = RunResult(path, context.plan, context.results, scores, peak, smoothing, *found, sizes, tasks)
+        result, missed = _judged(recipe, result)
         write_summary(path, context.plan.to_json(), result.to_json(), command)
         write_page(path)
-    _check_gates(recipe, result)
+    if missed is not None:
+        raise missed
     return result
 
 
@@ -282,8 +298,9 @@ def _require_stage(name: str, recipe: Recipe) -> None:
                    "search": "quantize.rollback.target", "allocate": "quantize.target",
                    "select": "calibration.drop_outliers", "distill": "quantize.distill",
                    "export": "export", "verify": "export",
-                   "eval-ppl": "evaluate.perplexity", "layers": "evaluate.output_error",
-                   "generate": "evaluate.generate"}.get(name, name)  # fmt: skip
+                   "reference": "evaluate.perplexity", "eval-ppl": "evaluate.perplexity",
+                   "reference-tasks": "evaluate.tasks", "eval-tasks": "evaluate.tasks",
+                   "layers": "evaluate.output_error", "generate": "evaluate.generate"}.get(name, name)  # fmt: skip
         raise RecipeError(f"This recipe has nothing for stage {name}.", f"It would need {section}.")
 
 
@@ -312,6 +329,8 @@ def _require_readable(recipe: Recipe, plan: Plan) -> None:
         texts_of(recipe.calibration)
     if recipe.evaluate is not None and recipe.evaluate.perplexity is not None:
         texts_of(recipe.evaluate.perplexity)
+    for section in recipe.evaluate.tasks if recipe.evaluate is not None else ():
+        require_readable(section)
 
 
 def _require_positions(recipe: Recipe, model: Path, until: str | None) -> None:
@@ -320,13 +339,15 @@ def _require_positions(recipe: Recipe, model: Path, until: str | None) -> None:
     if longest is None:
         return
     calibration = recipe.calibration if reads_calibration(recipe) else None
-    measures = until is None or {eval_ppl.STAGE.name, search.STAGE.name} & _needed(until)
+    measures = until is None or {reference.STAGE.name, search.STAGE.name} & _needed(until)
     perplexity = recipe.evaluate.perplexity if recipe.evaluate and measures else None
     for key, section in (("calibration", calibration), ("evaluate.perplexity", perplexity)):
-        if section is not None and section.sequence_length > longest:
+        # windows of protocol lm-eval hold one token more: the last that is predicted
+        extra = int(isinstance(section, PerplexitySection) and section.protocol == "lm-eval")
+        if section is not None and section.sequence_length > longest - extra:
             raise RecipeError(
                 f"{key}.sequence_length: is {section.sequence_length}, and the model has {longest} positions.",
-                f"Set it to {longest} or less.",
+                f"Set it to {longest - extra} or less.",
             )
 
 
@@ -386,20 +407,30 @@ def _sizes(context: Context) -> dict[str, Any] | None:
     return checkpoint_sizes(context)
 
 
-def _check_gates(recipe: Recipe, result: RunResult) -> None:
-    gates = recipe.evaluate.gates if recipe.evaluate else None
-    scores = result.perplexity
-    if gates is None or scores is None:
-        return
-    for name, bound, found in (
-        ("perplexity_increase", gates.perplexity_increase, scores["increase"]),
-        ("kl_divergence", gates.kl_divergence, scores["kl_divergence"]),
-    ):
-        if bound is not None and not (found is not None and found <= bound):
-            shown = "undefined" if found is None else f"{found:.4g}"
-            raise MissedGate(f"evaluate.gates.{name}: {shown} is above {bound:.4g}.",
-                             f"The run is complete in {result.path}; try a milder scheme or roll back more.",
-                             result)  # fmt: skip
+def _tasks(context: Context) -> dict[str, Any] | None:
+    """What came of each task: both models' metrics, and their difference."""
+    if eval_tasks.STAGE.name not in context.results:
+        return None
+    return read_json(context.folder(eval_tasks.STAGE.name) / eval_tasks.RESULTS)
+
+
+def _judged(recipe: Recipe, result: RunResult) -> tuple[RunResult, MissedGate | None]:
+    """The result with its gates, which are also written, and what is to be raised if one is missed. Nothing is judged
+    before there is an export."""
+    section = recipe.evaluate.gates if recipe.evaluate else None
+    if section is None or export.STAGE.name not in result.stages:
+        return result, None
+    found = result.to_json()
+    assert recipe.export is not None
+    measured = result.path / export.STAGE.name / recipe.export.formats[0]
+    gates = judged(section, found, result.path, measured)
+    worst = worst_linears(result.path)
+    with room_errors(result.path):
+        write_reports(result.path, gates, found, worst)
+    result = replace(result, gates=tuple(gates))
+    missed = [gate for gate in gates if not gate.passed]
+    remedy = f"The run is complete in {result.path}; try a milder scheme or roll back more."
+    return result, MissedGate(message_of(missed, worst), remedy, result) if missed else None
 
 
 def _peak_of(context: Context) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quantcli.pipeline.batches import calibration_tokens, texts_of
 from quantcli.pipeline.context import Context
+from quantcli.recipe.data import PerplexitySection
 
 if TYPE_CHECKING:
     from quantcli.calibration.tokens import TokenSet
@@ -39,11 +40,23 @@ def spread(samples: Sequence[list[int]], count: int | None) -> list[list[int]]:
 
 def evaluation_text(context: Context) -> EvaluationText:
     """The windows that the recipe's section evaluate.perplexity asks for."""
-    from quantcli.evaluation.protocols import evaluation_windows
-
     assert context.recipe.evaluate is not None
     section = context.recipe.evaluate.perplexity
     assert section is not None
+    return windows_of(section, context.tokenizer())
+
+
+def windows_of(section: PerplexitySection, tokenizer: Any) -> EvaluationText:
+    """The windows that a section of evaluation text asks for."""
+    from quantcli.evaluation.protocols import evaluation_windows
+
     return evaluation_windows(
-        texts_of(section), context.tokenizer(), section.protocol, section.sequence_length, section.windows
+        texts_of(section),
+        tokenizer,
+        section.protocol,
+        section.sequence_length,
+        section.windows,
+        stride=section.stride,
+        batch=section.batch_size,
+        dataset=section.dataset,
     )

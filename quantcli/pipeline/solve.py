@@ -225,7 +225,8 @@ def _solve_input(
         raise ModelError(f"{names[0]}: {error}.", "Use more calibration text, or roll it back.") from error
     context = source.context
     if curvature.damping > section.damping:
-        context.emit("warning", text=f"The Hessian of {names[0]} factors only with {curvature.damping:.0%} of its "
+        context.emit("warning", fallback="extra_damping",
+                     text=f"The Hessian of {names[0]} factors only with {curvature.damping:.0%} of its "
                      f"diagonal added, not {section.damping:.0%}.")  # fmt: skip
     found: Results = {}
     for members in _alike(names, context.plan.treatments):

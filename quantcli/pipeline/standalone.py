@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from quantcli.errors import RecipeError
 from quantcli.model.structure import Structure
 from quantcli.model.structure_cache import find_structure
-from quantcli.pipeline.batches import batched, texts_of
+from quantcli.pipeline.batches import batched
+from quantcli.pipeline.samples import windows_of
 from quantcli.pipeline.source import load_tokenizer, locate_model
 from quantcli.recipe.data import PerplexitySection
 from quantcli.recipe.schema import ModelSection, Recipe
@@ -76,8 +77,7 @@ def score_checkpoint(
     the float model, also its perplexity, and what quantization changed. Nothing is written but hidden states, in a
     temporary directory. Raises RecipeError for `model.dtype`, ModelError for what cannot be read.
     """
-    from quantcli.evaluation.protocols import evaluation_windows
-    from quantcli.evaluation.scores import summarize
+    from quantcli.evaluation.scores import summarize, text_scores, with_distributions
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.skeleton import Skeleton
     from quantcli.model.stream import BlockStream
@@ -94,7 +94,7 @@ def score_checkpoint(
     emit("started")
     structure, checkpoint, _ = open_checkpoint(directory, trust_remote_code=trust)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust)
-    text = evaluation_windows(texts_of(section), tokenizer, section.protocol, section.sequence_length, section.windows)
+    text = windows_of(section, tokenizer)
     emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=section.protocol)
     batches = batched(text.windows)
     own = Skeleton(
@@ -115,9 +115,14 @@ def score_checkpoint(
             eval_ppl.advance(name, stream, caches[name], read, section.phase, emit)
         scored = streams["quantized" if original is not None else "float"]
         with eval_ppl.head_as_served(scored, checkpoint, section.phase):
-            scores = summarize(eval_ppl.windows_scored(streams, caches, text, batches), quantized=original is not None)
+            windows = eval_ppl.windows_scored(streams, caches, text, batches)
+    scores = summarize(windows, original is not None, text.batch)
+    per_text = text_scores(windows, text, original is not None)
     if original is None:
         scores = replace(scores, quantized=scores.float_model)
+        per_text = {name: {"quantized": found["float_model"]} for name, found in (per_text or {}).items()} or None
+    else:
+        scores = with_distributions(scores, windows)
     counts = Counter(scheme.name for scheme in checkpoint.schemes.values())
     found = {key: eval_ppl.finite(value) for key, value in asdict(scores).items() if key != "per_window"}
     return {
@@ -129,5 +134,6 @@ def score_checkpoint(
         "description": text.description,
         "sequence_length": section.sequence_length,
         **found,
+        "per_text": eval_ppl.finite(per_text),
         "float_model": found["float_model"] if original is not None else None,
     }

@@ -49,15 +49,16 @@ class TrialModel:
 
     def measure(self, rolled_back: Collection[str]) -> Scores:
         """Scores of the model with these linears rolled back against the float model."""
-        hidden = self.hidden(frozenset(rolled_back))
+        rounded = self.hidden(frozenset(rolled_back))
         with self.stream.head():
             scores = score_windows(
                 self.batches,
-                lambda batch, sample: self.stream.logits(self.exact[batch][sample : sample + 1, :-1]),
-                lambda batch, sample: self.logits(hidden[batch][sample : sample + 1, :-1], rolled_back),
+                lambda batch, sample, first: self.stream.logits(_scored(self.exact[batch], sample, first)),
+                lambda batch, sample, first: self.logits(_scored(rounded[batch], sample, first), rolled_back),
                 self.text.masked_token,
+                self.text.first,
             )
-        return summarize(scores, quantized=True)
+        return summarize(scores, quantized=True, batch=self.text.batch)
 
     def logits(self, hidden: Tensor, rolled_back: Collection[str]) -> Iterator[tuple[slice, Tensor]]:
         """`BlockStream.logits` with the output head as an engine computes it, if it is quantized."""
@@ -134,3 +135,8 @@ class TrialModel:
             attention_as_stored(module, path, self.base.attention, attention),
         ):
             yield module
+
+
+def _scored(hidden: Tensor, sample: int, first: int) -> Tensor:
+    """The states of one sample that its tokens from number `first` on are predicted from."""
+    return hidden[sample : sample + 1, first - 1 : -1]

@@ -133,8 +133,16 @@ class PerplexitySection(Section):
     split: Text = Field(default="test", description="Split of a hub dataset.")
     sequence_length: Length = Field(default=1024, description="Tokens in a window.")
     windows: Count | None = Field(default=40, description="At most this many windows; null takes the whole text.")
-    protocol: Literal["standard", "golden-stick"] = Field(
+    protocol: Literal["standard", "golden-stick", "lm-eval"] = Field(
         default="standard", description="How text becomes windows and windows become one number."
+    )
+    stride: Count | None = Field(
+        default=None,
+        description="Protocol standard: tokens from the start of a window to that of the next; null for no overlap.",
+    )
+    batch_size: Count = Field(
+        default=1,
+        description="Protocol golden-stick: windows in a batch; the mean over batches of their means is taken.",
     )
     phase: Literal["prefill", "decode"] = Field(
         default="prefill", description="What of activations with scope mix is measured: their dynamic or static scales."
@@ -143,4 +151,8 @@ class PerplexitySection(Section):
     @model_validator(mode="after")
     def _check(self) -> PerplexitySection:
         _check_source(self, "test")
+        for key, protocol, default in (("stride", "standard", None), ("batch_size", "golden-stick", 1)):
+            if self.protocol != protocol and getattr(self, key) != default:
+                wrong = f"has no meaning in protocol {self.protocol}"
+                raise refusal(key, wrong, f"Remove it, or set protocol: {protocol}.")
         return self

@@ -14,7 +14,13 @@ from quantcli.recipe.explain import recipe_error
 from quantcli.recipe.schema import Recipe
 from quantcli.recipe.shipped import expanded, shipped_path
 
-_PATHS = (("model", "path"), ("calibration", "path"), ("evaluate", "perplexity", "path"), ("output",))
+_PATHS = (
+    ("model", "path"),
+    ("calibration", "path"),
+    ("evaluate", "perplexity", "path"),
+    ("evaluate", "reference"),
+    ("output",),
+)
 
 
 def load_recipe(
@@ -87,6 +93,9 @@ def _override(document: Document, override: str) -> None:
 def _resolve_paths(document: Document) -> None:
     mix = document.get(("calibration", "mix"))
     mixed = [("calibration", "mix", index, "path") for index in range(len(mix))] if isinstance(mix, list) else []
+    tasks = document.get(("evaluate", "tasks"))
+    if isinstance(tasks, list):
+        mixed += [("evaluate", "tasks", i, "path") for i, task in enumerate(tasks) if isinstance(task, dict)]
     for keys in (*_PATHS, *mixed):
         text = document.get(keys)
         if not isinstance(text, str) or not text:

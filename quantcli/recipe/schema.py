@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
-from quantcli.recipe.comparison import GenerateSection, OutputErrorSection
-from quantcli.recipe.data import CalibrationSection, PerplexitySection
-from quantcli.recipe.fields import Section, Text, as_percent, as_size, fraction_of, refusal, size_of, whole
+from quantcli.recipe.data import CalibrationSection
+from quantcli.recipe.evaluation import EvaluateSection
+from quantcli.recipe.fields import Section, Text, as_size, refusal, size_of, whole
 from quantcli.recipe.quantization import QuantizeSection, named_scheme
 from quantcli.recipe.smoothing import SmoothSection, check_smoothing
 
@@ -65,44 +65,6 @@ class ExportSection(Section):
     def _check(self) -> ExportSection:
         if len(set(self.formats)) < len(self.formats):
             raise refusal("formats", "names a format twice", "Name each once.")
-        return self
-
-
-class GatesSection(Section):
-    """Bounds that the quantized model must keep, or the run fails."""
-
-    perplexity_increase: Annotated[
-        float | None, BeforeValidator(fraction_of, json_schema_input_type=float | str | None)
-    ] = Field(default=None, description="Largest relative increase of perplexity over the float model, as 2% or 0.02.")
-    kl_divergence: Annotated[float, Field(ge=0)] | None = Field(
-        default=None, description="Largest mean Kullback-Leibler divergence from the float model, in nats a token."
-    )
-
-    @field_serializer("perplexity_increase")
-    def _percent(self, value: float | None) -> str | None:
-        return as_percent(value)
-
-
-class EvaluateSection(Section):
-    """What is measured on the exported model."""
-
-    perplexity: PerplexitySection | None = Field(default=None, description="Measure perplexity; {} for the defaults.")
-    output_error: OutputErrorSection | None = Field(
-        default=OutputErrorSection(), description="Measure the output error of each linear; null leaves it out."
-    )
-    generate: GenerateSection | None = Field(
-        default=GenerateSection(), description="Let both models write a little text; null leaves it out."
-    )
-    gates: GatesSection | None = Field(
-        default=None, description="Quality bounds; a miss ends the run with exit status 4."
-    )
-
-    @model_validator(mode="after")
-    def _check(self) -> EvaluateSection:
-        if self.perplexity is None and self.gates is not None:
-            raise refusal("gates", "judges nothing without evaluate.perplexity", "Add perplexity: {} or remove gates.")
-        if self.perplexity is None:
-            raise refusal("", "asks for no measurement", "Add perplexity: {} to it, or set evaluate: null.")
         return self
 
 

@@ -28,6 +28,11 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     yield "size", f"{size(before)} → {size(after)} ({after / before - 1:+.1%})"
     if scores := result["perplexity"]:
         yield from _score_rows(scores)
+    for task, found in ((result.get("tasks") or {}).get("tasks") or {}).items():
+        yield from _task_rows(task, found)
+    if gates := result.get("gates"):
+        missed = [gate["name"] for gate in gates if not gate["passed"]]
+        yield "gates", f"{len(gates) - len(missed)} of {len(gates)} kept" + "".join(f"; missed: {n}" for n in missed)
     stages = result["stages"]
     times = [
         f"{name} {'up to date' if r.get('reused') else format(r['seconds'], '.1f') + ' s'}"
@@ -73,16 +78,30 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{_with_error(plain)} → {_with_error(quantized)} "
         f"({_number(scores['increase'], '+.2%')} ± {_number(scores['increase_error'], '.2%')})",
     )
+    spread = f", {_number(kl['99'], '.3g')} for 1 in 100" if (kl := scores.get("kl")) else ""
     yield (
         "KL divergence",
-        f"{_number(scores['kl_divergence'], '.4f')} ± {_number(scores['kl_error'], '.4f')} nats a token",
+        f"{_number(scores['kl_divergence'], '.4f')} ± {_number(scores['kl_error'], '.4f')} nats a token{spread}",
     )
     yield "same top token", f"{_number(scores['agreement'], '.1%')}"
+    for name, pair in (scores.get("per_text") or {}).items():
+        yield name.replace("_", " "), f"{_with_error(pair['float_model'])} → {_with_error(pair['quantized'])}"
     yield (
         "protocol",
         f"{scores['protocol']}, {_count(scores['windows'], 'window')} of {scores['sequence_length']}, "
         f"{_count(scores['tokens'], 'token')}",
     )
+
+
+def _task_rows(task: str, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Both models' metrics with 95 % intervals, and the paired change with its error."""
+    for name, metric in found.get("metrics", {}).items():
+        models = [metric["float_model"], metric["quantized"]]
+        shown = [
+            f"{_number(m['value'], '.1%')} ({' to '.join(format(x, '.1%') for x in m['interval'])})" for m in models
+        ]
+        change = f"{_number(metric['change'], '+.2%')} ± {_number(metric['change_error'], '.2%')}"
+        yield f"{task} {name}".replace("_", " "), f"{' → '.join(shown)}, {change} on {found['questions']} questions"
 
 
 def _with_error(perplexity: Mapping[str, Any]) -> str:

@@ -26,13 +26,13 @@ def test_json_is_one_document_and_progress_goes_elsewhere(quantcli: Any, recipe_
     assert content["size_after"] < content["size_before"]
     assert content["perplexity"]["quantized"]["value"] > 1
     assert content["missed_gate"] is None
-    assert [stage["reused"] for stage in content["stages"].values()] == [False] * 8
+    assert [stage["reused"] for stage in content["stages"].values()] == [False] * 9
     progress = outcome.err.splitlines()
     titles = ["Checking", "Observing", "Quantizing", "Writing", "Reading", "Scoring"]
     assert [line.split()[0] for line in progress if line.split()[0] in titles] == titles
     assert "\x1b" not in outcome.err  # plain lines where there is no terminal
     again = json.loads(quantcli("run", file, "--json").out)
-    assert [stage["reused"] for stage in again["stages"].values()] == [True] * 8
+    assert [stage["reused"] for stage in again["stages"].values()] == [True] * 9
     assert again["perplexity"] == content["perplexity"]
     assert again["peak_memory"] >= content["peak_memory"]
 

@@ -12,7 +12,14 @@ from tiny_exports import SCHEMES, export_tiny
 from tiny_models import token_batches
 from torch import Tensor
 
-from quantcli.evaluation.scores import Scores, WindowScores, mean_and_error, summarize
+from quantcli.evaluation.scores import (
+    PERCENTILES,
+    Scores,
+    WindowScores,
+    mean_and_error,
+    summarize,
+    with_distributions,
+)
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
 
@@ -102,6 +109,58 @@ def as_dictionary(scores: Scores) -> dict[str, float | None]:
 def test_against_definitions_in_float64(lengths: list[int], masked: int | None) -> None:
     windows = some_windows(lengths)
     assert as_dictionary(score(windows, masked)) == pytest.approx(reference(windows, masked), rel=1e-5)
+
+
+def percentile(values: list[float], percent: float) -> float:
+    """Between the two values that stand around it in order, linearly."""
+    ordered = sorted(values)
+    place = percent / 100 * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+@pytest.mark.parametrize("masked", [None, 5])
+def test_distributions_over_tokens_against_definitions_in_float64(masked: int | None) -> None:
+    windows = some_windows([31, 12, 45])
+    scores = []
+    kl, change, shared, nll = [], [], [], []
+    lost = gained = 0
+    for plain, quantized, labels in windows:
+        scores.append(WindowScores())
+        scores[-1].add(plain.clone(), quantized.clone(), labels, masked)
+        for a, b, label in zip(plain.double(), quantized.double(), labels.tolist(), strict=True):
+            if label == masked:
+                continue
+            p, q = a.softmax(0).tolist(), b.softmax(0).tolist()
+            kl.append(sum(x * math.log(x / y) for x, y in zip(p, q, strict=True)))
+            change.append(q[label] - p[label])
+            nll.append((-math.log(p[label]), -math.log(q[label])))
+            order = [sorted(range(VOCABULARY), key=lambda i, of=of: -of[i]) for of in (p, q)]
+            shared.append(len(set(order[0][:5]) & set(order[1][:5])) / 5)
+            lost += order[0][0] == label != order[1][0]
+            gained += order[1][0] == label != order[0][0]
+    found = with_distributions(summarize(scores, quantized=True), scores)
+    count = len(kl)
+    assert found.top5_agreement == pytest.approx(sum(shared) / count, rel=1e-6)
+    assert found.flips == pytest.approx({"lost": lost / count, "gained": gained / count})
+    assert lost
+    assert gained
+    assert found.kl is not None
+    assert found.delta_p is not None
+    for percent in PERCENTILES:
+        assert found.kl[f"{percent:g}"] == pytest.approx(percentile(kl, percent), rel=1e-4, abs=1e-6)
+        assert found.delta_p[f"{percent:g}"] == pytest.approx(percentile(change, percent), rel=1e-4, abs=1e-6)
+    assert found.kl["mean"] == pytest.approx(sum(kl) / count, rel=1e-5)
+    assert found.delta_p["mean"] == pytest.approx(sum(change) / count, rel=1e-4)
+    assert found.delta_p["rms"] == pytest.approx(math.sqrt(sum(x * x for x in change) / count), rel=1e-5)
+    means = [sum(pair[i] for pair in nll) / count for i in (0, 1)]
+    products = [[sum((n[i] - means[i]) * (n[j] - means[j]) for n in nll) for j in (0, 1)] for i in (0, 1)]
+    expected = products[0][1] / math.sqrt(products[0][0] * products[1][1])
+    assert found.nll_correlation == pytest.approx(expected, rel=1e-5)
+    assert found.increase_interval is not None
+    assert found.increase is not None
+    assert found.increase_interval[0] < found.increase < found.increase_interval[1]
 
 
 def test_masked_labels_count_nowhere() -> None:

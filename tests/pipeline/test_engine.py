@@ -18,7 +18,7 @@ from quantcli.pipeline.verify import verify_path
 
 Recipe = dict[str, Any]
 Tree = dict[str, str]
-REPORTED = ["eval-ppl", "layers", "generate"]
+REPORTED = ["reference", "eval-ppl", "layers", "generate"]
 ALL = ["check", "calibrate", "quantize", "export", "verify", *REPORTED]
 
 
@@ -68,7 +68,7 @@ def test_a_second_run_writes_nothing(done: Recipe, tree: Callable[[Path], Tree])
 @pytest.mark.parametrize(
     ("keys", "value", "stages"),
     [
-        ("evaluate.perplexity.windows", 3, ["eval-ppl"]),
+        ("evaluate.perplexity.windows", 3, ["reference", "eval-ppl"]),
         ("evaluate.gates", {"kl_divergence": 100.0}, []),
         ("evaluate.output_error", {"tokens": 16}, ["layers"]),
         ("evaluate.output_error", None, []),
@@ -104,7 +104,7 @@ def test_a_stage_of_its_own_brings_only_what_it_needs(static_recipe: Callable[[P
     recipe = static_recipe(tmp_path / "run")
     assert worked(recipe, "quantize") == ["check", "calibrate", "quantize"]
     assert not (tmp_path / "run" / "export").exists()
-    assert worked(recipe, "eval-ppl") == ["export", "verify", "eval-ppl"]
+    assert worked(recipe, "eval-ppl") == ["export", "verify", "reference", "eval-ppl"]
     assert worked(recipe) == ["layers", "generate"]
     assert worked(recipe) == []
 
@@ -117,6 +117,7 @@ def test_a_stage_of_its_own_brings_only_what_it_needs(static_recipe: Callable[[P
         ("quantize/block-00002.safetensors", ["quantize"]),
         ("export/compressed-tensors/tokenizer.json", ["export"]),
         ("export/compressed-tensors/model.safetensors", ["export"]),
+        ("reference/states/hidden-00003.bin", ["reference"]),
         ("eval-ppl/results.json", ["eval-ppl"]),
         ("layers/errors.json", ["layers"]),
         ("generate/generated.json", ["generate"]),

@@ -23,7 +23,7 @@ from quantcli.pipeline.stages.sensitivity import output_errors
 from quantcli.recipe.rollback import RollbackSection
 
 Recipe = dict[str, Any]
-REPORTED = ("eval-ppl", "layers", "generate")
+REPORTED = ("reference", "eval-ppl", "layers", "generate")
 METRICS = ("range_parm", "kurtosis", "quantile", "output_error", "block_error")
 LINEARS = [
     f"model.layers.{index}.{name}_proj"

@@ -33,7 +33,7 @@ from quantcli.recipe.smoothing import RotationSection, SmoothSection
 
 Recipe = dict[str, Any]
 BF16 = torch.bfloat16
-QUANTIZED = ("quantize", "export", "verify", "eval-ppl")
+QUANTIZED = ("quantize", "export", "verify", "reference", "eval-ppl")
 UP = "model.layers.1.mlp.up_proj"
 NORM = "model.layers.1.post_attention_layernorm"
 

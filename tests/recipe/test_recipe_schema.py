@@ -197,7 +197,7 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
             "once",
         ),
         ([("windows: 4", "windows: 0")], "r.yaml:30: evaluate.perplexity.windows: is 0", "more than 0"),
-        ([("gates:", "tasks: [boolq]\ngates:")], "r.yaml:31: evaluate.tasks: unknown key", "perplexity, gates"),
+        ([("gates:", "speed: true\n  gates:")], "r.yaml:31: evaluate.speed: unknown key", "perplexity, tasks"),
         (
             [("perplexity_increase: 2%", "perplexity_increase: 2")],
             "r.yaml:32: evaluate.gates.perplexity_increase: 2 is",
@@ -709,7 +709,7 @@ def test_a_target_that_is_measured_needs_a_measurement(tmp_path: Path, bound: st
             },
             "r.yaml:12: quantize.weights.importance: second_moment needs calibration",
         ),
-        ("evaluate.perplexity", {}, "r.yaml:28: evaluate.gates: judges nothing"),
+        ("evaluate.perplexity", {}, "r.yaml:29: evaluate.gates.perplexity_increase: judges nothing"),
     ],
 )
 def test_refusal_of_a_combination_with_an_absent_section(

@@ -30,6 +30,10 @@ RESULT = {
         "increase_error": 0.0012,
         "kl_divergence": 0.01234,
         "kl_error": 0.0001,
+        "kl": {"50": 0.004, "99": 0.1234},
+        "per_text": {
+            "bits_per_byte": {"float_model": {"value": 1.1, "error": 0.01}, "quantized": {"value": 1.2, "error": 0.01}}
+        },
         "agreement": 0.953,
         "protocol": "standard",
         "windows": 40,
@@ -49,8 +53,9 @@ def test_the_outcome_states_every_number_with_its_uncertainty() -> None:
         ("note", "Group size 128 does not divide every input width; 32 is used."),
         ("size", "200.0 MB → 75.0 MB (-62.5%)"),
         ("perplexity", "20.641 ± 0.310 → 21.054 ± 0.330 (+2.00% ± 0.12%)"),
-        ("KL divergence", "0.0123 ± 0.0001 nats a token"),
+        ("KL divergence", "0.0123 ± 0.0001 nats a token, 0.123 for 1 in 100"),
         ("same top token", "95.3%"),
+        ("bits per byte", "1.100 ± 0.010 → 1.200 ± 0.010"),
         ("protocol", "standard, 40 windows of 1024, 40920 tokens"),
         ("time", "quantize up to date, export 1.3 s"),
         ("peak memory", "1.23 GB"),

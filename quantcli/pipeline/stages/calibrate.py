@@ -179,8 +179,9 @@ def _check_experts(context: Context, block: Block, statistics: Mapping[str, Inpu
         few = {names[0]: statistics[names[0]].count for names in experts.linears if statistics[names[0]].count < least}
         if few:
             shown = ", ".join(f"{name} ({count})" for name, count in few.items())
-            context.emit("warning", text=f"{len(few)} of {len(experts.linears)} experts of {experts.name} saw fewer "
-                         f"than {least} tokens and are quantized without them: {shown}. Use more calibration text, or "
+            context.emit("warning", fallback="data_free_experts", count=len(few),
+                         text=f"{len(few)} of {len(experts.linears)} experts of {experts.name} saw fewer than "
+                         f" {least} tokens and are quantized without them: {shown}. Use more calibration text, or "
                          "route_all_experts.")  # fmt: skip
 
 
@@ -200,10 +201,12 @@ def _check(context: Context, block: Block, statistics: dict[str, InputStatistics
         low, high = gathered.minimum, gathered.maximum
         constant = int((low == high).sum())
         if bool((low == 0).all() & (high == 0).all()):
-            context.emit("warning", text=f"The input of {name} was zero for every calibration token; its scale is 1. "
+            context.emit("warning", fallback="constant_inputs",
+                         text=f"The input of {name} was zero for every calibration token; its scale is 1. "
                          "Use other calibration text, or roll it back.")  # fmt: skip
         elif constant:
-            context.emit("warning", text=f"{constant} of {len(low)} input channels of {name} never varied during "
+            context.emit("warning", fallback="constant_inputs",
+                         text=f"{constant} of {len(low)} input channels of {name} never varied during "
                          "calibration. Use more calibration text if they should.")  # fmt: skip
 
 

@@ -74,7 +74,7 @@ def run(context: Context, folder: StageFolder) -> None:
 def _report(context: Context, problem: str) -> None:
     if context.recipe.model.sanity_check == "stop":
         raise ModelError(problem, "If it is meant to be so, set model.sanity_check: warn.")
-    context.emit("warning", text=problem)
+    context.emit("warning", fallback="insane_model", text=problem)
 
 
 def _perplexity(context: Context, samples: list[list[int]]) -> float:

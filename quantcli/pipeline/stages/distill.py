@@ -53,7 +53,8 @@ def run(context: Context, folder: StageFolder) -> None:
     stream = BlockStream(context.skeleton(), batches)
     student = Student(context, stream, Store(context.folder("quantize")), section)
     if len(batches) <= apart:
-        context.emit("warning", text="quantize.distill has no effect with one calibration sample, which leaves none to "
+        context.emit("warning", fallback="not_tuned",
+                     text="quantize.distill has no effect with one calibration sample, which leaves none to "
                      "check it on. Use more calibration text.")  # fmt: skip
         _write(folder, {}, {}, {"steps": 0})
         return
@@ -80,7 +81,8 @@ def run(context: Context, folder: StageFolder) -> None:
     if after < before:
         _write(folder, *student.tuned(), facts)
     else:
-        context.emit("warning", text=f"Tuning does not help on samples kept apart (KL divergence {before:.4g}, then "
+        context.emit("warning", fallback="not_tuned",
+                     text=f"Tuning does not help on samples kept apart (KL divergence {before:.4g}, then "
                      f"{after:.4g}): scales and norms stay as they were. Try lower rates or more text.")  # fmt: skip
         _write(folder, {}, {}, facts)
 

@@ -1,4 +1,4 @@
-"""eval-ppl: perplexity of the float model and of the exported checkpoint on the same tokens, in one streamed pass."""
+"""eval-ppl: perplexity of the float model and of the exported checkpoint on the same tokens, block by block."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from quantcli.model.checkpoint import replacing
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     from quantcli.evaluation.scores import Pieces, WindowScores
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.hidden import HiddenCache
+    from quantcli.model.skeleton import Skeleton
     from quantcli.model.stream import BlockStream
     from quantcli.pipeline.treatment import Phase
 
 RESULTS = "results.json"
+TOKENS = "tokens.safetensors"
 HIDDEN = {"float": "hidden-float", "quantized": "hidden-quantized"}
 
 
@@ -39,15 +42,15 @@ def _identity(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: StageFolder) -> None:
-    """Writes results.json. Reads the weights from the export, through its reader, never from the store."""
+    """Writes results.json and tokens.safetensors, the scores of every token. Reads the weights from the export, through
+    its reader, never from the store; of the float model the hidden states that stage `reference` kept."""
     import torch
+    from safetensors.torch import save_file
 
-    from quantcli.evaluation.scores import summarize
-    from quantcli.formats.reader import QuantizedCheckpoint
+    from quantcli.evaluation.scores import COLUMNS, per_token, summarize, text_scores, with_distributions
     from quantcli.model.hidden import HiddenCache
-    from quantcli.model.skeleton import Skeleton
     from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.stages.export import float_source
+    from quantcli.pipeline.stages.reference import float_states
 
     assert context.recipe.evaluate is not None
     assert context.recipe.export is not None
@@ -61,8 +64,48 @@ def run(context: Context, folder: StageFolder) -> None:
     context.emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=section.protocol)
     batches = batched(text.windows)
     form = context.recipe.export.formats[0]
-    exported = QuantizedCheckpoint(context.folder("export") / form, context.linears, float_source(context).weights)
-    quantized = Skeleton(
+    quantized, exported = exported_model(context)
+    original = context.skeleton(original=True)
+    streams = {"float": BlockStream(original, batches), "quantized": BlockStream(quantized, batches)}
+    kept = float_states(context, streams["float"])
+    own = ["quantized"] if kept is not None else ["float", "quantized"]
+    caches = {name: context.hidden_cache(folder.path / HIDDEN[name], streams[name]) for name in own}
+    for name, cache in caches.items():
+        read = exported if name == "quantized" else None
+        advance(name, streams[name], cache, read, section.phase, context.emit)
+    states = caches if kept is None else {"float": kept, **caches}
+    with head_as_served(streams["quantized"], exported, section.phase):
+        windows = windows_scored(streams, states, text, batches)
+    scores = with_distributions(summarize(windows, quantized=True, batch=text.batch), windows)
+    columns = {name: values.contiguous() for name, values in zip(COLUMNS, per_token(windows).unbind(1), strict=True)}
+    with replacing(folder.path / TOKENS) as temporary:
+        save_file(columns, temporary)
+    folder.add(folder.path / TOKENS)
+    result = {
+        "protocol": text.protocol,
+        "description": text.description,
+        "sequence_length": section.sequence_length,
+        "checkpoint": form,
+        **{key: finite(value) for key, value in asdict(scores).items()},
+        "per_text": finite(text_scores(windows, text, quantized=True)),
+    }
+    context.emit("perplexity", **{key: value for key, value in result.items() if key != "per_window"})
+    write_json(folder.path / RESULTS, result)
+    folder.add(folder.path / RESULTS)
+    for cache in caches.values():
+        cache.clear()
+
+
+def exported_model(context: Context) -> tuple[Skeleton, QuantizedCheckpoint]:
+    """The model as its first export has it: without weights, and the checkpoint that they are read from."""
+    from quantcli.formats.reader import QuantizedCheckpoint
+    from quantcli.model.skeleton import Skeleton
+    from quantcli.pipeline.stages.export import float_source
+
+    assert context.recipe.export is not None
+    folder = context.folder("export") / context.recipe.export.formats[0]
+    exported = QuantizedCheckpoint(folder, context.linears, float_source(context).weights)
+    skeleton = Skeleton(
         context.model,
         context.plan.structure,
         dtype=exported.dtype,
@@ -71,25 +114,7 @@ def run(context: Context, folder: StageFolder) -> None:
         checkpoint=exported,
         untied=context.untied,
     )
-    original = context.skeleton(original=True)
-    streams = {"float": BlockStream(original, batches), "quantized": BlockStream(quantized, batches)}
-    caches = {name: context.hidden_cache(folder.path / HIDDEN[name], stream) for name, stream in streams.items()}
-    for name, stream in streams.items():
-        advance(name, stream, caches[name], exported if name == "quantized" else None, section.phase, context.emit)
-    with head_as_served(streams["quantized"], exported, section.phase):
-        scores = summarize(windows_scored(streams, caches, text, batches), quantized=True)
-    result = {
-        "protocol": text.protocol,
-        "description": text.description,
-        "sequence_length": section.sequence_length,
-        "checkpoint": form,
-        **{key: finite(value) for key, value in asdict(scores).items()},
-    }
-    context.emit("perplexity", **{key: value for key, value in result.items() if key != "per_window"})
-    write_json(folder.path / RESULTS, result)
-    folder.add(folder.path / RESULTS)
-    for cache in caches.values():
-        cache.clear()
+    return skeleton, exported
 
 
 def advance(
@@ -174,24 +199,28 @@ def windows_scored(
     from quantcli.evaluation.scores import score_windows
 
     def logits(name: str) -> Pieces:
-        return lambda batch, sample: streams[name].logits(caches[name].get(batch)[sample : sample + 1, :-1])
+        return lambda batch, sample, first: streams[name].logits(
+            caches[name].get(batch)[sample : sample + 1, first - 1 : -1]
+        )
 
     with ExitStack() as heads:
         for stream in streams.values():
             heads.enter_context(stream.head())
         quantized = logits("quantized") if "quantized" in streams else None
-        return score_windows(batches, logits("float"), quantized, text.masked_token)
+        return score_windows(batches, logits("float"), quantized, text.masked_token, text.first)
 
 
 def finite(value: Any) -> Any:
     """The value with null in the place of every NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [finite(v) for v in value]
     return {k: finite(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _writes(context: Context) -> tuple[str, ...]:
-    return (RESULTS, *(f"{folder}/*" for folder in HIDDEN.values()))
+    return (RESULTS, TOKENS, *(f"{folder}/*" for folder in HIDDEN.values()))
 
 
-STAGE = Stage("eval-ppl", ("export",), _wanted, _identity, run, _writes, guards=("check", "verify"))
+STAGE = Stage("eval-ppl", ("reference", "export"), _wanted, _identity, run, _writes, guards=("check", "verify"))

@@ -185,8 +185,9 @@ def _run_solved(context: Context, folder: StageFolder) -> None:
     if compares and len(batches) == 1:  # one part to learn from, one to check it on
         batches = [half for half in batches[0].tensor_split(2) if len(half)]
     if section.gptq.asymmetric and len(batches) == 1:
-        context.emit("warning", text="quantize.gptq.asymmetric has no effect with one calibration sample, which leaves "
-                     "none to check it on. Use more calibration text.")  # fmt: skip
+        context.emit("warning", fallback="not_tuned",
+                     text="quantize.gptq.asymmetric has no effect with one calibration "
+                     "sample, which leaves none to check it on. Use more calibration text.")  # fmt: skip
     stream = BlockStream(skeleton, batches)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     passes, caches = Passes(stream, cache), [cache]
@@ -242,7 +243,8 @@ def _write(
 
     for name, found in facts.items():
         if zero_rows := found.pop("zero_rows", 0):
-            context.emit("warning", text=f"{zero_rows} of {context.linears[name].out_features} output channels of "
+            context.emit("warning", fallback="zero_channels",
+                         text=f"{zero_rows} of {context.linears[name].out_features} output channels of "
                          f"{name} hold zeros only; their scale is 1. Check the checkpoint.")  # fmt: skip
         context.emit("linear", module=name, scheme=context.plan.treatments[name].scheme.name, **found)
     scheme = context.plan.attention

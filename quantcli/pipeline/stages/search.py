@@ -124,7 +124,7 @@ def _by_trials(
     """The smallest set of groups that meets the bound on all windows, found on the first `target.windows` of them."""
     trials = _Trials(context, folder, target)
     text = evaluation_text(context)
-    some = replace(text, windows=text.windows[: target.windows])
+    some = replace(text, windows=text.windows[: target.windows], first=text.first[: target.windows])
     chosen = fewest(groups, lambda members: trials.meets(some, members), lambda: trials.left > 1)
     if len(text.windows) > target.windows:
         rest = [group for group in groups if group not in chosen]
@@ -132,7 +132,8 @@ def _by_trials(
             chosen = [*chosen, rest.pop(0)]
     scores = trials.measured(text, chosen)
     if not trials.within(scores):
-        context.emit("warning", text=f"The target {_shown(target)} is not met after {trials.count} trials: "
+        context.emit("warning", fallback="missed_target",
+                     text=f"The target {_shown(target)} is not met after {trials.count} trials: "
                      f"{scores}. Allow more evaluations, or another metric.")  # fmt: skip
     return chosen, {"evaluations": trials.count, "measured": scores}
 

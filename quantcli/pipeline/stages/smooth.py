@@ -324,12 +324,16 @@ def _smooth_block(
                 continue
             outcome = checked(found := source.smooth(shared, own))
             if outcome.fold is None and found.fold is not None and found.fold.shift is not None:
-                context.emit("warning", text=f"{shared.name} is not shifted: {outcome.reason}.")
+                context.emit(
+                    "warning", fallback="not_smoothed", text=f"{shared.name} is not shifted: {outcome.reason}."
+                )
                 outcome = checked(source.smooth(shared, own, shifting=False))
             if outcome.fold is not None:
                 kept.append(outcome.fold)
             if outcome.reason and outcome.cause != "obstacle":
-                context.emit("warning", text=f"{shared.name} is not smoothed: {outcome.reason}.")
+                context.emit(
+                    "warning", fallback="not_smoothed", text=f"{shared.name} is not smoothed: {outcome.reason}."
+                )
             context.emit("smoothed", **outcome.to_json())
             outcomes.append(outcome)
         changed = _changed_parameters(context, exact, kept)

@@ -1,0 +1,185 @@
+"""Quality gates: which bounds of a recipe a run keeps, which fallbacks it took, and what that looks like in CI."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from quantcli.model.checkpoint import replacing
+from quantcli.pipeline.rundir import EVENTS, read_lines, write_json
+from quantcli.recipe.evaluation import GatesSection
+
+FOLDER = "gates"
+WORST = 5
+"""Linears that a missed gate names."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A bound and what was found. `value` is null where it is not defined; `least` marks a lower bound; `error` is the
+    standard error of the value, where there is one."""
+
+    name: str
+    bound: float
+    value: float | None
+    least: bool = False
+    error: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        if self.value is None:
+            return False
+        return self.value >= self.bound if self.least else self.value <= self.bound
+
+    def sentence(self) -> str:
+        """What was found, and by how much it misses the bound."""
+        if self.value is None:
+            return f"evaluate.gates.{self.name}: the value is undefined."
+        shown = f"{self.value:.6g}" + (f" ± {self.error:.2g}" if self.error is not None else "")
+        if self.passed:
+            return f"evaluate.gates.{self.name}: {shown} keeps {self.bound:.6g}."
+        return (
+            f"evaluate.gates.{self.name}: {shown} is {'below' if self.least else 'above'} {self.bound:.6g}, by "
+            f"{abs(self.value - self.bound):.4g}."
+        )
+
+
+def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Path) -> list[Gate]:
+    """The gates of the recipe whose values are in `result`, which is what `run --json` prints; of fallbacks what
+    `run` recorded, of sizes what lies in `export`."""
+    found: list[Gate] = []
+    if (scores := result["perplexity"]) is not None:
+        for name, bound, least, error in (
+            ("perplexity_increase", gates.perplexity_increase, False, "increase_error"),
+            ("kl_divergence", gates.kl_divergence, False, "kl_error"),
+            ("agreement", gates.agreement, True, "agreement_error"),
+        ):
+            key = "increase" if name == "perplexity_increase" else name
+            if bound is not None:
+                found.append(Gate(name, bound, scores[key], least, scores[error]))
+    if gates.task_drop is not None:
+        for task, outcome in ((result["tasks"] or {}).get("tasks") or {}).items():
+            for metric, numbers in outcome.get("metrics", {}).items():
+                change = numbers["change"]
+                drop = None if change is None else -change
+                found.append(
+                    Gate(f"task_drop ({task}, {metric})", gates.task_drop, drop, error=numbers["change_error"])
+                )
+    found += _of_size(gates, result, export)
+    counts = fallbacks(run)
+    for kind, bound in gates.fallbacks:
+        if bound is not None:
+            total = sum(counts.values()) if kind == "all" else counts.get(kind, 0)
+            found.append(Gate(f"fallbacks.{kind}", bound, total))
+    return found
+
+
+def _of_size(gates: GatesSection, result: Mapping[str, Any], export: Path) -> Iterator[Gate]:
+    """Sizes are bytes of the files with the export's weights."""
+    if gates.bits_per_weight is not None:
+        yield Gate("bits_per_weight", gates.bits_per_weight, result["bits_per_weight"])
+    size = sum(file.stat().st_size for file in export.glob("*.safetensors"))
+    if gates.size is not None:
+        yield Gate("size", gates.size, size)
+    if gates.size_ratio is not None:
+        yield Gate("size_ratio", gates.size_ratio, size / result["size_before"])
+
+
+def fallbacks(run: Path) -> dict[str, int]:
+    """How often the stages of a run, as they last ran, took each kind of fallback, from its events.
+
+    A stage that was interrupted and went on counts from its first beginning; the same warning counts once.
+    """
+    warnings: dict[str, dict[str, tuple[str, int]]] = {}
+    finished: set[str] = set()
+    for event in read_lines(run / EVENTS):
+        stage, kind = event.get("stage", ""), event.get("event")
+        if kind == "started" and stage in finished:
+            warnings.pop(stage, None)
+            finished.discard(stage)
+        elif kind == "finished":
+            finished.add(stage)
+        elif kind == "warning" and "fallback" in event:
+            warnings.setdefault(stage, {})[event["text"]] = (event["fallback"], event.get("count", 1))
+    counts: dict[str, int] = {}
+    for named in warnings.values():
+        for name, count in named.values():
+            counts[name] = counts.get(name, 0) + count
+    return counts
+
+
+def worst_linears(run: Path) -> list[tuple[str, float]]:
+    """The linears that quantization hurts most by the errors recorded when they were last quantized: the relative
+    squared error of the weight, weighed as its method weighs it."""
+    errors = {
+        event["module"]: float(event["error"])
+        for event in read_lines(run / EVENTS)
+        if event.get("event") == "linear" and event.get("error") is not None
+    }
+    return sorted(errors.items(), key=lambda item: -item[1])[:WORST]
+
+
+def write_reports(
+    run: Path, gates: Sequence[Gate], result: Mapping[str, Any], worst: Sequence[tuple[str, float]]
+) -> None:
+    """gates.json, junit.xml and summary.md in the folder `gates` of the run."""
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    rows = [asdict(gate) | {"passed": gate.passed} for gate in gates]
+    write_json(folder / "gates.json", {"gates": rows, "fallbacks": fallbacks(run), "worst_linears": worst})
+    for name, text in (("junit.xml", junit(gates, worst)), ("summary.md", summary(gates, result, worst))):
+        with replacing(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def junit(gates: Sequence[Gate], worst: Sequence[tuple[str, float]]) -> str:
+    """A JUnit test suite with a case for every gate."""
+    missed = sum(not gate.passed for gate in gates)
+    suite = ElementTree.Element("testsuite", name="quantcli gates", tests=str(len(gates)), failures=str(missed))
+    for gate in gates:
+        case = ElementTree.SubElement(suite, "testcase", classname="quantcli.gates", name=gate.name)
+        if gate.passed:
+            ElementTree.SubElement(case, "system-out").text = gate.sentence()
+        else:
+            failure = ElementTree.SubElement(case, "failure", message=gate.sentence())
+            failure.text = "\n".join([gate.sentence(), *(f"{name}: error {error:.4g}" for name, error in worst)])
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def summary(gates: Sequence[Gate], result: Mapping[str, Any], worst: Sequence[tuple[str, float]]) -> str:
+    """GitHub-flavoured Markdown: the gates, what was measured, and the linears that are hurt most if one is missed."""
+    missed = [gate for gate in gates if not gate.passed]
+    verdict = f"{len(missed)} of {len(gates)} gates missed" if missed else f"all {len(gates)} gates kept"
+    lines = [f"### Quantization: {verdict}", "", "| gate | bound | found | |", "|---|---:|---:|---|"]
+    for gate in gates:
+        value = "undefined" if gate.value is None else f"{gate.value:.6g}"
+        error = f" ± {gate.error:.2g}" if gate.error is not None else ""
+        bound = f"{'≥' if gate.least else '≤'} {gate.bound:.6g}"
+        lines.append(f"| `{gate.name}` | {bound} | {value}{error} | {'kept' if gate.passed else '**missed**'} |")
+    if (scores := result["perplexity"]) is not None:
+        plain, quantized = scores["float_model"]["value"], scores["quantized"]["value"]
+        lines += ["", f"Perplexity {_shown(plain)} → {_shown(quantized)}, KL divergence "
+                  f"{_shown(scores['kl_divergence'])}, same top token {_shown(scores['agreement'])}. "
+                  f"{scores['description']}"]  # fmt: skip
+    before, after = result["size_before"], result["size_after"]
+    lines += ["", f"Size {before / 1e6:.1f} MB → {after / 1e6:.1f} MB."]
+    if missed and worst:
+        lines += ["", "Linears with the largest errors:", "", "| linear | error |", "|---|---:|"]
+        lines += [f"| `{name}` | {error:.4g} |" for name, error in worst]
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.5g}"
+
+
+def message_of(missed: Sequence[Gate], worst: Sequence[tuple[str, float]]) -> str:
+    """What a missed gate says: each, by how much, and which linears have the largest errors."""
+    text = " ".join(gate.sentence() for gate in missed)
+    if worst:
+        text += " Largest errors: " + ", ".join(f"{name} {error:.3g}" for name, error in worst) + "."
+    return text

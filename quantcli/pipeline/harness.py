@@ -1,0 +1,137 @@
+"""Tasks of lm-evaluation-harness, asked of a model block by block."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantcli.errors import DataError, RecipeError
+from quantcli.pipeline.context import Context
+from quantcli.pipeline.sequences import Query, Reply
+from quantcli.pipeline.source import known_positions
+from quantcli.recipe.evaluation import HARNESS, TaskSection
+
+if TYPE_CHECKING:
+    from quantcli.pipeline.sequences import Model
+    from quantcli.pipeline.tasks import Outcome
+
+LONGEST = 2048
+"""Tokens of a request where the model does not say how many it has positions for, as that library assumes."""
+
+Asked = Callable[[Sequence[Query]], list[Reply]]
+
+
+def harness_version() -> str:
+    """The installed version. Raises RecipeError where there is none."""
+    try:
+        return importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise RecipeError("evaluate.tasks: tasks of lm-evaluation-harness need that library, which is not installed.",
+                          "pip install 'quantcli[lm-eval]'.") from error  # fmt: skip
+
+
+def harness_outcome(context: Context, section: TaskSection, model: Model, asked: Asked) -> Outcome:
+    """What the library makes of the model's answers: its own aggregates, and metrics between 0 and 1 of each question.
+
+    Log-likelihoods of given text are computed block by block, those of all requests in one pass; a task that generates
+    needs the whole model in memory.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    name = section.task.removeprefix(HARNESS)
+    manager = TaskManager(include_path=section.path)
+    if name not in manager.all_tasks:
+        raise DataError(f"evaluate.tasks: lm-evaluation-harness knows no task {name}.",
+                        "Check the name, or set path to the directory with its YAML file.")  # fmt: skip
+    results = simple_evaluate(
+        model=_streamed(context, model, asked),
+        tasks=[name],
+        num_fewshot=section.shots,
+        limit=section.limit,
+        task_manager=manager,
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    subtasks = sorted(results["samples"])
+    aggregates = {
+        f"{subtask}: {metric}" if len(results["results"]) > 1 else metric: float(value)
+        for subtask, found in results["results"].items()
+        for metric, value in found.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and "stderr" not in metric and "," in metric
+    }
+    rows = [row for subtask in subtasks for row in sorted(results["samples"][subtask], key=lambda r: r["doc_id"])]
+    names = [key for key in rows[0].get("metrics", ()) if all(_is_share(row.get(key)) for row in rows)] if rows else []
+    samples = [{key: float(row[key]) for key in names} for row in rows]
+    pooled = f", questions of {len(subtasks)} subtasks pooled" if len(subtasks) > 1 else ""
+    description = f"Task {name} of lm-evaluation-harness {harness_version()}, {section.shots} shots{pooled}."
+    return {"description": description, "samples": samples, "aggregates": aggregates}
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
+def _streamed(context: Context, model: Model, asked: Asked) -> Any:
+    """The model as the library sees one: a subclass of its own, which is why it is made here."""
+    from lm_eval import utils
+    from lm_eval.api.model import TemplateLM
+
+    tokenizer = context.tokenizer()
+    longest = known_positions(context.model) or LONGEST
+
+    class Streamed(TemplateLM):
+        @property
+        def eot_token_id(self) -> int:
+            return int(tokenizer.eos_token_id)
+
+        @property
+        def prefix_token_id(self) -> int:
+            return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            starts = tokenizer.bos_token is not None and string.startswith(tokenizer.bos_token)
+            special = not starts if add_special_tokens is None else add_special_tokens
+            ids: list[int] = tokenizer(string, add_special_tokens=special, verbose=False).input_ids
+            return ids
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+            queries = [_continued(context_ids, ids, longest) for _, context_ids, ids in requests]
+            return [(float(r.logp.double().sum()), bool(r.greedy.all())) for r in asked(queries)]
+
+        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+            windows, owners = [], []
+            for number, request in enumerate(requests):
+                rolling = utils.get_rolling_token_windows(
+                    self.tok_encode(request.args[0]), self.prefix_token_id, longest, context_len=1
+                )
+                for pair in map(utils.make_disjoint_window, rolling):
+                    windows.append(("", *pair))
+                    owners.append(number)
+            sums = [0.0] * len(requests)
+            for owner, (value, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+                sums[owner] += value
+            return sums
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            from lm_eval.models.huggingface import HFLM
+
+            from quantcli.pipeline.whole import whole_model
+
+            with whole_model(model, f"The task {HARNESS}… of {model.name}") as loaded:
+                found: list[str] = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=8).generate_until(
+                    list(requests), disable_tqdm=True
+                )
+            return found
+
+    return Streamed()
+
+
+def _continued(before: Sequence[int], after: Sequence[int], longest: int) -> Query:
+    """What follows `before`, token by token of `after`; as the library has it, cut on the left to what fits."""
+    tokens = [*before, *after][-(longest + 1) :]
+    kept = min(len(after), len(tokens) - 1)
+    return Query(tokens[:-1], len(tokens) - kept, [[token] for token in after[-kept:]])

@@ -1,0 +1,195 @@
+"""Whole evaluations by each protocol against slow loops over transformers, and against lm-evaluation-harness itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from test_protocols import ARTICLE
+from torch import Tensor
+
+from quantcli.evaluation.protocols import wikitext_pages
+from quantcli.pipeline.standalone import score_recipe
+from quantcli.recipe import load_recipe
+
+WIKITEXT = ARTICLE + ARTICLE.replace("Boulter", "Smith").replace("actor", "tall old actor ( of sorts )")
+
+
+def measured(model: Path, text: Path, **section: Any) -> dict[str, Any]:
+    """What `eval-ppl --checkpoint` finds of a float model."""
+    section = {"dataset": "text", "path": str(text), "windows": None, **section}
+    recipe = {"model": {"path": str(model)}, "quantize": {}, "evaluate": {"perplexity": section}, "output": "unused"}
+    return score_recipe(load_recipe(recipe))
+
+
+@torch.inference_mode()
+def log_probabilities(model: Path, ids: list[int]) -> Tensor:
+    """Float64 [tokens, vocabulary]: what each token says of the next."""
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    return loaded(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("stride", [7, 20, 31, 45])
+def test_windows_that_overlap_score_each_token_once(tiny_llama: Path, prose: Path, stride: int) -> None:
+    length = 31
+    ids = transformers.AutoTokenizer.from_pretrained(tiny_llama)(prose.read_text()).input_ids
+    total, count, seen = 0.0, 0, 0
+    for start in range(0, len(ids) - length + 1, stride):
+        logp = log_probabilities(tiny_llama, ids[start : start + length])
+        for position in range(1, length):
+            if start + position >= seen:
+                total -= logp[position - 1, ids[start + position]].item()
+                count += 1
+        seen = start + length
+    found = measured(tiny_llama, prose, sequence_length=length, stride=stride)
+    assert found["tokens"] == count
+    assert found["quantized"]["value"] == pytest.approx(math.exp(total / count), rel=1e-6)
+    if stride < length:
+        assert count > len(ids) - length
+        assert f"every {stride} tokens" in found["description"]
+
+
+@pytest.fixture(scope="module")
+def padded_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with a pad token that occurs in text."""
+    model = Path(shutil.copytree(tiny_llama, tmp_path_factory.mktemp("padded") / "model"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(tokenizer(" sheep").input_ids)[-1]
+    tokenizer.save_pretrained(model)
+    return model
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_golden_stick_is_its_slow_self(padded_llama: Path, tmp_path: Path, batch: int) -> None:
+    """Chunks of one token less than the length, padded to it; logits and labels shifted; loss · mask summed over a
+    batch and divided by the sum of its mask; the mean over batches; exp."""
+    text = tmp_path / "text.txt"
+    numbers = ["one", "two", "three", "four", "five"]
+    text.write_text(
+        " \n = Sheep = \n \n"
+        + " \n \n".join(f"The {a} sheep @-@ dog saw {b} sheep ." for a in numbers for b in numbers)
+    )
+    length = 24
+    tokenizer = transformers.AutoTokenizer.from_pretrained(padded_llama)
+    pad = tokenizer.pad_token_id
+    ids: list[int] = []
+    for a in numbers:
+        for b in numbers:
+            # every other paragraph keeps what stood before the next blank line
+            ids += tokenizer(
+                f"The {a} sheep-dog saw {b} sheep" + (" ." if (a, b) == ("five", "five") else ".")
+            ).input_ids
+    chunks = [[*ids[i : i + length - 1], pad] for i in range(0, len(ids) - length + 2, length - 1)]
+    means = []
+    for begin in range(0, len(chunks), batch):
+        numerator = denominator = 0.0
+        for chunk in chunks[begin : begin + batch]:
+            logp = log_probabilities(padded_llama, chunk)[:-1]
+            labels = torch.tensor(chunk[1:])
+            mask = (labels != pad).double()
+            losses = -logp.gather(1, labels[:, None])[:, 0]
+            numerator += float((losses * mask).sum())
+            denominator += float(mask.sum())
+        means.append(numerator / (denominator + 1e-12))
+    assert sum(chunk[1:].count(pad) for chunk in chunks) > len(chunks)  # some are in the text
+    found = measured(padded_llama, text, protocol="golden-stick", sequence_length=length, batch_size=batch)
+    assert found["quantized"]["value"] == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-6)
+    other = measured(padded_llama, text, protocol="golden-stick", sequence_length=length, batch_size=5 - batch)
+    assert other["quantized"]["value"] != found["quantized"]["value"]
+    assert f"over batches of {batch} " in found["description"]
+
+
+def test_golden_stick_takes_rows_of_a_table_as_they_are(tiny_llama: Path) -> None:
+    from quantcli.evaluation.protocols import evaluation_windows
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    rows = [" = Title = \n", "A sheep @-@ dog ."]
+    found = evaluation_windows(rows, tokenizer, "golden-stick", 6, None, dataset="parquet")
+    ids = tokenizer("\n\n".join(rows)).input_ids
+    assert [token for window in found.windows for token in window] == ids[: len(ids) // 5 * 5]
+
+
+def test_articles_of_wikitext_begin_at_headings_of_the_first_level() -> None:
+    pages = wikitext_pages(WIKITEXT)
+    assert [page.split("\n")[0] for page in pages] == [" = Robert Boulter = ", " = Robert Smith = "]
+    assert " \n" + "\n".join(pages) == WIKITEXT  # blanks before the first are no article
+    assert wikitext_pages("before \n = A = \n = = B = = \n") == ["before ", " = A = \n = = B = = \n"]
+
+
+def test_lm_eval_predicts_every_token_of_every_document(tiny_llama: Path, tmp_path: Path) -> None:
+    documents = [
+        "One sheep saw two old sheep of the hill, and three more.",
+        "Four.",
+        "Five old sheep saw\nthe hill. " * 5,
+    ]
+    file = tmp_path / "documents.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
+    length, total, count = 16, 0.0, 0
+    for text in documents:
+        ids = [tokenizer.bos_token_id, *tokenizer(text).input_ids]
+        for begin in range(1, len(ids), length):
+            end = min(begin + length, len(ids))
+            start = max(0, end - 1 - length)
+            logp = log_probabilities(tiny_llama, ids[start : end - 1])
+            total -= sum(logp[position - 1 - start, ids[position]].item() for position in range(begin, end))
+            count += end - begin
+    section = {"dataset": "jsonl", "protocol": "lm-eval", "sequence_length": length}
+    found = measured(tiny_llama, file, **section)
+    words = sum(len(re.split(r"\s+", text)) for text in documents)
+    size = sum(len(text.encode()) for text in documents)
+    assert found["tokens"] == count
+    assert found["quantized"]["value"] == pytest.approx(math.exp(total / count), rel=1e-6)
+    numbers = {name: pair["quantized"]["value"] for name, pair in found["per_text"].items()}
+    assert numbers == pytest.approx(
+        {
+            "word_perplexity": math.exp(total / words),
+            "byte_perplexity": math.exp(total / size),
+            "bits_per_byte": total / size / math.log(2),
+        },
+        rel=1e-6,
+    )
+    assert all(pair["quantized"]["error"] > 0 for pair in found["per_text"].values())
+    some = measured(tiny_llama, file, **section, windows=1)  # the first document, of two windows, is always taken
+    assert "the first 1 of 3" in some["description"]
+
+
+@pytest.mark.parametrize("wikitext", [True, False])
+def test_lm_eval_finds_the_same(tiny_llama: Path, tmp_path: Path, wikitext: bool) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    pages = wikitext_pages(WIKITEXT)
+    data, tasks = tmp_path / "pages.jsonl", tmp_path / "tasks"
+    data.write_text("".join(json.dumps({"page": page}) + "\n" for page in pages))
+    tasks.mkdir()
+    (tasks / "rules.py").write_text(
+        "from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer\n"
+    )
+    rules = "!function rules.wikitext_detokenizer\nprocess_results: !function rules.process_results"
+    (tasks / "local.yaml").write_text(
+        "task: local_pages\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+        "test_split: test\noutput_type: loglikelihood_rolling\ndoc_to_text: ''\n"
+        f"doc_to_target: {rules if wikitext else repr('{{page}}')}\n"
+        "metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]\n"
+    )
+    lm = HFLM(pretrained=str(tiny_llama), device="cpu", dtype="float32", max_length=24, batch_size=1)
+    results = lm_eval.simple_evaluate(
+        lm, tasks=["local_pages"], task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0
+    )["results"]["local_pages"]
+
+    text = tmp_path / "wiki.test.tokens"
+    text.write_text(WIKITEXT)
+    source = {"dataset": "wikitext2"} if wikitext else {"dataset": "jsonl", "field": "page"}
+    found = measured(tiny_llama, text if wikitext else data, protocol="lm-eval", sequence_length=24, **source)
+    for name, pair in found["per_text"].items():
+        assert pair["quantized"]["value"] == pytest.approx(results[f"{name},none"], rel=1e-5), name

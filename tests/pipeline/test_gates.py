@@ -1,0 +1,210 @@
+"""Gates, the fallbacks they count and the reports they leave; and runs that keep or miss them, by the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from run_contexts import changed
+from tiny_exports import flip_bit
+
+from quantcli.cli import run_command
+from quantcli.errors import RecipeError
+from quantcli.pipeline.gates import Gate, fallbacks, judged, junit, message_of, summary, worst_linears
+from quantcli.recipe import load_recipe
+from quantcli.recipe.evaluation import GatesSection
+
+Recipe = dict[str, Any]
+
+SCORES = {
+    "float_model": {"value": 20.0, "error": 0.3}, "quantized": {"value": 21.0, "error": 0.3},
+    "increase": 0.05, "increase_error": 0.001, "kl_divergence": 0.04, "kl_error": 0.002,
+    "agreement": 0.9, "agreement_error": 0.01, "description": "Protocol standard.",
+}  # fmt: skip
+METRICS = {"accuracy": {"change": -0.02, "change_error": 0.01}, "f1": {"change": 0.01, "change_error": 0.01}}
+RESULT = {
+    "perplexity": SCORES,
+    "tasks": {"tasks": {"squad": {"metrics": METRICS}}},
+    "size_before": 4000,
+    "size_after": 1000,
+    "bits_per_weight": 4.25,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run directory with an export of 1500 bytes and events."""
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "a.safetensors").write_bytes(bytes(1000))
+    (tmp_path / "export" / "b.safetensors").write_bytes(bytes(500))
+    (tmp_path / "export" / "tokenizer.json").write_bytes(bytes(900))
+    return tmp_path
+
+
+def events(run: Path, *rows: dict[str, Any]) -> None:
+    with (run / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def warning(stage: str, fallback: str, text: str, **more: Any) -> dict[str, Any]:
+    return {"event": "warning", "stage": stage, "fallback": fallback, "text": text, **more}
+
+
+@pytest.mark.parametrize(
+    ("gates", "value", "passed"),
+    [
+        ({"perplexity_increase": "5%"}, 0.05, True),
+        ({"perplexity_increase": "4.9%"}, 0.05, False),
+        ({"kl_divergence": 0.05}, 0.04, True),
+        ({"agreement": "89%"}, 0.9, True),
+        ({"agreement": "91%"}, 0.9, False),
+        ({"bits_per_weight": 4.25}, 4.25, True),
+        ({"size": "1500B"}, 1500, True),
+        ({"size": "1499B"}, 1500, False),
+        ({"size_ratio": "37%"}, 0.375, False),
+        ({"fallbacks": {"not_smoothed": 0}}, 0, True),
+    ],
+)
+def test_a_gate_compares_what_was_found_with_its_bound(run: Path, gates: Any, value: float, passed: bool) -> None:
+    (gate,) = judged(GatesSection.model_validate(gates), RESULT, run, run / "export")
+    assert gate.value == pytest.approx(value)
+    assert gate.passed is passed
+    assert ("keeps" in gate.sentence()) is passed
+
+
+def test_every_metric_of_every_task_is_judged_by_its_drop(run: Path) -> None:
+    drops = judged(GatesSection(task_drop="1%"), RESULT, run, run / "export")
+    assert [(gate.name, gate.value, gate.passed) for gate in drops] == [
+        ("task_drop (squad, accuracy)", 0.02, False),
+        ("task_drop (squad, f1)", -0.01, True),
+    ]
+
+
+def test_what_is_not_defined_misses_and_what_was_not_measured_is_not_judged(run: Path) -> None:
+    undefined = {**RESULT, "perplexity": {**SCORES, "kl_divergence": None}}
+    (gate,) = judged(GatesSection(kl_divergence=1.0), undefined, run, run / "export")
+    assert not gate.passed
+    assert gate.sentence() == "evaluate.gates.kl_divergence: the value is undefined."
+    gates = GatesSection(kl_divergence=1.0, task_drop="1%")
+    assert judged(gates, {**RESULT, "perplexity": None, "tasks": None}, run, run / "export") == []
+
+
+def test_fallbacks_are_those_of_each_stages_last_work(run: Path) -> None:
+    started, finished = ({"event": kind, "stage": "smooth"} for kind in ("started", "finished"))
+    events(run, started, warning("smooth", "not_smoothed", "a"), warning("smooth", "not_smoothed", "b"), finished)
+    events(run, {"event": "warning", "stage": "smooth", "text": "no fallback"})
+    assert fallbacks(run) == {"not_smoothed": 2}
+    # interrupted, and gone on with: both parts count, what is said twice once
+    events(run, started, warning("smooth", "not_smoothed", "c"))
+    events(run, started, warning("smooth", "not_smoothed", "c"), warning("smooth", "not_smoothed", "d"), finished)
+    assert fallbacks(run) == {"not_smoothed": 2}
+    events(run, {"event": "started", "stage": "calibrate"}, warning("calibrate", "data_free_experts", "e", count=5))
+    assert fallbacks(run) == {"not_smoothed": 2, "data_free_experts": 5}
+    gates = judged(GatesSection.model_validate({"fallbacks": {"all": 6}}), RESULT, run, run / "export")
+    assert [gate.sentence() for gate in gates] == ["evaluate.gates.fallbacks.all: 7 is above 6, by 1."]
+
+
+def test_the_worst_linears_are_those_of_the_largest_last_error(run: Path) -> None:
+    rows = [("a", 0.5), ("b", 0.1), ("a", 0.01), ("c", 0.02), *((f"d{i}", 0.001) for i in range(5))]
+    events(run, *({"event": "linear", "module": name, "error": error} for name, error in rows))
+    assert worst_linears(run)[:3] == [("b", 0.1), ("c", 0.02), ("a", 0.01)]
+    assert len(worst_linears(run)) == 5
+
+
+def test_reports_say_which_gate_was_missed_by_how_much_and_where() -> None:
+    gates = [Gate("kl_divergence", 0.02, 0.05, error=0.001), Gate("agreement", 0.9, 0.95, least=True)]
+    worst = [("model.layers.0.mlp.down_proj", 0.25)]
+    text = message_of(gates[:1], worst)
+    assert text == (
+        "evaluate.gates.kl_divergence: 0.05 ± 0.001 is above 0.02, by 0.03. "
+        "Largest errors: model.layers.0.mlp.down_proj 0.25."
+    )
+    suite = ElementTree.fromstring(junit(gates, worst))
+    assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
+    failures = {case.get("name"): case.find("failure") for case in suite.findall("testcase")}
+    assert failures["agreement"] is None
+    assert failures["kl_divergence"] is not None
+    assert "by 0.03" in (failures["kl_divergence"].get("message") or "")
+    assert "down_proj: error 0.25" in (failures["kl_divergence"].text or "")
+    page = summary(gates, RESULT, worst)
+    assert page.startswith("### Quantization: 1 of 2 gates missed\n")
+    assert "| `kl_divergence` | ≤ 0.02 | 0.05 ± 0.001 | **missed** |" in page
+    assert "| `agreement` | ≥ 0.9 | 0.95 | kept |" in page
+    assert "| `model.layers.0.mlp.down_proj` | 0.25 |" in page
+    assert "Largest" not in summary(gates[1:], RESULT, worst)
+    assert "largest" not in summary(gates[1:], RESULT, worst)
+
+
+def test_a_run_keeps_its_gates_until_codes_are_flipped(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    recipe = changed(static_recipe(out), quantize={"weights": {"bits": 8}})
+    gates = {"perplexity_increase": "50%", "kl_divergence": 0.002, "agreement": "80%", "size_ratio": "60%",
+             "bits_per_weight": 9, "fallbacks": {"all": 0, "insane_model": None}}  # fmt: skip
+    recipe = changed(recipe, evaluate__gates=gates, model__sanity_check="off")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe))
+
+    def ran() -> tuple[int, dict[str, Any], str, ElementTree.Element]:
+        capsys.readouterr()
+        status = run_command(["run", str(file), "--json", "--quiet"])
+        captured = capsys.readouterr()
+        return status, json.loads(captured.out), captured.err, ElementTree.parse(out / "gates" / "junit.xml").getroot()
+
+    status, content, err, suite = ran()
+    assert (status, err) == (0, "")
+    assert content["missed_gate"] is None
+    assert {gate["name"]: gate["passed"] for gate in content["gates"]} == dict.fromkeys(
+        ["perplexity_increase", "kl_divergence", "agreement", "bits_per_weight", "size_ratio", "fallbacks.all"], True
+    )
+    assert suite.get("failures") == "0"
+    kept = (out / "gates" / "summary.md").read_text()
+    assert "all 6 gates kept" in kept
+
+    before = (out / "quantize" / "block-00001.safetensors").stat().st_size
+    for place in range(60, 400):  # behind the scales, which come first
+        flip_bit(out / "quantize" / "block-00001.safetensors", place / 400, 6)
+    assert (out / "quantize" / "block-00001.safetensors").stat().st_size == before
+    shutil.rmtree(out / "export")
+    status, content, err, suite = ran()
+    assert status == 4
+    missed = [gate["name"] for gate in content["gates"] if not gate["passed"]]
+    assert "kl_divergence" in missed
+    assert "evaluate.gates.kl_divergence: " in err
+    assert " is above 0.002, by " in err
+    assert "Largest errors: model.layers." in err
+    assert content["missed_gate"] in " ".join(err.split())
+    assert int(suite.get("failures") or 0) == len(missed)
+    assert "**missed**" in (out / "gates" / "summary.md").read_text()
+    status, again, _, _ = ran()
+    assert (status, again["missed_gate"]) == (4, content["missed_gate"])
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "words"),
+    [
+        ({"tasks": ["boolq"], "gates": {"kl_divergence": 0.1}}, "evaluate.gates.kl_divergence: judges nothing"),
+        ({"perplexity": {}, "gates": {"task_drop": "1%"}}, "evaluate.gates.task_drop: judges nothing"),
+        ({"gates": {}}, "evaluate.gates: judges nothing"),
+        ({"perplexity": {}, "gates": {"size": 5}}, "evaluate.gates.size: 5 is no size"),
+        ({"perplexity": {}, "gates": {"fallbacks": {"experts": 0}}}, "evaluate.gates.fallbacks.experts: unknown key"),
+    ],
+)
+def test_gates_that_make_no_sense_are_refused(evaluate: Any, words: str) -> None:
+    recipe = {"model": {"path": "a/b"}, "quantize": {}, "evaluate": evaluate, "output": "o"}
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(recipe)
+
+
+def test_gates_of_sizes_need_no_measurement() -> None:
+    recipe = {"model": {"path": "a/b"}, "quantize": {}, "evaluate": {"gates": {"size": "1GiB"}}, "output": "o"}
+    loaded = load_recipe(recipe)
+    assert loaded.evaluate is not None
+    assert loaded.evaluate.gates is not None
+    assert loaded.evaluate.gates.size == 1 << 30

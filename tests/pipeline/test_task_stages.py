@@ -1,0 +1,207 @@
+"""Tasks asked block by block and generated, against loops over transformers, whatever the batch and the padding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from run_contexts import changed, opened
+
+import quantcli
+from quantcli.errors import DataError, RecipeError, RoomError
+from quantcli.evaluation.tasks import boolq_choices
+from quantcli.pipeline import whole
+from quantcli.pipeline.sequences import Model
+from quantcli.pipeline.stages.eval_ppl import exported_model
+from quantcli.pipeline.tasks import NEW_TOKENS, questions_of, run_task
+from quantcli.recipe import load_recipe
+from quantcli.recipe.evaluation import TaskSection
+
+Recipe = dict[str, Any]
+WORDS = ["one", "two", "three", "four", "five", "six"]
+
+
+@pytest.fixture
+def boolq(tmp_path: Path) -> Path:
+    """Questions of very different lengths."""
+    file = tmp_path / "boolq" / "dev.jsonl"
+    file.parent.mkdir()
+    rows = [
+        {"question": f"did {a} sheep see {b}", "title": a, "passage": f"The {a} of the hill saw {b} old sheep. " * n,
+         "answer": n % 2 == 0}
+        for n, (a, b) in enumerate(zip(WORDS * 2, WORDS[2:] + WORDS + WORDS[:2], strict=True), start=1)
+    ]  # fmt: skip
+    for row in rows:
+        row["passage"] = row["passage"][:400]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def squad(tmp_path: Path) -> Path:
+    file = tmp_path / "dev-v1.1.json"
+    qas = [
+        {"id": a, "question": f"Who saw {a}?" * n, "answers": [{"text": "the hill"}]} for n, a in enumerate(WORDS, 1)
+    ]
+    paragraphs = [{"context": "The hill saw sheep.", "qas": qas[:4]}, {"context": "One sheep.", "qas": qas[4:]}]
+    file.write_text(json.dumps({"data": [{"title": "t", "paragraphs": paragraphs}]}))
+    return file
+
+
+@pytest.fixture
+def recipe(static_recipe: Callable[[Path], Recipe], tmp_path: Path) -> Recipe:
+    """W4A16, exported dense too, so that transformers can compute the same."""
+    recipe = static_recipe(tmp_path / "runs" / "one")
+    del recipe["calibration"], recipe["evaluate"]
+    scheme = {"weights": {"bits": 4, "granularity": "group", "group_size": 32}}
+    return changed(recipe, quantize=scheme, export={"formats": ["compressed-tensors", "dense"]})
+
+
+def results(recipe: Recipe) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path(recipe["output"]) / "eval-tasks" / "results.json").read_text())
+    return content["tasks"]
+
+
+@torch.inference_mode()
+def answers(model: Path, file: Path, side: str) -> list[str]:
+    """By transformers: one question at a time, or all padded on a side, with mask and positions."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    yes, no = boolq_choices(tokenizer)
+    prompts = [tokenizer(q.prompt).input_ids for q in questions_of(TaskSection(task="boolq", path=str(file)))]
+    longest = max(map(len, prompts))
+    found = []
+    for ids in prompts:
+        pad = [tokenizer.pad_token_id] * (0 if side == "none" else longest - len(ids))
+        tokens = torch.tensor([pad + ids if side == "left" else ids + pad])
+        mask = torch.tensor([[0] * len(pad) + [1] * len(ids) if side == "left" else [1] * len(ids) + [0] * len(pad)])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = loaded(tokens, attention_mask=mask, position_ids=positions).logits[0].double()
+        last = logits[len(pad) + len(ids) - 1 if side == "left" else len(ids) - 1].log_softmax(-1)
+        found.append("yes" if last[yes] > last[no] else "no")
+    return found
+
+
+def test_padding_and_batches_change_no_answer(recipe: Recipe, boolq: Path, tmp_path: Path) -> None:
+    section = TaskSection(task="boolq", path=str(boolq))
+    expected = {model: answers(model, boolq, "none") for model in (Path(recipe["model"]["path"]),)}
+    with opened(recipe, "export") as context:
+        dense = context.folder("export") / "dense"
+        expected[dense] = answers(dense, boolq, "none")
+        for model, wanted in expected.items():
+            assert set(wanted) == {"yes", "no"}
+            assert answers(model, boolq, "left") == answers(model, boolq, "right") == wanted
+        skeletons = {"float": (context.skeleton(original=True), None), "quantized": exported_model(context)}
+        for (name, (skeleton, exported)), wanted in zip(skeletons.items(), expected.values(), strict=True):
+            for tokens in (1, 300, 100_000):
+                model = Model(name, skeleton, exported, "prefill")
+                outcome = run_task(context, section, model, tmp_path / "hidden", batch_tokens=tokens)
+                assert [sample["answer"] for sample in outcome["samples"]] == wanted
+
+
+def test_a_run_measures_tasks_and_reuses_the_float_models_answers(recipe: Recipe, boolq: Path, tmp_path: Path) -> None:
+    recipe = changed(recipe, evaluate={"tasks": [{"task": "boolq", "path": str(boolq)}]})
+    result = quantcli.run(recipe)
+    found = results(recipe)["boolq"]
+    assert result.tasks == {"tasks": {"boolq": found}}
+    truth = [answer for q in questions_of(TaskSection(task="boolq", path=str(boolq))) for answer in q.answers]
+    for name, model in (("float_model", recipe["model"]["path"]), ("quantized", result.path / "export" / "dense")):
+        right = sum(a == b for a, b in zip(answers(Path(model), boolq, "none"), truth, strict=True))
+        assert found["metrics"]["accuracy"][name]["value"] == pytest.approx(right / 12)
+    assert found["questions"] == 12
+
+    events: list[dict[str, Any]] = []
+    beside = changed(recipe, output=str(tmp_path / "runs" / "two"), quantize__weights__bits=8)
+    quantcli.run(beside, listener=events.append)
+    assert {e["model"] for e in events if e["event"] == "block" and "tasks" in e["stage"]} == {"quantized"}
+    assert results(beside)["boolq"]["metrics"]["accuracy"]["float_model"] == found["metrics"]["accuracy"]["float_model"]
+    limited = changed(recipe, evaluate={"tasks": [{"task": "boolq", "path": str(boolq), "limit": 5}]})
+    quantcli.run(limited)
+    assert results(limited)["boolq"]["questions"] == 5
+
+
+def test_generated_answers_are_those_of_transformers(
+    recipe: Recipe, squad: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(recipe, evaluate={"tasks": [{"task": "squad", "path": str(squad)}]})
+    result = quantcli.run(recipe)
+    questions = questions_of(TaskSection(task="squad", path=str(squad)))
+    for stage, model in (
+        ("reference-tasks", recipe["model"]["path"]),
+        ("eval-tasks", result.path / "export" / "dense"),
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+        samples = json.loads((result.path / stage / "squad.json").read_text())["samples"]
+        for question, sample in zip(questions, samples, strict=True):
+            ids = tokenizer(question.prompt, return_tensors="pt")
+            out = loaded.generate(**ids, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+            text = tokenizer.decode(out[0, ids.input_ids.shape[1] :], skip_special_tokens=True)
+            assert sample["answer"] == next((line.strip() for line in text.splitlines() if line.strip()), "")
+    assert set(results(recipe)["squad"]["metrics"]) == {"exact_match", "f1"}
+
+    monkeypatch.setattr(whole, "free_memory", lambda _: 1000)
+    with pytest.raises(RoomError, match=r"The task squad generates text, .* and 1e-06 GB are free"):
+        quantcli.run(changed(recipe, quantize__weights__bits=8))
+
+
+def test_questions_that_are_not_there_are_refused_at_once(recipe: Recipe, tmp_path: Path) -> None:
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(DataError):
+            quantcli.run(changed(recipe, evaluate={"tasks": [{"task": "boolq", "path": str(path)}]}))
+    assert not Path(recipe["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("tasks", "words"),
+    [
+        (["bolq"], "is no known task"),
+        (["boolq", {"task": "boolq", "limit": 3}], "names boolq twice"),
+        ([{"task": "squad", "shots": 2}], "is for tasks of lm-evaluation-harness"),
+        (["lm-eval/"], "names no task"),
+    ],
+)
+def test_tasks_that_make_no_sense_are_refused(recipe: Recipe, tasks: list[Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(changed(recipe, evaluate={"tasks": tasks}))
+
+
+def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_path: Path) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    place = tmp_path / "tasks"
+    place.mkdir()
+    rows = [{"query": f"The {a} of the hill saw", "choices": [f"{b} old sheep" for b in WORDS[:3]], "gold": n % 3}
+            for n, a in enumerate(WORDS)]  # fmt: skip
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "sheep.yaml").write_text(
+        "task: sheep\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {place / 'data.jsonl'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    recipe = changed(recipe, evaluate={"tasks": [{"task": "lm-eval/sheep", "path": str(place)}]})
+    run = quantcli.run(recipe).path
+    found = results(recipe)["lm-eval/sheep"]
+    for name, model in (("float_model", recipe["model"]["path"]), ("quantized", run / "export" / "dense")):
+        lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=4)
+        wanted = lm_eval.simple_evaluate(
+            lm, tasks=["sheep"], task_manager=TaskManager(include_path=str(place)), bootstrap_iters=0
+        )["results"]["sheep"]
+        for metric in ("acc", "acc_norm"):
+            assert found["lm_eval"][name][f"{metric},none"] == pytest.approx(wanted[f"{metric},none"])
+            assert found["metrics"][metric][name]["value"] == pytest.approx(wanted[f"{metric},none"])
+    assert found["questions"] == len(rows)
+
+
+def test_a_name_alone_is_a_task_with_the_defaults() -> None:
+    recipe = load_recipe({"model": {"path": "a/b"}, "quantize": {}, "evaluate": {"tasks": ["boolq"]}, "output": "o"})
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.tasks == (TaskSection(task="boolq"),)
