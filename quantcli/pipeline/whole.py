@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 from quantcli.errors import RoomError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
+    from quantcli.evaluation.simulate import Forward, Int8Weights
+    from quantcli.formats.reader import QuantizedCheckpoint
+    from quantcli.model.skeleton import Skeleton
     from quantcli.pipeline.sequences import Model
 
 GENERATED_TOKENS = 4096
@@ -23,11 +26,10 @@ GENERATED_TOKENS = 4096
 def whole_model(model: Model, what: str) -> Iterator[nn.Module]:
     """The model with all its weights, its linears and attention computing as an engine's, for the duration of the body.
 
+    Activations of scope `mix` have dynamic scales in a prompt and static ones behind it, as served.
+
     Raises RoomError, naming `what` needs it, if the weights take more than the memory that is free.
     """
-    from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.stages.eval_ppl import block_as_served, head_as_served
-
     skeleton = model.skeleton
     needed = sum(value.numel() for value in skeleton.model.parameters()) * skeleton.dtype.itemsize
     free = free_memory(str(skeleton.device))
@@ -37,14 +39,59 @@ def whole_model(model: Model, what: str) -> Iterator[nn.Module]:
             f"{free / 1e9:.3g} GB are free.",
             "Leave it out; perplexity, boolq and tasks that only score given text need one block at a time.",
         )
-    stream = BlockStream(skeleton, [])
     with ExitStack() as stack:
-        stack.enter_context(skeleton.resident(skeleton.outer_names()))
-        for index in range(len(skeleton.blocks)):
-            stack.enter_context(block_as_served(stream, index, model.exported, model.phase))
+        left_out: set[str] = set()
         if model.exported is not None:
-            stack.enter_context(head_as_served(stream, model.exported, model.phase))
+            left_out = stack.enter_context(_as_served(skeleton, model.exported))
+        stack.enter_context(skeleton.resident([n for n in skeleton.model.state_dict() if n not in left_out]))
         yield skeleton.model
+
+
+@contextmanager
+def _as_served(skeleton: Skeleton, exported: QuantizedCheckpoint) -> Iterator[set[str]]:
+    """While the body runs, linears and attention of the whole model compute as an engine does. Yields the parameters
+    that nothing reads then."""
+    from quantcli.evaluation.simulate import not_read, simulated
+    from quantcli.pipeline.attention import attention_as_stored
+
+    left_out: set[str] = set()
+    with ExitStack() as stack:
+        for block in skeleton.structure.blocks:
+            path, module = block.name, skeleton.module(block.name)
+            linears = _integer_linears(skeleton, exported, f"{path}.")
+            left_out |= {f"{path}.{name}" for name in not_read(linears, block.local_experts)}
+            stack.enter_context(simulated(module, linears, block.local_experts))
+            modules = [name for name in exported.attention_modules if name.startswith(f"{path}.")]
+            attention = {name: exported.read_attention(name) for name in modules}
+            stack.enter_context(attention_as_stored(module, path, exported.attention, attention))
+        if (head := skeleton.structure.head) is not None and head in exported.schemes:
+            found = _integer_linears(skeleton, exported, head)
+            left_out |= {f"{head}.weight" for _ in found}
+            stack.enter_context(simulated(skeleton.model, {head: found[""]} if found else {}))
+        yield left_out
+
+
+def _integer_linears(
+    skeleton: Skeleton, exported: QuantizedCheckpoint, prefix: str
+) -> dict[str, Int8Weights | Tensor | Forward]:
+    """What takes the place of linears with quantized inputs whose names begin so, by the rest of their names."""
+    from quantcli.evaluation.simulate import forward_of
+    from quantcli.pipeline.treatment import replacement
+
+    found: dict[str, Int8Weights | Tensor | Forward] = {}
+    for name, scheme in exported.schemes.items():
+        if scheme.activations == "none" or not name.startswith(prefix):
+            continue
+        stored = exported.read_linear(name).to(skeleton.device)
+        prompt, decoded = (
+            replacement(stored, scheme, skeleton.dtype, skeleton.device, phase) for phase in ("prefill", "decode")
+        )
+
+        def either(module: nn.Module, x: Tensor, _prompt: Any = prompt, _decoded: Any = decoded) -> Tensor:
+            return forward_of(module, _decoded if x.shape[-2] == 1 else _prompt)(x)
+
+        found[name.removeprefix(prefix)] = either if scheme.activations == "mix" else prompt
+    return found
 
 
 def generate(

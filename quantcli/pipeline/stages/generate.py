@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +13,6 @@ from quantcli.recipe.comparison import GenerateSection
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from quantcli.evaluation.simulate import Forward, Int8Weights
-    from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.skeleton import Skeleton
 
 RESULT = "generated.json"
@@ -50,45 +44,37 @@ def run(context: Context, folder: StageFolder) -> None:
 
 def _obstacle(context: Context, section: GenerateSection) -> str:
     """Why no text can be generated; empty if it can."""
+    from quantcli.pipeline.whole import free_memory
+
     structure, dtype = context.plan.structure, context.recipe.model.dtype
     needed = sum(map(prod, structure.parameters.values())) * BYTES[structure.dtype if dtype == "auto" else dtype]
-    if needed > section.memory:
+    room, what = section.memory, "evaluate.generate.memory"
+    free = free_memory(context.device)
+    if free is not None and free < room:
+        room, what = free, "the memory that is free"
+    if needed > room:
         return (f"No text was generated: the model's weights take {needed / 2**30:.1f} GiB, more than "
-                f"evaluate.generate.memory ({section.memory / 2**30:.3g} GiB).")  # fmt: skip
+                f"{what} ({room / 2**30:.3g} GiB).")  # fmt: skip
     return ""
 
 
 def _generated(context: Context, section: GenerateSection) -> dict[str, Any]:
-    from quantcli.formats.reader import QuantizedCheckpoint
-    from quantcli.model.skeleton import Skeleton
-    from quantcli.pipeline.stages.export import float_source
+    from quantcli.pipeline.sequences import Model
+    from quantcli.pipeline.stages.eval_ppl import exported_model
+    from quantcli.pipeline.whole import whole_model
 
-    assert context.recipe.export is not None
     tokenizer = context.tokenizer()
     prompts = [prompt_tokens(tokenizer, prompt) for prompt in section.prompts]
-    form = context.recipe.export.formats[0]
-    exported = QuantizedCheckpoint(context.folder("export") / form, context.linears, float_source(context).weights)
-    quantized = Skeleton(
-        context.model,
-        context.plan.structure,
-        dtype=exported.dtype,
-        device=context.device,
-        trust_remote_code=context.recipe.model.trust_remote_code,
-        checkpoint=exported,
-        untied=context.untied,
-    )
     entries: list[dict[str, Any]] = [{"prompt": prompt} for prompt in section.prompts]
-    for name, skeleton in (("float", context.skeleton(original=True)), ("quantized", quantized)):
-        with ExitStack() as stack:
-            left_out: set[str] = set()
-            if name == "quantized":
-                left_out = stack.enter_context(_as_served(skeleton, exported))
-            names = [n for n in skeleton.model.state_dict() if n not in left_out]
-            stack.enter_context(skeleton.resident(names))
+    for model in (
+        Model("float", context.skeleton(original=True), None, "prefill"),
+        Model("quantized", *exported_model(context), "prefill"),
+    ):
+        with whole_model(model, "evaluate.generate"):
             for entry, tokens in zip(entries, prompts, strict=True):
-                written = _continued(context, skeleton, tokens, section.max_new_tokens)
-                entry[name] = {"text": tokenizer.decode(written, skip_special_tokens=True), "tokens": written}
-                context.emit("generated", model=name, prompt=entry["prompt"], tokens=len(written))
+                written = _continued(context, model.skeleton, tokens, section.max_new_tokens)
+                entry[model.name] = {"text": tokenizer.decode(written, skip_special_tokens=True), "tokens": written}
+                context.emit("generated", model=model.name, prompt=entry["prompt"], tokens=len(written))
     return {"chat_template": getattr(tokenizer, "chat_template", None) is not None, "prompts": entries}
 
 
@@ -136,53 +122,6 @@ def _ends(context: Context, skeleton: Skeleton) -> list[int]:
     if named is None:
         named = getattr(skeleton.config, "eos_token_id", None)
     return [named] if isinstance(named, int) else list(named or ())
-
-
-@contextmanager
-def _as_served(skeleton: Skeleton, exported: QuantizedCheckpoint) -> Iterator[set[str]]:
-    """While the body runs, linears and attention of the whole model compute as an engine does. Yields the parameters
-    that nothing reads then."""
-    from quantcli.evaluation.simulate import not_read, simulated
-    from quantcli.pipeline.attention import attention_as_stored
-
-    left_out: set[str] = set()
-    with ExitStack() as stack:
-        for block in skeleton.structure.blocks:
-            path, module = block.name, skeleton.module(block.name)
-            linears = _integer_linears(skeleton, exported, f"{path}.")
-            left_out |= {f"{path}.{name}" for name in not_read(linears, block.local_experts)}
-            stack.enter_context(simulated(module, linears, block.local_experts))
-            modules = [name for name in exported.attention_modules if name.startswith(f"{path}.")]
-            attention = {name: exported.read_attention(name) for name in modules}
-            stack.enter_context(attention_as_stored(module, path, exported.attention, attention))
-        if (head := skeleton.structure.head) is not None and head in exported.schemes:
-            found = _integer_linears(skeleton, exported, head)
-            left_out |= {f"{head}.weight" for _ in found}
-            stack.enter_context(simulated(skeleton.model, {head: found[""]} if found else {}))
-        yield left_out
-
-
-def _integer_linears(
-    skeleton: Skeleton, exported: QuantizedCheckpoint, prefix: str
-) -> dict[str, Int8Weights | Tensor | Forward]:
-    """What takes the place of linears with quantized inputs whose names begin so, by the rest of their names."""
-    from quantcli.evaluation.simulate import forward_of
-    from quantcli.pipeline.treatment import replacement
-
-    found: dict[str, Int8Weights | Tensor | Forward] = {}
-    for name, scheme in exported.schemes.items():
-        if scheme.activations == "none" or not name.startswith(prefix):
-            continue
-        stored = exported.read_linear(name).to(skeleton.device)
-        prompt, decoded = (
-            replacement(stored, scheme, skeleton.dtype, skeleton.device, phase) for phase in ("prefill", "decode")
-        )
-
-        def either(module: nn.Module, x: Tensor, _prompt: Any = prompt, _decoded: Any = decoded) -> Tensor:
-            return forward_of(module, _decoded if x.shape[-2] == 1 else _prompt)(x)
-
-        found[name.removeprefix(prefix)] = either if scheme.activations == "mix" else prompt
-    return found
 
 
 STAGE = Stage(
