@@ -44,8 +44,8 @@ def simulated(
     """While the body runs, the named linears of `block` compute otherwise.
 
     QuantizedProduct: y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b, as `quant.activation.int8_linear` or `float8_linear` has it. A
-    tensor [out, in], in the
-    input's dtype: y = x·Wᵀ + b with it, as for weights that an engine unpacks. A function: whatever it returns.
+    tensor [out, in], in the input's dtype: y = x·Wᵀ + b with it, as for weights that an engine unpacks. A function:
+    whatever it returns.
 
     Linears of `experts`, by names below the block, have no modules: where one is named, its layer runs expert by
     expert, and the others keep their float weights.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import DataError
+from quantcli.model.checkpoint import file_digest
 from quantcli.pipeline.context import Context
-from quantcli.pipeline.rundir import file_digest
 from quantcli.pipeline.sequences import Query, ask
 from quantcli.pipeline.source import known_positions
 from quantcli.recipe.evaluation import HARNESS, TaskSection

@@ -16,7 +16,7 @@ from quantcli.recipe.schema import Recipe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from quantcli.evaluation.simulate import Int8Weights
+    from quantcli.evaluation.simulate import QuantizedProduct
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.stream import BlockStream
 
@@ -86,7 +86,7 @@ def _exported(
     name: str,
     stream: BlockStream,
     section: PerplexitySection,
-) -> Int8Weights | Tensor:
+) -> QuantizedProduct | Tensor:
     """A linear as an engine computes it: integer products, or the weight [out, in] that its codes stand for."""
     from quantcli.pipeline.treatment import replacement
 

@@ -13,10 +13,10 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.model.checkpoint import read_json, replacing
+from quantcli.model.checkpoint import file_digest, read_json, replacing
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
-from quantcli.pipeline.rundir import StageFolder, file_digest, is_run, write_json
+from quantcli.pipeline.rundir import StageFolder, is_run, write_json
 from quantcli.pipeline.samples import evaluation_text
 from quantcli.recipe.schema import Recipe
 
