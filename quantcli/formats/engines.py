@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
-_FP8_GPU = "fp8 products from Ada on, before it unpacked weights; not run here"
 _NO_TENSOR = "takes packed weights with a scale a channel or group, not a tensor"
 
 # Linears that vLLM and vLLM-Ascend join into one, which then has one scheme (packed_modules_mapping).
@@ -191,9 +190,17 @@ def _transformers_experts(experts: Collection[Scheme | None], counts: Mapping[Sc
     return True, "" if first.activations == "none" else "inputs of experts stay in float"
 
 
+def _vllm_gpu_fp8(scheme: Scheme) -> str:
+    if scheme.activations == "none":
+        return "fp8 weights unpacked in the kernel (Marlin); not run here"
+    if scheme.granularity == "tensor":  # requantize_with_max_scale
+        return "fp8 products, for which codes of joined linears are rounded anew to one scale; not run here"
+    return "fp8 products from Ada on, weights unpacked before; not run here"
+
+
 def _vllm_gpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     if scheme.type == "float":
-        return True, "fp8 weights unpacked in the kernel; not run here" if scheme.activations == "none" else _FP8_GPU
+        return True, _vllm_gpu_fp8(scheme)
     if scheme.int8_products:
         return True, "int8 products (CUTLASS); not run here"
     if scheme.granularity == "tensor":

@@ -60,13 +60,13 @@ class Scheme:
         return " ".join(parts)
 
     def scale_dtype(self, model_dtype: str) -> str:
-        """The dtype in which engines hold the scale: float32 for W8A8 products and float codes, else the model's own.
+        """The dtype in which engines hold the scale: float32 for W8A8 products of either type, else the model's own.
 
         With `float16_scales` that of a float32 model is float16. Engines turn float16 scales into those of the model's
         dtype when they load, so those of a bfloat16 model stay bfloat16 values, of the size that both dtypes hold
         (`smallest_scale`).
         """
-        if self.int8_products or self.type == "float":
+        if self.int8_products or (self.type == "float" and self.activations != "none"):
             return "float32"
         if model_dtype not in ("bfloat16", "float16"):
             return "float16" if self.float16_scales else "float32"
