@@ -137,7 +137,7 @@ def test_a_damaged_artifact_is_made_again(
     else:
         path.write_bytes(path.read_bytes() + b"more")
     assert worked(done) == stages
-    varying = ("events.jsonl", "run.json")
+    varying = ("events.jsonl", "run.json", "summary.json", "report.html")
     assert {k: v for k, v in tree(run).items() if k not in varying} == {
         k: v for k, v in before.items() if k not in varying
     }
@@ -178,7 +178,8 @@ def test_the_record_tells_what_was_made_and_with_what(done: Recipe, tree: Callab
     assert record["seed"] == 0
     recorded = {f"{name}/{file}" for name, stage in record["stages"].items() for file in stage["files"]}
     others = {name for name, digest in files.items() if digest != "/"} - recorded
-    assert others == {"run.json", "recipe.yaml", "events.jsonl"} | {f"{name}/stage.json" for name in ALL}
+    own = {"run.json", "summary.json", "report.html", "recipe.yaml", "events.jsonl"}
+    assert others == own | {f"{name}/stage.json" for name in ALL}
 
 
 def test_the_resolved_recipe_gives_the_same_run(done: Recipe) -> None:

@@ -22,7 +22,7 @@ import quantcli
 Recipe = dict[str, Any]
 Tree = dict[str, str]
 
-VARYING = {"run.json", "events.jsonl"}  # times, and what happened
+VARYING = {"run.json", "summary.json", "report.html", "events.jsonl"}  # times, and what happened
 
 
 class Moments:
