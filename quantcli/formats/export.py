@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import sha256
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +34,7 @@ from quantcli.model.writer import (
     write_index,
     write_safetensors,
 )
+from quantcli.quant.scheme import Scheme
 
 SHARD_BYTES = 2 << 30
 """Size of a shard; an interrupted export goes on at the shard where it stopped."""
@@ -107,41 +108,37 @@ def export_checkpoint(
     with linear_workers() as workers:
         pieces = {piece.planned.name: piece for piece in _pieces(form, store, source, linears, workers)}
         documents = _documents(form, store, source, {name: piece.owner for name, piece in pieces.items()})
-        if not hasattr(form, "write_weights"):
-            yield from _write(folder, pieces, documents, form.STEM, source.checkpoint.directory)
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        schemes = {name: store.schemes[p.owner] for name, p in pieces.items() if p.owner in store.schemes}
-        planned, origin = [piece.planned for piece in pieces.values()], source.checkpoint.directory
-        config = json.loads(documents["config.json"])
-        yield form.write_weights(folder, planned, _producer(pieces), schemes, origin, config), ""
-        yield from _write_beside(folder, documents, origin)
+        origin = source.checkpoint.directory
+        if hasattr(form, "write_weights"):
+            weights = _one_file(folder, pieces, form, store.schemes, origin, json.loads(documents["config.json"]))
+        else:
+            weights = _shards(folder, pieces, form.STEM)
+        yield from _write(folder, weights, documents, origin)
 
 
 def export_float(folder: Path, source: Source, dtype: str) -> Iterator[tuple[Path, str]]:
     """Write the float checkpoint itself, as it is read, likewise; `dtype` is the model's."""
     pieces = {piece.planned.name: piece for piece in map(partial(_float_piece, source), source.checkpoint.entries)}
     documents = {"config.json": json.dumps(_float_config(source, dtype), indent=2) + "\n"}
-    yield from _write(folder, pieces, documents, "model", source.checkpoint.directory)
+    yield from _write(folder, _shards(folder, pieces, "model"), documents, source.checkpoint.directory)
 
 
 def _write(
-    folder: Path, pieces: Mapping[str, _Piece], documents: Mapping[str, str], stem: str, origin: Path
+    folder: Path, weights: Iterator[tuple[Path, str]], documents: Mapping[str, str], origin: Path
 ) -> Iterator[tuple[Path, str]]:
-    """All files; checksums of the others come before config.json, which is last."""
+    """All files, weights first: checksums of the others come before config.json, which is last."""
     folder.mkdir(parents=True, exist_ok=True)
     *others, (name, config) = documents.items()
     digests = {name: sha256(config.encode()).hexdigest()}
-    for file, digest in _before_config(folder, pieces, dict(others), stem, origin):
+    for file, digest in chain(weights, _beside(folder, dict(others), origin)):
         digests[file.name] = digest or file_digest(file)
         yield file, digests[file.name]
     yield write_sums(folder, digests), ""
     yield _write_text(folder / name, config), digests[name]
 
 
-def _before_config(
-    folder: Path, pieces: Mapping[str, _Piece], documents: Mapping[str, str], stem: str, origin: Path
-) -> Iterator[tuple[Path, str]]:
+def _shards(folder: Path, pieces: Mapping[str, _Piece], stem: str) -> Iterator[tuple[Path, str]]:
+    """Files of the weights and their index; those that are there are kept."""
     shards = split_shards([piece.planned for piece in pieces.values()], SHARD_BYTES)
     for file, shard in zip(shard_names(len(shards), stem), shards, strict=True):
         digest = ""
@@ -150,11 +147,24 @@ def _before_config(
         yield folder / file, digest
     for index in write_index(folder, shards, stem):
         yield index, ""
-    yield from _write_beside(folder, documents, origin)
 
 
-def _write_beside(folder: Path, documents: Mapping[str, str], origin: Path) -> Iterator[tuple[Path, str]]:
-    """What is copied, then the JSON files, config.json last."""
+def _one_file(
+    folder: Path,
+    pieces: Mapping[str, _Piece],
+    form: ModuleType,
+    schemes: Mapping[str, Scheme],
+    origin: Path,
+    config: dict[str, Any],
+) -> Iterator[tuple[Path, str]]:
+    """The weights in the file that the format itself writes."""
+    owned = {name: schemes[p.owner] for name, p in pieces.items() if p.owner is not None and p.owner in schemes}
+    planned = [piece.planned for piece in pieces.values()]
+    yield form.write_weights(folder, planned, _producer(pieces), owned, origin, config), ""
+
+
+def _beside(folder: Path, documents: Mapping[str, str], origin: Path) -> Iterator[tuple[Path, str]]:
+    """What is copied, then the JSON files."""
     yield from _copy_companions(origin, folder, set(documents))
     for name, content in documents.items():
         yield _write_text(folder / name, content), ""

@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from quantcli.formats.table import open_weights
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.names import weight_tensors
 from quantcli.pipeline.context import Context
@@ -25,7 +26,7 @@ def checkpoint_sizes(context: Context) -> dict[str, dict[str, Any]]:
     folder = context.folder("export")
     exports = context.results.get("export", {}).get("files", {})
     for name in sorted({Path(file).parts[0] for file in exports}):
-        own = _parts_of(context, Checkpoint(folder / name), owners, quantized=name != "dense")
+        own = _parts_of(context, open_weights(folder / name), owners, quantized=name != "dense")
         linears = sum(context.linears[module].weights for module in context.plan.schemes)
         own["ratio"] = round(found["float"]["bytes"] / own["bytes"], 4)
         coded = own["parts"].get("codes", 0) + own["parts"].get("scales and zero points", 0)
