@@ -16,7 +16,7 @@ whether a scale was one of a channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,19 +66,19 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
     return ""
 
 
-def refuses_model(directory: Path, structure: Structure) -> str:
-    """Why the model cannot be in this format, whatever its schemes; empty when it can."""
+def refuses_model(directory: Path, structure: Structure, tensors: Iterable[str]) -> str:
+    """Why the model cannot be in this format, whatever its schemes; empty when it can. `tensors` are the names that its
+    float checkpoint has, as far as they are known."""
     from quantcli.model.gguf_file import configuration
     from quantcli.model.gguf_tokenizer import tokenizer_keys
 
     config = configuration(directory)
     if reason := gguf_layout.refusal(config, structure.parameters):
         return reason
+    own = {name for name in tensors if is_parameter(name, config)}
+    if other := sorted(own - set(structure.parameters)):
+        return f"wants tensors named as transformers names parameters, and {other[0]} is none"
     try:
-        if any(directory.glob("*.safetensors")):
-            stored = [name for name in Checkpoint(directory).entries if is_parameter(name, config)]
-            if other := sorted(set(stored) - set(structure.parameters)):
-                return f"wants tensors named as transformers names parameters, and {other[0]} is none"
         tokenizer_keys(directory, int(config["vocab_size"]))
     except ModelError as error:
         return error.message

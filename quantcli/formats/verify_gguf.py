@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,22 @@ from quantcli.model.gguf import open_gguf
 from quantcli.model.gguf_file import FILE, configuration
 from quantcli.quant.scheme import Scheme
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPES = {(8, True): "Q8_0", (4, True): "Q4_0", (4, False): "Q4_1"}
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A tensor of the file."""
+
+    file: Path
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    def read(self) -> NDArray[np.uint8]:
+        return np.fromfile(self.file, dtype=np.uint8, count=self.nbytes, offset=self.offset)
 
 
 def check_gguf(
@@ -37,12 +53,21 @@ def check_gguf(
         raise VerificationError(f"{folder}: quantization.json is not that of the store.", "Export again.")
     if "quantization_config" in read_json(folder / "config.json"):
         raise VerificationError(f"{folder}: config.json has a quantization_config.", "Export again.")
-    _check_keys(folder, reader, config)
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    _check_frequencies(folder, tensors.pop("rope_freqs.weight", None), config)
-    modules = {weights[module]: module for module in store.schemes}
     tied = config.get("tie_word_embeddings")
     names = [n for n in source.entries if not n.endswith(".inv_freq") and not (tied and n == "lm_head.weight")]
+    if reason := gguf_layout.refusal(config, names):
+        raise VerificationError(f"{folder}: config.json is that of no model that gguf holds: it {reason}.")
+    _check_keys(folder, reader, config)
+    tensors = {
+        t.name: _Found(
+            folder / FILE, t.tensor_type.name, tuple(map(int, reversed(t.shape))), int(t.data_offset), int(t.n_bytes)
+        )
+        for t in reader.tensors
+    }
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    del reader  # whatever is read of the mapped file stays in memory
+    _check_frequencies(folder, tensors.pop("rope_freqs.weight", None), config)
+    modules = {weights[module]: module for module in store.schemes}
     for name, own in gguf_layout.tensor_names(config, names).items():
         tensor = tensors.pop(own, None)
         if tensor is None:
@@ -53,16 +78,16 @@ def check_gguf(
             module = modules[name]
             kind, expected = expected_blocks(store.read(module), store.schemes[module], module)
         else:
-            kind, expected = _expected_float(source.read([name])[name], cast)
+            kind, expected = _expected_float(source.read([name])[name].to(cast or _DTYPES[source.entries[name].dtype]))
         if swapped:
             expected = _interleaved(expected, config[heads])  # type: ignore[index]
-        found = np.ascontiguousarray(tensor.data).view(np.uint8).reshape(-1)
-        if tensor.tensor_type.name != kind or found.tobytes() != np.ascontiguousarray(expected).tobytes():
+        whole = (tensor.kind, tensor.shape) == (kind, source.entries[name].shape)
+        if not whole or not np.array_equal(tensor.read(), expected.reshape(-1)):
             whose = "store's" if name in modules else "float model's"
             raise VerificationError(f"{folder}: {own} differs from the {whose} {name}.", "Export again.")
     if tensors:
         raise VerificationError(f"{folder}: holds {next(iter(tensors))}, which belongs to nothing.", "Export again.")
-    return sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    return nbytes
 
 
 def expected_blocks(stored: StoredLinear, scheme: Scheme, module: str) -> tuple[str, NDArray[np.uint8]]:
@@ -78,8 +103,8 @@ def expected_blocks(stored: StoredLinear, scheme: Scheme, module: str) -> tuple[
     step = inner // wide.shape[1]
     block = np.zeros((out, inner // 32), dtype=[("d", "<f2"), ("m", "<f2"), ("q", "u1", 32)])
     with np.errstate(over="ignore"):
-        block["d"] = np.repeat(wide, step, axis=1)[:, ::32]
-    if not np.array_equal(block["d"].astype(np.float32), np.repeat(wide, step, axis=1)[:, ::32]):
+        block["d"] = np.repeat(wide, step // 32, axis=1)
+    if not np.array_equal(block["d"].astype(np.float32), np.repeat(wide, step // 32, axis=1)):
         raise VerificationError(f"{module}: a scale of the store is no float16 value.", "Quantize for gguf again.")
     if kind == "Q8_0":
         block["q"] = codes.reshape(out, -1, 32).view(np.uint8)
@@ -88,7 +113,7 @@ def expected_blocks(stored: StoredLinear, scheme: Scheme, module: str) -> tuple[
         block["q"][..., :16] = unsigned[..., :16] + 16 * unsigned[..., 16:]
     if stored.weight.zero_point is not None:
         zero = np.broadcast_to(stored.weight.zero_point.numpy(), wide.shape).astype(np.float32)
-        block["m"] = np.repeat(-(zero + 8) * wide, step, axis=1)[:, ::32]
+        block["m"] = np.repeat(-(zero + 8) * wide, step // 32, axis=1)
     parts = [block["d"][..., None].copy().view(np.uint8)]
     if kind == "Q4_1":
         parts.append(block["m"][..., None].copy().view(np.uint8))
@@ -96,10 +121,8 @@ def expected_blocks(stored: StoredLinear, scheme: Scheme, module: str) -> tuple[
     return kind, np.concatenate(parts, axis=-1).reshape(out, -1)
 
 
-def _expected_float(original: Tensor, cast: torch.dtype | None) -> tuple[str, NDArray[np.uint8]]:
-    made = original if cast is None else original.to(cast)
-    if made.ndim == 1:
-        made = made.float()
+def _expected_float(value: Tensor) -> tuple[str, NDArray[np.uint8]]:
+    made = value.float() if value.ndim == 1 else value
     kind = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[made.dtype]
     return kind, made.contiguous().view(len(made), -1).view(torch.uint8).numpy()
 
@@ -115,9 +138,9 @@ def _interleaved(rows: NDArray[np.uint8], heads: int) -> NDArray[np.uint8]:
     return made
 
 
-def _check_frequencies(folder: Path, tensor: Any, config: Mapping[str, Any]) -> None:
+def _check_frequencies(folder: Path, tensor: _Found | None, config: Mapping[str, Any]) -> None:
     wanted = gguf_layout.frequency_divisors(config)
-    found = None if tensor is None else np.asarray(tensor.data).tolist()
+    found = None if tensor is None else tensor.read().view(np.float32).tolist()
     expected = None if wanted is None else np.array(wanted, dtype=np.float32).tolist()
     if found != expected:
         raise VerificationError(f"{folder}: rope_freqs.weight is not that of config.json.", "Export again.")

@@ -40,7 +40,8 @@ def convert_checkpoint(source: Path, form: str, output: Path, *, overwrite: bool
     if checkpoint.form is None or checkpoint.form is dense:
         raise ModelError(f"{source} holds no codes.", "Name a quantized checkpoint.")
     quantized = [(checkpoint.linears[name], scheme) for name, scheme in checkpoint.schemes.items()]
-    if reason := unheld(form, quantized, checkpoint.attention) or model_unheld(form, source, structure):
+    reason = unheld(form, quantized, checkpoint.attention)
+    if reason := reason or model_unheld(form, source, structure, checkpoint.entries):
         raise RecipeError(f"--to: {reason}", "Choose another format.")
     _refuse_place(source, output, overwrite)
     temporary = output.parent / f".{output.name}.{os.getpid()}.part"

@@ -8,6 +8,7 @@ from pathlib import Path
 from quantcli.errors import RecipeError
 from quantcli.formats import dense
 from quantcli.formats.table import FORMATS
+from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear, Structure
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.schema import Recipe
@@ -34,10 +35,17 @@ def unheld(
     return ""
 
 
-def model_unheld(form: str, model: Path, structure: Structure) -> str:
-    """Why the format cannot hold this model under any scheme, as a sentence; empty when it can."""
+def model_unheld(form: str, model: Path, structure: Structure, tensors: Iterable[str] | None = None) -> str:
+    """Why the format cannot hold this model under any scheme, as a sentence; empty when it can.
+
+    `tensors` are the names of its float checkpoint; without them they are read from its headers, if they are there.
+    """
     refuses = getattr(FORMATS[form], "refuses_model", None)
-    reason = refuses(model, structure) if refuses is not None else ""
+    if refuses is None:
+        return ""
+    if tensors is None:  # of a model on the hub only the configuration is there
+        tensors = Checkpoint(model).entries if any(model.glob("*.safetensors")) else ()
+    reason = refuses(model, structure, tensors)
     return reason and f"{form} cannot hold {structure.architecture}: it {reason}."
 
 
