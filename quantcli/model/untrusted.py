@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ MAXIMUM_JSON_BYTES = 64 << 20
 """The index of a model of 200 000 tensors has 20 MB, the largest tokenizers 35."""
 MAXIMUM_JSON_VALUES = 4 << 20
 """Objects, lists and commas of a JSON file, which bound what it takes in memory: about 300 bytes each at most."""
-_TEXT_FILES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".md"}
+_READ_WHOLE = re.compile(
+    r".*(config|token|vocab|merges|template|processor).*\.(json|txt)|.*\.(jinja|model|tiktoken|py)"
+)
 
 
 def read_regular(path: Path, limit: int) -> bytes:
@@ -68,7 +71,7 @@ def check_texts(directory: Path) -> None:
     """Raise ModelError for a file beside the weights that transformers may read whole and that is not regular or is
     larger than MAXIMUM_JSON_BYTES. Folders are left alone, and so are links to nothing."""
     for file in sorted(directory.iterdir()):
-        if file.suffix not in _TEXT_FILES:
+        if not _READ_WHOLE.fullmatch(file.name):
             continue
         try:
             status = file.stat()

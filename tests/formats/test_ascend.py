@@ -19,6 +19,7 @@ from quantcli.errors import ModelError, VerificationError
 from quantcli.formats import ascend, export
 from quantcli.formats.engines import verdicts
 from quantcli.formats.store import StoredLinear
+from quantcli.formats.sums import SUMS
 from quantcli.formats.verify import verify_checkpoint
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
@@ -252,7 +253,7 @@ def test_shards_have_the_names_of_the_format(tmp_path: Path, monkeypatch: pytest
     count = sum(name.endswith(".safetensors") for name in files)
     assert files[0] == f"quant_model_weights-00001-of-{count:05d}.safetensors"
     assert files[count] == "quant_model_weights.safetensors.index.json"
-    assert files[-2:] == [ascend.DESCRIPTION, "config.json"]
+    assert files[-3:] == [ascend.DESCRIPTION, SUMS, "config.json"]
     sharded = Export(tmp_path / "sharded", made.model, made.structure, made.store, made.source, "ascend")
     tensors = tensors_of(sharded)
     assert tensors.keys() == whole.keys()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from quantcli.errors import ModelError, VerificationError
 from quantcli.formats.store import Store
-from quantcli.model.checkpoint import Checkpoint
+from quantcli.formats.sums import SUMS, write_sums
+from quantcli.model.checkpoint import Checkpoint, file_digest
 from quantcli.model.folding import Fold, TransformedCheckpoint, exact_scale
 from quantcli.model.rotation import ModelRotation
 from quantcli.pipeline.batches import batched
@@ -162,8 +163,11 @@ def test_an_export_that_is_not_folded_is_found(recipe: Recipe) -> None:
 def record_again(context: Context) -> None:
     """The files of the export as they are now become its record, as if it had written them."""
     folder = context.run.stage("export")
-    for name in list(folder.files):
-        folder.add(folder.path / name)
+    for form in (place for place in folder.path.iterdir() if place.is_dir()):
+        files = sorted(file for file in form.iterdir() if file.name != SUMS)
+        files.append(write_sums(form, {file.name: file_digest(file) for file in files}))
+        for file in files:
+            folder.add(file)
     folder.finish()
 
 
