@@ -153,8 +153,7 @@ def quantize_weight(
     codes, scale, zero_point = method(weight, weight_grid(treatment, dtype), importance)
     quantized = QuantizedWeight(codes.cpu(), scale.cpu(), None if zero_point is None else zero_point.cpu())
     facts: dict[str, Any] = {"scale_max": _short(scale.abs().max().item())}
-    if section.method != "minmax":
-        facts["error"] = _short(weight_error(weight, QuantizedWeight(codes, scale, zero_point), importance))
+    facts["error"] = _short(weight_error(weight, QuantizedWeight(codes, scale, zero_point), importance))
     facts["zero_rows"] = int((torch.count_nonzero(weight, dim=1) == 0).sum())
     return StoredLinear(quantized), facts
 
