@@ -35,7 +35,8 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
         yield "gates", f"{len(gates) - len(missed)} of {len(gates)} kept" + "".join(f"; missed: {n}" for n in missed)
     stages = result["stages"]
     times = [
-        f"{name} {'up to date' if r.get('reused') else format(r['seconds'], '.1f') + ' s'}"
+        # seconds are not known of a stage whose record went with that of one before it
+        f"{name} {'up to date' if r.get('reused') or r['seconds'] is None else format(r['seconds'], '.1f') + ' s'}"
         for name, r in stages.items()
     ]
     yield "time", ", ".join(times)
