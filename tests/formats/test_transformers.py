@@ -31,7 +31,7 @@ from quantcli.evaluation.simulate import QuantizedProduct
 from quantcli.formats.engines import verdicts
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
-from quantcli.pipeline.stages.eval_ppl import _block
+from quantcli.pipeline.stages.eval_ppl import block_as_served
 from quantcli.quant.float8 import FP8
 from quantcli.quant.scheme import CodeType
 
@@ -45,7 +45,7 @@ def of_evaluation(made: Export) -> Tensor:
     stream = BlockStream(Skeleton(made.model, made.structure, dtype=reader.dtype, checkpoint=reader), [TOKENS])
     (hidden,) = stream.start()
     for index in range(len(made.structure.blocks)):
-        with _block(stream, index, reader, "prefill"):
+        with block_as_served(stream, index, reader, "prefill"):
             hidden = stream.run(index, 0, hidden)
     with stream.head():
         return torch.cat([logits for _, logits in stream.logits(hidden)], 1)

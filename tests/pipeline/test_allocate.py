@@ -276,7 +276,7 @@ def test_what_is_up_to_date_is_not_tried_again(found: tuple[Recipe, Any]) -> Non
     assert all(record["reused"] for record in again.stages.values())
     assert again.plan.linears == outcome.plan.linears
     measured = quantcli.run(changed(recipe, evaluate__perplexity__windows=2))
-    assert [name for name, record in measured.stages.items() if not record["reused"]] == ["eval-ppl"]
+    assert [name for name, record in measured.stages.items() if not record["reused"]] == ["reference", "eval-ppl"]
     assert measured.plan.treatments == outcome.plan.treatments
 
 

@@ -18,8 +18,8 @@ from quantcli.pipeline.verify import verify_path
 
 Recipe = dict[str, Any]
 Tree = dict[str, str]
-REPORTED = ["reference", "eval-ppl", "layers", "generate"]
-ALL = ["check", "calibrate", "quantize", "export", "verify", *REPORTED]
+MEASURED = ["eval-ppl", "layers", "generate"]
+ALL = ["check", "calibrate", "quantize", "export", "verify", "reference", *MEASURED]
 
 
 def worked(recipe: Recipe, until: str | None = None) -> list[str]:
@@ -73,9 +73,9 @@ def test_a_second_run_writes_nothing(done: Recipe, tree: Callable[[Path], Tree])
         ("evaluate.output_error", {"tokens": 16}, ["layers"]),
         ("evaluate.output_error", None, []),
         ("evaluate.generate", {"max_new_tokens": 3}, ["generate"]),
-        ("quantize.rollback.names", ["*.down_proj"], ["quantize", "export", "verify", *REPORTED]),
-        ("quantize.weights.method", "mse", ["quantize", "export", "verify", *REPORTED]),
-        ("calibration.samples", 3, ["calibrate", "quantize", "export", "verify", *REPORTED]),
+        ("quantize.rollback.names", ["*.down_proj"], ["quantize", "export", "verify", *MEASURED]),
+        ("quantize.weights.method", "mse", ["quantize", "export", "verify", *MEASURED]),
+        ("calibration.samples", 3, ["calibrate", "quantize", "export", "verify", *MEASURED]),
         ("model.sanity_check", "off", []),
         ("model.dtype", "bfloat16", ALL),
     ],
@@ -88,7 +88,7 @@ def test_calibration_of_a_scheme_that_needs_none_is_no_reason_to_work(
     static_recipe: Callable[[Path], Recipe], tmp_path: Path
 ) -> None:
     recipe = changed(static_recipe(tmp_path / "run"), "quantize.activations", {"bits": 8, "scope": "token"})
-    assert worked(recipe) == ["check", "quantize", "export", "verify", *REPORTED]
+    assert worked(recipe) == ["check", "quantize", "export", "verify", "reference", *MEASURED]
     assert worked(changed(recipe, "calibration.samples", 9)) == []
 
 

@@ -23,7 +23,7 @@ from quantcli.pipeline.stages.sensitivity import output_errors
 from quantcli.recipe.rollback import RollbackSection
 
 Recipe = dict[str, Any]
-REPORTED = ("reference", "eval-ppl", "layers", "generate")
+REPORTED = ("eval-ppl", "layers", "generate")
 METRICS = ("range_parm", "kurtosis", "quantile", "output_error", "block_error")
 LINEARS = [
     f"model.layers.{index}.{name}_proj"
@@ -241,7 +241,7 @@ def test_another_level_observes_nothing_anew(ranked: Recipe, recipe: Recipe) -> 
         assert set(outcome.plan.kept) == expected
         return {name for name, record in outcome.stages.items() if not record["reused"]}
 
-    assert worked(2) == {"check", "calibrate", "sensitivity", "quantize", "export", "verify", *REPORTED}
+    assert worked(2) == {"check", "calibrate", "sensitivity", "quantize", "export", "verify", "reference", *REPORTED}
     assert worked(2) == set()
     assert worked(3) == {"sensitivity", "quantize", "export", "verify", *REPORTED}
     assert worked(2) == {"sensitivity", "quantize", "export", "verify", *REPORTED}

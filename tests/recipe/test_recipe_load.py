@@ -131,7 +131,13 @@ BASE: dict[str, Any] = {
         "kv_cache": {"bits": 8},
     },
     "export": {"formats": ["compressed-tensors"]},
-    "evaluate": {"perplexity": {"windows": 2}, "gates": {"kl_divergence": 1.0}},
+    "evaluate": {
+        "perplexity": {"windows": 2},
+        "tasks": [{"task": "boolq"}],
+        "output_error": {"tokens": 64},
+        "generate": {"max_new_tokens": 3},
+        "gates": {"kl_divergence": 1.0, "fallbacks": {"all": 0}},
+    },
     "output": "out",
 }
 

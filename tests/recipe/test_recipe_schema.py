@@ -465,12 +465,12 @@ STATIC = "  activations: {bits: 8}\n"
         (
             "  overrides:\n  - match: a\n    scheme: float\n  - match: b\n    weights: {bit: 4}\n",
             "10: quantize.overrides[1].weights: has the unknown key bit",
-            "Keys: bits, symmetric, granularity",
+            "Keys: bits, type, symmetric, granularity",
         ),
         (
             "  overrides:\n  - match: a\n    activations: {scpoe: token}\n",
             "8: quantize.overrides[0].activations: has the unknown key scpoe",
-            "Keys: bits, scope",
+            "Keys: bits, type, scope",
         ),
         (
             "  overrides:\n  - match: a\n    weights: {bits: 5}\n",
