@@ -35,7 +35,7 @@ def check_record(record: Mapping[str, Any], config: Mapping[str, Any], store: St
 def expected_linear(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor | None]:
     """X.weight [out, in]: (q − z)·s in float32, rounded to the nearest value of `dtype`, ties to even."""
     codes, scale, zero_point = stored.weight
-    values = codes.numpy().astype(np.float32)
+    values = codes.float().numpy()  # NumPy has no float8
     size = values.shape[1] // scale.shape[1]
     if zero_point is not None:
         values -= np.repeat(zero_point.numpy().astype(np.float32), size, axis=1)

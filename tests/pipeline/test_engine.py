@@ -160,7 +160,7 @@ def test_what_is_out_of_date_is_no_result(done: Recipe) -> None:
     run = Path(done["output"])
     quantcli.run_stage("quantize", changed(done, "quantize.weights.method", "mse"))
     stages = json.loads((run / "run.json").read_text())["stages"]
-    assert list(stages) == ["check", "calibrate", "quantize"]
+    assert list(stages) == ["check", "calibrate", "quantize", "reference"]
     with pytest.raises(VerificationError, match="no finished export"):
         verify_path(run)
 

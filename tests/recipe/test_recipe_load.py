@@ -192,6 +192,7 @@ def test_an_unknown_key_is_refused_at_its_line_wherever_it_stands(
         .replace("mix.", "mix[0].")
         .replace("overrides.", "overrides[0].")
         .replace("candidates.", "candidates[0].")
+        .replace("tasks.", "tasks[0].")
     )
     assert message.startswith(f"r.yaml:{line}: {place}: unknown key. ")
     assert message.count("\n") == 0

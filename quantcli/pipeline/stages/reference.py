@@ -58,7 +58,8 @@ def run(context: Context, folder: StageFolder) -> None:
 
     evaluate = context.recipe.evaluate
     assert evaluate is not None
-    if RESULT in folder.files or taken_over(context, folder, STATES):
+    done = RESULT in folder.files and not read_json(folder.path / RESULT)["kept"]  # kept states may have gone since
+    if done or taken_over(context, folder, STATES):
         return
     text = evaluation_text(context)
     stream = BlockStream(context.skeleton(original=True), batched(text.windows))
