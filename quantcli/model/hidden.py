@@ -69,7 +69,10 @@ class HiddenCache:
         with replacing(self.folder / "hidden.json") as temporary:
             temporary.write_text(json.dumps(self._description(position)))
         self.position = position
-        for other in set(self.folder.glob("hidden-*.bin")) - {self._file(position)}:
+        self._drop_others()
+
+    def _drop_others(self) -> None:
+        for other in set(self.folder.glob("hidden-*.bin")) - {self._file(self.position)}:
             other.unlink()
 
     def resume(self, finished: Sequence[bool] = ()) -> int | None:
@@ -87,6 +90,7 @@ class HiddenCache:
         if not usable or not all(finished[:position]):
             return None
         self.position = position
+        self._drop_others()  # a kill may have come before that
         if not self.mapped:
             self.memory = [self._read(self._file(position), i).clone() for i in range(len(self.shapes))]
         return self.position

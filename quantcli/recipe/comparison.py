@@ -26,11 +26,11 @@ class GenerateSection(Section):
         ),
         description="What to answer or go on with; as a user's message where the tokenizer has a chat template.",
     )
-    max_new_tokens: Count = Field(default=32, description="At most this many tokens are written to a prompt.")
+    max_new_tokens: Count = Field(default=24, description="At most this many tokens are written to a prompt.")
     memory: Annotated[int, BeforeValidator(size_of, json_schema_input_type=str)] = Field(
-        default=2 << 30,
+        default=1 << 30,
         description="A model whose weights take more than this writes nothing, since all of them have to be in memory.",
-        json_schema_extra={"default": "2GiB"},
+        json_schema_extra={"default": "1GiB"},
     )
 
     @field_serializer("memory")

@@ -69,7 +69,7 @@ def run(context: Context, folder: StageFolder) -> None:
         context.emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=text.protocol)
         cache = context.hidden_cache(folder.path / STATES, stream)
         advance("float", stream, cache, None, "prefill", context.emit)
-        for file in sorted((folder.path / STATES).iterdir()):
+        for file in sorted((folder.path / STATES).glob("hidden*")):
             folder.add(file)
     else:
         HiddenCache(folder.path / STATES, [], torch.float32).clear()
