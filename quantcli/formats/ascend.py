@@ -4,6 +4,9 @@ Weights in quant_model_weights*.safetensors; quant_model_description.json maps t
 linear X with weight [n, k]:
 
     all              X.weight int8 [n, k]; X.weight_scale, X.weight_offset [n, 1]
+    W4A16            X.weight int8 [n, k/2], a pair of inputs a byte, or with groups [n/2, k], a pair of outputs, the
+                     first in the low nibble; X.weight_scale, X.weight_offset [n, groups]
+    WFP8AFP8_DYNAMIC X.weight float8_e4m3fn [n, k]
     W8A8, W8A8S,     X.input_scale, X.input_offset float32 [1]; X.quant_bias int32 [n]; X.deq_scale [n], float32 for
     W8A8_MIX         bfloat16 models, else int64 that holds the bits of the float32
     FLOAT            X.weight, X.bias; a bias stays beside every other type, too
@@ -25,6 +28,7 @@ is evaluated is what is served. The weight_scale of static inputs is not rounded
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +51,9 @@ ONE_SCHEME = False
 FLOAT16_SCALES = False
 
 DESCRIPTION = "quant_model_description.json"
-TYPES = ("FLOAT", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S")
+ONE_GROUP_SIZE = True
+"""The description names one for all linears that have groups."""
+TYPES = ("FLOAT", "W4A16", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S", "WFP8AFP8_DYNAMIC")
 """Types of linears in ascending order: model_quant_type is the last that occurs."""
 
 _SCHEMES = {
@@ -56,6 +62,7 @@ _SCHEMES = {
     "W8A8_MIX": Scheme(8, activations="mix"),
     "W8A8": Scheme(8, activations="static"),
     "W8A8S": Scheme(8, activations="static", sparse=True),
+    "WFP8AFP8_DYNAMIC": Scheme(8, activations="dynamic", type="float"),
 }
 _CACHE = {"k_scale": "k_proj.kv_cache_scale", "k_offset": "k_proj.kv_cache_offset",
           "v_scale": "v_proj.kv_cache_scale", "v_offset": "v_proj.kv_cache_offset"}  # fmt: skip
@@ -67,9 +74,13 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
     if linear.transposed:
         return "holds weights as [out, in], and this model's are stored transposed (Conv1D)"
     if scheme.type == "float":
-        return "is written with integer codes, not fp8"
+        return "" if scheme.activations == "dynamic" else "holds fp8 weights with a scale for every token of the input"
+    if scheme.bits == 4 and scheme.activations == "none":
+        along_out = scheme.scale_shape(linear.out_features, linear.in_features)[1] > 1
+        odd = (linear.out_features if along_out else linear.in_features) % 2
+        return f"packs {'outputs' if along_out else 'inputs'} in pairs, and their number is odd" if odd else ""
     if scheme.bits != 8:
-        return f"is written with 8-bit weights only, not {scheme.bits}-bit ones"
+        return f"is written with 8-bit weights, and 4-bit ones whose inputs stay in float, not {scheme.name}"
     if scheme.activations != "none" and scheme.activation_bits != 8:
         return f"is written with 8-bit activations only, not {scheme.activation_bits}-bit ones"
     if scheme.granularity == "group":
@@ -94,6 +105,10 @@ def attention_refusal(attention: AttentionScheme) -> str:
 
 def type_name(scheme: Scheme) -> str:
     """The format's name of a scheme that it does not refuse."""
+    if scheme.type == "float":
+        return "WFP8AFP8_DYNAMIC"
+    if scheme.bits == 4:
+        return "W4A16"
     if scheme.activations == "static":
         return "W8A8S" if scheme.sparse else "W8A8"
     return {"none": "W8A16", "dynamic": "W8A8_DYNAMIC", "mix": "W8A8_MIX"}[scheme.activations]
@@ -101,8 +116,14 @@ def type_name(scheme: Scheme) -> str:
 
 def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensors that stand for X.weight: suffix → (dtype, shape), without a value. Known before anything is computed."""
-    out = linear.out_features
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {"weight": ("int8", (out, linear.in_features))}
+    out, inner = linear.out_features, linear.in_features
+    groups = scheme.scale_shape(out, inner)[1]
+    codes: tuple[int, ...] = (out, inner)
+    if scheme.bits == 4:
+        codes = (out, inner // 2) if groups == 1 else (out // 2, inner)
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        "weight": ("float8_e4m3fn" if scheme.type == "float" else "int8", codes)
+    }
     if scheme.observed:
         tensors |= {
             "input_scale": ("float32", (1,)),
@@ -111,7 +132,7 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
             "deq_scale": ("float32" if dtype == "bfloat16" else "int64", (out,)),
         }
     scale = scheme.scale_dtype(dtype)
-    return tensors | {"weight_scale": (scale, (out, 1)), "weight_offset": (scale, (out, 1))}
+    return tensors | {"weight_scale": (scale, (out, groups)), "weight_offset": (scale, (out, groups))}
 
 
 def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor]:
@@ -127,8 +148,8 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
     written = getattr(torch, scheme.scale_dtype(dtype))
     if scheme.activations in ("dynamic", "mix"):
         scale = _rounded(scale, own).to(scale.dtype)
-    scale = scale.expand(len(codes), 1)
-    tensors = {"weight": codes}
+    scale = scale.expand(len(codes), scale.shape[1])
+    tensors = {"weight": codes if scheme.bits == 8 else _paired(codes, 1 if scale.shape[1] == 1 else 0)}
     if scheme.observed:
         assert stored.input_scale is not None
         input_scale = _rounded(stored.input_scale, own)
@@ -146,6 +167,19 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
     if zero_point is not None:
         weight_offset.copy_(zero_point)
     return tensors | {"weight_scale": weight_scale, "weight_offset": weight_offset}
+
+
+def _paired(codes: Tensor, axis: int) -> Tensor:
+    """Two codes of 4 bits a byte, neighbours along an axis, the first in the low nibble: int8."""
+    first, second = codes.unflatten(axis, (-1, 2)).unbind(axis + 1)
+    return ((first & 15) | (second << 4)).contiguous()
+
+
+def _apart(paired: Tensor, axis: int) -> Tensor:
+    """The inverse of `_paired`: int8 codes."""
+    import torch
+
+    return torch.stack(((paired << 4) >> 4, paired >> 4), axis + 1).flatten(axis, axis + 1)
 
 
 def _quant_bias(codes: Tensor, offset: int, deq_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -172,7 +206,10 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
     from quantcli.quant.grid import QuantizedWeight
 
     zero_point = None if scheme.symmetric else tensors["weight_offset"].to(torch.int8)
-    weight = QuantizedWeight(tensors["weight"], tensors["weight_scale"], zero_point)
+    codes, scale = tensors["weight"], tensors["weight_scale"]
+    if scheme.bits == 4:
+        codes = _apart(codes, 1 if scale.shape[1] == 1 else 0)
+    weight = QuantizedWeight(codes, scale, zero_point)
     if not scheme.observed:
         return StoredLinear(weight)
     input_zero = None if scheme.activations_symmetric else tensors["input_offset"].to(torch.int8)
@@ -223,7 +260,7 @@ def documents(
     description: dict[str, Any] = {
         "model_quant_type": max(present, key=TYPES.index),
         "version": "1.0.0",
-        "group_size": 0,
+        "group_size": max((scheme.group_size or 0 for scheme in store.schemes.values()), default=0),
     }
     attention = store.attention
     if attention is not None and attention.heads:
@@ -267,7 +304,9 @@ def described(
         if kind not in TYPES:
             raise ModelError(f"{checkpoint.directory / DESCRIPTION}: {weight} has the type {kind!r}.",
                              f"Known types: {', '.join(TYPES)}.")  # fmt: skip
-        if kind != "FLOAT":
+        if kind == "W4A16":
+            quantized[module] = _of_four_bits(checkpoint, weight)
+        elif kind != "FLOAT":
             quantized[module] = _SCHEMES[kind]
     offsets = {
         module: f"{weights[module].removesuffix('.weight')}.{'input' if scheme.observed else 'weight'}_offset"
@@ -279,16 +318,25 @@ def described(
     # a zero point may happen to be 0, so that inputs are symmetric only if they are in the whole model
     asymmetric = any(quantized[module].observed for module in moved)
     schemes = {
-        module: Scheme(
-            8,
+        module: replace(
+            scheme,
             symmetric=scheme.activations != "none" or module not in moved,
-            activations=scheme.activations,
             activations_symmetric=not (scheme.observed and asymmetric),
-            sparse=scheme.sparse,
         )
         for module, scheme in quantized.items()
     }
     return schemes, _attention(checkpoint, description)
+
+
+def _of_four_bits(checkpoint: Checkpoint, weight: str) -> Scheme:
+    """W4A16 with the groups that the shapes of codes and scales tell."""
+    scale = checkpoint.entries.get(f"{weight.removesuffix('.weight')}.weight_scale")
+    if weight not in checkpoint.entries or scale is None or len(scale.shape) != 2:
+        raise ModelError(f"{checkpoint.directory}: {weight} has no codes or no weight_scale.", "Export it again.")
+    groups = scale.shape[1]
+    if groups == 1:
+        return Scheme(4)
+    return Scheme(4, granularity="group", group_size=checkpoint.entries[weight].shape[-1] // max(1, groups))
 
 
 def _attention(checkpoint: Checkpoint, description: Mapping[str, Any]) -> AttentionScheme | None:

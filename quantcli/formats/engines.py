@@ -224,8 +224,8 @@ def _transformers(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]
 
 
 def _vllm_ascend(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.sparse:
-        return False, "has no type W8A8S"
+    if scheme.sparse or scheme.bits == 4:
+        return False, f"has no type {'W8A8S' if scheme.sparse else 'W4A16'} of linears"
     if not scheme.symmetric:
         return False, "adds weight_offset where the format subtracts it"
     if scheme.activations == "mix":
@@ -234,6 +234,8 @@ def _vllm_ascend(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
 
 
 def _mindie(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
+    if scheme.type == "float":
+        return False, "documents no type of fp8 weights"
     if scheme.sparse:
         return True, "compressed by its own tool first; not run here"
     return True, "not run here"

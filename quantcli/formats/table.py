@@ -15,6 +15,7 @@ FORMATS: dict[str, ModuleType] = {form.NAME: form for form in (compressed_tensor
 """Name in a recipe → module with
 
 NAME, STEM (of its weight files), WRITES_TIED_HEAD, ONE_SCHEME, FLOAT16_SCALES;
+ONE_GROUP_SIZE, where groups have one size in a checkpoint;
 refusal, layout, encode, decode: a linear as tensors and back;
 attention_refusal, attention_names, attention_tensors: the scales of an attention module;
 documents: its JSON files; recognizes, described: what a directory is, and the schemes in it;

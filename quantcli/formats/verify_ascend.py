@@ -44,7 +44,12 @@ def check_description(
         below = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), "")
         if below.startswith(of_attention):
             wanted[name] = "FAQuant" if attention and attention.heads else "C8"
-    wanted |= {"version": "1.0.0", "group_size": 0, "model_quant_type": _highest(set(types.values()))}
+    sizes = {scheme.group_size for scheme in store.schemes.values() if scheme.granularity == "group"}
+    wanted |= {
+        "version": "1.0.0",
+        "group_size": sizes.pop() if sizes else 0,
+        "model_quant_type": _highest(set(types.values())),
+    }
     if attention is not None and attention.heads:
         wanted["fa_quant_type"] = "FAQuant"
     elif attention is not None:
@@ -61,19 +66,23 @@ def check_description(
 def _type(scheme: Scheme) -> str:
     if scheme.sparse:
         return "W8A8S"
+    if scheme.type == "float" or scheme.bits == 4:
+        return "W4A16" if scheme.bits == 4 else "WFP8AFP8_DYNAMIC"
     return "W8A16" if scheme.activations == "none" else "W8A8" + {
         "static": "", "dynamic": "_DYNAMIC", "mix": "_MIX"
     }[scheme.activations]  # fmt: skip
 
 
 def _highest(types: set[str]) -> str:
-    ascending = ["W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S"]
+    ascending = ["W4A16", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S", "WFP8AFP8_DYNAMIC"]
     return next((kind for kind in reversed(ascending) if kind in types), "FLOAT")
 
 
 def expected_linear(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor | None]:
     """The tensors that stand for X.weight in a model of `dtype`, by suffix; bias [n] as the checkpoint holds it."""
-    codes = stored.weight.codes.numpy()
+    if scheme.bits == 4:
+        return _expected_four_bits(stored, dtype)
+    codes = stored.weight.codes.float().numpy()
     scale = np.repeat(_float32(stored.weight.scale).reshape(-1), 1 if len(stored.weight.scale) > 1 else len(codes))
     zero = np.zeros_like(scale) if stored.weight.zero_point is None else _float32(stored.weight.zero_point)
     zero = np.broadcast_to(zero.reshape(-1), scale.shape)
@@ -99,6 +108,19 @@ def expected_linear(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tens
         "input_offset": torch.tensor([float(offset)]),
         "deq_scale": torch.from_numpy(bits),
         "quant_bias": torch.from_numpy(quant_bias),
+    }
+
+
+def _expected_four_bits(stored: StoredLinear, dtype: str) -> dict[str, Tensor | None]:
+    """Bytes of two codes each: along the inputs with one scale a row, along the outputs with several."""
+    codes = stored.weight.codes.numpy().astype(np.uint8) & 15
+    scale = stored.weight.scale.expand(len(codes), -1).contiguous()
+    packed = codes[:, ::2] + 16 * codes[:, 1::2] if scale.shape[1] == 1 else codes[::2] + 16 * codes[1::2]
+    zero = torch.zeros_like(scale) if stored.weight.zero_point is None else stored.weight.zero_point.to(scale.dtype)
+    return {
+        "weight": torch.from_numpy(packed.astype(np.uint8).view(np.int8)),
+        "weight_scale": scale.to(getattr(torch, dtype)),
+        "weight_offset": zero.expand(scale.shape).to(getattr(torch, dtype)),
     }
 
 

@@ -30,6 +30,9 @@ def unheld(
     names = list(dict.fromkeys([*(scheme.name for _, scheme in quantized), *further]))
     if FORMATS[form].ONE_SCHEME and len(names) > 1:
         return f"{form} holds one scheme for all linears, and there are {' and '.join(names[:2])}."
+    sizes = sorted({scheme.group_size for _, scheme in quantized if scheme.group_size})
+    if getattr(FORMATS[form], "ONE_GROUP_SIZE", False) and len(sizes) > 1:
+        return f"{form} holds groups of one size, and there are some of {sizes[0]} and of {sizes[1]}."
     if attention is not None and (refusal := FORMATS[form].attention_refusal(attention)):
         return f"{form} cannot hold {attention.name}: it {refusal}."
     return ""

@@ -29,6 +29,12 @@ from quantcli.quant.grid import QuantizedWeight, dequantize
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
 SCHEMES = {
+    "W4A16": Scheme(4),
+    "W4A16 asym": Scheme(4, symmetric=False),
+    "W4A16 tensor": Scheme(4, granularity="tensor"),
+    "W4A16 g32": Scheme(4, granularity="group", group_size=32),
+    "W4A16 g32 asym": Scheme(4, symmetric=False, granularity="group", group_size=32),
+    "WFP8AFP8_DYNAMIC": Scheme(8, activations="dynamic", type="float"),
     "W8A16": Scheme(8),
     "W8A16 asym": Scheme(8, symmetric=False),
     "W8A16 tensor": Scheme(8, granularity="tensor"),
@@ -77,11 +83,11 @@ def test_codes_and_scales_come_back(name: str, dtype: torch.dtype, tmp_path: Pat
     scheme = SCHEMES[name]
     made = export_tiny(tmp_path, scheme, "qwen2", dtype=dtype, form="ascend")
     reader = made.reader()
-    read_as = scheme if scheme.granularity == "channel" else Scheme(**{**scheme.to_json(), "granularity": "channel"})
+    read_as = scheme if scheme.granularity != "tensor" else Scheme(**{**scheme.to_json(), "granularity": "channel"})
     assert reader.schemes == dict.fromkeys(made.store.schemes, read_as)
     for module in made.store.schemes:
         stored, found = made.store.read(module), reader.read_linear(module)
-        scale = stored.weight.scale.expand(len(stored.weight.codes), 1)
+        scale = stored.weight.scale.expand(len(stored.weight.codes), -1)
         if scheme.activations in ("dynamic", "mix"):
             scale = held(scale, dtype)
         assert found.weight.scale.dtype == stored.weight.scale.dtype
@@ -269,16 +275,19 @@ def test_shards_have_the_names_of_the_format(tmp_path: Path, monkeypatch: pytest
 def test_what_the_format_has_no_place_for_is_refused() -> None:
     linear = Linear("x", 64, 64)
     for scheme, reason in [
-        (Scheme(4), "4-bit"),
-        (Scheme(3), "3-bit"),
+        (Scheme(3), "W3A16"),
+        (Scheme(8, type="float"), "every token"),
+        (Scheme(8, activations="static", type="float"), "every token"),
         (Scheme(8, granularity="group", group_size=32), "group"),
         (Scheme(8, symmetric=False, activations="static"), "symmetric weights"),
         (Scheme(8, activations="dynamic", activations_symmetric=False), "symmetric dynamic"),
         (Scheme(8, sparse=True), "W8A8S"),
-        (Scheme(4, activations="dynamic"), "8-bit weights only"),
+        (Scheme(4, activations="dynamic"), "W4A8 dynamic"),
         (Scheme(8, activations="dynamic", activation_bits=4), "8-bit activations only"),
     ]:
         assert reason in ascend.refusal(linear, scheme)
+    assert "pairs" in ascend.refusal(Linear("x", 63, 64), Scheme(4))
+    assert "pairs" in ascend.refusal(Linear("x", 64, 63), SCHEMES["W4A16 g32"])
     assert "Conv1D" in ascend.refusal(Linear("x", 64, 64, transposed=True), Scheme(8))
     assert not any(ascend.refusal(linear, scheme) for scheme in SCHEMES.values())
     assert "fp8" in ascend.attention_refusal(AttentionScheme(kv="fp8"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,20 @@ from quantcli.quant.scheme import AttentionScheme, Scheme
 GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "golden"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the recorded outputs beside the checkout")
 
+G32 = Scheme(4, granularity="group", group_size=32)
 STATIC = Scheme(8, activations="static", activations_symmetric=False)
+CODES = (torch.int8, torch.float8_e4m3fn)
 C8, C8_ASYM = AttentionScheme(kv="int8"), AttentionScheme(kv="int8", kv_symmetric=False)
 CASES: dict[str, tuple[Scheme, AttentionScheme | None]] = {
     "w8a8_act1_mm0": (STATIC, None),
     "w8a8_dynamic": (Scheme(8, activations="dynamic"), None),
     "w8a16_minmax_sym": (Scheme(8), None),
     "w8a16_minmax_asym": (Scheme(8, symmetric=False), None),
+    "w4a16_pc_minmax_sym": (Scheme(4), None),
+    "w4a16_pc_minmax_asym": (Scheme(4, symmetric=False), None),
+    "w4a16_g32_sym": (G32, None),
+    "w4a16_g32_asym": (replace(G32, symmetric=False), None),
+    "v1_fp8_dynamic": (Scheme(8, activations="dynamic", type="float"), None),
     "w8a8_pdmix": (Scheme(8, activations="mix", activations_symmetric=False), None),
     "w8a8_kv_sym": (STATIC, C8),
     "w8a8_kv_asym": (STATIC, C8_ASYM),
@@ -65,7 +73,13 @@ def recorded(model: str, case: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def stored_linear(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) -> StoredLinear:
     zero = None if scheme.symmetric else tensors[f"{name}.weight_offset"].to(torch.int8)
-    weight = QuantizedWeight(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"], zero)
+    codes, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
+    if scheme.bits == 4:  # two codes a byte, the first in the low nibble
+        axis = 1 if scale.shape[1] == 1 else 0
+        low, high = codes & 15, (codes >> 4) & 15
+        codes = torch.stack((low, high), axis + 1).flatten(axis, axis + 1)
+        codes = torch.where(codes > 7, codes - 16, codes).to(torch.int8)
+    weight = QuantizedWeight(codes, scale, zero)
     if not scheme.observed:
         return StoredLinear(weight)
     offset = tensors[f"{name}.input_offset"].to(torch.int8)
@@ -83,7 +97,7 @@ def export(place: Path, model: str, case: str) -> tuple[dict[str, Tensor], dict[
     """The recorded codes and scales of a case through store and export: tensors and description of the export."""
     tensors, _ = recorded(model, case)
     scheme, attention = CASES[case]
-    names = [name.removesuffix(".weight") for name, t in tensors.items() if t.dtype == torch.int8 and "proj." in name]
+    names = [name.removesuffix(".weight") for name, t in tensors.items() if t.dtype in CODES and "proj." in name]
     paths = sorted({name.rpartition(".")[0] for name in names if "self_attn" in name}) if attention else []
     parts = {path: stored_attention(tensors, path, attention) for path in paths if attention is not None}
     dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
@@ -113,10 +127,13 @@ def test_the_export_of_recorded_codes_is_the_recorded_file(model: str, case: str
         if name.endswith((".quant_bias", ".deq_scale")):
             assert found[name].dtype == tensor.dtype, name
             derived += 1
+        if case.startswith("w4a16") and name.endswith("_scale"):
+            tensor = tensor.to(found[name].dtype)  # ours are values of the model's dtype before codes are found
         assert torch.equal(found[name].double(), tensor.double()), name
     assert derived == (2 * len(store.schemes) if CASES[case][0].observed else 0)
-    assert description.pop("group_size") == 0
-    assert description == described
+    # the first generation of the tool names no size of groups where there are none, the second has keys without content
+    assert description.pop("group_size") == described.pop("group_size", 0)
+    assert description == {key: value for key, value in described.items() if value != {}}
 
 
 @pytest.mark.parametrize(("model", "case"), [run for run in RUNS if run[0] in ("A", "B")])
