@@ -74,6 +74,7 @@ def test_the_default_of_symmetric_activations_is_as_documented() -> None:
     for value, scope in (("true", "token"), ("false", "tensor"), ("false", "mix")):
         recipe = load_recipe("w8a8", [f"quantize.activations={{bits: 8, scope: {scope}}}"], model="a/b", output="o")
         assert str(recipe.quantize.activations.symmetric).lower() == value
+    assert load_recipe("w8a8-fp8-static", model="a/b", output="o").quantize.activations.symmetric
 
 
 def test_every_shipped_recipe_is_in_the_table() -> None:
