@@ -69,7 +69,7 @@ def test_a_flipped_bit_in_every_small_tensor_is_found(name: str, exported: Expor
     """Shapes, zero points and input scales are so small that chance seldom meets them."""
     original = exported(name)
     small = {key for key, t in load_file(original.folder / "model.safetensors").items() if UP in key and t.nbytes < 512}
-    assert bool(small) == (name not in {"W8A8 dynamic", "W8A16 fp8"})
+    assert bool(small) == (name not in {"W8A8 dynamic"})
     for key in small:
 
         def flip(tensors: dict[str, torch.Tensor], key: str = key) -> None:
@@ -229,7 +229,8 @@ def test_float8_codes_that_are_no_numbers_are_not_read(exported: Exported, tmp_p
     ["type", "dynamic", "actorder", "no weights", "outputs", "group format", "status", "cache", *INPUT_CLAIMS],
 )
 def test_our_own_reader_refuses_what_it_would_misread(claim: str, exported: Exported, tmp_path: Path) -> None:
-    for name in ("W8A8 dynamic", "W8A8 fp8 dynamic"):
+    # fp8 codes without inputs are a scheme, too, in this format of other tools
+    for name in ("W8A8 dynamic", "W8A8 fp8 dynamic") if claim != "no inputs" else ("W8A8 dynamic",):
         made = copy_of(exported(name), tmp_path)
         change_config(made, (CLAIMS | INPUT_CLAIMS)[claim])
         with pytest.raises(ModelError, match="quantization_config"):
