@@ -81,6 +81,7 @@ def test_the_default_of_symmetric_activations_is_as_documented() -> None:
         edits.append(f"quantize.activations={{bits: 8, {how}}}")
         recipe = load_recipe("w8a8", edits, model="a/b", output="o")
         assert str(recipe.quantize.activations.symmetric).lower() == value
+    assert load_recipe("w8a8-fp8-static", model="a/b", output="o").quantize.activations.symmetric
 
 
 def test_every_shipped_recipe_is_in_the_table() -> None:
