@@ -131,7 +131,11 @@ BASE: dict[str, Any] = {
         "kv_cache": {"bits": 8},
     },
     "export": {"formats": ["compressed-tensors"]},
-    "evaluate": {"perplexity": {"windows": 2}, "gates": {"kl_divergence": 1.0}},
+    "evaluate": {
+        "perplexity": {"windows": 2},
+        "tasks": [{"task": "boolq"}],
+        "gates": {"kl_divergence": 1.0, "fallbacks": {"all": 0}},
+    },
     "output": "out",
 }
 
@@ -186,6 +190,7 @@ def test_an_unknown_key_is_refused_at_its_line_wherever_it_stands(
         .replace("mix.", "mix[0].")
         .replace("overrides.", "overrides[0].")
         .replace("candidates.", "candidates[0].")
+        .replace("tasks.", "tasks[0].")
     )
     assert message.startswith(f"r.yaml:{line}: {place}: unknown key. ")
     assert message.count("\n") == 0
@@ -318,7 +323,7 @@ _evaluate = st.fixed_dictionaries(
         "perplexity": _source(
             {
                 "windows": st.none() | _counts,
-                "protocol": st.sampled_from(["standard", "golden-stick"]),
+                "protocol": st.sampled_from(["standard", "golden-stick", "lm-eval"]),
                 "phase": st.sampled_from(["prefill", "decode"]),
             }
         )
