@@ -325,7 +325,7 @@ _evaluate = st.fixed_dictionaries(
         "perplexity": _source(
             {
                 "windows": st.none() | _counts,
-                "protocol": st.sampled_from(["standard", "golden-stick"]),
+                "protocol": st.sampled_from(["standard", "golden-stick", "lm-eval"]),
                 "phase": st.sampled_from(["prefill", "decode"]),
             }
         )
