@@ -131,7 +131,12 @@ BASE: dict[str, Any] = {
         "kv_cache": {"bits": 8},
     },
     "export": {"formats": ["compressed-tensors"]},
-    "evaluate": {"perplexity": {"windows": 2}, "gates": {"kl_divergence": 1.0}},
+    "evaluate": {
+        "perplexity": {"windows": 2},
+        "output_error": {"tokens": 64},
+        "generate": {"max_new_tokens": 8},
+        "gates": {"kl_divergence": 1.0},
+    },
     "output": "out",
 }
 

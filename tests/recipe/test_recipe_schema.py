@@ -197,7 +197,7 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
             "once",
         ),
         ([("windows: 4", "windows: 0")], "r.yaml:30: evaluate.perplexity.windows: is 0", "more than 0"),
-        ([("gates:", "tasks: [boolq]\ngates:")], "r.yaml:31: evaluate.tasks: unknown key", "perplexity, gates"),
+        ([("gates:", "tasks: [boolq]\ngates:")], "r.yaml:31: evaluate.tasks: unknown key", "generate, gates"),
         (
             [("perplexity_increase: 2%", "perplexity_increase: 2")],
             "r.yaml:32: evaluate.gates.perplexity_increase: 2 is",
