@@ -20,7 +20,7 @@ def short(value: float | None, digits: int = 3) -> str:
 def percent(value: float | None, digits: int = 1, sign: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:{'+' if sign else ''}.{digits}%}".replace("%", " %").replace("-", "−")
+    return f"{value:{'+' if sign else ''}.{digits}%}".replace("%", "\u00a0%").replace("-", "−")
 
 
 def size(count: float | None) -> str:

@@ -146,7 +146,12 @@ def _errors(run: Mapping[str, Any]) -> Markup | None:
     known = [linear for linear in run["plan"]["linears"] if linear["name"] in errors["values"]]
     worst = sorted(known, key=lambda linear: -errors["values"][linear["name"]])[:10]
     rows = [
-        (element("code", linear["name"]), linear["scheme"], short(errors["values"][linear["name"]]), linear["reason"])
+        (
+            element("code", linear["name"]),
+            linear["scheme"],
+            short(errors["values"][linear["name"]]),
+            linear["reason"] or _by_rule(linear["scheme"]),
+        )
         for linear in worst
     ]
     return _section(

@@ -67,6 +67,6 @@ def test_numbers_are_short_and_their_absence_is_a_dash() -> None:
     assert [short(x) for x in (0, 0.00123456, 1.5, 123456.0, 1e-7, -0.5, None, float("nan"))] == [
         "0", "0.00123", "1.50", "123456", "1.00e-7", "-0.500", "–", "–",
     ]  # fmt: skip
-    assert (percent(0.0123, 2, True), percent(-0.5), percent(None)) == ("+1.23 %", "−50.0 %", "–")
+    assert (percent(0.0123, 2, True), percent(-0.5), percent(None)) == ("+1.23\u00a0%", "−50.0\u00a0%", "–")
     assert (size(999), size(1_234_567), size(98_700_000_000), size(None)) == ("999 B", "1.23 MB", "98.7 GB", "–")
     assert (seconds(1.25), seconds(600), seconds(7200 * 3), seconds(None)) == ("1.2 s", "10.0 min", "6.0 h", "–")
