@@ -70,16 +70,9 @@ def test_every_key_is_documented_with_its_default(keys: tuple[str | int, ...]) -
 
 def test_the_default_of_symmetric_activations_is_as_documented() -> None:
     (cell,) = [row[1] for row in rows(section("docs/recipes.md", "`quantize.activations`")) if row[0] == "`symmetric`"]
-    assert codes(cell) == ["true", "token", "type: float", "false"]
-    for value, how in (
-        ("true", "scope: token"),
-        ("true", "type: float"),
-        ("false", "scope: tensor"),
-        ("false", "scope: mix"),
-    ):
-        edits = ["quantize.weights.type=float"] if "float" in how else []
-        edits.append(f"quantize.activations={{bits: 8, {how}}}")
-        recipe = load_recipe("w8a8", edits, model="a/b", output="o")
+    assert codes(cell) == ["true", "token", "false", "tensor", "mix"]
+    for value, scope in (("true", "token"), ("false", "tensor"), ("false", "mix")):
+        recipe = load_recipe("w8a8", [f"quantize.activations={{bits: 8, scope: {scope}}}"], model="a/b", output="o")
         assert str(recipe.quantize.activations.symmetric).lower() == value
     assert load_recipe("w8a8-fp8-static", model="a/b", output="o").quantize.activations.symmetric
 

@@ -77,7 +77,8 @@ def run(name: str, place: Path) -> Path:
     """The run directory of a scheme, made by the command line."""
     output = place / name
     evaluation = ["--set", f"evaluate.perplexity.windows={WINDOWS}",
-                  "--set", f"evaluate.perplexity.sequence_length={LENGTH}"]  # fmt: skip
+                  "--set", f"evaluate.perplexity.sequence_length={LENGTH}",
+                  "--set", "evaluate.output_error=null", "--set", "evaluate.generate=null"]  # fmt: skip
     recipe, *changes = RUNS[name]
     command = [sys.executable, "-m", "quantcli", "run", recipe, "--quiet", "--model", str(MODEL)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(place / "cache")}
