@@ -277,9 +277,11 @@ def _default_candidates(recipe: Recipe, base: Plan, names: Sequence[str]) -> lis
 def _unheld_together(recipe: Recipe, candidates: Sequence[Candidate]) -> str:
     """Why a format of the recipe cannot hold all of these candidates in one checkpoint, as a sentence; empty if all
     can. Every format holds linears in float beside others."""
-    names = [candidate.name for candidate in candidates if candidate.plan is not None]
+    plans = [candidate.plan for candidate in candidates if candidate.plan is not None]
+    linears = {linear.name: linear for plan in plans[:1] for linear in plan.structure.matrices()}
+    quantized = [(linears[name], scheme) for plan in plans for name, (_, scheme) in plan.schemes.items()]
     forms = recipe.export.formats if recipe.export else ()
-    return next(filter(None, (unheld(form, (), None, names) for form in forms)), "")
+    return next(filter(None, (unheld(form, quantized, None) for form in forms)), "")
 
 
 def _left_out(recipe: Recipe, plan: Plan, found: Allocation) -> list[str]:

@@ -80,10 +80,10 @@ def test_without_an_export_three_bits_are_a_candidate_too(recipe: Recipe) -> Non
 
 
 def test_a_format_narrows_the_default_candidates(recipe: Recipe) -> None:
-    """AscendV1 holds 8 bits a channel and float, and no groups."""
+    """AscendV1 holds 8 bits a channel and float, and groups of one size."""
     recipe = changed(recipe, export={"formats": ["ascend"]}, evaluate=None,
                      quantize={"weights": {"bits": 8}, "target": {"bits_per_weight": 10}})  # fmt: skip
-    assert any("one of W8A16, float:" in note for note in quantcli.plan(recipe).notes)
+    assert any("one of W8A16, W4A16, float:" in note for note in quantcli.plan(recipe).notes)
 
 
 def test_a_format_of_one_scheme_leaves_float_beside_it(recipe: Recipe) -> None:
@@ -159,7 +159,7 @@ def test_a_recipe_that_names_every_linear_is_refused(recipe: Recipe) -> None:
 
 
 def test_a_named_candidate_that_the_format_cannot_hold_is_refused(recipe: Recipe) -> None:
-    target = {"bits_per_weight": 8, "candidates": [{"bits": 4}, {"bits": 8}]}
+    target = {"bits_per_weight": 8, "candidates": [{"bits": 3}, {"bits": 8}]}
     recipe = changed(recipe, quantize={"weights": {"bits": 8}, "target": target}, evaluate=None)
     with pytest.raises(RecipeError, match="ascend cannot hold"):
         quantcli.plan(changed(recipe, export={"formats": ["ascend"]}))
