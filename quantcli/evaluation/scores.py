@@ -57,7 +57,7 @@ class WindowScores:
         logq = torch.log_softmax(quantized_logits, -1)
         label_q = logq.gather(1, labels[:, None])[:, 0]
         self.nll_quantized -= label_q.double().sum().item()
-        first_p, first_q = logp.argmax(-1), logq.argmax(-1)
+        first_p, first_q = logp.max(-1).indices, logq.max(-1).indices  # half the time of argmax
         same = first_p == first_q
         self.agreements += int(same.sum().item())
         width = min(5, logp.shape[-1])

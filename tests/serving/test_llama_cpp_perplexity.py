@@ -21,7 +21,7 @@ MODEL = HERE.parents[1] / "models" / "SmolLM2-135M-Instruct.gguf"
 WINDOWS, LENGTH = 6, 512
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.serving,
     pytest.mark.skipif(not MODEL.exists(), reason=f"{MODEL} is not there"),
     pytest.mark.skipif(find_spec("xllamacpp") is None, reason="xllamacpp is not installed"),
 ]
@@ -33,7 +33,8 @@ RUNS = {
 }
 QUICK = ["--set", "calibration=null", "--set", "quantize.weights.method=minmax", "--set", "export.formats=[gguf]",
          "--set", "quantize.weights.importance=none", "--set", f"evaluate.perplexity.windows={WINDOWS}",
-         "--set", f"evaluate.perplexity.sequence_length={LENGTH}"]  # fmt: skip
+         "--set", f"evaluate.perplexity.sequence_length={LENGTH}",
+         "--set", "evaluate.output_error=null", "--set", "evaluate.generate=null"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
