@@ -41,6 +41,8 @@ FLOAT16_SCALES = True
 
 RECORD = "quantization.json"
 BLOCK = 32
+KINDS = {(8, True): "Q8_0", (4, True): "Q4_0", (4, False): "Q4_1"}
+"""(bits, symmetric) → the ggml type of such codes."""
 BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20}
 
 attention_refusal = common.attention_refusal
@@ -50,7 +52,7 @@ attention_tensors = common.attention_tensors
 
 def kind_of(scheme: Scheme) -> str:
     """The ggml type of codes of a scheme; empty if there is none."""
-    return {(8, True): "Q8_0", (4, True): "Q4_0", (4, False): "Q4_1"}.get((scheme.bits, scheme.symmetric), "")
+    return KINDS.get((scheme.bits, scheme.symmetric), "")
 
 
 def refusal(linear: Linear, scheme: Scheme) -> str:
@@ -221,8 +223,7 @@ def described(
     assert isinstance(checkpoint, GgufCheckpoint)
     record = checkpoint.directory / RECORD
     said = read_json(record).get("linears", {}) if record.is_file() else {}
-    types = {(8, True): "Q8_0", (4, True): "Q4_0", (4, False): "Q4_1"}
-    plain = {kind: Scheme(bits, symmetric, "group", BLOCK) for (bits, symmetric), kind in types.items()}
+    plain = {kind: Scheme(bits, symmetric, "group", BLOCK) for (bits, symmetric), kind in KINDS.items()}
     found = {}
     for module, weight in weights.items():
         place = checkpoint.places.get(weight)
