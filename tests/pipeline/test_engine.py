@@ -92,6 +92,16 @@ def test_calibration_of_a_scheme_that_needs_none_is_no_reason_to_work(
     assert worked(changed(recipe, "calibration.samples", 9)) == []
 
 
+def test_a_format_with_scales_of_its_own_is_quantized_for(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path
+) -> None:
+    weights = {"bits": 4, "granularity": "group", "group_size": 32}
+    recipe = changed(static_recipe(tmp_path / "run"), "quantize", {"weights": weights})
+    assert worked(recipe) == ["check", "quantize", "export", "verify", "reference", *MEASURED]
+    halves = changed(recipe, "export", {"formats": ["gptq"]})  # scales in float16
+    assert worked(halves) == ["quantize", "export", "verify", *MEASURED]
+
+
 def test_a_touched_model_is_quantized_anew(done: Recipe, tmp_path: Path) -> None:
     model = Path(shutil.copytree(done["model"]["path"], tmp_path / "model"))
     recipe = changed(changed(done, "model.path", str(model)), "output", str(tmp_path / "other"))

@@ -29,6 +29,7 @@ def _identity(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     return {
         "quantize": recipe.quantize.model_dump(mode="json", exclude={"distill"}),
+        "schemes": {name: scheme.to_json() for name, (_, scheme) in context.plan.schemes.items()},
         "dtype": recipe.model.dtype,
         "trust_remote_code": recipe.model.trust_remote_code,
         "device": context.device,

@@ -51,6 +51,7 @@ def _identity(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     return {
         "quantize": recipe.quantize.model_dump(mode="json"),
+        "schemes": {name: scheme.to_json() for name, (_, scheme) in context.plan.schemes.items()},
         "dtype": recipe.model.dtype,
         "device": context.device,
         "outputs": _measures_outputs(context),
