@@ -90,13 +90,17 @@ class Export:
     def linears(self) -> dict[str, Linear]:
         return {linear.name: linear for linear in self.structure.matrices()}
 
+    @property
+    def split(self) -> set[str]:
+        return {linear.name for linear in self.structure.matrices() if linear.splits_input}
+
     def reader(self) -> QuantizedCheckpoint:
         return QuantizedCheckpoint(self.folder, self.linears, self.source.weights)
 
     def verify(self) -> Verified:
         source = self.source
         return verify_checkpoint(
-            self.folder, self.store, source.checkpoint, source.weights, source.cast, self.form, source.tied
+            self.folder, self.store, source.checkpoint, source.weights, source.cast, self.form, source.tied, self.split
         )
 
     def write(self, folder: Path) -> list[Path]:

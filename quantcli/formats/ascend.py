@@ -6,6 +6,8 @@ linear X with weight [n, k]:
     all              X.weight int8 [n, k]; X.weight_scale, X.weight_offset [n, 1]
     W4A16            X.weight int8 [n, k/2], a pair of inputs a byte, or with groups [n/2, k], a pair of outputs, the
                      first in the low nibble; X.weight_scale, X.weight_offset [n, groups]
+    W4A8_DYNAMIC     X.weight int8 [n/2, k], a pair of outputs a byte likewise; X.scale_bias float32 [n, 1], or [n, 16]
+                     for linears that engines split along the input (`Linear.splits_input`)
     WFP8AFP8_DYNAMIC X.weight float8_e4m3fn [n, k]
     W8A8, W8A8S,     X.input_scale, X.input_offset float32 [1]; X.quant_bias int32 [n]; X.deq_scale [n], float32 for
     W8A8_MIX         bfloat16 models, else int64 that holds the bits of the float32
@@ -18,11 +20,13 @@ head_size]; for FAQuant A.fa_q.scale float32 [heads, 1] and .offset int8, and A.
     static:  q = clamp(round(x / input_scale + input_offset), −128, 127);  y = (q · weightᵀ + quant_bias) · deq_scale
              deq_scale = input_scale · weight_scale;  quant_bias = round(bias / deq_scale − input_offset · Σ_k weight)
     dynamic: y = (q · weightᵀ) · s_token · weight_scale + bias
+    W4A8:    scale_bias = 8 · Σ_k weight · weight_scale, over all inputs or each of 16 equal parts of them, by which
+             kernels correct for the high nibbles of activations; a device of several adds up its own parts
     cache:   q = clamp(round(k / kv_cache_scale + kv_cache_offset), −128, 127)
 
 Engines hold input_scale, the weight_scale of dynamic inputs, and the scales of attention in the model's dtype. They are
-rounded to it here, before deq_scale and quant_bias are computed from them, and `decode` returns what is written: what
-is evaluated is what is served. The weight_scale of static inputs is not rounded, since engines multiply by deq_scale.
+rounded to it here, before what is derived from them is computed, and `decode` returns what is written: what is
+evaluated is what is served. The weight_scale of static inputs is not rounded, since engines multiply by deq_scale.
 """
 
 from __future__ import annotations
@@ -53,8 +57,12 @@ FLOAT16_SCALES = False
 DESCRIPTION = "quant_model_description.json"
 ONE_GROUP_SIZE = True
 """The description names one for all linears that have groups."""
-TYPES = ("FLOAT", "W4A16", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S", "WFP8AFP8_DYNAMIC")
+TYPES = (
+    "FLOAT", "W4A16", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S", "WFP8AFP8_DYNAMIC", "W4A8_DYNAMIC"
+)  # fmt: skip
 """Types of linears in ascending order: model_quant_type is the last that occurs."""
+PARTS = 16
+"""Into how many devices a linear of 4 bits can be split along its input, each with sums in scale_bias of its own."""
 
 _SCHEMES = {
     "W8A16": Scheme(8),
@@ -63,6 +71,7 @@ _SCHEMES = {
     "W8A8": Scheme(8, activations="static"),
     "W8A8S": Scheme(8, activations="static", sparse=True),
     "WFP8AFP8_DYNAMIC": Scheme(8, activations="dynamic", type="float"),
+    "W4A8_DYNAMIC": Scheme(4, activations="dynamic"),
 }
 _CACHE = {"k_scale": "k_proj.kv_cache_scale", "k_offset": "k_proj.kv_cache_offset",
           "v_scale": "v_proj.kv_cache_scale", "v_offset": "v_proj.kv_cache_offset"}  # fmt: skip
@@ -79,18 +88,25 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
         along_out = scheme.scale_shape(linear.out_features, linear.in_features)[1] > 1
         odd = (linear.out_features if along_out else linear.in_features) % 2
         return f"packs {'outputs' if along_out else 'inputs'} in pairs, and their number is odd" if odd else ""
-    if scheme.bits != 8:
-        return f"is written with 8-bit weights, and 4-bit ones whose inputs stay in float, not {scheme.name}"
+    if scheme.bits not in (4, 8):
+        return f"is written with weights of 8 and 4 bits, not {scheme.name}"
+    if scheme.bits == 4 and scheme.activations != "dynamic":
+        return f"holds 4-bit weights beside dynamic inputs or inputs in float, not {scheme.name}"
     if scheme.activations != "none" and scheme.activation_bits != 8:
         return f"is written with 8-bit activations only, not {scheme.activation_bits}-bit ones"
     if scheme.granularity == "group":
-        return "holds 8-bit weights with one scale a channel or tensor, not a group"
+        kind = "8-bit weights" if scheme.bits == 8 else "4-bit weights beside 8-bit inputs"
+        return f"holds {kind} with one scale a channel or tensor, not a group"
     if scheme.activations != "none" and not scheme.symmetric:
         return "holds int8 activations with symmetric weights"
     if scheme.activations == "dynamic" and not scheme.activations_symmetric:
         return "holds symmetric dynamic activations"
     if scheme.sparse and scheme.activations != "static":
         return "holds sparse codes with static activations (W8A8S)"
+    if scheme.bits == 4 and linear.out_features % 2:
+        return "packs outputs in pairs, and their number is odd"
+    if scheme.bits == 4 and linear.splits_input and linear.in_features % PARTS:
+        return f"adds up scale_bias over {PARTS} parts of the input, and {linear.in_features} channels make none"
     return ""
 
 
@@ -108,7 +124,7 @@ def type_name(scheme: Scheme) -> str:
     if scheme.type == "float":
         return "WFP8AFP8_DYNAMIC"
     if scheme.bits == 4:
-        return "W4A16"
+        return "W4A16" if scheme.activations == "none" else "W4A8_DYNAMIC"
     if scheme.activations == "static":
         return "W8A8S" if scheme.sparse else "W8A8"
     return {"none": "W8A16", "dynamic": "W8A8_DYNAMIC", "mix": "W8A8_MIX"}[scheme.activations]
@@ -120,7 +136,7 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     groups = scheme.scale_shape(out, inner)[1]
     codes: tuple[int, ...] = (out, inner)
     if scheme.bits == 4:
-        codes = (out, inner // 2) if groups == 1 else (out // 2, inner)
+        codes = (out // 2, inner) if _packed_axis(scheme, groups) == 0 else (out, inner // 2)
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {
         "weight": ("float8_e4m3fn" if scheme.type == "float" else "int8", codes)
     }
@@ -131,11 +147,24 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
             "quant_bias": ("int32", (out,)),
             "deq_scale": ("float32" if dtype == "bfloat16" else "int64", (out,)),
         }
-    scale = scheme.scale_dtype(dtype)
-    return tensors | {"weight_scale": (scale, (out, groups)), "weight_offset": (scale, (out, groups))}
+    scale = _scale_dtype(scheme, dtype)
+    tensors |= {"weight_scale": (scale, (out, groups)), "weight_offset": (scale, (out, groups))}
+    if scheme.bits == 4 and scheme.activations == "dynamic":
+        tensors["scale_bias"] = ("float32", (out, PARTS if linear.splits_input else 1))
+    return tensors
 
 
-def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor]:
+def _packed_axis(scheme: Scheme, groups: int) -> int:
+    """The axis along which two codes of 4 bits share a byte, with scales of so many groups."""
+    return 1 if scheme.activations == "none" and groups == 1 else 0
+
+
+def _scale_dtype(scheme: Scheme, dtype: str) -> str:
+    """The dtype of weight_scale in the file: float32 beside 8-bit inputs, whose values are those of the model's."""
+    return scheme.scale_dtype(dtype) if scheme.activations == "none" else "float32"
+
+
+def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, linear: Linear) -> dict[str, Tensor]:
     """The tensors of `layout` from the store's codes, for a model of `dtype` and the linear's bias [n], if it has one.
 
     One scale a tensor is repeated for every channel, as engines want it. Raises ModelError if deq_scale underflows or
@@ -145,11 +174,11 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
 
     codes, scale, zero_point = stored.weight
     own = getattr(torch, dtype)
-    written = getattr(torch, scheme.scale_dtype(dtype))
+    written = getattr(torch, _scale_dtype(scheme, dtype))
     if scheme.activations in ("dynamic", "mix"):
         scale = _rounded(scale, own).to(scale.dtype)
     scale = scale.expand(len(codes), scale.shape[1])
-    tensors = {"weight": codes if scheme.bits == 8 else _paired(codes, 1 if scale.shape[1] == 1 else 0)}
+    tensors = {"weight": codes if scheme.bits == 8 else _paired(codes, _packed_axis(scheme, scale.shape[1]))}
     if scheme.observed:
         assert stored.input_scale is not None
         input_scale = _rounded(stored.input_scale, own)
@@ -166,7 +195,11 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
     weight_offset = torch.zeros_like(weight_scale)
     if zero_point is not None:
         weight_offset.copy_(zero_point)
-    return tensors | {"weight_scale": weight_scale, "weight_offset": weight_offset}
+    tensors |= {"weight_scale": weight_scale, "weight_offset": weight_offset}
+    if scheme.bits == 4 and scheme.activations == "dynamic":
+        sums = codes.unflatten(1, (PARTS if linear.splits_input else 1, -1)).sum(2, dtype=torch.int64)
+        tensors["scale_bias"] = (8 * sums).float() * weight_scale
+    return tensors
 
 
 def _paired(codes: Tensor, axis: int) -> Tensor:
@@ -208,7 +241,7 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
     zero_point = None if scheme.symmetric else tensors["weight_offset"].to(torch.int8)
     codes, scale = tensors["weight"], tensors["weight_scale"]
     if scheme.bits == 4:
-        codes = _apart(codes, 1 if scale.shape[1] == 1 else 0)
+        codes = _apart(codes, _packed_axis(scheme, scale.shape[1]))
     weight = QuantizedWeight(codes, scale, zero_point)
     if not scheme.observed:
         return StoredLinear(weight)

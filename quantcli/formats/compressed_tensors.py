@@ -80,7 +80,7 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     return tensors
 
 
-def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor]:
+def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, linear: Linear) -> dict[str, Tensor]:
     """The tensors of `layout`, from the store's codes; nothing is rounded here, and the linear's bias is not needed.
 
     Raises ModelError for a scale that the model's dtype, in which engines hold it, does not hold.

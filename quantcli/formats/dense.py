@@ -54,7 +54,7 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     return {"weight": (dtype, (linear.out_features, linear.in_features))}
 
 
-def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor]:
+def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, linear: Linear) -> dict[str, Tensor]:
     """The weight that the codes stand for, in the model's dtype."""
     import torch
 

@@ -60,13 +60,15 @@ def verdicts(
 @dataclass(frozen=True)
 class _Engine:
     """`linear` and `cache` give (loads, note) for a scheme; `joined` are linears that the engine gives one scheme.
-    `experts` gives them for the schemes of layers of experts (None: float), among how many linears have each scheme."""
+    `experts` gives them for the schemes of layers of experts (None: float), among how many linears have each scheme.
+    `experts_alone` says whether other linears cannot have a scheme."""
 
     name: str
     linear: Callable[[Scheme, Sequence[Linear]], tuple[bool, str]]
     cache: Callable[[AttentionScheme], tuple[bool, str]]
     joined: tuple[tuple[str, ...], ...] = ()
     experts: Callable[[Collection[Scheme | None], Mapping[Scheme, int]], tuple[bool, str]] = lambda *_: (True, "")
+    experts_alone: Callable[[Scheme], bool] = lambda _: False
 
 
 def _verdict(
@@ -86,6 +88,10 @@ def _verdict(
         if not loads:
             return Verdict(engine.name, False, f"{name}: {note}" if len(found) > 1 else note)
     schemes = {**dict.fromkeys(kept), **{linear.name: scheme for linear, scheme in linears}}
+    inside = {name for layer in experts for name in layer}
+    for linear, scheme in linears:
+        if engine.experts_alone(scheme) and linear.name not in inside:
+            return Verdict(engine.name, False, f"has {scheme.name} for experts alone, and {linear.name} is none")
     if split := _split(schemes, engine.joined):
         return Verdict(engine.name, False, f"joins {split}, which have different schemes")
     of_experts: dict[Scheme | None, None] = {}
@@ -224,7 +230,7 @@ def _transformers(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]
 
 
 def _vllm_ascend(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.sparse or scheme.bits == 4:
+    if scheme.sparse or (scheme.bits == 4 and scheme.activations == "none"):
         return False, f"has no type {'W8A8S' if scheme.sparse else 'W4A16'} of linears"
     if not scheme.symmetric:
         return False, "adds weight_offset where the format subtracts it"
@@ -311,7 +317,7 @@ ENGINES: dict[str, tuple[_Engine, ...]] = {
         ),
     ),
     "ascend": (
-        _Engine("vLLM-Ascend", _vllm_ascend, _vllm_ascend_cache, _JOINED),
+        _Engine("vLLM-Ascend", _vllm_ascend, _vllm_ascend_cache, _JOINED, experts_alone=lambda s: s.bits == 4),
         _Engine("MindIE", _mindie, lambda attention: (attention.kv != "fp8", "not run here")),
     ),
     "gptq": (

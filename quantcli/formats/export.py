@@ -177,7 +177,12 @@ def _write_text(file: Path, content: str) -> Path:
 
 
 def _encoder(
-    form: ModuleType, store: Store, source: Source, modules: Sequence[str], workers: ThreadPoolExecutor
+    form: ModuleType,
+    store: Store,
+    source: Source,
+    linears: Mapping[str, Linear],
+    modules: Sequence[str],
+    workers: ThreadPoolExecutor,
 ) -> Callable[[str], dict[str, Tensor]]:
     """module → its tensors, while those of the next module are already being made: at most two are held."""
     following = dict(pairwise(modules))
@@ -187,7 +192,8 @@ def _encoder(
         name = source.weights[module].removesuffix("weight") + "bias"
         bias = source.read(name) if name in source.checkpoint else None
         try:
-            tensors: dict[str, Tensor] = form.encode(store.read(module), store.schemes[module], store.dtype, bias)
+            stored, scheme = store.read(module), store.schemes[module]
+            tensors: dict[str, Tensor] = form.encode(stored, scheme, store.dtype, bias, linears[module])
         except ModelError as error:
             raise ModelError(f"{module}: {error.message}", error.remedy) from error
         return tensors
@@ -213,7 +219,7 @@ def _pieces(
     """Every tensor of the export, in the order of the float checkpoint; what it does not have comes last."""
     by_tensor = {tensor: name for name, tensor in source.weights.items() if name in store.schemes}
     modules = [by_tensor[name] for name in source.checkpoint.entries if name in by_tensor]
-    encoded = _encoder(form, store, source, modules, workers)
+    encoded = _encoder(form, store, source, linears, modules, workers)
     for name in source.checkpoint.entries:
         if name not in by_tensor:
             yield _float_piece(source, name)

@@ -93,7 +93,7 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     return {"weight": ("uint8", (linear.out_features, blocks * BLOCK_BYTES[kind_of(scheme)]))}
 
 
-def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor]:
+def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, linear: Linear) -> dict[str, Tensor]:
     """The tensors of `layout` from the store's codes. Raises ModelError for a scale, or a scale times its zero point,
     that float16 does not hold."""
     import torch

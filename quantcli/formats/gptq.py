@@ -78,7 +78,7 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     }
 
 
-def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor]:
+def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, linear: Linear) -> dict[str, Tensor]:
     """The tensors of `layout` from the store's codes. Raises ModelError for a scale that float16 does not hold."""
     import torch
 

@@ -35,7 +35,6 @@ _DESCRIPTIONS = {
 }
 # what a linear's tensors have to be; codes of compressed-tensors are unpacked instead
 _EXPECTED = {
-    "ascend": verify_ascend.expected_linear,
     "dense": verify_dense.expected_linear,
     "gptq": verify_gptq.expected_gptq,
     "awq": verify_gptq.expected_awq,
@@ -59,13 +58,14 @@ def verify_checkpoint(
     cast: torch.dtype | None,
     form: str = "compressed-tensors",
     tied: Mapping[str, str] | None = None,
+    split: Collection[str] = (),
 ) -> Verified:
     """Check that the checkpoint holds the store's codes and scales exactly, and the float model's other tensors.
 
     Every linear of the store is quantized and nothing else is; no scale is zero or not finite; the JSON files say what
     the tensors are, and of the model what the float one's say. Other files beside the weights are not looked at. `tied`
-    maps a head that is tied and not in the float checkpoint to its embedding. Raises VerificationError with the module
-    and the difference.
+    maps a head that is tied and not in the float checkpoint to its embedding; `split` are linears that engines split
+    along their input. Raises VerificationError with the module and the difference.
     """
     if form == "gguf":
         nbytes = verify_gguf.check_gguf(folder, store, source, weights, cast)
@@ -106,7 +106,7 @@ def verify_checkpoint(
         for module in store.schemes:
             parts = by_prefix.get(weights[module].removesuffix(".weight"), {})
             bias = parts.pop("bias", None)
-            jobs.append(workers.submit(_check_module, module, checkpoint, parts, store, form, bias))
+            jobs.append(workers.submit(_check_module, module, checkpoint, parts, store, form, bias, module in split))
             for name in parts.values():
                 del left[name]
         try:
@@ -170,7 +170,13 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _check_module(
-    module: str, checkpoint: Checkpoint, parts: Mapping[str, str], store: Store, form: str, bias: str | None
+    module: str,
+    checkpoint: Checkpoint,
+    parts: Mapping[str, str],
+    store: Store,
+    form: str,
+    bias: str | None,
+    split: bool,
 ) -> None:
     with _damage():
         tensors = checkpoint.read(parts.values())
@@ -179,7 +185,9 @@ def _check_module(
     stored, scheme = store.read(module), store.schemes[module]
     if form == "dense":
         _usable(module, "its scale", stored.weight.scale)
-    if form in _EXPECTED:
+    if form == "ascend":
+        _check_parts(module, found, verify_ascend.expected_linear(stored, scheme, store.dtype, bias_value, split))
+    elif form in _EXPECTED:
         _check_parts(module, found, _EXPECTED[form](stored, scheme, store.dtype, bias_value))
     else:
         _check_linear(module, found, stored, scheme, store.dtype)

@@ -66,22 +66,29 @@ def check_description(
 def _type(scheme: Scheme) -> str:
     if scheme.sparse:
         return "W8A8S"
-    if scheme.type == "float" or scheme.bits == 4:
-        return "W4A16" if scheme.bits == 4 else "WFP8AFP8_DYNAMIC"
+    if scheme.type == "float":
+        return "WFP8AFP8_DYNAMIC"
+    if scheme.bits == 4:
+        return "W4A16" if scheme.activations == "none" else "W4A8_DYNAMIC"
     return "W8A16" if scheme.activations == "none" else "W8A8" + {
         "static": "", "dynamic": "_DYNAMIC", "mix": "_MIX"
     }[scheme.activations]  # fmt: skip
 
 
 def _highest(types: set[str]) -> str:
-    ascending = ["W4A16", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S", "WFP8AFP8_DYNAMIC"]
+    ascending = ["W4A16", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S", "WFP8AFP8_DYNAMIC",
+                 "W4A8_DYNAMIC"]  # fmt: skip
     return next((kind for kind in reversed(ascending) if kind in types), "FLOAT")
 
 
-def expected_linear(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None) -> dict[str, Tensor | None]:
-    """The tensors that stand for X.weight in a model of `dtype`, by suffix; bias [n] as the checkpoint holds it."""
+def expected_linear(
+    stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, split: bool = False
+) -> dict[str, Tensor | None]:
+    """The tensors that stand for X.weight in a model of `dtype`, by suffix; bias [n] as the checkpoint holds it, `split`
+    whether engines cut the linear along its input."""
     if scheme.bits == 4:
-        return _expected_four_bits(stored, dtype)
+        dynamic = scheme.activations == "dynamic"
+        return _expected_w4a8(stored, dtype, 16 if split else 1) if dynamic else _expected_four_bits(stored, dtype)
     codes = stored.weight.codes.float().numpy()
     scale = np.repeat(_float32(stored.weight.scale).reshape(-1), 1 if len(stored.weight.scale) > 1 else len(codes))
     zero = np.zeros_like(scale) if stored.weight.zero_point is None else _float32(stored.weight.zero_point)
@@ -121,6 +128,20 @@ def _expected_four_bits(stored: StoredLinear, dtype: str) -> dict[str, Tensor | 
         "weight": torch.from_numpy(packed.astype(np.uint8).view(np.int8)),
         "weight_scale": scale.to(getattr(torch, dtype)),
         "weight_offset": zero.expand(scale.shape).to(getattr(torch, dtype)),
+    }
+
+
+def _expected_w4a8(stored: StoredLinear, dtype: str, parts: int) -> dict[str, Tensor | None]:
+    """Bytes of two outputs each, one scale a row, and eight times the sum of weights over each part of the inputs."""
+    codes = stored.weight.codes.numpy()
+    nibbles = codes.astype(np.uint8) & 15
+    scale = np.broadcast_to(_rounded(_float32(stored.weight.scale), dtype), (len(codes), 1))
+    sums = np.stack([8 * part.astype(np.float64).sum(1) for part in np.split(codes, parts, axis=1)], axis=1)
+    return {
+        "weight": torch.from_numpy((nibbles[::2] + 16 * nibbles[1::2]).astype(np.uint8).view(np.int8)),
+        "weight_scale": torch.from_numpy(scale.copy()),
+        "weight_offset": torch.zeros(scale.shape),
+        "scale_bias": torch.from_numpy(sums.astype(np.float32) * scale),
     }
 
 

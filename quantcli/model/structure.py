@@ -13,13 +13,19 @@ from typing import Any, Literal
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer: `y = x Wᵀ + b`, W [out_features, in_features]; `transposed` if it is stored as [in, out]."""
+    """A linear layer: `y = x Wᵀ + b`, W [out_features, in_features]; `transposed` if it is stored as [in, out].
+
+    splits_input: engines that spread a model over devices cut W along the input, not the output (row parallel). So they
+    do with linears that add to the residual stream, or whose input channels are output channels of another linear: o of
+    attention and down of an MLP.
+    """
 
     name: str
     in_features: int
     out_features: int
     bias: bool = False
     transposed: bool = False
+    splits_input: bool = False
 
     @property
     def weights(self) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from quantcli.model.structure import Structure
 from quantcli.model.untrusted import MAXIMUM_JSON_BYTES, read_regular
 
-LAYOUT = 6
+LAYOUT = 7
 """Raised when `Structure` or its discovery changes, so that remembered ones are found anew."""
 
 

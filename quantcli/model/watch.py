@@ -6,6 +6,7 @@ Hooks mark the outputs of embeddings, norms, linears and blocks; between them `C
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -149,6 +150,10 @@ class Watch:
         routers = (*(linear.name for linear in found.routers), *(n.name for n in linears if found.gates(n)))
         fused = (*_fused(inputs, routers), *(experts.names for experts in found.experts if experts.linears))
         linears = (*linears, *found.routers, *found.linears)
+        split = {name for shared in inputs if shared.producer and shared.producer.kind == "linear"
+                 for name in shared.linears}  # fmt: skip
+        split |= {*residual.writers, *(expert[-1] for experts in found.experts for expert in experts.linears)}
+        linears = tuple(replace(linear, splits_input=linear.name in split) for linear in linears)
         return Block(path, linears, tuple(inputs), fused, found.experts, routers, residual)
 
     def _producer(self, key: int, path: str) -> Producer | None:

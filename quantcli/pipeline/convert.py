@@ -102,7 +102,8 @@ def _written(folder: Path, form: str, checkpoint: QuantizedCheckpoint, weights: 
     source = Source(read_as_float, weights, None, tied)
     for _ in export_checkpoint(folder, FORMATS[form], store, source, checkpoint.linears):
         pass
-    return verify_checkpoint(folder, store, read_as_float, weights, None, form, tied)
+    split = [name for name, linear in checkpoint.linears.items() if linear.splits_input]
+    return verify_checkpoint(folder, store, read_as_float, weights, None, form, tied, split)
 
 
 def _clear_leftovers(output: Path) -> None:

@@ -63,7 +63,8 @@ def verify_export(
     check_digests(folder, digests)
     check_strangers(folder, digests)
     check_sums(folder)
-    found = verify_checkpoint(folder, store, source.checkpoint, source.weights, source.cast, form, source.tied)
+    split = [linear.name for linear in structure.matrices() if linear.splits_input]
+    found = verify_checkpoint(folder, store, source.checkpoint, source.weights, source.cast, form, source.tied, split)
     score = check_prompt(folder, form, store, source, structure, trust_remote_code=trust_remote_code)
     return {**asdict(found), "prompt": score, "files": digests}
 

@@ -193,6 +193,7 @@ def test_the_engines_of_ascend_are_what_plan_says() -> None:
     kinds = ["none", "static", "dynamic", "mix"]
     schemes = [Scheme(8, activations=kind) for kind in kinds]  # type: ignore[arg-type]
     schemes += [Scheme(8, symmetric=False), Scheme(8, activations="static", sparse=True)]
+    schemes += [Scheme(4, activations="dynamic")]
     wanted = {
         type_name(s) + ("" if s.symmetric else " asym"): verdicts([(linear, s)], None, ["ascend"]) for s in schemes
     }

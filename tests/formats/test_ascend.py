@@ -44,6 +44,8 @@ SCHEMES = {
     "W8A8S": Scheme(8, activations="static", activations_symmetric=False, sparse=True),
     "W8A8_DYNAMIC": Scheme(8, activations="dynamic"),
     "W8A8_MIX": Scheme(8, activations="mix", activations_symmetric=False),
+    "W4A8_DYNAMIC": Scheme(4, activations="dynamic"),
+    "W4A8_DYNAMIC tensor": Scheme(4, granularity="tensor", activations="dynamic"),
 }
 ATTENTION = {
     "C8": AttentionScheme(kv="int8"),
@@ -90,7 +92,8 @@ def test_codes_and_scales_come_back(name: str, dtype: torch.dtype, tmp_path: Pat
         scale = stored.weight.scale.expand(len(stored.weight.codes), -1)
         if scheme.activations in ("dynamic", "mix"):
             scale = held(scale, dtype)
-        assert found.weight.scale.dtype == stored.weight.scale.dtype
+        scale = scale.to(found.weight.scale.dtype)
+        assert found.weight.scale.dtype == (torch.float32 if "W4A8" in name else stored.weight.scale.dtype)
         assert torch.equal(found.weight.codes, stored.weight.codes)
         assert torch.equal(found.weight.scale, scale)
         assert (found.weight.zero_point is None) == scheme.symmetric
@@ -104,6 +107,29 @@ def test_codes_and_scales_come_back(name: str, dtype: torch.dtype, tmp_path: Pat
         weight = made.source.weights[module]
         assert torch.equal(reader.read([weight])[weight], dequantize(found.weight, dtype))
     assert made.verify().linears == 14
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sums_of_4_bit_weights_correct_what_kernels_leave_out(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Kernels multiply an int8 input x as 16·(x >> 4) + ((x & 15) − 8) and add scale_bias for the 8 that they take away
+    of every input; that linears whose input is split have 16 parts of it follows from the structure."""
+    scheme = SCHEMES["W4A8_DYNAMIC"]
+    made = export_tiny(tmp_path, scheme, "qwen2", dtype=dtype, form="ascend")
+    tensors, reader = tensors_of(made), made.reader()
+    x = torch.randint(-127, 128, (8, 128), generator=torch.Generator().manual_seed(0))
+    for module in made.store.schemes:
+        stored = reader.read_linear(module).weight
+        inputs = x[:, : stored.codes.shape[1]]
+        nibbles = 16 * (inputs >> 4) + (inputs & 15) - 8
+        scale, sums = stored.scale.double(), tensors[f"{module}.scale_bias"]
+        assert sums.dtype == torch.float32
+        assert sums.shape == (len(scale), 16 if module.endswith(("o_proj", "down_proj")) else 1)
+        computed = (nibbles.double() @ stored.codes.double().t()) * scale.t() + sums.double().sum(1)
+        exact = (inputs.double() @ stored.codes.double().t()) * scale.t()
+        torch.testing.assert_close(computed, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+        each = inputs.shape[1] // sums.shape[1]
+        part = dequantize(stored, torch.float32)[:, :each].double().sum(1)
+        torch.testing.assert_close(sums[:, 0].double(), 8 * part, rtol=0, atol=1e-5 * float(sums.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -282,12 +308,18 @@ def test_what_the_format_has_no_place_for_is_refused() -> None:
         (Scheme(8, symmetric=False, activations="static"), "symmetric weights"),
         (Scheme(8, activations="dynamic", activations_symmetric=False), "symmetric dynamic"),
         (Scheme(8, sparse=True), "W8A8S"),
-        (Scheme(4, activations="dynamic"), "W4A8 dynamic"),
+        (Scheme(4, activations="static"), "W4A8 static"),
+        (Scheme(4, granularity="group", group_size=32, activations="dynamic"), "4-bit weights beside 8-bit inputs"),
+        (Scheme(4, symmetric=False, activations="dynamic"), "symmetric weights"),
+        (Scheme(4, activations="dynamic", activation_bits=4), "8-bit activations only"),
         (Scheme(8, activations="dynamic", activation_bits=4), "8-bit activations only"),
     ]:
         assert reason in ascend.refusal(linear, scheme)
     assert "pairs" in ascend.refusal(Linear("x", 63, 64), Scheme(4))
     assert "pairs" in ascend.refusal(Linear("x", 64, 63), SCHEMES["W4A16 g32"])
+    assert "pairs" in ascend.refusal(Linear("x", 64, 63), SCHEMES["W4A8_DYNAMIC"])
+    assert "72 channels" in ascend.refusal(Linear("x", 72, 64, splits_input=True), SCHEMES["W4A8_DYNAMIC"])
+    assert not ascend.refusal(Linear("x", 72, 64), SCHEMES["W4A8_DYNAMIC"])
     assert "Conv1D" in ascend.refusal(Linear("x", 64, 64, transposed=True), Scheme(8))
     assert not any(ascend.refusal(linear, scheme) for scheme in SCHEMES.values())
     assert "fp8" in ascend.attention_refusal(AttentionScheme(kv="fp8"))
@@ -296,16 +328,16 @@ def test_what_the_format_has_no_place_for_is_refused() -> None:
 
 
 def test_integers_that_do_not_fit_are_refused() -> None:
-    codes = torch.ones(2, 4, dtype=torch.int8)
+    codes, linear = torch.ones(2, 4, dtype=torch.int8), Linear("x", 4, 2)
 
     def stored(scale: float) -> StoredLinear:
         return StoredLinear(QuantizedWeight(codes, torch.full((2, 1), scale), None), torch.tensor([1e-3]))
 
     with pytest.raises(ModelError, match="deq_scale"):
-        ascend.encode(stored(1e-43), SCHEMES["W8A8"], "float32", None)
+        ascend.encode(stored(1e-43), SCHEMES["W8A8"], "float32", None, linear)
     with pytest.raises(ModelError, match="quant_bias"):
-        ascend.encode(stored(1e-6), SCHEMES["W8A8"], "float32", torch.tensor([1.0, 3.0]))
-    fits = ascend.encode(stored(1e-6), SCHEMES["W8A8"], "float32", torch.tensor([1.0, -2.0]))["quant_bias"]
+        ascend.encode(stored(1e-6), SCHEMES["W8A8"], "float32", torch.tensor([1.0, 3.0]), linear)
+    fits = ascend.encode(stored(1e-6), SCHEMES["W8A8"], "float32", torch.tensor([1.0, -2.0]), linear)["quant_bias"]
     torch.testing.assert_close(fits, torch.tensor([10**9, -2 * 10**9], dtype=torch.int32), rtol=1e-6, atol=0)
 
 
@@ -326,6 +358,9 @@ def test_a_mixed_model_is_loaded_only_if_all_of_it_is() -> None:
     assert "q_proj and model.layers.0.self_attn.k_proj" in of_vllm([(q, static), (k, Scheme(8))], None, ["ascend"])[1]
     assert not of_vllm([(q, static)], None, ["ascend"], [k.name])[0]
     assert of_vllm([(q, static)], None, ["ascend"], [up.name])[0]
+    expert, four = Linear("model.layers.0.mlp.experts.0.up_proj", 64, 64), SCHEMES["W4A8_DYNAMIC"]
+    assert of_vllm([(expert, four), (q, static)], None, ["ascend"], (), [[expert.name]])[0]
+    assert of_vllm([(up, four)], None, ["ascend"], (), [[expert.name]])[1].startswith("has W4A8 dynamic for experts")
     engines = [v.engine for v in verdicts([(q, Scheme(8))], None, ["ascend", "compressed-tensors"])]
     assert engines == ["vLLM-Ascend", "MindIE", "vLLM on a CPU", "vLLM on a GPU", "transformers"]
     fp8 = {v.engine: v.loads for v in verdicts([], AttentionScheme(kv="fp8"), ["compressed-tensors", "ascend"])}
@@ -429,7 +464,7 @@ def test_an_untouched_copy_is_in_order_and_other_formats_are_not_this_one(whole:
 
 def test_our_own_reader_refuses_what_it_would_misread(whole: Export, tmp_path: Path) -> None:
     for change, match in [
-        (lambda d: d.update({f"{UP}.weight": "W4A8_DYNAMIC"}), "W4A8_DYNAMIC"),
+        (lambda d: d.update({f"{UP}.weight": "W4A4_DYNAMIC"}), "W4A4_DYNAMIC"),
         (lambda d: d.pop(f"{UP}.weight"), "up_proj"),
         (lambda d: d.update(kv_cache_type="C4"), "C4"),
         (lambda d: d.update(fa_quant_type="FAKQuant"), "FAKQuant"),

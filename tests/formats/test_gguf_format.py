@@ -139,7 +139,7 @@ def test_a_lowest_value_is_rounded_by_less_than_the_documented_part_of_a_step(
     codes = torch.randint(-8, 8, (1, 32), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
     stored = StoredLinear(QuantizedWeight(codes, half, torch.tensor([[zero]], dtype=torch.int8)))
     scheme = SCHEMES["W4 asym"]
-    encoded = gguf.encode(stored, scheme, "float32", None)
+    encoded = gguf.encode(stored, scheme, "float32", None, Linear("x", codes.shape[1], len(codes)))
     values = package.dequantize(encoded["weight"].numpy(), package.GGMLQuantizationType.Q4_1)
     assert np.abs(values - dequantize(stored.weight).numpy()).max() <= abs(half.item()) / 136
     decoded = gguf.decode(encoded, scheme).weight

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the recorded 
 
 G32 = Scheme(4, granularity="group", group_size=32)
 STATIC = Scheme(8, activations="static", activations_symmetric=False)
+W4A8 = Scheme(4, activations="dynamic")
 CODES = (torch.int8, torch.float8_e4m3fn)
 C8, C8_ASYM = AttentionScheme(kv="int8"), AttentionScheme(kv="int8", kv_symmetric=False)
 CASES: dict[str, tuple[Scheme, AttentionScheme | None]] = {
@@ -44,12 +45,18 @@ CASES: dict[str, tuple[Scheme, AttentionScheme | None]] = {
     "w4a16_g32_sym": (G32, None),
     "w4a16_g32_asym": (replace(G32, symmetric=False), None),
     "v1_fp8_dynamic": (Scheme(8, activations="dynamic", type="float"), None),
+    "v1_w4a8_minmax": (W4A8, None),
+    "v1_w4a8_gptq": (W4A8, None),
+    "v1_w4a8_ssz": (W4A8, None),
     "w8a8_pdmix": (Scheme(8, activations="mix", activations_symmetric=False), None),
     "w8a8_kv_sym": (STATIC, C8),
     "w8a8_kv_asym": (STATIC, C8_ASYM),
     "w8a8_fa": (STATIC, AttentionScheme(heads=True)),
 }
 RUNS = [(model, case) for model in ("A", "B", "A_bf16", "A_fp16") for case in CASES if (GOLDEN / model / case).is_dir()]
+
+
+SPLIT = ("o_proj", "down_proj")
 
 
 def recorded(model: str, case: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -75,7 +82,7 @@ def stored_linear(tensors: Mapping[str, Tensor], name: str, scheme: Scheme) -> S
     zero = None if scheme.symmetric else tensors[f"{name}.weight_offset"].to(torch.int8)
     codes, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
     if scheme.bits == 4:  # two codes a byte, the first in the low nibble
-        axis = 1 if scale.shape[1] == 1 else 0
+        axis = 1 if scale.shape[1] == 1 and scheme.activations == "none" else 0
         low, high = codes & 15, (codes >> 4) & 15
         codes = torch.stack((low, high), axis + 1).flatten(axis, axis + 1)
         codes = torch.where(codes > 7, codes - 16, codes).to(torch.int8)
@@ -106,7 +113,10 @@ def export(place: Path, model: str, case: str) -> tuple[dict[str, Tensor], dict[
     quantized = dict.fromkeys(names, (0, scheme))
     original = Checkpoint(GOLDEN / model / "model")
     matrices = [e for e in original.entries.values() if len(e.shape) == 2 and "embed" not in e.name]
-    linears = [Linear(e.name.removesuffix(".weight"), e.shape[1], e.shape[0]) for e in matrices]
+    linears = [
+        Linear(e.name.removesuffix(".weight"), e.shape[1], e.shape[0], splits_input=any(n in e.name for n in SPLIT))
+        for e in matrices
+    ]
     kept = {linear.name: "recorded so" for linear in linears if linear.name not in quantized}
     write_manifest(place / "store", dtype, quantized, kept, attention, dict.fromkeys(paths, 0))
     source = Source(original, {linear.name: f"{linear.name}.weight" for linear in linears})
@@ -127,10 +137,15 @@ def test_the_export_of_recorded_codes_is_the_recorded_file(model: str, case: str
         if name.endswith((".quant_bias", ".deq_scale")):
             assert found[name].dtype == tensor.dtype, name
             derived += 1
+        if name.endswith(".scale_bias"):  # the tool adds up products in float32, where here integers are
+            torch.testing.assert_close(found[name], tensor, rtol=2e-6, atol=2e-6 * float(tensor.abs().max()))
+            continue
         if case.startswith("w4a16") and name.endswith("_scale"):
             tensor = tensor.to(found[name].dtype)  # ours are values of the model's dtype before codes are found
         assert torch.equal(found[name].double(), tensor.double()), name
     assert derived == (2 * len(store.schemes) if CASES[case][0].observed else 0)
+    if "w4a8" in case:  # defect of the tool: it calls the model one of floats
+        assert (description.pop("model_quant_type"), described.pop("model_quant_type")) == ("W4A8_DYNAMIC", "FLOAT")
     # the first generation of the tool names no size of groups where there are none, the second has keys without content
     assert description.pop("group_size") == described.pop("group_size", 0)
     assert description == {key: value for key, value in described.items() if value != {}}
@@ -145,6 +160,6 @@ def test_recorded_codes_come_back_and_pass_the_verification(model: str, case: st
         wanted, read = store.read(name).tensors(), reader.read_linear(name).tensors()
         assert wanted.keys() == read.keys()
         assert all(torch.equal(read[part], wanted[part]) for part in wanted), name
-    assert verify_checkpoint(tmp_path / "out", store, source.checkpoint, source.weights, None, "ascend").linears == len(
-        store.schemes
-    )
+    split = [linear.name for linear in linears if linear.splits_input]
+    found = verify_checkpoint(tmp_path / "out", store, source.checkpoint, source.weights, None, "ascend", split=split)
+    assert found.linears == len(store.schemes)

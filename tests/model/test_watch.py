@@ -78,6 +78,16 @@ def test_the_residual_stream_of_families(family: str, tiny_model) -> None:
         assert structure.outer_obstacle == ""
 
 
+# what vLLM makes row parallel in these families
+SPLIT = {"o_proj", "down_proj", "out_proj", "fc2", "c_proj", "dense", "dense_4h_to_h", "w2"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_linears_that_engines_split_along_the_input(family: str, tiny_model) -> None:
+    for linear in structure_of(tiny_model(family)).matrices():
+        assert linear.splits_input == (linear.name.rpartition(".")[2] in SPLIT), linear.name
+
+
 def test_a_dense_block_beside_experts_has_no_obstacle(tiny_model) -> None:
     dense, *sparse = structure_of(tiny_model("deepseek-v3")).blocks
     assert dense.residual is not None

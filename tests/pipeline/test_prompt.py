@@ -30,6 +30,7 @@ CASES: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
     "ascend dynamic": ("ascend", Scheme(8, activations="dynamic"), {"dtype": torch.float16}),
     "ascend mix": ("ascend", Scheme(8, activations="mix"), {"dtype": torch.bfloat16}),
     "ascend weights, tied": ("ascend", Scheme(8, symmetric=False), {"family": "llama-tied"}),
+    "ascend W4A8": ("ascend", Scheme(4, activations="dynamic"), {"dtype": torch.bfloat16}),
     "ascend cache": ("ascend", Scheme(8), {"attention": AttentionScheme(kv="int8", kv_symmetric=False)}),
     "ascend heads": ("ascend", Scheme(8), {"attention": AttentionScheme(heads=True), "dtype": torch.bfloat16}),
     "gptq": ("gptq", ASYM, {"dtype": torch.bfloat16}),

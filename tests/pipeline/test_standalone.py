@@ -79,6 +79,7 @@ def test_a_checkpoint_is_scored_in_its_own_dtype(tmp_path: Path, prose: Path) ->
         (FOUR, ["compressed-tensors", "gptq", "awq", "gguf", "compressed-tensors"]),
         (FOUR_ASYM, ["gptq", "gguf", "compressed-tensors", "awq", "gptq"]),
         (Scheme(8), ["ascend", "compressed-tensors", "ascend"]),
+        (Scheme(4, activations="dynamic"), ["compressed-tensors", "ascend", "compressed-tensors"]),
         (Scheme(8, activations="static", activations_symmetric=False), ["compressed-tensors", "ascend"]),
     ],
     ids=lambda value: value.name if isinstance(value, Scheme) else "",
