@@ -84,8 +84,8 @@ def _highest(types: set[str]) -> str:
 def expected_linear(
     stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, split: bool = False
 ) -> dict[str, Tensor | None]:
-    """The tensors that stand for X.weight in a model of `dtype`, by suffix; bias [n] as the checkpoint holds it, `split`
-    whether engines cut the linear along its input."""
+    """The tensors that stand for X.weight in a model of `dtype`, by suffix. `bias` [n] is as the checkpoint holds it,
+    `split` says that engines cut the linear along its input."""
     if scheme.bits == 4:
         dynamic = scheme.activations == "dynamic"
         return _expected_w4a8(stored, dtype, 16 if split else 1) if dynamic else _expected_four_bits(stored, dtype)
