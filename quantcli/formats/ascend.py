@@ -31,7 +31,7 @@ evaluated is what is served. The weight_scale of static inputs is not rounded, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,6 +128,11 @@ def type_name(scheme: Scheme) -> str:
     if scheme.activations == "static":
         return "W8A8S" if scheme.sparse else "W8A8"
     return {"none": "W8A16", "dynamic": "W8A8_DYNAMIC", "mix": "W8A8_MIX"}[scheme.activations]
+
+
+def model_type(schemes: Iterable[Scheme]) -> str:
+    """The type of a model whose linears have these schemes."""
+    return max({"FLOAT", *map(type_name, schemes)}, key=TYPES.index)
 
 
 def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -289,9 +294,8 @@ def documents(
 
     `owners` maps every tensor of the export to the linear or attention module that it is quantized for, or None.
     """
-    present = {type_name(scheme) for scheme in store.schemes.values()} | {"FLOAT"}
     description: dict[str, Any] = {
-        "model_quant_type": max(present, key=TYPES.index),
+        "model_quant_type": model_type(store.schemes.values()),
         "version": "1.0.0",
         "group_size": max((scheme.group_size or 0 for scheme in store.schemes.values()), default=0),
     }
@@ -330,12 +334,19 @@ def described(
     `weights` maps every linear to the checkpoint name of its weight. One scale a tensor was written as one a channel
     and is read so. Raises ModelError for a type that is not understood, or a linear that has none.
     """
-    description = read_json(checkpoint.directory / DESCRIPTION)
+    return described_in(checkpoint.directory / DESCRIPTION, checkpoint, weights)
+
+
+def described_in(
+    file: Path, checkpoint: Checkpoint, weights: Mapping[str, str]
+) -> tuple[dict[str, Scheme], AttentionScheme | None]:
+    """`described` by the description of another name."""
+    description = read_json(file)
     quantized = {}
     for module, weight in weights.items():
         kind = description.get(weight)
         if kind not in TYPES:
-            raise ModelError(f"{checkpoint.directory / DESCRIPTION}: {weight} has the type {kind!r}.",
+            raise ModelError(f"{file}: {weight} has the type {kind!r}.",
                              f"Known types: {', '.join(TYPES)}.")  # fmt: skip
         if kind == "W4A16":
             quantized[module] = _of_four_bits(checkpoint, weight)
@@ -358,7 +369,7 @@ def described(
         )
         for module, scheme in quantized.items()
     }
-    return schemes, _attention(checkpoint, description)
+    return schemes, _attention(file, checkpoint, description)
 
 
 def _of_four_bits(checkpoint: Checkpoint, weight: str) -> Scheme:
@@ -372,14 +383,14 @@ def _of_four_bits(checkpoint: Checkpoint, weight: str) -> Scheme:
     return Scheme(4, granularity="group", group_size=checkpoint.entries[weight].shape[-1] // max(1, groups))
 
 
-def _attention(checkpoint: Checkpoint, description: Mapping[str, Any]) -> AttentionScheme | None:
+def _attention(file: Path, checkpoint: Checkpoint, description: Mapping[str, Any]) -> AttentionScheme | None:
     kind = description.get("fa_quant_type"), description.get("kv_cache_type", description.get("kv_quant_type"))
     if kind == (None, None):
         return None
     if kind == ("FAQuant", None):
         return AttentionScheme(heads=True)
     if kind != (None, "C8"):
-        raise ModelError(f"{checkpoint.directory / DESCRIPTION}: attention of type {' and '.join(map(str, kind))} is "
+        raise ModelError(f"{file}: attention of type {' and '.join(map(str, kind))} is "
                          "not supported.", "Known types: C8, FAQuant.")  # fmt: skip
     offsets = checkpoint.read(name for name in checkpoint.entries if name.endswith(".kv_cache_offset"))
     return AttentionScheme(kv="int8", kv_symmetric=not any(bool(offset.any()) for offset in offsets.values()))

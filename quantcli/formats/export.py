@@ -44,7 +44,6 @@ _COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".md"}
 _NOT_COPIED = {
     "config.json",
     "README.md",
-    "quant_model_description.json",
     "quantization.json",
     "quantize_config.json",
 }
@@ -112,7 +111,8 @@ def export_checkpoint(
         if hasattr(form, "write_weights"):
             weights = _one_file(folder, pieces, form, store.schemes, origin, json.loads(documents["config.json"]))
         else:
-            weights = _shards(folder, pieces, form.STEM)
+            stem = form.stem(store.schemes.values()) if hasattr(form, "stem") else form.STEM
+            weights = _shards(folder, pieces, stem)
         yield from _write(folder, weights, documents, origin)
 
 
@@ -258,7 +258,8 @@ def companions(origin: Path) -> list[Path]:
     found = []
     for file in sorted(origin.iterdir()):
         wanted = file.suffix in _COPIED or file.name.upper().startswith("LICEN")
-        own = file.name in _NOT_COPIED or file.name.endswith(".safetensors.index.json")
+        described = file.name.startswith("quant_model_description")
+        own = described or file.name in _NOT_COPIED or file.name.endswith(".safetensors.index.json")
         if file.is_file() and wanted and not own:
             found.append(file)
     check_links(found, origin)

@@ -8,13 +8,16 @@ from types import ModuleType
 from typing import Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import ascend, awq, compressed_tensors, dense, gguf, gptq
+from quantcli.formats import ascend, awq, compressed_tensors, dense, gguf, gptq, mindie
 from quantcli.model.checkpoint import Checkpoint
 
-FORMATS: dict[str, ModuleType] = {form.NAME: form for form in (compressed_tensors, ascend, gptq, awq, gguf, dense)}
+FORMATS: dict[str, ModuleType] = {
+    form.NAME: form for form in (compressed_tensors, ascend, mindie, gptq, awq, gguf, dense)
+}
 """Name in a recipe → module with
 
-NAME, STEM (of its weight files), WRITES_TIED_HEAD, ONE_SCHEME, FLOAT16_SCALES;
+NAME, STEM (of its weight files, or a pattern of it), WRITES_TIED_HEAD, ONE_SCHEME, FLOAT16_SCALES;
+stem, where the model's schemes decide what STEM is a pattern of;
 ONE_GROUP_SIZE, where groups have one size in a checkpoint;
 refusal, layout, encode, decode: a linear as tensors and back;
 attention_refusal, attention_names, attention_tensors: the scales of an attention module;

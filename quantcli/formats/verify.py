@@ -29,7 +29,6 @@ from quantcli.quant.scheme import Scheme
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _DESCRIPTIONS = {
-    "ascend": "quant_model_description.json",
     "dense": "quantization.json",
     "gptq": "quantize_config.json",
 }
@@ -72,16 +71,18 @@ def verify_checkpoint(
         return Verified(len(store.schemes), len(source.entries) - len(store.schemes), nbytes)
     if form in ("gptq", "awq") and not store.schemes:
         form = "compressed-tensors"  # all are float checkpoints then
+    of_ascend = form in verify_ascend.FORMS
     with _damage():
         checkpoint = Checkpoint(folder)
         config = read_json(folder / "config.json")
-        description = read_json(folder / _DESCRIPTIONS[form]) if form in _DESCRIPTIONS else {}
+        about = verify_ascend.description_name(form, store) if of_ascend else _DESCRIPTIONS.get(form)
+        description = read_json(folder / about) if about else {}
     if added_tensors(source) and config.get("tie_word_embeddings") is not False:
         raise VerificationError(f"{folder}: config.json ties an output head that is not.", "Export again.")
-    _check_model(config, source, store)
+    _check_model(config, source, store, verify_ascend.config_additions(form, store))
     paths = {module: checkpoint_prefix(module, weights) for module in store.attention_modules}
-    if form == "ascend":
-        verify_ascend.check_description(description, config, checkpoint.entries, store, weights, paths)
+    if of_ascend:
+        verify_ascend.check_description(form, description, config, checkpoint, store, weights, paths)
     elif form == "dense":
         verify_dense.check_record(description, config, store)
     elif form == "gptq":
@@ -116,7 +117,7 @@ def verify_checkpoint(
             workers.shutdown(cancel_futures=True)
     quantized = {weights[module] for module in store.schemes}
     originals = {name: name for name in source.entries if name not in quantized}
-    if form == "ascend":
+    if of_ascend:
         originals |= tied or {}
     for name, origin in originals.items():
         if name not in left:
@@ -135,12 +136,14 @@ def verify_checkpoint(
     return Verified(len(store.schemes), len(source.entries) - len(quantized), checkpoint.nbytes)
 
 
-def _check_model(config: Mapping[str, Any], source: Checkpoint, store: Store) -> None:
-    """What config.json says of the model is what the float one says, in the dtype that is stored."""
+def _check_model(config: Mapping[str, Any], source: Checkpoint, store: Store, additions: Mapping[str, Any]) -> None:
+    """What config.json says of the model is what the float one says, in the dtype that is stored, and the `additions`
+    of the format. quantization_config is compared elsewhere."""
     wanted = _unquantized(read_json(source.directory / "config.json"))
     wanted |= {key: store.dtype for key in ("dtype", "torch_dtype") if key in wanted}
     if added_tensors(source):
         wanted["tie_word_embeddings"] = False
+    wanted |= additions
     found = _unquantized(config)
     for key in [*wanted, *found]:
         # as text: 1 is not true, and NaN is NaN
@@ -185,7 +188,7 @@ def _check_module(
     stored, scheme = store.read(module), store.schemes[module]
     if form == "dense":
         _usable(module, "its scale", stored.weight.scale)
-    if form == "ascend":
+    if form in verify_ascend.FORMS:
         _check_parts(module, found, verify_ascend.expected_linear(stored, scheme, store.dtype, bias_value, split))
     elif form in _EXPECTED:
         _check_parts(module, found, _EXPECTED[form](stored, scheme, store.dtype, bias_value))
@@ -196,7 +199,7 @@ def _check_module(
 def _check_attention(module: str, path: str, checkpoint: Checkpoint, store: Store, form: str) -> list[str]:
     """The tensors of an attention module, which are those of the store."""
     wanted: Mapping[str, Tensor | None] = {} if form == "dense" else store.read_attention(module)
-    if form == "ascend":
+    if form in verify_ascend.FORMS:
         assert store.attention is not None
         wanted = verify_ascend.expected_attention(store.read_attention(module), store.attention, store.dtype)
     names = {suffix: f"{path}.{suffix}" for suffix in wanted if f"{path}.{suffix}" in checkpoint}

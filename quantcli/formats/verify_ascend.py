@@ -1,11 +1,14 @@
-"""What an AscendV1 export has to hold, found from the store by other code than wrote it: in NumPy, from the formulas.
+"""What an export in AscendV1, or in its older layout, has to hold, found from the store by other code than wrote it: in
+NumPy, from the formulas.
 
 Names, types and formulas are those that engines read, not those of `formats.ascend`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import json
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,52 +18,91 @@ from torch import Tensor
 
 from quantcli.errors import VerificationError
 from quantcli.formats.store import Store, StoredLinear
+from quantcli.model.checkpoint import Checkpoint
 from quantcli.quant.scheme import AttentionScheme, Scheme
+
+FORMS = ("ascend", "mindie")
+"""Formats whose linears and attention have the tensors of AscendV1."""
 
 _ABOUT_THE_MODEL = {"model_quant_type", "version", "group_size", "kv_cache_type", "kv_quant_type", "fa_quant_type"}
 
 
+def type_of_model(store: Store) -> str:
+    """The type that stands for all linears of a model."""
+    return _highest({_type(scheme) for scheme in store.schemes.values()})
+
+
+def description_name(form: str, store: Store) -> str:
+    """The file that describes the tensors."""
+    kind = f"_{type_of_model(store).lower()}" if form == "mindie" else ""
+    return f"quant_model_description{kind}.json"
+
+
+def config_additions(form: str, store: Store) -> dict[str, Any]:
+    """What config.json says beside what the float model's does, quantization_config apart."""
+    return {"quantize": type_of_model(store).lower()} if form == "mindie" else {}
+
+
 def check_description(
+    form: str,
     description: Mapping[str, Any],
     config: Mapping[str, Any],
-    tensors: Collection[str],
+    checkpoint: Checkpoint,
     store: Store,
     weights: Mapping[str, str],
     attention_paths: Mapping[str, str],
 ) -> None:
-    """Every tensor has the type of its linear or attention module, or FLOAT, and nothing else is described.
+    """Every tensor has the type of its linear or attention module, or FLOAT, and nothing else is described; files have
+    the names, and quantization_config says, what engines look for.
 
-    `tensors` are those of the export, `attention_paths` the prefixes of attention modules. Raises VerificationError.
+    `attention_paths` are the prefixes of attention modules. Raises VerificationError.
     """
-    if "quantization_config" in config:
-        raise VerificationError("config.json has a quantization_config, which hides the description.", "Export again.")
     types = {weights[module].removesuffix(".weight"): _type(scheme) for module, scheme in store.schemes.items()}
     attention, prefixes = store.attention, tuple(f"{path}." for path in attention_paths.values())
-    of_attention = ("fa_q.", "fa_k.", "fa_v.") if attention and attention.heads else ("k_proj.kv_", "v_proj.kv_")
-    wanted: dict[str, Any] = {}
-    for name in tensors:
+    heads = attention is not None and attention.heads
+    of_attention = ("fa_q.", "fa_k.", "fa_v.") if heads else ("k_proj.kv_", "v_proj.kv_")
+    wanted: dict[str, Any] = {"model_quant_type": type_of_model(store)}
+    for name in checkpoint.entries:
         prefix, _, suffix = name.rpartition(".")
         wanted[name] = types.get(prefix, "FLOAT") if suffix != "bias" else "FLOAT"
         below = next((name.removeprefix(p) for p in prefixes if name.startswith(p)), "")
         if below.startswith(of_attention):
-            wanted[name] = "FAQuant" if attention and attention.heads else "C8"
+            wanted[name] = "FAQuant" if heads else "C8"
     sizes = {scheme.group_size for scheme in store.schemes.values() if scheme.granularity == "group"}
-    wanted |= {
-        "version": "1.0.0",
-        "group_size": sizes.pop() if sizes else 0,
-        "model_quant_type": _highest(set(types.values())),
-    }
-    if attention is not None and attention.heads:
+    size = sizes.pop() if sizes else 0
+    if heads:
         wanted["fa_quant_type"] = "FAQuant"
     elif attention is not None:
-        wanted |= {"kv_cache_type": "C8", "kv_quant_type": "C8"}
+        wanted["kv_cache_type"] = "C8"
+    if form == "ascend":
+        wanted |= {"version": "1.0.0", "group_size": size}
+        wanted |= {"kv_quant_type": "C8"} if "kv_cache_type" in wanted else {}
+        if "quantization_config" in config:
+            raise VerificationError(
+                "config.json has a quantization_config, which hides the description.", "Export again."
+            )
+    else:
+        said = {"kv_quant_type": wanted.get("kv_cache_type"), "fa_quant_type": wanted.get("fa_quant_type"),
+                "group_size": size}  # fmt: skip
+        _check_mindie(config, said, checkpoint, store)
     for name in [*wanted, *description]:
         if description.get(name) != wanted.get(name):
             kind = "entry" if name in _ABOUT_THE_MODEL else "tensor"
             raise VerificationError(
-                f"quant_model_description.json: {kind} {name} is {description.get(name)!r}, not {wanted.get(name)!r}.",
+                f"{description_name(form, store)}: {kind} {name} is {description.get(name)!r}, not "
+                f"{wanted.get(name)!r}.",
                 "Export again.",
             )
+
+
+def _check_mindie(config: Mapping[str, Any], said: Mapping[str, Any], checkpoint: Checkpoint, store: Store) -> None:
+    stem = f"quant_model_weight_{type_of_model(store).lower()}"
+    names = re.compile(rf"{stem}(-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors(\.index\.json)?")
+    for file in sorted(checkpoint.directory.glob("*.safetensors*")):
+        if names.fullmatch(file.name) is None:
+            raise VerificationError(f"{file}: engines look for {stem}.", "Export again.")
+    if json.dumps(config.get("quantization_config"), sort_keys=True) != json.dumps(said, sort_keys=True):
+        raise VerificationError("config.json: quantization_config is not that of the store.", "Export again.")
 
 
 def _type(scheme: Scheme) -> str:

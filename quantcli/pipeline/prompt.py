@@ -18,7 +18,7 @@ from quantcli.errors import ModelError, VerificationError
 from quantcli.formats import ascend, dense
 from quantcli.formats.reader import QuantizedCheckpoint
 from quantcli.formats.store import Store, StoredLinear
-from quantcli.formats.verify_ascend import expected_attention, expected_linear
+from quantcli.formats.verify_ascend import FORMS, expected_attention, expected_linear
 from quantcli.model.folding import added_tensors
 from quantcli.model.names import checkpoint_prefix
 from quantcli.model.skeleton import Skeleton
@@ -102,7 +102,7 @@ class _Stored:
 
     def read_linear(self, module: str) -> StoredLinear:
         stored = self.store.read(module)
-        if self.form != ascend.NAME:
+        if self.form not in FORMS:
             return stored
         held = expected_linear(stored, self.store.schemes[module], self.dtype, None)  # with its rounded scales
         scale = held["weight_scale"]
@@ -112,7 +112,7 @@ class _Stored:
 
     def read_attention(self, module: str) -> dict[str, Tensor]:
         parts = self.store.read_attention(module)
-        if self.form != ascend.NAME or self.attention is None:
+        if self.form not in FORMS or self.attention is None:
             return parts
         held = expected_attention(parts, self.attention, self.dtype)
         path = checkpoint_prefix(module, self.source.weights)

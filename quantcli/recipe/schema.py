@@ -52,13 +52,13 @@ class ExportSection(Section):
     """The checkpoints to write."""
 
     formats: Annotated[
-        tuple[Literal["compressed-tensors", "ascend", "gptq", "awq", "gguf", "dense"], ...],
+        tuple[Literal["compressed-tensors", "ascend", "mindie", "gptq", "awq", "gguf", "dense"], ...],
         Field(strict=False, min_length=1),
     ] = Field(
         default=("compressed-tensors",),
         description="Checkpoint formats: compressed-tensors, which vLLM and transformers load; ascend, for vLLM-Ascend "
-        "and MindIE; gptq and awq, for what reads those; gguf, for llama.cpp and Ollama; dense, the dequantized "
-        "weights as a float model. The first is measured.",
+        "and MindIE; mindie, for older MindIE; gptq and awq, for what reads those; gguf, for llama.cpp and Ollama; "
+        "dense, the dequantized weights as a float model. The first is measured.",
     )
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantcli.formats import ascend
+from quantcli.formats import ascend, mindie
 from quantcli.formats.export import Source, export_checkpoint
 from quantcli.formats.reader import QuantizedCheckpoint
 from quantcli.formats.store import Store, StoredLinear, write_block, write_manifest
@@ -36,6 +37,8 @@ W4A8 = Scheme(4, activations="dynamic")
 CODES = (torch.int8, torch.float8_e4m3fn)
 C8, C8_ASYM = AttentionScheme(kv="int8"), AttentionScheme(kv="int8", kv_symmetric=False)
 CASES: dict[str, tuple[Scheme, AttentionScheme | None]] = {
+    "w8a8_act1_L1": (STATIC, None),
+    "w8a8_act1_L3": (STATIC, None),
     "w8a8_act1_mm0": (STATIC, None),
     "w8a8_dynamic": (Scheme(8, activations="dynamic"), None),
     "w8a16_minmax_sym": (Scheme(8), None),
@@ -53,7 +56,13 @@ CASES: dict[str, tuple[Scheme, AttentionScheme | None]] = {
     "w8a8_kv_asym": (STATIC, C8_ASYM),
     "w8a8_fa": (STATIC, AttentionScheme(heads=True)),
 }
-RUNS = [(model, case) for model in ("A", "B", "A_bf16", "A_fp16") for case in CASES if (GOLDEN / model / case).is_dir()]
+OLDER = ("w8a8_act1_L1", "w8a8_act1_L3")  # save_type safe_tensor
+RUNS = [
+    (model, case)
+    for model in ("A", "B", "A_bf16", "A_fp16")
+    for case in CASES
+    if case not in OLDER and (GOLDEN / model / case).is_dir()
+]
 
 
 SPLIT = ("o_proj", "down_proj")
@@ -100,7 +109,9 @@ def stored_attention(tensors: Mapping[str, Tensor], path: str, attention: Attent
     return {f"{x}_{kind}": tensors[f"{path}.{x}_proj.kv_cache_{kind}"].float() for x in "kv" for kind in kinds}
 
 
-def export(place: Path, model: str, case: str) -> tuple[dict[str, Tensor], dict[str, Any], Store, Source, list[Linear]]:
+def export(
+    place: Path, model: str, case: str, form: ModuleType = ascend
+) -> tuple[dict[str, Tensor], dict[str, Any], Store, Source, list[Linear]]:
     """The recorded codes and scales of a case through store and export: tensors and description of the export."""
     tensors, _ = recorded(model, case)
     scheme, attention = CASES[case]
@@ -121,10 +132,28 @@ def export(place: Path, model: str, case: str) -> tuple[dict[str, Tensor], dict[
     write_manifest(place / "store", dtype, quantized, kept, attention, dict.fromkeys(paths, 0))
     source = Source(original, {linear.name: f"{linear.name}.weight" for linear in linears})
     store = Store(place / "store")
-    for _ in export_checkpoint(place / "out", ascend, store, source, {linear.name: linear for linear in linears}):
+    for _ in export_checkpoint(place / "out", form, store, source, {linear.name: linear for linear in linears}):
         pass
-    description = json.loads((place / "out" / "quant_model_description.json").read_text())
-    return load_file(place / "out" / "quant_model_weights.safetensors"), description, store, source, linears
+    (description,) = (place / "out").glob("quant_model_description*.json")
+    (weights,) = (place / "out").glob("*.safetensors")
+    return load_file(weights), json.loads(description.read_text()), store, source, linears
+
+
+@pytest.mark.parametrize("model", ["A", "B"])
+@pytest.mark.parametrize("case", OLDER)
+def test_the_older_layout_is_the_recorded_one(model: str, case: str, tmp_path: Path) -> None:
+    """Names of files, tensors and entries, data types, shapes and values, without exception."""
+    expected, described = recorded(model, case)
+    found, description, store, source, linears = export(tmp_path, model, case, mindie)
+    written = json.loads((GOLDEN / model / case / "meta.json").read_text())["files_written"]
+    assert set(written) <= {file.name for file in (tmp_path / "out").iterdir()}
+    assert description == described
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name], tensor), name
+    split = [linear.name for linear in linears if linear.splits_input]
+    verify_checkpoint(tmp_path / "out", store, source.checkpoint, source.weights, None, "mindie", split=split)
 
 
 @pytest.mark.parametrize(("model", "case"), RUNS)

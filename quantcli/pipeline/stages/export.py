@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 # What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours, the first
 # three behind the stem of the format.
 _WEIGHTS = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json", ".gguf")
-DESCRIPTIONS = ("quant_model_description.json", "quantization.json", "quantize_config.json")
+DESCRIPTIONS = (
+    "quant_model_description.json", "quant_model_description_*.json", "quantization.json", "quantize_config.json"
+)  # fmt: skip
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -60,7 +62,8 @@ def run(context: Context, folder: StageFolder) -> None:
         for shard in sorted((folder.path / name).glob(f"{stem}-*-of-*.safetensors")):
             folder.adopt(shard)
         for single in ("safetensors", "gguf"):
-            folder.adopt(folder.path / name / f"{stem}.{single}")
+            for file in sorted((folder.path / name).glob(f"{stem}.{single}")):
+                folder.adopt(file)
         for file, digest in export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears):
             folder.add(file, digest)
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
