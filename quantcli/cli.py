@@ -225,6 +225,13 @@ def convert(
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to write, as in export.formats.")],
     output: Annotated[Path, typer.Option("--output", help="Directory of the new checkpoint.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    restrict_permissions: Annotated[
+        bool,
+        typer.Option(
+            "--restrict-permissions/--no-restrict-permissions",
+            help="Whether ascend, mindie and numpy are for their owner alone, as export.restrict_permissions.",
+        ),
+    ] = True,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -232,7 +239,7 @@ def convert(
     from quantcli import console
     from quantcli.pipeline.convert import convert_checkpoint
 
-    found = convert_checkpoint(checkpoint, to, output, overwrite=overwrite)
+    found = convert_checkpoint(checkpoint, to, output, overwrite=overwrite, restrict_permissions=restrict_permissions)
     if as_json:
         _print_json(found)
     else:

@@ -53,6 +53,7 @@ WRITES_TIED_HEAD = True
 """An output head that is tied to the embedding is written as a copy: engines look for its name in the description."""
 ONE_SCHEME = False
 FLOAT16_SCALES = False
+RESTRICTED = True
 
 DESCRIPTION = "quant_model_description.json"
 ONE_GROUP_SIZE = True

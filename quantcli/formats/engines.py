@@ -320,6 +320,7 @@ ENGINES: dict[str, tuple[_Engine, ...]] = {
         _Engine("vLLM-Ascend", _vllm_ascend, _vllm_ascend_cache, _JOINED, experts_alone=lambda s: s.bits == 4),
         _Engine("MindIE", _mindie, lambda attention: (attention.kv != "fp8", "not run here")),
     ),
+    "numpy": (),
     "mindie": (_Engine("MindIE", _mindie, lambda attention: (attention.kv != "fp8", "not run here")),),
     "gptq": (
         _Engine("vLLM on a CPU", _vllm_cpu_words, _no_cache, _JOINED, _experts_in_float),

@@ -109,7 +109,7 @@ def export_checkpoint(
         documents = _documents(form, store, source, {name: piece.owner for name, piece in pieces.items()})
         origin = source.checkpoint.directory
         if hasattr(form, "write_weights"):
-            weights = _one_file(folder, pieces, form, store.schemes, origin, json.loads(documents["config.json"]))
+            weights = _own_files(folder, pieces, form, store.schemes, origin, json.loads(documents["config.json"]))
         else:
             stem = form.stem(store.schemes.values()) if hasattr(form, "stem") else form.STEM
             weights = _shards(folder, pieces, stem)
@@ -149,7 +149,7 @@ def _shards(folder: Path, pieces: Mapping[str, _Piece], stem: str) -> Iterator[t
         yield index, ""
 
 
-def _one_file(
+def _own_files(
     folder: Path,
     pieces: Mapping[str, _Piece],
     form: ModuleType,
@@ -157,10 +157,11 @@ def _one_file(
     origin: Path,
     config: dict[str, Any],
 ) -> Iterator[tuple[Path, str]]:
-    """The weights in the file that the format itself writes."""
+    """The weights in the files that the format itself writes."""
     owned = {name: schemes[p.owner] for name, p in pieces.items() if p.owner is not None and p.owner in schemes}
     planned = [piece.planned for piece in pieces.values()]
-    yield form.write_weights(folder, planned, _producer(pieces), owned, origin, config), ""
+    for file in form.write_weights(folder, planned, _producer(pieces), owned, origin, config):
+        yield file, ""
 
 
 def _beside(folder: Path, documents: Mapping[str, str], origin: Path) -> Iterator[tuple[Path, str]]:

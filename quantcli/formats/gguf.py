@@ -172,7 +172,7 @@ def write_weights(
     schemes: Mapping[str, Scheme],
     origin: Path,
     config: Mapping[str, Any],
-) -> Path:
+) -> list[Path]:
     """Write the one file of the weights, unless it is there, and return it.
 
     `schemes` are those of tensors, `origin` is the float model, whose tokenizer goes into the file, and `config` the
@@ -186,7 +186,7 @@ def write_weights(
     if not (folder / FILE).exists():
         kept = [tensor for tensor in planned if is_parameter(tensor.name, full)]
         write_gguf(folder / FILE, kept, produce, types, origin, full)
-    return folder / FILE
+    return [folder / FILE]
 
 
 def is_parameter(name: str, config: Mapping[str, Any]) -> bool:

@@ -28,6 +28,7 @@ STEM = "quant_model_weight_*"
 WRITES_TIED_HEAD = True
 ONE_SCHEME = False
 FLOAT16_SCALES = False
+RESTRICTED = True
 ONE_GROUP_SIZE = True
 
 layout = ascend.layout

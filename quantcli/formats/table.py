@@ -8,26 +8,31 @@ from types import ModuleType
 from typing import Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import ascend, awq, compressed_tensors, dense, gguf, gptq, mindie
+from quantcli.formats import ascend, awq, compressed_tensors, dense, gguf, gptq, mindie, npy
 from quantcli.model.checkpoint import Checkpoint
 
 FORMATS: dict[str, ModuleType] = {
-    form.NAME: form for form in (compressed_tensors, ascend, mindie, gptq, awq, gguf, dense)
+    form.NAME: form for form in (compressed_tensors, ascend, mindie, npy, gptq, awq, gguf, dense)
 }
 """Name in a recipe → module with
 
 NAME, STEM (of its weight files, or a pattern of it), WRITES_TIED_HEAD, ONE_SCHEME, FLOAT16_SCALES;
 stem, where the model's schemes decide what STEM is a pattern of;
+RESTRICTED, where files get the modes of `formats.permissions`;
 ONE_GROUP_SIZE, where groups have one size in a checkpoint;
 refusal, layout, encode, decode: a linear as tensors and back;
 attention_refusal, attention_names, attention_tensors: the scales of an attention module;
 documents: its JSON files; recognizes, described: what a directory is, and the schemes in it;
-and where it is not safetensors, and not for every model, refuses_model and write_weights.
+refuses_model, where it is not for every model; write_weights and FILES, where its weights are no safetensors.
 """
 
 
 def open_weights(directory: Path) -> Checkpoint:
     """The tensors of a model directory, in whichever kind of file. Raises ModelError as `Checkpoint` does."""
+    if npy.recognizes(directory, {}):
+        from quantcli.model.npy_file import NpyCheckpoint
+
+        return NpyCheckpoint(directory)
     if not gguf.recognizes(directory, {}):
         return Checkpoint(directory)
     from quantcli.model.gguf_file import GgufCheckpoint

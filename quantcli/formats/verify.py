@@ -23,6 +23,7 @@ from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.folding import added_tensors
 from quantcli.model.names import checkpoint_prefix
+from quantcli.model.npy_file import NpyCheckpoint
 from quantcli.model.workers import linear_workers
 from quantcli.model.writer import DTYPE_NAMES
 from quantcli.quant.scheme import Scheme
@@ -73,7 +74,7 @@ def verify_checkpoint(
         form = "compressed-tensors"  # all are float checkpoints then
     of_ascend = form in verify_ascend.FORMS
     with _damage():
-        checkpoint = Checkpoint(folder)
+        checkpoint = NpyCheckpoint(folder) if form == "numpy" else Checkpoint(folder)
         config = read_json(folder / "config.json")
         about = verify_ascend.description_name(form, store) if of_ascend else _DESCRIPTIONS.get(form)
         description = read_json(folder / about) if about else {}
@@ -189,7 +190,10 @@ def _check_module(
     if form == "dense":
         _usable(module, "its scale", stored.weight.scale)
     if form in verify_ascend.FORMS:
-        _check_parts(module, found, verify_ascend.expected_linear(stored, scheme, store.dtype, bias_value, split))
+        wanted = verify_ascend.expected_linear(stored, scheme, store.dtype, bias_value, split)
+        if form == "numpy":  # which has no bfloat16
+            wanted = {k: t.float() if t is not None and t.dtype == torch.bfloat16 else t for k, t in wanted.items()}
+        _check_parts(module, found, wanted)
     elif form in _EXPECTED:
         _check_parts(module, found, _EXPECTED[form](stored, scheme, store.dtype, bias_value))
     else:

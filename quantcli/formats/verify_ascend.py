@@ -21,7 +21,7 @@ from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
-FORMS = ("ascend", "mindie")
+FORMS = ("ascend", "mindie", "numpy")
 """Formats whose linears and attention have the tensors of AscendV1."""
 
 _ABOUT_THE_MODEL = {"model_quant_type", "version", "group_size", "kv_cache_type", "kv_quant_type", "fa_quant_type"}
@@ -34,6 +34,8 @@ def type_of_model(store: Store) -> str:
 
 def description_name(form: str, store: Store) -> str:
     """The file that describes the tensors."""
+    if form == "numpy":
+        return "quantization.json"
     kind = f"_{type_of_model(store).lower()}" if form == "mindie" else ""
     return f"quant_model_description{kind}.json"
 
@@ -57,6 +59,11 @@ def check_description(
 
     `attention_paths` are the prefixes of attention modules. Raises VerificationError.
     """
+    if form != "mindie" and "quantization_config" in config:
+        raise VerificationError("config.json has a quantization_config, which hides the description.", "Export again.")
+    if form == "numpy":
+        _check_record(description, store)
+        return
     types = {weights[module].removesuffix(".weight"): _type(scheme) for module, scheme in store.schemes.items()}
     attention, prefixes = store.attention, tuple(f"{path}." for path in attention_paths.values())
     heads = attention is not None and attention.heads
@@ -77,10 +84,6 @@ def check_description(
     if form == "ascend":
         wanted |= {"version": "1.0.0", "group_size": size}
         wanted |= {"kv_quant_type": "C8"} if "kv_cache_type" in wanted else {}
-        if "quantization_config" in config:
-            raise VerificationError(
-                "config.json has a quantization_config, which hides the description.", "Export again."
-            )
     else:
         said = {"kv_quant_type": wanted.get("kv_cache_type"), "fa_quant_type": wanted.get("fa_quant_type"),
                 "group_size": size}  # fmt: skip
@@ -93,6 +96,18 @@ def check_description(
                 f"{wanted.get(name)!r}.",
                 "Export again.",
             )
+
+
+def _check_record(record: Mapping[str, Any], store: Store) -> None:
+    attention = store.attention
+    wanted = {
+        "format": "numpy",
+        "linears": {name: scheme.to_json() for name, scheme in store.schemes.items()},
+        "attention": None if attention is None else attention.to_json(),
+    }
+    for key in [*wanted, *record]:
+        if json.dumps(record.get(key), sort_keys=True) != json.dumps(wanted.get(key), sort_keys=True):
+            raise VerificationError(f"quantization.json: {key} is not that of the store.", "Export again.")
 
 
 def _check_mindie(config: Mapping[str, Any], said: Mapping[str, Any], checkpoint: Checkpoint, store: Store) -> None:

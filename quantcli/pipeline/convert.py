@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.formats import dense
+from quantcli.formats.permissions import FOLDER
 from quantcli.formats.sums import SUMS
 from quantcli.formats.table import FORMATS
 from quantcli.pipeline.held import model_unheld, unheld
@@ -24,13 +25,16 @@ if TYPE_CHECKING:
     from quantcli.model.checkpoint import Checkpoint
 
 
-def convert_checkpoint(source: Path, form: str, output: Path, *, overwrite: bool = False) -> dict[str, Any]:
+def convert_checkpoint(
+    source: Path, form: str, output: Path, *, overwrite: bool = False, restrict_permissions: bool = True
+) -> dict[str, Any]:
     """Write the checkpoint `source`, whoever made it, in the format `form`; codes and scales stay as they are.
 
     It is written beside `output`, read back by other code and compared, and then moved there, so that `output` holds
     all of it or nothing; what a killed conversion left is no checkpoint, and the next one clears it away. With
     `overwrite`, weights and configurations that were there are replaced, and what has the name of a file that comes
-    along, such as the tokenizer; other files stay. Raises RecipeError for what the format cannot hold, before anything
+    along, such as the tokenizer; other files stay. `restrict_permissions` gives files the modes of
+    `formats.permissions` if those are the format's. Raises RecipeError for what the format cannot hold, before anything
     is written, ModelError for a source without codes or with scales that the format does not hold, OutputError for an
     output that is in use.
     """
@@ -49,7 +53,7 @@ def convert_checkpoint(source: Path, form: str, output: Path, *, overwrite: bool
         output.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(output)
         try:
-            found = _written(temporary, form, checkpoint, weights)
+            found = _written(temporary, form, checkpoint, weights, restrict_permissions)
             _move(temporary, output)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -78,7 +82,7 @@ def _refuse_place(source: Path, output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{output} holds a checkpoint already.", "Choose another --output, or say --overwrite.")
     replaced = _replaced(output)
-    for file in sorted([*output.glob("*.safetensors"), *output.glob("*.gguf")]):
+    for file in sorted(file for pattern in ("*.safetensors", "*.gguf", "*.npy") for file in output.glob(pattern)):
         if file not in replaced:  # engines would load it beside the new weights
             raise OutputError(f"{file} is not a name of the weights of any format.", "Choose another --output.")
 
@@ -87,11 +91,15 @@ def _replaced(output: Path) -> set[Path]:
     """Weights and configurations of a checkpoint of any format, by their names."""
     stems = {form.STEM for form in FORMATS.values()}
     patterns = [*(pattern for stem in stems for pattern in weight_files(stem)), *DESCRIPTIONS, SUMS, "config.json"]
+    patterns += [name for form in FORMATS.values() for name in getattr(form, "FILES", ())]
     return {file for pattern in patterns for file in output.glob(pattern)}
 
 
-def _written(folder: Path, form: str, checkpoint: QuantizedCheckpoint, weights: dict[str, str]) -> Verified:
+def _written(
+    folder: Path, form: str, checkpoint: QuantizedCheckpoint, weights: dict[str, str], restrict_permissions: bool
+) -> Verified:
     from quantcli.formats.export import Source, export_checkpoint, tied_head
+    from quantcli.formats.permissions import restricted, restricts
     from quantcli.formats.reader import ReadStore
     from quantcli.formats.verify import verify_checkpoint
     from quantcli.model.structure_cache import find_structure
@@ -100,7 +108,8 @@ def _written(folder: Path, form: str, checkpoint: QuantizedCheckpoint, weights: 
     read_as_float = cast("Checkpoint", checkpoint)
     tied = tied_head(find_structure(checkpoint.directory), read_as_float)
     source = Source(read_as_float, weights, None, tied)
-    for _ in export_checkpoint(folder, FORMATS[form], store, source, checkpoint.linears):
+    files = export_checkpoint(folder, FORMATS[form], store, source, checkpoint.linears)
+    for _ in restricted(folder, files) if restrict_permissions and restricts(FORMATS[form]) else files:
         pass
     split = [name for name, linear in checkpoint.linears.items() if linear.splits_input]
     return verify_checkpoint(folder, store, read_as_float, weights, None, form, tied, split)
@@ -130,6 +139,8 @@ def _move(temporary: Path, output: Path) -> None:
     if not output.exists():
         temporary.rename(output)
         return
+    if (mode := temporary.stat().st_mode & 0o777) == FOLDER:
+        output.chmod(mode)
     (temporary / SUMS).replace(output / SUMS)
     for file in sorted(_replaced(output) - {output / SUMS}, key=lambda file: file.name != "config.json"):
         file.unlink()

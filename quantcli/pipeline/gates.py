@@ -81,7 +81,7 @@ def _of_size(gates: GatesSection, result: Mapping[str, Any], export: Path) -> It
     """Sizes are bytes of the files with the export's weights."""
     if gates.bits_per_weight is not None:
         yield Gate("bits_per_weight", gates.bits_per_weight, result["bits_per_weight"])
-    size = sum(file.stat().st_size for file in export.iterdir() if file.suffix in (".safetensors", ".gguf"))
+    size = sum(file.stat().st_size for file in export.iterdir() if file.suffix in (".safetensors", ".gguf", ".npy"))
     if gates.size is not None:
         yield Gate("size", gates.size, size)
     if gates.size_ratio is not None:

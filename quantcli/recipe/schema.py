@@ -52,13 +52,18 @@ class ExportSection(Section):
     """The checkpoints to write."""
 
     formats: Annotated[
-        tuple[Literal["compressed-tensors", "ascend", "mindie", "gptq", "awq", "gguf", "dense"], ...],
+        tuple[Literal["compressed-tensors", "ascend", "mindie", "numpy", "gptq", "awq", "gguf", "dense"], ...],
         Field(strict=False, min_length=1),
     ] = Field(
         default=("compressed-tensors",),
         description="Checkpoint formats: compressed-tensors, which vLLM and transformers load; ascend, for vLLM-Ascend "
-        "and MindIE; mindie, for older MindIE; gptq and awq, for what reads those; gguf, for llama.cpp and Ollama; "
-        "dense, the dequantized weights as a float model. The first is measured.",
+        "and MindIE; mindie and numpy, its older layouts; gptq and awq, for what reads those; gguf, for llama.cpp and "
+        "Ollama; dense, the dequantized weights as a float model. The first is measured.",
+    )
+    restrict_permissions: bool = Field(
+        default=True,
+        description="Whether exports in ascend, mindie and numpy are for their owner alone: folder 750, weights 400, "
+        "other files 600. Otherwise, and in other formats, the umask decides.",
     )
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from quantcli.formats.sums import SUMS
 from quantcli.pipeline.stages import verify
 from quantcli.pipeline.verify import verify_path
 
-FORMATS = ["compressed-tensors", "ascend", "mindie", "dense", "gptq", "awq"]
+FORMATS = ["compressed-tensors", "ascend", "mindie", "numpy", "dense", "gptq", "awq"]
 Recipe = dict[str, Any]
 
 
@@ -29,14 +29,16 @@ def runs(static_recipe: Callable[[Path], Recipe], tmp_path_factory: pytest.TempP
     """Format → a run that holds an export of it; read only, or put back as it was."""
     found: dict[str, Path] = {}
     for formats, weights in (
-        (FORMATS[:4], {"bits": 8, "granularity": "channel"}),
-        (FORMATS[4:], {"bits": 4, "granularity": "group", "group_size": 32}),
+        (FORMATS[:5], {"bits": 8, "granularity": "channel"}),
+        (FORMATS[5:], {"bits": 4, "granularity": "group", "group_size": 32}),
     ):
         place = tmp_path_factory.mktemp("run")
         recipe = static_recipe(place / "run") | {"quantize": {"weights": weights}, "export": {"formats": formats}}
         del recipe["evaluate"], recipe["calibration"]
         quantcli.run(recipe)
         found |= dict.fromkeys(formats, place / "run")
+        for file in (place / "run" / "export").glob("*/*"):
+            file.chmod(0o644)  # it is changed below, by whoever runs the tests
         for form in formats:
             shutil.copytree(place / "run" / "export" / form, place / form)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from quantcli.model.structure import Structure
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder
 from quantcli.pipeline.tuned import finished_checkpoint, finished_store
-from quantcli.recipe.schema import Recipe
+from quantcli.recipe.schema import ExportSection, Recipe
 
 if TYPE_CHECKING:
     from quantcli.formats.export import Source
@@ -28,7 +29,18 @@ DESCRIPTIONS = (
 
 def _identity(context: Context) -> dict[str, Any]:
     assert context.recipe.export is not None
-    return {"formats": list(context.recipe.export.formats), "dtype": context.recipe.model.dtype}
+    section = context.recipe.export
+    # named only where it matters, so that exports of other formats stay as they are
+    modes = {"restrict_permissions": True} if any(map(_is_restricted(section), section.formats)) else {}
+    return {"formats": list(section.formats), "dtype": context.recipe.model.dtype, **modes}
+
+
+def _is_restricted(section: ExportSection) -> Callable[[str], bool]:
+    """Whether the files of a format get modes of their own."""
+    from quantcli.formats.permissions import restricts
+    from quantcli.formats.table import FORMATS
+
+    return lambda form: section.restrict_permissions and restricts(FORMATS[form])
 
 
 def float_source(context: Context) -> Source:
@@ -53,9 +65,11 @@ def source_of(recipe: Recipe, structure: Structure, checkpoint: Checkpoint) -> S
 def run(context: Context, folder: StageFolder) -> None:
     """Writes one folder a format, each ready to serve."""
     from quantcli.formats.export import export_checkpoint
+    from quantcli.formats.permissions import restricted
     from quantcli.formats.table import FORMATS
 
     assert context.recipe.export is not None
+    is_restricted = _is_restricted(context.recipe.export)
     store, source = finished_store(context.recipe, context.run.path), float_source(context)
     for name in context.recipe.export.formats:
         stem = FORMATS[name].STEM
@@ -64,7 +78,10 @@ def run(context: Context, folder: StageFolder) -> None:
         for single in ("safetensors", "gguf"):
             for file in sorted((folder.path / name).glob(f"{stem}.{single}")):
                 folder.adopt(file)
-        for file, digest in export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears):
+        for own in getattr(FORMATS[name], "FILES", ()):
+            folder.adopt(folder.path / name / own)
+        files = export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears)
+        for file, digest in restricted(folder.path / name, files) if is_restricted(name) else files:
             folder.add(file, digest)
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
 
@@ -85,7 +102,14 @@ def _writes(context: Context) -> tuple[str, ...]:
 
     assert context.recipe.export is not None
     forms = context.recipe.export.formats
-    names = {form: [*checkpoint_files(context.model, FORMATS[form].STEM), *DESCRIPTIONS] for form in forms}
+    names = {
+        form: [
+            *checkpoint_files(context.model, FORMATS[form].STEM),
+            *getattr(FORMATS[form], "FILES", ()),
+            *DESCRIPTIONS,
+        ]
+        for form in forms
+    }
     return tuple(f"{form}/{name}" for form in forms for name in names[form])
 
 

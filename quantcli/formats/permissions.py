@@ -1,0 +1,24 @@
+"""The modes of exported files that msModelSlim documents: nobody else changes them, and weights nobody at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+FOLDER, WEIGHTS, OTHERS = 0o750, 0o400, 0o600
+_WEIGHTS = {".safetensors", ".npy"}
+
+
+def restricts(form: ModuleType) -> bool:
+    """Whether these modes are those of a format."""
+    return bool(getattr(form, "RESTRICTED", False))
+
+
+def restricted(folder: Path, files: Iterator[tuple[Path, str]]) -> Iterator[tuple[Path, str]]:
+    """The files of an export into `folder`, each with its mode before it is handed on, and the folder with its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(FOLDER)
+    for file, digest in files:
+        file.chmod(WEIGHTS if file.suffix in _WEIGHTS else OTHERS)
+        yield file, digest
