@@ -157,8 +157,18 @@ def show_result(result: RunResult) -> None:
     console.print(table)
     console.print(f"Report: {result.path / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     for export in result.to_json()["exports"]:
-        command = f"llama-server -m {export}/model.gguf" if Path(export).name == "gguf" else f"vllm serve {export}"
-        console.print(f"Serve it: {command}", markup=False, highlight=False, soft_wrap=True)
+        if command := _serving_command(export):
+            console.print(f"Serve it: {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _serving_command(export: str) -> str:
+    """What serves an export; empty where its engine has no command that is known."""
+    form = Path(export).name
+    if form in ("mindie", "numpy"):
+        return ""
+    if form == "gguf":
+        return f"llama-server -m {export}/model.gguf"
+    return f"vllm serve {export}" + (" --quantization ascend" if form == "ascend" else "")
 
 
 def show_plan(plan: Plan, *, verbose: bool) -> None:
