@@ -37,6 +37,7 @@ _TITLES = {
     "eval-tasks": "Putting tasks to the export",
     "layers": "Comparing what linears put out",
     "generate": "Generating text",
+    "throughput": "Measuring speed in vLLM",
 }
 
 
@@ -143,6 +144,8 @@ def _sentence(event: dict[str, Any]) -> str | None:
             return f"  {event['bits_per_weight']:.4g} bits a weight: {shared}; as a plain recipe: {event['recipe']}"
         case "answered" if event["number"] == event["of"] or event["number"] % 50 == 0:
             return f"  {event['number']} of {event['of']} questions answered ({event['model']})"
+        case "served":
+            return f"  {event['number']} of {event['of']} ({event['model']}), {event['seconds']:.1f} s"
         case "verified":
             return f"  {event['linears']} linears and {event['other_tensors']} other tensors are as they should be"
     return None

@@ -42,9 +42,11 @@ from quantcli.pipeline.stages import (
     select,
     sensitivity,
     smooth,
+    throughput,
     verify,
 )
 from quantcli.pipeline.tasks import require_readable
+from quantcli.pipeline.throughput import require_engine
 from quantcli.recipe import resolved_yaml
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
 from quantcli.recipe.schema import Recipe
@@ -67,6 +69,7 @@ STAGES: tuple[Stage, ...] = (
     eval_tasks.STAGE,
     layers.STAGE,
     generate.STAGE,
+    throughput.STAGE,
 )
 """In order. A new stage is a file in stages/ and a line here."""
 
@@ -89,6 +92,7 @@ class RunResult:
     allocation: dict[str, Any] | None = None
     sizes: dict[str, Any] | None = None
     tasks: dict[str, Any] | None = None
+    throughput: dict[str, Any] | None = None
     gates: tuple[Gate, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -102,6 +106,7 @@ class RunResult:
             "exports": sorted({str(self.path / "export" / Path(file).parts[0]) for file in exported}),
             "perplexity": self.perplexity,
             "tasks": self.tasks,
+            "throughput": self.throughput,
             "gates": [asdict(gate) | {"passed": gate.passed} for gate in self.gates],
             "smoothing": self.smoothing,
             "experts": self.experts,
@@ -121,7 +126,10 @@ class MissedGate(GateError):
 
 def plan_recipe(recipe: Recipe) -> Plan:
     """What the recipe would do, from configuration files alone."""
-    return _plan(recipe, locate_model(recipe.model, weights=False))
+    plan = _plan(recipe, locate_model(recipe.model, weights=False))
+    if recipe.evaluate is not None and recipe.evaluate.throughput is not None:
+        require_engine(recipe, plan)
+    return plan
 
 
 def _plan(recipe: Recipe, model: Path) -> Plan:
@@ -158,6 +166,8 @@ def run_recipe(
         _require_disk(path, plan)
     _require_readable(recipe, plan)
     _require_positions(recipe, model, until)
+    if throughput.STAGE.wanted(recipe) and (until is None or throughput.STAGE.name in _needed(until)):
+        require_engine(recipe, plan)
     with open_run(path, model) as run:
         context = Context(recipe, model, plan, run, device, listener, ranking=until == sensitivity.STAGE.name)
         if run.write_recipe(resolved_yaml(recipe)):
@@ -174,8 +184,8 @@ def run_recipe(
         scores, smoothing = _perplexity(context), _smoothing(context)
         found = _experts(context), _allocation(context)
         peak = _peak_of(context)
-        sizes, tasks = _sizes(context), _tasks(context)
-        result = RunResult(path, context.plan, context.results, scores, peak, smoothing, *found, sizes, tasks)
+        measured = _sizes(context), _tasks(context), _throughput(context)
+        result = RunResult(path, context.plan, context.results, scores, peak, smoothing, *found, *measured)
         result, missed = _judged(recipe, result)
         write_summary(path, context.plan.to_json(), result.to_json(), command)
         write_page(path)
@@ -300,7 +310,8 @@ def _require_stage(name: str, recipe: Recipe) -> None:
                    "export": "export", "verify": "export",
                    "reference": "evaluate.perplexity", "eval-ppl": "evaluate.perplexity",
                    "reference-tasks": "evaluate.tasks", "eval-tasks": "evaluate.tasks",
-                   "layers": "evaluate.output_error", "generate": "evaluate.generate"}.get(name, name)  # fmt: skip
+                   "layers": "evaluate.output_error", "generate": "evaluate.generate",
+                   "throughput": "evaluate.throughput"}.get(name, name)  # fmt: skip
         raise RecipeError(f"This recipe has nothing for stage {name}.", f"It would need {section}.")
 
 
@@ -412,6 +423,13 @@ def _tasks(context: Context) -> dict[str, Any] | None:
     if eval_tasks.STAGE.name not in context.results:
         return None
     return read_json(context.folder(eval_tasks.STAGE.name) / eval_tasks.RESULTS)
+
+
+def _throughput(context: Context) -> dict[str, Any] | None:
+    """Speed and memory of both models in a serving engine."""
+    if throughput.STAGE.name not in context.results:
+        return None
+    return read_json(context.folder(throughput.STAGE.name) / throughput.RESULTS)
 
 
 def _judged(recipe: Recipe, result: RunResult) -> tuple[RunResult, MissedGate | None]:

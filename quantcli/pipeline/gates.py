@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 from quantcli.model.checkpoint import replacing
 from quantcli.pipeline.rundir import EVENTS, read_lines, write_json
 from quantcli.recipe.evaluation import GatesSection
+from quantcli.report.gains import HEADINGS, gain_rows
+from quantcli.report.outcome import throughput_setting
 
 FOLDER = "gates"
 WORST = 5
@@ -167,6 +169,11 @@ def summary(gates: Sequence[Gate], result: Mapping[str, Any], worst: Sequence[tu
                   f"{scores['description']}"]  # fmt: skip
     before, after = result["size_before"], result["size_after"]
     lines += ["", f"Size {before / 1e6:.1f} MB → {after / 1e6:.1f} MB."]
+    if speed := result.get("throughput"):
+        lines += ["", f"Speed and memory: {throughput_setting(speed)}."]
+    if rows := gain_rows(result):
+        lines += ["", f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
     if missed and worst:
         lines += ["", "Linears with the largest errors:", "", "| linear | error |", "|---|---:|"]
         lines += [f"| `{name}` | {error:.4g} |" for name, error in worst]

@@ -1,8 +1,9 @@
-"""Sections that compare the exported with the float model other than by a score: outputs of linears, generated text."""
+"""Sections that compare the exported with the float model other than by a score: outputs of linears, generated text,
+speed."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_serializer
 
@@ -36,3 +37,21 @@ class GenerateSection(Section):
     @field_serializer("memory")
     def _size(self, value: int) -> str:
         return as_size(value)
+
+
+class ThroughputSection(Section):
+    """Speed and memory of the float and of the exported model in a serving engine, in one sitting."""
+
+    engine: Literal["vllm"] = Field(default="vllm", description="The engine that serves both models.")
+    python: Text | None = Field(
+        default=None,
+        description="The Python of an environment that has the engine; null is the one that runs quantcli.",
+    )
+    prompt_tokens: Length = Field(default=512, description="Tokens of each prompt.")
+    new_tokens: Length = Field(default=64, description="Tokens that are generated behind each prompt.")
+    batch: Count = Field(default=1, description="Prompts that are served together.")
+    repeats: Count = Field(default=5, description="How often each process of the engine measures.")
+    rounds: Count = Field(default=2, description="Processes of the engine for each model; the models take turns.")
+    eager: bool = Field(
+        default=False, description="Serve without compiling the model, which starts sooner and is slower."
+    )

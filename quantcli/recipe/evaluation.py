@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_serializer, model_validator
 
-from quantcli.recipe.comparison import GenerateSection, OutputErrorSection
+from quantcli.recipe.comparison import GenerateSection, OutputErrorSection, ThroughputSection
 from quantcli.recipe.data import PerplexitySection
 from quantcli.recipe.fields import (
     Count,
@@ -150,6 +150,9 @@ class EvaluateSection(Section):
     generate: GenerateSection | None = Field(
         default=GenerateSection(), description="Let both models write a little text; null leaves it out."
     )
+    throughput: ThroughputSection | None = Field(
+        default=None, description="Measure speed and memory of both models in a serving engine; {} for the defaults."
+    )
     gates: GatesSection | None = Field(
         default=None, description="Quality bounds; a miss ends the run with exit status 4."
     )
@@ -169,7 +172,7 @@ class EvaluateSection(Section):
                 raise refusal(key, "judges nothing without evaluate.perplexity", "Add perplexity: {} or remove it.")
         if gates is not None and gates.task_drop is not None and not self.tasks:
             raise refusal("gates.task_drop", "judges nothing without evaluate.tasks", "Add tasks or remove it.")
-        if self.perplexity is None and not self.tasks and gates is None:
+        if self.perplexity is None and not self.tasks and gates is None and self.throughput is None:
             raise refusal("", "asks for no measurement", "Add perplexity: {} to it, or set evaluate: null.")
         names = [task.task for task in self.tasks]
         for index, name in enumerate(names):

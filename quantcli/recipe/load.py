@@ -19,6 +19,7 @@ _PATHS = (
     ("calibration", "path"),
     ("evaluate", "perplexity", "path"),
     ("evaluate", "reference"),
+    ("evaluate", "throughput", "python"),
     ("output",),
 )
 

@@ -8,7 +8,8 @@ from typing import Any
 from quantcli.report.charts import heat_map
 from quantcli.report.layers import Grid, grid_of
 from quantcli.report.markup import Markup, element, table
-from quantcli.report.numbers import percent, seconds, short, size
+from quantcli.report.numbers import percent, rate, seconds, short, size
+from quantcli.report.outcome import throughput_setting
 from quantcli.report.page import flat, page
 from quantcli.report.scatter import Point, pareto_chart, pareto_front
 
@@ -76,10 +77,23 @@ def _row(run: Run, name: str) -> dict[str, Any]:
         "float_perplexity": original.get("value"),
         **{key: scores.get(key) for key in ("increase", "increase_error", "kl_divergence", "kl_error", "agreement")},
         "protocol": protocol,
+        **_speeds(result.get("throughput")),
         "seconds": sum(record.get("seconds") or 0.0 for record in result["stages"].values()),
         "peak_memory": result["peak_memory"],
         "warnings": sum(each["kind"] != "note" for each in run["problems"]),
         "measured": {f"{stage}.{key}": v for stage, content in run["results"].items() for key, v in flat(content)},
+    }
+
+
+def _speeds(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Medians of the quantized model in a serving engine, and their change from the float model in the same sitting."""
+    if not found:
+        return dict.fromkeys(("prefill", "decode", "served_memory", "prefill_change", "decode_change"))
+    served, change = found["quantized"], found["change"]
+    return {
+        **{key: served[key]["median"] for key in ("prefill", "decode")},
+        "served_memory": served["peak_memory"],
+        **{f"{key}_change": change[key] for key in ("prefill", "decode")},
     }
 
 
@@ -157,6 +171,7 @@ def comparison_page(runs: Sequence[Run], found: Mapping[str, Any]) -> str:
         _notes(found["notes"]),
         _charts(found),
         element("section", element("h2", "Numbers"), _numbers(rows, found["front"]), class_="dense"),
+        _served(runs, rows),
         _recipes(rows, found["differences"]),
         _maps(runs, rows),
         _measured(rows),
@@ -216,6 +231,28 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
         for row in rows
     ]
     return table(headings, cells, numbers=range(2, len(headings)), sortable=True)
+
+
+def _served(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """Speed and memory in a serving engine, of the runs that measured them, each with what it was measured in."""
+    cells = [
+        (
+            row["run"],
+            *[(f"{rate(row[key])} ({percent(row[f'{key}_change'], 1, True)})", row[key])
+              for key in ("prefill", "decode")],
+            (size(row["served_memory"]), row["served_memory"]),
+            throughput_setting(run["result"]["throughput"]),
+        )
+        for run, row in zip(runs, rows, strict=True)
+        if run["result"].get("throughput")
+    ]  # fmt: skip
+    if not cells:
+        return None
+    note = element("p", "Tokens a second, and the change from the float model, which was served in the same sitting. "
+                   "Changes can be compared between machines, rates cannot.", class_="note")  # fmt: skip
+    headings = ("run", "prefill", "decode", "memory in use", "measured in")
+    inner = table(headings, cells, numbers=range(1, 4), sortable=True)
+    return element("section", element("h2", "Speed in a serving engine"), note, inner, class_="dense")
 
 
 def _recipes(rows: Sequence[Mapping[str, Any]], differences: Mapping[str, Sequence[Any]]) -> Markup | None:

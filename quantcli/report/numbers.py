@@ -39,6 +39,13 @@ def round_size(count: float) -> str:
     return f"{count / factor:g} {unit}"
 
 
+def rate(value: float | None) -> str:
+    """Something a second, to four digits; never with a power of ten."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+
+
 def seconds(value: float | None) -> str:
     if value is None:
         return "–"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from quantcli.report.numbers import size
+from quantcli.report.numbers import rate, size
 
 
 def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -30,6 +30,8 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
         yield from _score_rows(scores)
     for task, found in ((result.get("tasks") or {}).get("tasks") or {}).items():
         yield from _task_rows(task, found)
+    if throughput := result.get("throughput"):
+        yield from _throughput_rows(throughput)
     if gates := result.get("gates"):
         missed = [gate["name"] for gate in gates if not gate["passed"]]
         yield "gates", f"{len(gates) - len(missed)} of {len(gates)} kept" + "".join(f"; missed: {n}" for n in missed)
@@ -103,6 +105,27 @@ def _task_rows(task: str, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         ]
         change = f"{_number(metric['change'], '+.2%')} ± {_number(metric['change_error'], '.2%')}"
         yield f"{task} {name}".replace("_", " "), f"{' → '.join(shown)}, {change} on {found['questions']} questions"
+
+
+def _throughput_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Medians of both models with their quartiles, memory, and what it was measured on."""
+    models = found["float_model"], found["quantized"]
+    for key in ("prefill", "decode"):
+        rates = [{name: rate(value) for name, value in model[key].items()} for model in models]
+        shown = [f"{each['median']} ({each['low']} to {each['high']})" for each in rates]
+        yield key, f"{' → '.join(shown)} tokens/s, {_number(found['change'][key], '+.1%')}"
+    memory = [_number(m["peak_memory"] and m["peak_memory"] / 1e9, ".3f") for m in models]
+    yield "memory in use", f"{' → '.join(memory)} GB, {_number(found['change']['peak_memory'], '+.1%')}"
+    yield "measured in", throughput_setting(found)
+
+
+def throughput_setting(found: Mapping[str, Any]) -> str:
+    """In what speed and memory were measured, on what, and how often."""
+    return (
+        f"{found['engine']} {found['version']}{', eager' if found['eager'] else ''}, on {found['device']}: "
+        f"{_count(found['batch'], 'prompt')} of {found['prompt_tokens']} tokens, {found['new_tokens']} new ones, "
+        f"{found['rounds']} × {_count(found['repeats'], 'time')} each"
+    )
 
 
 def _with_error(perplexity: Mapping[str, Any]) -> str:

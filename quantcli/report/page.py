@@ -7,10 +7,11 @@ from itertools import groupby
 from typing import Any
 
 from quantcli.report.charts import Line, heat_map, panels, size_bars
+from quantcli.report.gains import HEADINGS, gain_rows
 from quantcli.report.layers import grid_of, kind_of
 from quantcli.report.markup import Markup, element, facts, folded, joined, table
 from quantcli.report.numbers import percent, seconds, short, size
-from quantcli.report.outcome import outcome_rows, scheme_rows
+from quantcli.report.outcome import outcome_rows, scheme_rows, throughput_setting
 from quantcli.report.style import SCRIPT, STYLE
 
 PARTS = ("codes", "scales and zero points", "float linears", "output head", "embeddings", "norms, biases and other")
@@ -28,6 +29,7 @@ def run_page(run: Mapping[str, Any]) -> str:
         problems(run["problems"]),
         _tiles(run),
         _section("Outcome", facts(_outcome(run))),
+        _gains(run["result"]),
         _errors(run),
         _ranges(run),
         _generation(run.get("generation")),
@@ -135,6 +137,17 @@ def _outcome(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield label, element("code", value) if label == "checkpoint" else value
     for engine in run["plan"].get("engines", ()):
         yield engine["engine"], ("loads it: " if engine["loads"] else "does not load it: ") + engine["note"]
+
+
+def _gains(result: Mapping[str, Any]) -> Markup | None:
+    """What was measured of both models, side by side. Nothing if it was the sizes alone, which have a section."""
+    rows = gain_rows(result)
+    if len(rows) <= len(result.get("exports", ())):
+        return None
+    speed = result.get("throughput")
+    how = f"Speed and memory: {throughput_setting(speed)}; medians." if speed else None
+    inner = table(HEADINGS, rows, numbers=range(1, len(HEADINGS)))
+    return _section("Before and after", _note(how) if how else None, inner)
 
 
 def _errors(run: Mapping[str, Any]) -> Markup | None:

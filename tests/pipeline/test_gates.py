@@ -24,9 +24,12 @@ Recipe = dict[str, Any]
 SCORES = {
     "float_model": {"value": 20.0, "error": 0.3}, "quantized": {"value": 21.0, "error": 0.3},
     "increase": 0.05, "increase_error": 0.001, "kl_divergence": 0.04, "kl_error": 0.002,
-    "agreement": 0.9, "agreement_error": 0.01, "description": "Protocol standard.",
+    "agreement": 0.9, "agreement_error": 0.01, "protocol": "standard", "description": "Protocol standard.",
 }  # fmt: skip
-METRICS = {"accuracy": {"change": -0.02, "change_error": 0.01}, "f1": {"change": 0.01, "change_error": 0.01}}
+METRICS = {
+    "accuracy": {"float_model": {"value": 0.62}, "quantized": {"value": 0.6}, "change": -0.02, "change_error": 0.01},
+    "f1": {"float_model": {"value": 0.5}, "quantized": {"value": 0.51}, "change": 0.01, "change_error": 0.01},
+}
 RESULT = {
     "perplexity": SCORES,
     "tasks": {"tasks": {"squad": {"metrics": METRICS}}},
@@ -136,6 +139,7 @@ def test_reports_say_which_gate_was_missed_by_how_much_and_where() -> None:
     assert "| `kl_divergence` | ≤ 0.02 | 0.05 ± 0.001 | **missed** |" in page
     assert "| `agreement` | ≥ 0.9 | 0.95 | kept |" in page
     assert "| `model.layers.0.mlp.down_proj` | 0.25 |" in page
+    assert "| squad accuracy, % ↑ | 62.00 | 60.00 | -2.00 |" in page
     assert "Largest" not in summary(gates[1:], RESULT, worst)
     assert "largest" not in summary(gates[1:], RESULT, worst)
 

@@ -136,6 +136,7 @@ BASE: dict[str, Any] = {
         "tasks": [{"task": "boolq"}],
         "output_error": {"tokens": 64},
         "generate": {"max_new_tokens": 3},
+        "throughput": {"batch": 2},
         "gates": {"kl_divergence": 1.0, "fallbacks": {"all": 0}},
     },
     "output": "out",
