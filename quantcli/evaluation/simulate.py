@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -53,7 +53,8 @@ def simulated(
     layers = [layer for layer in experts if any(name in linears for name in layer.names)]
     joined = {name for layer in layers for name in layer.names}
     modules = {block.get_submodule(name): weights for name, weights in linears.items() if name not in joined}
-    parts = {name: forward_of(nn.Module(), how) for name, how in linears.items() if name in joined}
+    shared = _Codes()
+    parts = {name: forward_of(nn.Module(), how, shared) for name, how in linears.items() if name in joined}
 
     def expert_linear(name: str, x: Tensor, weight: Weight) -> Tensor:
         return parts[name](x) if name in parts else linear(x, weight())
@@ -63,7 +64,7 @@ def simulated(
             for layer in layers:
                 loops.enter_context(one_by_one(block.get_submodule(layer.name), layer, expert_linear))
             for module, how in modules.items():
-                module.__dict__["forward"] = forward_of(module, how)
+                module.__dict__["forward"] = forward_of(module, how, shared)
             yield
     finally:
         for module in modules:
@@ -77,30 +78,50 @@ def not_read(linears: Collection[str], experts: Iterable[Experts]) -> set[str]:
     return {f"{name}.weight" for name in linears if name not in joined} | whole
 
 
-def forward_of(module: nn.Module, how: QuantizedProduct | Tensor | Forward) -> Callable[[Tensor], Tensor]:
-    """The forward that `simulated` gives a linear."""
+@dataclass
+class _Codes:
+    """The codes and scales of the input that was quantized last. Linears that share an input are given one tensor, one
+    after the other, which no block changes in between."""
+
+    input: Tensor | None = None
+    how: Hashable = None
+    found: tuple[Tensor, Tensor] | None = None
+
+
+def forward_of(
+    module: nn.Module, how: QuantizedProduct | Tensor | Forward, shared: _Codes | None = None
+) -> Callable[[Tensor], Tensor]:
+    """The forward that `simulated` gives a linear; those of one `shared` quantize an input that they share once."""
     if isinstance(how, QuantizedProduct):
-        return _forward(module, how)
+        return _forward(module, how, shared or _Codes())
     if isinstance(how, Tensor):
         # nn.Linear's own name for its input, since callers may use it as a keyword
         return lambda input: linear(input, how, getattr(module, "bias", None))
     return lambda input: how(module, input)
 
 
-def _forward(module: nn.Module, weights: QuantizedProduct) -> Callable[[Tensor], Tensor]:
+def _forward(module: nn.Module, weights: QuantizedProduct, shared: _Codes) -> Callable[[Tensor], Tensor]:
     zero_point = weights.input_zero_point
     if weights.input_scale is not None and zero_point is None:
         zero_point = torch.zeros_like(weights.input_scale, dtype=torch.int8)
     zero = None if zero_point is None else int(zero_point.item())
     type: CodeType = "float" if weights.codes.dtype == FP8 else "int"
 
+    static = None if weights.input_scale is None else weights.input_scale.item()
+    how = type, weights.input_bits, static, zero
+
+    def quantized(input: Tensor) -> tuple[Tensor, Tensor]:
+        if shared.found is None or shared.input is not input or shared.how != how:
+            tokens = input.reshape(-1, input.shape[-1])
+            if weights.input_scale is None or zero_point is None:
+                found = quantize_per_token(tokens, weights.input_bits, type)
+            else:
+                found = quantize_static(tokens, weights.input_scale, zero_point, type), weights.input_scale
+            shared.input, shared.how, shared.found = input, how, found
+        return shared.found
+
     def forward(input: Tensor) -> Tensor:  # nn.Linear's own name for it, since callers may use it as a keyword
-        tokens = input.reshape(-1, input.shape[-1])
-        if weights.input_scale is None or zero_point is None:
-            codes, scale = quantize_per_token(tokens, weights.input_bits, type)
-        else:
-            scale = weights.input_scale
-            codes = quantize_static(tokens, scale, zero_point, type)
+        codes, scale = quantized(input)
         bias: Tensor | None = getattr(module, "bias", None)
         if type == "float":
             output = float8_linear(codes, scale, weights.codes, weights.scale, bias, input.dtype)

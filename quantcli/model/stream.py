@@ -152,8 +152,9 @@ class BlockStream:
             yield
 
     @torch.inference_mode()
-    def logits(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(positions, float32 logits [samples, positions, vocabulary]) of hidden states that left the last block.
+    def logits(self, hidden: Tensor, dtype: torch.dtype | None = torch.float32) -> Iterator[tuple[slice, Tensor]]:
+        """(positions, logits [samples, positions, vocabulary] in `dtype`, None for the model's own) of hidden states
+        that left the last block.
 
         The model's own forward runs with the given states in the place of the last block's output, so final norm,
         scaling and soft-capping are the model's. In pieces, because logits are large; each position is independent.
@@ -170,7 +171,7 @@ class BlockStream:
             # a chain of blocks that hand on the given states, whatever the embedding made of `inputs`
             with _forwards(blocks, lambda *_, _piece=piece, **__: _piece, self.skeleton.structure.tuple_output):
                 output = self.skeleton.model(inputs_embeds=inputs, use_cache=False)
-            yield slice(begin, begin + piece.shape[1]), output.logits.float()
+            yield slice(begin, begin + piece.shape[1]), output.logits.to(dtype or output.logits.dtype)
 
     def head_names(self) -> list[str]:
         """Names of the parameters that `head` makes resident."""

@@ -53,7 +53,7 @@ class TrialModel:
         with self.stream.head():
             scores = score_windows(
                 self.batches,
-                lambda batch, sample, first: self.stream.logits(_scored(self.exact[batch], sample, first)),
+                lambda batch, sample, first: self.stream.logits(_scored(self.exact[batch], sample, first), None),
                 lambda batch, sample, first: self.logits(_scored(rounded[batch], sample, first), rolled_back),
                 self.text.masked_token,
                 self.text.first,
@@ -69,7 +69,7 @@ class TrialModel:
             skeleton = self.stream.skeleton
             scheme = store.schemes[head]
             replaced[head] = replacement(store.read(head), scheme, skeleton.dtype, skeleton.device, self.phase)
-        pieces = self.stream.logits(hidden)
+        pieces = self.stream.logits(hidden, None)
         while True:
             with simulated(self.stream.skeleton.model, replaced):
                 piece = next(pieces, None)

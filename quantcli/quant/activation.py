@@ -4,6 +4,7 @@ layer."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -21,8 +22,9 @@ SMALLEST_FP8_SCALE = 1 / (448 * 512)
 _INT32_MAX_IN_FEATURES = (2**31 - 1) // (255 * 128)
 # The CUDA kernel behind torch._int_mm takes more than 16 rows and widths that are multiples of 8.
 _CUDA_MIN_ROWS, _CUDA_MULTIPLE = 17, 8
-# Products made at once on a CPU: the passes that scale them then find them in the cache (measured: half the time).
-_CPU_PRODUCT_ELEMENTS = 1 << 18
+# Values that are quantized and products that are made at once on a CPU: each pass over them finds them in the cache,
+# and the heap keeps their memory, where larger tensors get new pages from the system every time.
+_CPU_ELEMENTS = 1 << 17
 
 
 def static_parameters(minimum: float, maximum: float, symmetric: bool, type: CodeType = "int") -> tuple[Tensor, Tensor]:
@@ -51,8 +53,11 @@ def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor, type: CodeType
     """
     if type == "float":
         return quantize_fp8(x, scale)
-    codes = (x.float() / scale).round_().add_(zero_point.float())
-    return codes.clamp_(QMIN, QMAX).to(torch.int8)
+    zero = zero_point.float()
+    parts = [
+        (part.float() / scale).round_().add_(zero).clamp_(QMIN, QMAX).to(torch.int8) for part in _in_parts(x.flatten())
+    ]
+    return _joined(parts).view(x.shape)
 
 
 def quantize_per_token(x: Tensor, bits: int = 8, type: CodeType = "int") -> tuple[Tensor, Tensor]:
@@ -65,6 +70,12 @@ def quantize_per_token(x: Tensor, bits: int = 8, type: CodeType = "int") -> tupl
     Float codes, float8_e4m3fn: q = x / s to nearest with s = max(max|x| / 448, 1 / (448 * 512)), vLLM's too (QuantFP8);
     compressed-tensors has no such bound.
     """
+    parts = [_per_token(part, bits, type) for part in _in_parts(x.reshape(-1, x.shape[-1]))]
+    codes, scales = (_joined(each) for each in zip(*parts, strict=True))
+    return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
+
+
+def _per_token(x: Tensor, bits: int, type: CodeType) -> tuple[Tensor, Tensor]:
     values, largest = x.float(), (1 << (bits - 1)) - 1
     ends = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))
     if type == "float":
@@ -97,7 +108,7 @@ def int8_linear(
     offset = None if not x_zero_point else x_zero_point * weight_codes.sum(1, dtype=torch.int64)
     columns = weight_scale.float().view(1, -1)
     output = torch.empty(x_codes.shape[0], weight_codes.shape[0], dtype=dtype, device=x_codes.device)
-    rows = x_codes.shape[0] if x_codes.is_cuda else max(32, _CPU_PRODUCT_ELEMENTS // weight_codes.shape[0])
+    rows = x_codes.shape[0] if x_codes.is_cuda else max(32, _CPU_ELEMENTS // weight_codes.shape[0])
     for begin in range(0, x_codes.shape[0], rows):
         part = slice(begin, begin + rows)
         product = _integer_product(x_codes[part], weight_codes)
@@ -150,6 +161,17 @@ def _integer_product(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
     # Sums of products of 8-bit integers stay far below 2^53, so float64 holds each of them exactly.
     product = x_codes.double() @ weight_codes.double().t()
     return product.to(torch.int32 if in_features <= _INT32_MAX_IN_FEATURES else torch.int64)
+
+
+def _in_parts(x: Tensor) -> tuple[Tensor, ...]:
+    """Parts along the first dimension that are worked on one after the other; on a GPU all of it is one."""
+    if x.device.type != "cpu" or x.numel() <= _CPU_ELEMENTS:
+        return (x,)
+    return x.split(max(1, _CPU_ELEMENTS * x.shape[0] // x.numel()))
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _int_mm_takes(x_codes: Tensor, weight_codes: Tensor) -> bool:

@@ -12,6 +12,7 @@ from tiny_exports import SCHEMES, export_tiny
 from tiny_models import token_batches
 from torch import Tensor
 
+from quantcli.evaluation import scores as scores_module
 from quantcli.evaluation.scores import (
     PERCENTILES,
     Scores,
@@ -176,6 +177,17 @@ def test_masked_labels_count_nowhere() -> None:
 def test_logits_in_pieces_give_what_the_whole_gives(step: int) -> None:
     windows = some_windows([40, 23])
     assert as_dictionary(score(windows, 3, step)) == pytest.approx(as_dictionary(score(windows, 3)), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_so_do_the_parts_that_are_scored_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [(plain.to(dtype), quantized.to(dtype), labels) for plain, quantized, labels in some_windows([40, 23])]
+    whole = as_dictionary(score(windows, 3))
+    exact = [(plain.float(), quantized.float(), labels) for plain, quantized, labels in windows]
+    assert as_dictionary(score(exact, 3)) == whole
+    for rows in (1, 6):
+        monkeypatch.setattr(scores_module, "SCORED_BYTES", 4 * VOCABULARY * rows)
+        assert as_dictionary(score(windows, 3)) == pytest.approx(whole, rel=1e-7)
 
 
 def test_one_window_has_no_error() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+from quantcli.evaluation import simulate
 from quantcli.evaluation.simulate import QuantizedProduct, simulated
 
 MODES = ("dynamic", "static symmetric", "static asymmetric")
@@ -103,6 +106,26 @@ def test_a_token_of_zeros_gives_the_bias() -> None:
     block, weights = make("dynamic", bias=True)
     with simulated(block, {"proj": weights}):
         assert torch.equal(block["proj"](torch.zeros(1, 48))[0], block["proj"].bias)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_input_that_linears_share_is_quantized_once(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("a", "b", "c")
+    made = [make(mode, bias=False) for _ in names]
+    block = nn.ModuleDict({name: linears["proj"] for name, (linears, _) in zip(names, made, strict=True)})
+    weights = {name: each for name, (_, each) in zip(names, made, strict=True)}
+    if mode != "dynamic":  # another scale, other codes
+        weights["c"] = replace(weights["c"], input_scale=torch.tensor([0.05]))
+    calls: list[str] = []
+    for name in ("quantize_per_token", "quantize_static"):
+        function = getattr(simulate, name)
+        monkeypatch.setattr(simulate, name, lambda *a, _f=function, **k: calls.append("") or _f(*a, **k))
+    x, other = torch.randn(5, 48), torch.randn(5, 48)
+    with simulated(block, weights):
+        found = [block[name](each) for each in (x, other, x.clone()) for name in names]
+    assert len(calls) == (3 if mode == "dynamic" else 6)
+    for output, (each, name) in zip(found, [(e, n) for e in (x, other, x) for n in names], strict=True):
+        torch.testing.assert_close(output.double(), reference(each, weights[name], None), rtol=1e-6, atol=1e-6)
 
 
 def test_the_module_is_itself_again_afterwards() -> None:

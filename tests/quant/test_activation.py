@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from quantcli.quant import activation
 from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_static, static_parameters
+from quantcli.quant.scheme import CodeType
 
 finite = st.floats(-1e4, 1e4, width=32)
 
@@ -168,3 +169,19 @@ def test_grouped_linear_is_exact_where_float32_is() -> None:
     x_scale, w_scale = torch.full((1,), 0.125), torch.full((10, 1), 2.0**-6)
     by_channel = int8_linear(x, x_scale, None, w, w_scale, None, torch.bfloat16)
     assert torch.equal(int8_linear(x, x_scale, None, w, w_scale.expand(10, 4), None, torch.bfloat16), by_channel)
+
+
+@pytest.mark.parametrize("type", ["int", "float"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_have_the_codes_of_the_whole(type: CodeType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = (torch.randn(3, 7, 10, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    step, zero = torch.tensor([0.05]), torch.tensor([0 if type == "float" else -9], dtype=torch.int8)
+    static, (codes, scale) = quantize_static(x, step, zero, type), quantize_per_token(x, type=type)
+    for elements in (1, 45, 209):  # less than a token, four of 21, 20
+        monkeypatch.setattr(activation, "_CPU_ELEMENTS", elements)
+        again, again_scale = quantize_per_token(x, type=type)
+        assert (again.shape, again_scale.shape) == (x.shape, (3, 7, 1))
+        assert torch.equal(again.float(), codes.float())
+        assert torch.equal(again_scale, scale)
+        assert torch.equal(quantize_static(x, step, zero, type).float(), static.float())
+    assert [part.shape for part in quantize_per_token(x[:, :0], type=type)] == [(3, 0, 10), (3, 0, 1)]

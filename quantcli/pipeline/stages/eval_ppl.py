@@ -200,7 +200,7 @@ def windows_scored(
 
     def logits(name: str) -> Pieces:
         return lambda batch, sample, first: streams[name].logits(
-            caches[name].get(batch)[sample : sample + 1, first - 1 : -1]
+            caches[name].get(batch)[sample : sample + 1, first - 1 : -1], None
         )
 
     with ExitStack() as heads:

@@ -85,8 +85,8 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
     with stream.head():
         scores = score_windows(
             batches,
-            lambda batch, sample, first: stream.logits(exact[batch][sample : sample + 1, first - 1 : -1]),
-            lambda batch, sample, first: stream.logits(rounded[batch][sample : sample + 1, first - 1 : -1]),
+            lambda batch, sample, first: stream.logits(exact[batch][sample : sample + 1, first - 1 : -1], None),
+            lambda batch, sample, first: stream.logits(rounded[batch][sample : sample + 1, first - 1 : -1], None),
             None,
         )
     return [window.kl / max(1, window.tokens) for window in scores]
