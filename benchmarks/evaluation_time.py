@@ -26,7 +26,6 @@ from quantcli.pipeline.samples import windows_of
 from quantcli.pipeline.source import load_tokenizer
 from quantcli.recipe import load_recipe
 
-
 NOT_TIMED = ["smooth=null", "calibration=null", "model.sanity_check=off", "evaluate.output_error=null",
              "evaluate.generate=null", "export.formats=[compressed-tensors]"]  # fmt: skip
 

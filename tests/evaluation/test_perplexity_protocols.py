@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -16,9 +17,15 @@ from test_protocols import ARTICLE
 from torch import Tensor
 
 from quantcli.evaluation.protocols import wikitext_pages
+from quantcli.pipeline.source import locate_model
 from quantcli.pipeline.standalone import score_recipe
 from quantcli.recipe import load_recipe
+from quantcli.recipe.schema import ModelSection
 
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "SmolLM2-135M-Instruct.gguf"
+SCRIPT = ROOT.parent / "shared" / "bench" / "perplexity.py"
+WIKITEXT_2 = ROOT.parent / "shared" / "data" / "wikitext-2" / "wiki.test.tokens"
 WIKITEXT = ARTICLE + ARTICLE.replace("Boulter", "Smith").replace("actor", "tall old actor ( of sorts )")
 
 
@@ -54,6 +61,36 @@ def test_windows_that_overlap_score_each_token_once(tiny_llama: Path, prose: Pat
     if stride < length:
         assert count > len(ids) - length
         assert f"every {stride} tokens" in found["description"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (MODEL.exists() and SCRIPT.exists()), reason="needs models/ and ../shared")
+def test_the_packaged_model_has_the_perplexity_of_an_independent_script(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32 to every digit that is printed; in bfloat16 to four: batches of other sizes round otherwise, which
+    few windows do not average out."""
+    spec = importlib.util.spec_from_file_location("independent", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    model = locate_model(ModelSection(path=str(MODEL)))
+    text, windows = tmp_path / "text.txt", 3
+    text.write_text(WIKITEXT_2.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    assert ids.shape[1] >= windows * script.WINDOW
+    monkeypatch.setattr(script, "WINDOWS", windows)
+    for dtype, bound in (("float32", 5e-6), ("bfloat16", 5e-4)):
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        wanted = script.perplexity(loaded, ids)
+        own = shutil.copytree(model, tmp_path / dtype)
+        loaded.save_pretrained(own)
+        found = measured(own, text, windows=windows, sequence_length=script.WINDOW)
+        print(f"{dtype}: {found['quantized']['value']:.5f}, independently {wanted:.5f}")
+        assert found["tokens"] == windows * (script.WINDOW - 1)
+        assert found["quantized"]["value"] == pytest.approx(wanted, rel=bound)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from run_contexts import changed, opened
+from tiny_models import save_tiny_model, tiny_tokenizer
 
 import quantcli
 from quantcli.errors import DataError, RecipeError, RoomError
@@ -68,11 +69,11 @@ def results(recipe: Recipe) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def last_logits(model: Path, file: Path, side: str) -> torch.Tensor:
+def last_logits(model: Path, file: Path, side: str, dtype: str = "float32") -> torch.Tensor:
     """float64 [questions, vocabulary] behind each prompt by transformers: one question at a time, or all padded on a
     side, with mask and positions."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     prompts = [tokenizer(q.prompt).input_ids for q in questions_of(TaskSection(task="boolq", path=str(file)))]
     if side == "none":
         return torch.stack([loaded(torch.tensor([ids])).logits[0, -1].double() for ids in prompts])
@@ -96,16 +97,21 @@ def answers(model: Path, file: Path) -> list[str]:
     return said(last_logits(model, file, "none"), boolq_choices(tokenizer))
 
 
+@pytest.mark.parametrize(("dtype", "margin"), [("float32", 0.0), ("bfloat16", 0.02)])
 def test_padding_and_batches_change_no_answer(
-    recipe: Recipe, boolq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, boolq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, margin: float
 ) -> None:
+    """In bfloat16 with choices of which no question is within a rounding, since nothing decides there."""
     section = TaskSection(task="boolq", path=str(boolq))
-    with opened(recipe, "export") as context:
+    with opened(changed(recipe, model__dtype=dtype), "export") as context:
         models = {"float": Path(recipe["model"]["path"]), "quantized": context.folder("export") / "dense"}
-        logits = {name: last_logits(model, boolq, "none") for name, model in models.items()}
+        logits = {name: last_logits(model, boolq, "none", dtype) for name, model in models.items()}
         # a random model always prefers the same answer; tokens that it is of two minds about stand for yes and no
         order = logits["float"].argsort(-1).argsort(-1).float().std(0).argsort(descending=True)[:40].tolist()
-        mixed = [(abs(said(logits["float"], (i, j)).count("yes") - 6), i, j) for i in order for j in order if i != j]
+        apart = torch.stack([(one[:, order, None] - one[:, None, order]).abs().amin(0) for one in logits.values()])
+        clear = (apart.amin(0) > margin).tolist()
+        mixed = [(abs(said(logits["float"], (i, j)).count("yes") - 6), i, j)
+                 for a, i in enumerate(order) for b, j in enumerate(order) if clear[a][b]]  # fmt: skip
         choices = min(mixed)[1:]
         monkeypatch.setattr("quantcli.evaluation.tasks.boolq_choices", lambda _: choices)
         skeletons = {"float": (context.skeleton(original=True), None), "quantized": exported_model(context)}
@@ -113,7 +119,7 @@ def test_padding_and_batches_change_no_answer(
             wanted = said(logits[name], choices)
             assert set(wanted) == {"yes", "no"}
             for side in ("left", "right"):
-                assert said(last_logits(models[name], boolq, side), choices) == wanted
+                assert said(last_logits(models[name], boolq, side, dtype), choices) == wanted
             for tokens in (1, 300, 100_000):
                 model = Model(name, skeleton, exported, "prefill")
                 outcome = run_task(context, section, model, tmp_path / "hidden", batch_tokens=tokens)
@@ -215,6 +221,50 @@ def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_pat
             assert found["lm_eval"][name][f"{metric},none"] == pytest.approx(wanted[f"{metric},none"])
             assert found["metrics"][metric][name]["value"] == pytest.approx(wanted[f"{metric},none"])
     assert found["questions"] == len(rows)
+
+
+@torch.inference_mode()
+def of_two_minds(place: Path, boolq: Path) -> Path:
+    """A random model whose tokenizer has yes and no as tokens, and which finds both likely: what all questions have in
+    common is taken out of the difference of their rows in the head."""
+    model = save_tiny_model("llama", place / "model")
+    answers = " ".join(["Answer: yes", "Answer: no"] * 50)
+    tokenizer = tiny_tokenizer([answers + boolq.read_text()])
+    tokenizer.save_pretrained(model)
+    yes, no = boolq_choices(tokenizer)
+    assert tokenizer("Answer: yes").input_ids[:-1] == tokenizer("Answer:").input_ids
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    questions = questions_of(TaskSection(task="boolq", path=str(boolq)))
+    ends = torch.stack([loaded.model(torch.tensor([tokenizer(q.prompt).input_ids])).last_hidden_state[0, -1]
+                        for q in questions])  # fmt: skip
+    head, common = loaded.lm_head.weight, ends.mean(0)
+    head[yes] -= common * ((ends @ (head[yes] - head[no])).mean() / (common @ common))
+    loaded.save_pretrained(model)
+    return model
+
+
+def test_boolq_is_what_the_harness_finds_on_the_same_prompts(recipe: Recipe, boolq: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    place = tmp_path / "tasks"
+    place.mkdir()
+    (place / "same.yaml").write_text(
+        "task: same_boolq\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {boolq}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+        'test_split: test\noutput_type: multiple_choice\ndoc_to_choice: ["no", "yes"]\n'
+        'doc_to_text: "{{title}} -- {{passage}}\\nQuestion: {{question}}?\\nAnswer:"\n'
+        "doc_to_target: '{{answer | int}}'\nmetric_list: [{metric: acc}]\n"
+    )
+    tasks = [{"task": "boolq", "path": str(boolq)}, {"task": "lm-eval/same_boolq", "path": str(place)}]
+    recipe = changed(recipe, evaluate={"tasks": tasks, "generate": None})
+    run = quantcli.run(changed(recipe, model__path=str(of_two_minds(tmp_path, boolq)), model__sanity_check="off")).path
+    for stage in ("reference-tasks", "eval-tasks"):
+        ours, theirs = (
+            json.loads((run / stage / f"{name}.json").read_text()) for name in ("boolq", "lm-eval-same_boolq")
+        )
+        assert {sample["answer"] for sample in ours["samples"]} == {"yes", "no"}
+        assert [sample["accuracy"] for sample in ours["samples"]] == [sample["acc"] for sample in theirs["samples"]]
+        mean = sum(sample["accuracy"] for sample in ours["samples"]) / len(ours["samples"])
+        assert theirs["aggregates"]["acc,none"] == pytest.approx(mean)
 
 
 def test_a_name_alone_is_a_task_with_the_defaults() -> None:
