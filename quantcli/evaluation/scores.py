@@ -25,6 +25,9 @@ SCORED_BYTES = 4 << 20
 """Log-probabilities of a model that exist at a time on a CPU. They stay in its cache over the dozen passes that scores
 make of them (measured: a third of the time that as many positions take at once as the head computes)."""
 
+_FIRST, _GROUP = 5, 64
+"""Choices of a model that are compared, and tokens whose largest is found before they are."""
+
 Z95 = 1.959964
 """Half the width of a 95 % interval of a normal distribution, in standard deviations."""
 
@@ -69,11 +72,9 @@ class WindowScores:
         logq = torch.log_softmax(quantized_logits.float(), -1)
         label_q = logq.gather(1, labels[:, None])[:, 0]
         self.nll_quantized -= label_q.double().sum().item()
-        first_p, first_q = logp.max(-1).indices, logq.max(-1).indices  # half the time of argmax
+        (first_p, five_p), (first_q, five_q) = _choices(logp), _choices(logq)
         same = first_p == first_q
         self.agreements += int(same.sum().item())
-        width = min(5, logp.shape[-1])
-        five_p, five_q = logp.topk(width).indices, logq.topk(width).indices
         shared = (five_p[:, :, None] == five_q[:, None, :]).any(-1).float().mean(-1)
         # in place: the two tables of log-probabilities are the largest tensors of an evaluation
         difference = logq.neg_().add_(logp)
@@ -82,6 +83,26 @@ class WindowScores:
         columns = (-label_p, -label_q, kl, label_q.exp() - label_p.exp(), same, shared, first_p == labels,
                    first_q == labels)  # fmt: skip
         self.parts.append(torch.stack([column.float().cpu() for column in columns], 1))
+
+
+def _choices(logp: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable token of each row, of equal ones the first, and the five most probable, in no order.
+
+    They lie in the five groups of tokens with the largest maxima: one pass over the vocabulary, a quarter of the time
+    of `max` and `topk`. Of equal tokens in the fifth place any may be taken.
+    """
+    rows, vocabulary = logp.shape
+    groups = vocabulary // _GROUP
+    if groups <= _FIRST:
+        return logp.max(-1).indices, logp.topk(min(_FIRST, vocabulary)).indices
+    maxima = logp[:, : groups * _GROUP].view(rows, groups, _GROUP).amax(-1)
+    best = maxima.topk(_FIRST).indices.sort(-1).values  # in order, for the first of equal tokens
+    within = torch.arange(_GROUP, device=logp.device)
+    rest = torch.arange(groups * _GROUP, vocabulary, device=logp.device).expand(rows, -1)
+    places = torch.cat([(best[:, :, None] * _GROUP + within).flatten(1), rest], 1)
+    values = logp.gather(1, places)
+    first = places.gather(1, values.max(-1).indices[:, None])[:, 0]
+    return first, places.gather(1, values.topk(_FIRST).indices)
 
 
 Pieces = Callable[[int, int, int], Iterable[tuple[slice, Tensor]]]

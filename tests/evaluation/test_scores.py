@@ -190,6 +190,17 @@ def test_so_do_the_parts_that_are_scored_at_a_time(dtype: torch.dtype, monkeypat
         assert as_dictionary(score(windows, 3)) == pytest.approx(whole, rel=1e-7)
 
 
+@pytest.mark.parametrize("vocabulary", [3, 64 * 5, 64 * 6, 1000])
+def test_choices_are_those_of_the_whole_vocabulary(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logp = torch.rand(200, vocabulary, generator=generator)
+    first, five = scores_module._choices(logp)
+    assert torch.equal(first, logp.argmax(-1))
+    assert torch.equal(five.sort(-1).values, logp.topk(min(5, vocabulary)).indices.sort(-1).values)
+    logp[:, [2, vocabulary // 2, vocabulary - 1]] = 2.0  # equal ones
+    assert torch.equal(scores_module._choices(logp)[0], torch.full((200,), min(2, vocabulary // 2)))
+
+
 def test_one_window_has_no_error() -> None:
     scores = score(some_windows([40]))
     assert math.isfinite(scores.float_model.value)
