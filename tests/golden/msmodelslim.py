@@ -22,6 +22,7 @@ from quantcli.pipeline.context import Context
 from quantcli.pipeline.rundir import open_run
 from quantcli.pipeline.treatment import Phase
 from quantcli.pipeline.trial import TrialModel
+from quantcli.quant.grid import QuantizedWeight
 from quantcli.recipe import load_recipe
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
@@ -65,9 +66,11 @@ def left_out(model: str, case: str, entry: dict[str, Any]) -> str:
         return SMOOTHED_APART[case]
     if smoothing_of(model, case):
         return ""
-    smoothing = ("smooth", "awq", "quarot", "float_sparse", "autoround")
+    if "autoround" in case:
+        return ""
+    smoothing = ("smooth", "awq", "quarot", "float_sparse")
     if case.startswith("v1_") and (any(word in case for word in smoothing) or case == "v1_default_w8a8"):
-        return "these smoothing methods, pruning and learned rounding have no counterpart"
+        return "these smoothing methods and pruning have no counterpart"
     for word, reason in (
         (
             "w4a8_dynamic_g32",
@@ -198,10 +201,13 @@ def _v1(meta: dict[str, Any], case: str) -> Recipe:
     if case == "v1_default_w8a16":
         return {"weights": {"bits": 8}}
     (process,) = meta["config"]["spec"]["process"]
-    config = process["qconfig"]
+    learned = process["type"] == "autoround_quant"
+    config = process["strategies"][0]["qconfig"] if learned else process["qconfig"]
     if process["type"] == "dynamic_cache":
         return {"weights": {"bits": 16}, "kv_cache": {"symmetric": config["symmetric"]}}
     weights = {"bits": 4 if config["weight"]["dtype"] == "int4" else 8, "method": config["weight"]["method"]}
+    if learned:
+        weights["method"] = "signround"
     if weights["bits"] == 4:
         weights["full_range"] = False
     section: Recipe = {"weights": weights, "rollback": {"siblings": "apart"}}
@@ -209,7 +215,9 @@ def _v1(meta: dict[str, Any], case: str) -> Recipe:
     if act is None:
         return section
     scope = {"per_token": "token", "per_tensor": "tensor", "pd_mix": "mix"}[act["scope"]]
-    section["activations"] = {"bits": 8, "scope": scope}
+    section["activations"] = {"bits": 4 if act["dtype"] == "int4" else 8, "scope": scope}
+    if learned:
+        section["signround"] = {"iterations": process["iters"]}
     if scope != "token":
         aggregation = act.get("ext", {}).get("aggregation_type", "max")
         section["activations"] |= {
@@ -316,6 +324,17 @@ class MovedInputs(Store):
         stored = super().read(name)
         scale = stored.input_scale
         return replace(stored, input_scale=None if scale is None else scale * (1 + self.e))
+
+
+class OtherWeights(Store):
+    """A store with codes and scales of another tool in the place of its own."""
+
+    def __init__(self, folder: Path, weights: dict[str, QuantizedWeight]) -> None:
+        super().__init__(folder)
+        self.weights = weights
+
+    def read(self, name: str) -> StoredLinear:
+        return replace(super().read(name), weight=self.weights[name])
 
 
 def simulated_logits(context: Context, store: Store, tokens: Tensor, phase: Phase = "decode") -> Tensor:
