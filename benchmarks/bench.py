@@ -1,9 +1,11 @@
 """Time and memory, beside llm-compressor where its environment is named. Results go to BENCHMARKS.md by hand.
 
-python benchmarks/bench.py [startup] [memory] [--peer-python PEER/bin/python] [--work DIRECTORY] [--repeats 3]
+python benchmarks/bench.py [startup] [memory] [gptq] [--peer-python PEER/bin/python] [--work DIRECTORY] [--repeats 3]
 
 startup   `quantcli --help` and `quantcli plan` of a 70B configuration without weights, after one warm-up
 memory    W8A16 of a random 1.1B Llama (22 layers) and of one with 44 layers: wall time and peak resident memory
+gptq      stage quantize of w4a16-gptq, and of it asymmetric, of the 1.1B Llama with 16 x 512 tokens: the same two; when
+          asked for by name, since it takes minutes
 """
 
 from __future__ import annotations
@@ -70,11 +72,26 @@ def startup(work: Path, repeats: int) -> None:
         report(label, [measured(command) for _ in range(repeats)])
 
 
+def random_llama(work: Path, layers: int) -> Path:
+    """A Llama of random weights in `work`; one that is there is taken."""
+    model = work / f"llama-{layers}"
+    if not model.exists():
+        measured([sys.executable, str(HERE / "random_llama.py"), str(model), "--layers", str(layers)])
+    return model
+
+
+def gptq(work: Path, layers: int) -> None:
+    model, out = random_llama(work, layers), work / "gptq"
+    for label, asymmetric in (("w4a16-gptq", "false"), ("w4a16-gptq, asymmetric", "true")):
+        command = [*QUANTCLI, "quantize", "w4a16-gptq", "--model", str(model), "--output", str(out), "--quiet"]
+        command += ["--set", "calibration.samples=16", "--set", f"quantize.gptq.asymmetric={asymmetric}"]
+        report(f"{label}, {layers} layers", [measured([*command, "--set", "model.sanity_check=off"])])
+        shutil.rmtree(out)
+
+
 def memory(work: Path, repeats: int, peer: str | None) -> None:
     for layers in (22, 44):
-        model = work / f"llama-{layers}"
-        if not model.exists():
-            measured([sys.executable, str(HERE / "random_llama.py"), str(model), "--layers", str(layers)])
+        model = random_llama(work, layers)
         contestants = {
             "quantcli run w8a16": [*QUANTCLI, "run", "w8a16", "--model", str(model), "--set", "evaluate=null"]
         }
@@ -93,10 +110,11 @@ def memory(work: Path, repeats: int, peer: str | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["startup", "memory"], choices=["startup", "memory"])
+    parser.add_argument("what", nargs="*", default=["startup", "memory"], choices=["startup", "memory", "gptq"])
     parser.add_argument("--peer-python", help="Python of an environment with llmcompressor.")
     parser.add_argument("--work", type=Path, help="Folder for models and outputs; kept.")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=22, help="Of the model of `gptq`; 22: 1.1B.")
     arguments = parser.parse_args()
     folder = arguments.work or Path(tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
@@ -105,3 +123,5 @@ if __name__ == "__main__":
         startup(folder, arguments.repeats)
     if "memory" in arguments.what:
         memory(folder, arguments.repeats, arguments.peer_python)
+    if "gptq" in arguments.what:
+        gptq(folder, arguments.layers)

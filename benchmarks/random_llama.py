@@ -1,4 +1,4 @@
-"""Writes a Llama of random weights, sharded, without holding it in memory.
+"""Writes a Llama of random weights, sharded, without holding it in memory, with a tokenizer of bytes.
 
 python benchmarks/random_llama.py DIRECTORY [--layers 22]   hidden 2048, intermediate 5632, vocabulary 32000; 22: 1.1B
 """
@@ -10,6 +10,8 @@ import json
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from quantcli.model.writer import PlannedTensor, shard_names, split_shards, write_index, write_safetensors
 
@@ -52,6 +54,17 @@ def shapes(layers: int) -> dict[str, tuple[int, ...]]:
     return named | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (VOCABULARY, HIDDEN)}
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that joins nothing: behind three special tokens, one for each byte."""
+    special = ["<unk>", "<s>", "</s>"]
+    symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({symbol: number for number, symbol in enumerate(symbols)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(special)
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
 def write(directory: Path, layers: int) -> None:
     """A checkpoint of about 1 GB a shard; the same weights every time."""
     directory.mkdir(parents=True)
@@ -71,6 +84,7 @@ def write(directory: Path, layers: int) -> None:
     for file, shard in zip(shard_names(len(shards)), shards, strict=True):
         write_safetensors(directory / file, shard, produce, {"format": "pt"})
     write_index(directory, shards)
+    tokenizer().save_pretrained(directory)
     (directory / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}, indent=2))
 
 

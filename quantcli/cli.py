@@ -232,6 +232,9 @@ def convert(
             help="Whether ascend, mindie and numpy are for their owner alone, as export.restrict_permissions.",
         ),
     ] = True,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code, if it comes with some.")
+    ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -239,7 +242,14 @@ def convert(
     from quantcli import console
     from quantcli.pipeline.convert import convert_checkpoint
 
-    found = convert_checkpoint(checkpoint, to, output, overwrite=overwrite, restrict_permissions=restrict_permissions)
+    found = convert_checkpoint(
+        checkpoint,
+        to,
+        output,
+        overwrite=overwrite,
+        restrict_permissions=restrict_permissions,
+        trust_remote_code=trust_remote_code,
+    )
     if as_json:
         _print_json(found)
     else:

@@ -252,6 +252,20 @@ def rotatable_heads(structure: Structure, head_dim: int) -> list[SharedInput]:
     return [shared for block in structure.blocks for shared in block.inputs if _is_rotatable(block, shared, head_dim)]
 
 
+def joined(structure: Structure) -> dict[str, tuple[str, ...]]:
+    """The linears of blocks that engines join into one, as q, k and v, or gate and up of one expert: those that are
+    fused, of one parent, with inputs of one width. By the name of each of them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for block in structure.blocks:
+        widths = {linear.name: linear.in_features for linear in block.linears}
+        for fused in block.fused:
+            parts: dict[tuple[str, int], list[str]] = {}
+            for name in fused:
+                parts.setdefault((name.rpartition(".")[0], widths[name]), []).append(name)
+            found |= {name: tuple(names) for names in parts.values() if len(names) > 1 for name in names}
+    return found
+
+
 def _is_rotatable(block: Block, shared: SharedInput, size: int) -> bool:
     starts = head_starts(shared, size)
     if shared.producer is None or shared.producer.obstacle or not starts:

@@ -23,24 +23,31 @@ if TYPE_CHECKING:
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.formats.verify import Verified
     from quantcli.model.checkpoint import Checkpoint
+    from quantcli.model.structure import Structure
 
 
 def convert_checkpoint(
-    source: Path, form: str, output: Path, *, overwrite: bool = False, restrict_permissions: bool = True
+    source: Path,
+    form: str,
+    output: Path,
+    *,
+    overwrite: bool = False,
+    restrict_permissions: bool = True,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the checkpoint `source`, whoever made it, in the format `form`; codes and scales stay as they are.
 
-    It is written beside `output`, read back by other code and compared, and then moved there, so that `output` holds
-    all of it or nothing; what a killed conversion left is no checkpoint, and the next one clears it away. With
-    `overwrite`, weights and configurations that were there are replaced, and what has the name of a file that comes
-    along, such as the tokenizer; other files stay. `restrict_permissions` gives files the modes of
-    `formats.permissions` if those are the format's. Raises RecipeError for what the format cannot hold, before anything
-    is written, ModelError for a source without codes or with scales that the format does not hold, OutputError for an
-    output that is in use.
+    It is written beside `output`, read back by other code and compared, given a fixed prompt as the source is, and then
+    moved there, so that `output` holds all of it or nothing; what a killed conversion left is no checkpoint, and the
+    next one clears it away. With `overwrite`, weights and configurations that were there are replaced, and what has the
+    name of a file that comes along, such as the tokenizer; other files stay. `restrict_permissions` gives files the
+    modes of `formats.permissions` if those are the format's. Raises RecipeError for what the format cannot hold, before
+    anything is written, ModelError for a source without codes or with scales that the format does not hold, OutputError
+    for an output that is in use, VerificationError where what was written is not what was read.
     """
     if form not in FORMATS:
         raise RecipeError(f"--to: there is no format {form!r}.", f"Known formats: {', '.join(FORMATS)}.")
-    structure, checkpoint, weights = open_checkpoint(source)
+    structure, checkpoint, weights = open_checkpoint(source, trust_remote_code=trust_remote_code)
     if checkpoint.form is None or checkpoint.form is dense:
         raise ModelError(f"{source} holds no codes.", "Name a quantized checkpoint.")
     quantized = [(checkpoint.linears[name], scheme) for name, scheme in checkpoint.schemes.items()]
@@ -53,7 +60,9 @@ def convert_checkpoint(
         output.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(output)
         try:
-            found = _written(temporary, form, checkpoint, weights, restrict_permissions)
+            found, score = _written(
+                temporary, form, structure, checkpoint, weights, restrict_permissions, trust_remote_code
+            )
             _move(temporary, output)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -64,6 +73,7 @@ def convert_checkpoint(
         "schemes": dict(Counter(scheme.name for scheme in checkpoint.schemes.values())),
         "linears": found.linears,
         "other_tensors": found.other_tensors,
+        "prompt": score,
         "bytes": found.nbytes,
         "left_out": missing or None,
     }
@@ -96,23 +106,31 @@ def _replaced(output: Path) -> set[Path]:
 
 
 def _written(
-    folder: Path, form: str, checkpoint: QuantizedCheckpoint, weights: dict[str, str], restrict_permissions: bool
-) -> Verified:
+    folder: Path,
+    form: str,
+    structure: Structure,
+    checkpoint: QuantizedCheckpoint,
+    weights: dict[str, str],
+    restrict_permissions: bool,
+    trust_remote_code: bool,
+) -> tuple[Verified, float]:
+    """The checkpoint written and read back; what is known of it, and the log-likelihood of the prompt."""
     from quantcli.formats.export import Source, export_checkpoint, tied_head
     from quantcli.formats.permissions import restricted, restricts
     from quantcli.formats.reader import ReadStore
     from quantcli.formats.verify import verify_checkpoint
-    from quantcli.model.structure_cache import find_structure
+    from quantcli.pipeline.prompt import check_prompt
 
     store = ReadStore(checkpoint)
     read_as_float = cast("Checkpoint", checkpoint)
-    tied = tied_head(find_structure(checkpoint.directory), read_as_float)
+    tied = tied_head(structure, read_as_float)
     source = Source(read_as_float, weights, None, tied)
     files = export_checkpoint(folder, FORMATS[form], store, source, checkpoint.linears)
     for _ in restricted(folder, files) if restrict_permissions and restricts(FORMATS[form]) else files:
         pass
     split = [name for name, linear in checkpoint.linears.items() if linear.splits_input]
-    return verify_checkpoint(folder, store, read_as_float, weights, None, form, tied, split)
+    found = verify_checkpoint(folder, store, read_as_float, weights, None, form, tied, split)
+    return found, check_prompt(folder, form, store, source, structure, trust_remote_code=trust_remote_code)
 
 
 def _clear_leftovers(output: Path) -> None:

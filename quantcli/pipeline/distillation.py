@@ -20,6 +20,7 @@ from quantcli.evaluation.simulate import not_read, simulated
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.context import Context
+from quantcli.pipeline.plan import scale_groups
 from quantcli.quant.grid import stored_scale
 from quantcli.quant.scheme import Scheme
 from quantcli.quant.straight_through import graded_linear
@@ -37,7 +38,8 @@ class Student:
     """A quantized model whose scales and vectors are tuned.
 
     `changes`, one for each tuned tensor and of its shape, are relative: a scale becomes s (1 + d), an element of a
-    vector v + d (|v| + mean|v| / 10). `inputs` names what shares a static input scale.
+    vector v + d (|v| + mean|v| / 10). `inputs` names what shares a static input scale, `weights` what shares
+    a scale of weights.
     """
 
     context: Context
@@ -46,15 +48,18 @@ class Student:
     section: DistillSection
     changes: dict[str, nn.Parameter] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
     vectors: dict[str, Tensor] = field(default_factory=dict)
 
     def prepare(self) -> None:
         """Start without any change."""
         structure, device = self.context.plan.structure, self.stream.skeleton.device
         shared = {name: each.name for block in structure.blocks for each in block.inputs for name in each.linears}
+        groups = scale_groups(structure, self.store.schemes)
         for name, scheme in self.store.schemes.items() if self.section.scale_rate else ():
             linear = self.context.linears[name]
-            self._add(f"{name}.scale", scheme.scale_shape(linear.out_features, linear.in_features))
+            self.weights[name] = groups.get(name, (name,))[0]
+            self._add(f"{self.weights[name]}.scale", scheme.scale_shape(linear.out_features, linear.in_features))
             if scheme.observed:
                 self.inputs[name] = shared.get(name, name)
                 self._add(f"{self.inputs[name]}.input_scale", (1,))
@@ -87,7 +92,7 @@ class Student:
 
     def scale(self, name: str, stored: StoredLinear) -> Tensor:
         """The scale of a linear with its change, float32."""
-        scale, change = stored.weight.scale.float(), self.changes.get(f"{name}.scale")
+        scale, change = stored.weight.scale.float(), self.changes.get(f"{self.weights.get(name)}.scale")
         return scale if change is None else scale * (1 + change)
 
     def input_scale(self, name: str, stored: StoredLinear) -> Tensor | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import Verdict, verdicts
-from quantcli.model.structure import Block, Linear, Structure, heads_obstacles, rotation_obstacles
+from quantcli.model.structure import Block, Linear, Structure, heads_obstacles, joined, rotation_obstacles
 from quantcli.pipeline.estimate import Estimate, estimate
 from quantcli.pipeline.held import left_out_note, refuse_unheld
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -464,6 +464,17 @@ def stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> 
 
     form = FORMATS[recipe.export.formats[0] if recipe.export else "compressed-tensors"]
     return sum(BYTES[kind] * prod(shape) for kind, shape in form.layout(linear, scheme, dtype).values())
+
+
+def scale_groups(structure: Structure, schemes: Mapping[str, Scheme]) -> dict[str, tuple[str, ...]]:
+    """What has one scale of its weights, by the name of each such linear: float codes with a scale a tensor, of linears
+    that engines join. Of several scales they would take the largest, and round all codes a second time."""
+    return {
+        name: group
+        for name, group in joined(structure).items()
+        if all(name in schemes and schemes[name] == schemes.get(group[0]) for name in group)
+        and (schemes[name].type, schemes[name].granularity) == ("float", "tensor")
+    }
 
 
 def fused_groups(structure: Structure, names: Iterable[str]) -> Iterator[tuple[str, ...]]:

@@ -229,7 +229,7 @@ def _solve_input(
                      text=f"The Hessian of {names[0]} factors only with {curvature.damping:.0%} of its "
                      f"diagonal added, not {section.damping:.0%}.")  # fmt: skip
     found: Results = {}
-    for members in _alike(names, context.plan.treatments):
+    for members in _alike(names, context.plan.treatments, source.one_scale):
         treatment = context.plan.treatments[members[0]]
         weights = [source.weight(name).float() for name in members]
         whole = torch.cat(weights)
@@ -259,21 +259,23 @@ def _solve_input(
     return found
 
 
-def _alike(names: Sequence[str], treatments: Mapping[str, Treatment]) -> list[list[str]]:
-    """Linears that can be solved as one: of one treatment, with a scale a row or finer."""
+def _alike(
+    names: Sequence[str], treatments: Mapping[str, Treatment], one_scale: Mapping[str, tuple[str, ...]]
+) -> list[list[str]]:
+    """Linears that can be solved as one: of one treatment, with a scale a row or finer, or with one scale for all."""
     groups: dict[object, list[str]] = {}
     for name in names:
         treatment = treatments[name]
-        key = name if treatment.scheme.granularity == "tensor" else treatment
+        key = one_scale.get(name, name) if treatment.scheme.granularity == "tensor" else treatment
         groups.setdefault(key, []).append(name)
     return list(groups.values())
 
 
 def _split(quantized: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWeight]:
-    """The rows of each linear, on the CPU; the scale of a tensor belongs to one linear alone."""
+    """The rows of each linear, on the CPU; the scale of a tensor is that of every one."""
     codes, scale, zero_point = quantized.to("cpu")
-    if len(rows) == 1:
-        return [QuantizedWeight(codes, scale, zero_point)]
+    if len(scale) == 1:
+        return [QuantizedWeight(part, scale.clone(), zero_point) for part in codes.split(list(rows))]
     zeros = [None] * len(rows) if zero_point is None else zero_point.split(list(rows))
     parts = zip(codes.split(list(rows)), scale.split(list(rows)), zeros, strict=True)
     return [QuantizedWeight(*part) for part in parts]

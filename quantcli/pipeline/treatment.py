@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from quantcli.errors import ModelError
 from quantcli.pipeline.context import Context
-from quantcli.pipeline.plan import Treatment
+from quantcli.pipeline.plan import Treatment, scale_groups
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +45,8 @@ class WeightSource:
             context.model, context.plan.structure, self.checkpoint.entries, trust_remote_code=trust
         )
         self.original = original
+        schemes = {name: scheme for name, (_, scheme) in context.plan.schemes.items()}
+        self.one_scale = scale_groups(context.plan.structure, schemes)
         self.by_block: dict[int, list[str]] = {}
         for name, (block, _) in context.plan.schemes.items():
             self.by_block.setdefault(block, []).append(name)
@@ -113,8 +115,9 @@ class WeightSource:
         if few:
             treatment = replace(treatment, weights=treatment.weights.model_copy(update={"importance": "none"}))
         dtype = self.context.plan.structure.dtype
-        weight = self.weight(name)
-        stored, facts = quantize_weight(name, weight, treatment, dtype, seen)
+        weight, group = self.weight(name), self.one_scale.get(name, (name,))
+        whole = None if len(group) == 1 else [weight if each == name else self.weight(each) for each in group]
+        stored, facts = quantize_weight(name, weight, treatment, dtype, seen, whole)
         if few:
             facts["data_free"] = True
         if with_inputs and treatment.scheme.observed:
@@ -125,17 +128,23 @@ class WeightSource:
 
 
 def quantize_weight(
-    name: str, weight: Tensor, treatment: Treatment, dtype: str, statistics: Statistics | None
+    name: str,
+    weight: Tensor,
+    treatment: Treatment,
+    dtype: str,
+    statistics: Statistics | None,
+    whole: Sequence[Tensor] | None = None,
 ) -> tuple[StoredLinear, dict[str, Any]]:
     """Codes and scales of a weight [out, in], on the CPU, and the facts that events.jsonl keeps of them.
 
-    `dtype` is the model's. A method that is solved from calibration is tried as `mse` here. Raises ModelError, with the
-    module, for weights that are not finite.
+    `dtype` is the model's. A method that is solved from calibration is tried as `mse` here. `whole`: the weights that
+    share one scale, in an order that is the same for each of them, `weight` itself among them. Raises ModelError, with
+    the module, for weights that are not finite.
     """
     import torch
 
     from quantcli.formats.store import StoredLinear
-    from quantcli.quant.grid import QuantizedWeight
+    from quantcli.quant.grid import QuantizedWeight, quantize_codes
     from quantcli.quant.methods import WEIGHT_METHODS, weight_error
     from quantcli.recipe.quantization import SPARSE_METHODS
 
@@ -150,7 +159,12 @@ def quantize_weight(
     method: Callable[..., QuantizedWeight] = WEIGHT_METHODS["mse" if section.solves else section.method]
     if section.method in SPARSE_METHODS:
         method = partial(method, fraction=section.fraction, sigma_factor=section.sigma_factor)
-    codes, scale, zero_point = method(weight, weight_grid(treatment, dtype), importance)
+    grid = weight_grid(treatment, dtype)
+    if whole is None:
+        codes, scale, zero_point = method(weight, grid, importance)
+    else:
+        scale, zero_point = method(torch.cat(list(whole)), grid, importance)[1:]
+        codes = quantize_codes(weight, scale, zero_point, grid)
     quantized = QuantizedWeight(codes.cpu(), scale.cpu(), None if zero_point is None else zero_point.cpu())
     facts: dict[str, Any] = {"scale_max": _short(scale.abs().max().item())}
     facts["error"] = _short(weight_error(weight, QuantizedWeight(codes, scale, zero_point), importance))

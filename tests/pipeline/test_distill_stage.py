@@ -160,6 +160,19 @@ def test_tuned_scales_are_held_by_every_format(recipe: Recipe) -> None:
         assert smallest == 2**-17  # a smaller bfloat16 value need not be a float16 one
 
 
+def test_fp8_linears_that_engines_join_keep_one_scale(recipe: Recipe) -> None:
+    weights = {"type": "float", "granularity": "tensor"}
+    recipe = changed(
+        recipe, export=None, evaluate=None, quantize={"weights": weights, "distill": {"passes": 4, "scale_rate": 0.01}}
+    )
+    with opened(recipe, "distill") as context:
+        store = Store(context.folder("quantize"))
+    found = tuned(recipe)
+    scales = [found[f"model.layers.0.self_attn.{short}_proj.scale"] for short in "qkvo"]
+    assert scales[0] == scales[1] == scales[2] != scales[3]
+    assert scales[0] != store.read("model.layers.0.self_attn.q_proj").weight.scale
+
+
 def test_what_does_not_help_is_not_taken(recipe: Recipe) -> None:
     recipe = changed(recipe, quantize__distill={"scale_rate": 0.1, "norm_rate": 0.1}, quantize__weights__bits=8)
     quantcli.run(recipe)

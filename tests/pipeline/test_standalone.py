@@ -93,6 +93,7 @@ def test_codes_and_scales_survive_every_conversion(
         output = tmp_path / f"{number}-{form}"
         facts = convert_checkpoint(source, form, output)
         assert (facts["linears"], facts["left_out"]) == (13, None)
+        assert facts["prompt"] < 0
         found = codes_of(output)
         assert found.keys() == wanted.keys()
         for name, (codes, scale) in wanted.items():

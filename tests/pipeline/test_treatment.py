@@ -170,6 +170,28 @@ def test_transposed_weights_are_read_with_outputs_first(tmp_path: Path) -> None:
             assert torch.equal(source.read(name), checkpoint[f"{name}.weight"].t())
 
 
+@pytest.mark.parametrize("method", ["minmax", "mse", "gptq"])
+def test_fp8_linears_that_engines_join_have_one_scale(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path, method: str
+) -> None:
+    weights = {"type": "float", "granularity": "tensor", "method": method}
+    recipe = changed(static_recipe(tmp_path / "run"), export=None, evaluate=None, quantize={"weights": weights})
+    with opened(recipe, "quantize") as context:
+        store, model = Store(context.folder("quantize")), load_file(context.model / "model.safetensors")
+    for short in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        names = [f"model.layers.1.{name}" for name in short]
+        found = [store.read(name).weight for name in names]
+        assert len({float(each.scale) for each in found}) == 1
+        if method == "minmax":
+            largest = max(float(model[f"{name}.weight"].abs().max()) for name in names)
+            assert float(found[0].scale) == pytest.approx(largest / 448, rel=1e-2)
+            for name, each in zip(names, found, strict=True):
+                codes = (model[f"{name}.weight"].float() / each.scale.float()).to(torch.float8_e4m3fn)
+                assert torch.equal(codes.float(), each.codes.float())
+    alone = {float(store.read(f"model.layers.1.{name}").weight.scale) for name in ("self_attn.o_proj", "mlp.down_proj")}
+    assert len(alone) == 2
+
+
 # faults of a whole run
 
 

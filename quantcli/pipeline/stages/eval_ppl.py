@@ -98,13 +98,9 @@ def run(context: Context, folder: StageFolder) -> None:
 
 def exported_model(context: Context) -> tuple[Skeleton, QuantizedCheckpoint]:
     """The model as its first export has it: without weights, and the checkpoint that they are read from."""
-    from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.skeleton import Skeleton
-    from quantcli.pipeline.stages.export import float_source
 
-    assert context.recipe.export is not None
-    folder = context.folder("export") / context.recipe.export.formats[0]
-    exported = QuantizedCheckpoint(folder, context.linears, float_source(context).weights)
+    exported = exported_checkpoint(context)
     skeleton = Skeleton(
         context.model,
         context.plan.structure,
@@ -115,6 +111,16 @@ def exported_model(context: Context) -> tuple[Skeleton, QuantizedCheckpoint]:
         untied=context.untied,
     )
     return skeleton, exported
+
+
+def exported_checkpoint(context: Context) -> QuantizedCheckpoint:
+    """The first export, as it is read back."""
+    from quantcli.formats.reader import QuantizedCheckpoint
+    from quantcli.pipeline.stages.export import float_source
+
+    assert context.recipe.export is not None
+    folder = context.folder("export") / context.recipe.export.formats[0]
+    return QuantizedCheckpoint(folder, context.linears, float_source(context).weights)
 
 
 def advance(

@@ -50,24 +50,21 @@ def run(context: Context, folder: StageFolder) -> None:
     import torch
 
     from quantcli.calibration.tokens import tokenize
-    from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.stages.eval_ppl import exported_checkpoint
     from quantcli.pipeline.stages.export import float_source
 
-    assert context.recipe.export is not None
     wanted, section = _tokens(context.recipe)
     length = min(wanted, known_positions(context.model) or wanted)
     text = tokenize(context.tokenizer(), texts_of(section), samples=1, sequence_length=length, packing="packed", seed=0)
-    form = context.recipe.export.formats[0]
-    source = float_source(context)
-    exported = QuantizedCheckpoint(context.folder("export") / form, context.linears, source.weights)
+    exported, weights = exported_checkpoint(context), float_source(context).weights
     stream = BlockStream(context.skeleton(), batched(text.samples))
     (hidden,) = stream.start()
     errors: dict[str, dict[str, float | None]] = {}
     for index, block in enumerate(context.plan.structure.blocks):
         started = time.perf_counter()
         planned = [linear.name for linear in block.linears if linear.name in context.plan.schemes]
-        replaced = {name: _exported(context, exported, source.weights[name], name, stream, section) for name in planned}
+        replaced = {name: _exported(context, exported, weights[name], name, stream, section) for name in planned}
         found: dict[str, dict[str, float | None]] = {name: {} for name in replaced}
         with stream.block(index) as module, torch.inference_mode(), output_errors(module, block, replaced, found):
             hidden = stream.run(index, 0, hidden)
