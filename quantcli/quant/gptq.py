@@ -44,17 +44,19 @@ def factored(hessian: Tensor, damping: float = 0.01) -> Curvature:
     order = torch.argsort(diagonal, descending=True, stable=True)
     # Solved for channels of variance one: the factor's rounding is then relative to each channel
     unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[order]
-    normal = hessian[order][:, order] * unit * unit[:, None]
     for step in DAMPING_STEPS:
         used = min(1.0, damping * step)
+        # made anew at each step, and let go of at once: these matrices are the most that solving a block holds
+        normal = hessian[order][:, order].mul_(unit).mul_(unit[:, None])
         normal.diagonal().copy_(torch.full_like(unit, 1.0 + used))
-        lower, info = torch.linalg.cholesky_ex(normal)
+        matrix, info = torch.linalg.cholesky_ex(normal)
+        del normal
         if not info:
-            inverse = torch.cholesky_inverse(lower)
-            factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not info and bool(torch.isfinite(factor).all()):
+            matrix = torch.cholesky_inverse(matrix)
+            matrix, info = torch.linalg.cholesky_ex(matrix, upper=True)
+        if not info and bool(torch.isfinite(matrix).all()):
             # of S N S with S = 1 / unit: the inverse is unit N⁻¹ unit, its factor U has its columns scaled
-            return Curvature(order, factor * unit, used, hessian)
+            return Curvature(order, matrix.mul_(unit), used, hessian)
     raise ValueError(f"the Hessian does not factor with {used:.0%} of its diagonal added")
 
 
