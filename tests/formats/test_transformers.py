@@ -57,7 +57,9 @@ def of_transformers(folder: Path) -> Tensor:
         return model(TOKENS).logits.float()
 
 
-def by_the_rules_of_transformers(module: nn.Module, weights: QuantizedProduct) -> Callable[[Tensor], Tensor]:
+def by_the_rules_of_transformers(
+    module: nn.Module, weights: QuantizedProduct, _shared: object
+) -> Callable[[Tensor], Tensor]:
     """The table above as code, in the place of `simulate._forward`."""
 
     def forward(x: Tensor) -> Tensor:

@@ -95,7 +95,8 @@ def test_the_recorded_case_is_reproduced(model: str, case: str, entry: dict[str,
             for part, ours in store.read_attention(module).items():
                 theirs = recorded[_attention_name(module, part)]
                 _compare(f"{module}.{part}", ours, theirs, scale_error, part.endswith("offset"), model)
-        if "autoround" in case:
+        # of 110 tokens: with 8 bits rounding to nearest is nearly exact on others, and what any of them say is noise
+        if "autoround" in case and "w8a8" not in case:
             _compare_outcomes(context, store, recorded, model)
         logits = golden.GOLDEN / model / case / "logits.safetensors"
         if (
