@@ -124,15 +124,14 @@ def solve_block(
                 for batch, value in enumerate(beside.finish()):
                     passes.plain.put(batch, value)
                     plain[batch] = value
-            tuned = [name for name in aims if treatments[name].weights.method == "signround"]
-            if tuned:
+            if aims:
                 walk.close()
             else:
                 for batch, value in enumerate(walk.finish()):
                     passes.quantized.put(batch, value)
-        if tuned:
-            found |= _tune(source, passes, index, {name: aims[name] for name in tuned}, found, plain, section.signround)
-            for name in tuned:
+        if aims:
+            found |= _tune(source, passes, index, aims, found, plain, section.signround)
+            for name in aims:
                 hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
             local = {name.removeprefix(f"{block.name}."): how for name, how in hows.items()}
             with simulated(module, local, block.local_experts):
@@ -213,7 +212,8 @@ def _solve_input(
     statistics: StatisticsOf,
     aims: dict[str, Tensor],
 ) -> Results:
-    """The linears that read one input, those of one treatment at once. What was aimed at is added to `aims`."""
+    """The linears that read one input, those of one treatment at once. What was aimed at by those to be tuned
+    is added to `aims`."""
     moments, drifts, lacking = hessian.moments(), hessian.drifts(), hessian.lacks()
     compared = hessian.compared_moments()
     if not bool(torch.isfinite(moments.diagonal()).all()):
@@ -232,7 +232,10 @@ def _solve_input(
     for members in _alike(names, context.plan.treatments, source.one_scale):
         treatment = context.plan.treatments[members[0]]
         weights = [source.weight(name).float() for name in members]
-        whole = torch.cat(weights)
+        rows = [len(weight) for weight in weights]
+        zero_rows = [int((torch.count_nonzero(weight, dim=1) == 0).sum()) for weight in weights]
+        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+        del weights  # as large as the whole
         facts: Facts = {"damping": curvature.damping, "tokens": hessian.tokens}
         target = whole
         if drifts is not None:
@@ -246,16 +249,15 @@ def _solve_input(
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)
         facts["error"] = float(f"{lost:.6g}")
-        rows = [len(weight) for weight in weights]
-        for name, weight, part in zip(members, weights, _split(quantized, rows), strict=True):
-            zero_rows = int((torch.count_nonzero(weight, dim=1) == 0).sum())
+        for name, zeros, part in zip(members, zero_rows, _split(quantized, rows), strict=True):
             entry = StoredLinear(part)
-            own = facts | {"scale_max": float(f"{part.scale.abs().max().item():.6g}"), "zero_rows": zero_rows}
+            own = facts | {"scale_max": float(f"{part.scale.abs().max().item():.6g}"), "zero_rows": zeros}
             if treatment.scheme.observed:
                 scale, zero, ranges = input_parameters(observed_of(statistics(name)), treatment)
                 entry, own = with_input(entry, scale, zero), own | ranges
             found[name] = (entry, own)
-        aims |= dict(zip(members, target.split(rows), strict=True))
+        if treatment.weights.method == "signround":
+            aims |= dict(zip(members, target.split(rows), strict=True))
     return found
 
 

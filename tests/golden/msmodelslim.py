@@ -249,8 +249,11 @@ def model_with_tokens(model: str, calibration: str, root: Path) -> tuple[Path, P
     return folder, root / f"{model}-{calibration}.jsonl"
 
 
-def recipe_with_model(model: str, case: str, root: Path, samples: slice = slice(None)) -> Recipe:
-    """The whole recipe of the case, on the samples that the tool looks at."""
+def recipe_with_model(
+    model: str, case: str, root: Path, samples: slice = slice(None), asymmetric: bool = False
+) -> Recipe:
+    """The whole recipe of the case, on the samples that the tool looks at; with asymmetric GPTQ in the place of its
+    weight method if that is asked for."""
     folder, text = model_with_tokens(model, meta_of(model, case).get("calibration") or "calibration", root)
     output = root / "runs" / f"{model}-{case}"
     smooth = smoothing_of(model, case)
@@ -269,6 +272,10 @@ def recipe_with_model(model: str, case: str, root: Path, samples: slice = slice(
         "export": None,
         "output": str(output),
     }
+    if asymmetric:
+        whole["quantize"]["weights"]["method"] = "gptq"
+        whole["quantize"]["gptq"] = {"asymmetric": True}
+        whole["output"] += "-asymmetric"
     if smooth:
         whole["calibration"] |= {"samples": count}
         whole["smooth"] = smooth
@@ -276,9 +283,11 @@ def recipe_with_model(model: str, case: str, root: Path, samples: slice = slice(
 
 
 @contextmanager
-def quantized(model: str, case: str, root: Path, samples: slice = slice(None)) -> Iterator[tuple[Context, Store]]:
+def quantized(
+    model: str, case: str, root: Path, samples: slice = slice(None), asymmetric: bool = False
+) -> Iterator[tuple[Context, Store]]:
     """The case run by this program; the context and its store."""
-    recipe = load_recipe(recipe_with_model(model, case, root, samples))
+    recipe = load_recipe(recipe_with_model(model, case, root, samples, asymmetric))
     result = engine.run_recipe(recipe, until="quantize")
     with open_run(Path(recipe.output), Path(recipe.model.path)) as run:
         context = Context(recipe, Path(recipe.model.path), result.plan, run, "cpu", results=result.stages)
@@ -311,6 +320,16 @@ def input_moments(model: str) -> dict[str, Tensor]:
             whole(tokens.view(1, -1), use_cache=False)
     joined = {name: torch.cat(inputs).double() for name, inputs in seen.items()}
     return {name: (x.t() @ x / len(x)).float() for name, x in joined.items()}
+
+
+def float_logits(model: str) -> list[tuple[Tensor, Tensor]]:
+    """Each calibration sample of the recorded model, and its logits [tokens, vocabulary]."""
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(GOLDEN / model / "model", dtype=torch.float32).eval()
+    samples = load_file(GOLDEN / model / "calibration.safetensors").values()
+    with torch.inference_mode():
+        return [(tokens, whole(tokens.view(1, -1), use_cache=False).logits[0]) for tokens in samples]
 
 
 class MovedInputs(Store):
