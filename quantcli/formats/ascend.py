@@ -312,13 +312,14 @@ def documents(
             description[name] = type_name(store.schemes[owner])
         else:
             description[name] = "FAQuant" if attention is not None and attention.heads else "C8"
-    return {DESCRIPTION: description, "config.json": _without_quantization(config)}
+    return {DESCRIPTION: description, "config.json": without_quantization(config)}
 
 
-def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what it says of quantization, that of a language model inside it likewise."""
     left = {key: value for key, value in config.items() if key != "quantization_config"}
     if isinstance(left.get("text_config"), dict):
-        left["text_config"] = _without_quantization(left["text_config"])
+        left["text_config"] = without_quantization(left["text_config"])
     return left
 
 

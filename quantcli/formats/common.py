@@ -1,4 +1,4 @@
-"""What formats have in common: how config.json names one, what is in a block, and having nothing of attention."""
+"""What formats have in common: how config.json names one, what records say, names, and having nothing of attention."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from quantcli.quant.scheme import AttentionScheme
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantcli.formats.store import Store
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".npy")
+"""Of the files that hold weights, in any format."""
+
 
 def named_by_config(name: str) -> Callable[[Path, Mapping[str, Any]], bool]:
     """`recognizes` of a format that `quant_method` in the quantization_config of config.json names."""
@@ -20,6 +25,14 @@ def named_by_config(name: str) -> Callable[[Path, Mapping[str, Any]], bool]:
         return isinstance(content, dict) and content.get("quant_method") == name
 
     return recognizes
+
+
+def recorded_schemes(store: Store) -> dict[str, Any]:
+    """What quantization.json says of linears and attention, where tensors do not tell it."""
+    return {
+        "linears": {name: scheme.to_json() for name, scheme in store.schemes.items()},
+        "attention": None if store.attention is None else store.attention.to_json(),
+    }
 
 
 def in_block(module: str) -> bool:

@@ -82,8 +82,7 @@ def documents(
         "format": NAME,
         "weights": "dequantized",
         "not_in_it": missing or None,
-        "linears": {name: scheme.to_json() for name, scheme in store.schemes.items()},
-        "attention": None if store.attention is None else store.attention.to_json(),
+        **common.recorded_schemes(store),
     }
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     return {RECORD: record, "config.json": plain}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import ascend
+from quantcli.formats import ascend, common
 from quantcli.model import npy_names
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure import Linear
@@ -92,13 +92,8 @@ def documents(
     config: Mapping[str, Any], store: Store, kept: set[str], owners: Mapping[str, str | None]
 ) -> dict[str, dict[str, Any]]:
     """quantization.json with the schemes, and config.json of the float model."""
-    record = {
-        "format": NAME,
-        "linears": {name: scheme.to_json() for name, scheme in store.schemes.items()},
-        "attention": None if store.attention is None else store.attention.to_json(),
-    }
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    return {RECORD: record, "config.json": plain}
+    record = {"format": NAME, **common.recorded_schemes(store)}
+    return {RECORD: record, "config.json": ascend.without_quantization(config)}
 
 
 def recognizes(directory: Path, config: Mapping[str, Any]) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from quantcli.formats.common import WEIGHT_SUFFIXES
+
 FOLDER, WEIGHTS, OTHERS = 0o750, 0o400, 0o600
-_WEIGHTS = {".safetensors", ".npy"}
 
 
 def restricts(form: ModuleType) -> bool:
@@ -20,5 +21,5 @@ def restricted(folder: Path, files: Iterator[tuple[Path, str]]) -> Iterator[tupl
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(FOLDER)
     for file, digest in files:
-        file.chmod(WEIGHTS if file.suffix in _WEIGHTS else OTHERS)
+        file.chmod(WEIGHTS if file.suffix in WEIGHT_SUFFIXES else OTHERS)
         yield file, digest

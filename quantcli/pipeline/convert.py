@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.formats import dense
+from quantcli.formats.common import WEIGHT_SUFFIXES
 from quantcli.formats.permissions import FOLDER
 from quantcli.formats.sums import SUMS
 from quantcli.formats.table import FORMATS
@@ -92,7 +93,7 @@ def _refuse_place(source: Path, output: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{output} holds a checkpoint already.", "Choose another --output, or say --overwrite.")
     replaced = _replaced(output)
-    for file in sorted(file for pattern in ("*.safetensors", "*.gguf", "*.npy") for file in output.glob(pattern)):
+    for file in sorted(file for suffix in WEIGHT_SUFFIXES for file in output.glob(f"*{suffix}")):
         if file not in replaced:  # engines would load it beside the new weights
             raise OutputError(f"{file} is not a name of the weights of any format.", "Choose another --output.")
 

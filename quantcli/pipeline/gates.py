@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from quantcli.formats.common import WEIGHT_SUFFIXES
 from quantcli.model.checkpoint import replacing
 from quantcli.pipeline.rundir import EVENTS, read_lines, write_json
 from quantcli.recipe.evaluation import GatesSection
@@ -83,7 +84,7 @@ def _of_size(gates: GatesSection, result: Mapping[str, Any], export: Path) -> It
     """Sizes are bytes of the files with the export's weights."""
     if gates.bits_per_weight is not None:
         yield Gate("bits_per_weight", gates.bits_per_weight, result["bits_per_weight"])
-    size = sum(file.stat().st_size for file in export.iterdir() if file.suffix in (".safetensors", ".gguf", ".npy"))
+    size = sum(file.stat().st_size for file in export.iterdir() if file.suffix in WEIGHT_SUFFIXES)
     if gates.size is not None:
         yield Gate("size", gates.size, size)
     if gates.size_ratio is not None:

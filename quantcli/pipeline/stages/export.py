@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,16 +30,16 @@ def _identity(context: Context) -> dict[str, Any]:
     assert context.recipe.export is not None
     section = context.recipe.export
     # named only where it matters, so that exports of other formats stay as they are
-    modes = {"restrict_permissions": True} if any(map(_is_restricted(section), section.formats)) else {}
+    modes = {"restrict_permissions": True} if any(_is_restricted(section, form) for form in section.formats) else {}
     return {"formats": list(section.formats), "dtype": context.recipe.model.dtype, **modes}
 
 
-def _is_restricted(section: ExportSection) -> Callable[[str], bool]:
+def _is_restricted(section: ExportSection, form: str) -> bool:
     """Whether the files of a format get modes of their own."""
     from quantcli.formats.permissions import restricts
     from quantcli.formats.table import FORMATS
 
-    return lambda form: section.restrict_permissions and restricts(FORMATS[form])
+    return section.restrict_permissions and restricts(FORMATS[form])
 
 
 def float_source(context: Context) -> Source:
@@ -68,10 +67,10 @@ def run(context: Context, folder: StageFolder) -> None:
     from quantcli.formats.permissions import restricted
     from quantcli.formats.table import FORMATS
 
-    assert context.recipe.export is not None
-    is_restricted = _is_restricted(context.recipe.export)
+    section = context.recipe.export
+    assert section is not None
     store, source = finished_store(context.recipe, context.run.path), float_source(context)
-    for name in context.recipe.export.formats:
+    for name in section.formats:
         stem = FORMATS[name].STEM
         for shard in sorted((folder.path / name).glob(f"{stem}-*-of-*.safetensors")):
             folder.adopt(shard)
@@ -81,7 +80,7 @@ def run(context: Context, folder: StageFolder) -> None:
         for own in getattr(FORMATS[name], "FILES", ()):
             folder.adopt(folder.path / name / own)
         files = export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears)
-        for file, digest in restricted(folder.path / name, files) if is_restricted(name) else files:
+        for file, digest in restricted(folder.path / name, files) if _is_restricted(section, name) else files:
             folder.add(file, digest)
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
 
