@@ -4,8 +4,8 @@ python benchmarks/export_memory.py [--work DIRECTORY] [--layers 22]
 
 A random Llama (22 layers: 1.1B) is quantized by min-max, to 4 bits in groups of 64 and to 8 bits a channel. The store
 of the first is exported as compressed-tensors, gptq, awq, gguf and dense, that of the second as ascend,
-compressed-tensors and gguf. The peak is VmHWM of a process that does one thing, Python and its libraries included.
-Rows go to BENCHMARKS.md by hand.
+mindie, numpy, compressed-tensors and gguf. The peak is VmHWM of a process that does one thing, Python and its libraries
+included. Rows go to BENCHMARKS.md by hand.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CASES = [("w4", "compressed-tensors"), ("w4", "gptq"), ("w4", "awq"), ("w4", "gguf"), ("w4", "dense"),
-         ("w8", "ascend"), ("w8", "compressed-tensors"), ("w8", "gguf")]  # fmt: skip
+         ("w8", "ascend"), ("w8", "mindie"), ("w8", "numpy"), ("w8", "compressed-tensors"), ("w8", "gguf")]  # fmt: skip
 WEIGHTS: dict[str, dict[str, Any]] = {
     "w4": {"bits": 4, "granularity": "group", "group_size": 64, "method": "minmax"},
     "w8": {"bits": 8, "granularity": "channel", "method": "minmax"},

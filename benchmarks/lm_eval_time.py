@@ -78,7 +78,7 @@ def main() -> None:
         place = Path(name)
         pages = wikitext_pages(given.text.read_text(encoding="utf-8"))[: given.pages]
         text, data, tasks = place / "wiki.test.tokens", place / "pages.jsonl", place / "tasks"
-        text.write_text("".join(pages), encoding="utf-8")
+        text.write_text("\n".join(pages), encoding="utf-8")
         assert wikitext_pages(text.read_text(encoding="utf-8")) == pages
         data.write_text("".join(json.dumps({"page": page}) + "\n" for page in pages), encoding="utf-8")
         tasks.mkdir()

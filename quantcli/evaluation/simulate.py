@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from quantcli.model.expert_loop import Weight, one_by_one
 from quantcli.model.structure import Experts
-from quantcli.quant.activation import float8_linear, int8_linear, quantize_per_token, quantize_static
+from quantcli.quant.activation import float8_linear, prepared_int8_linear, quantize_per_token, quantize_static
 from quantcli.quant.float8 import FP8
 from quantcli.quant.scheme import CodeType
 
@@ -107,6 +107,7 @@ def _forward(module: nn.Module, weights: QuantizedProduct, shared: _Codes) -> Ca
     zero = None if zero_point is None else int(zero_point.item())
     type: CodeType = "float" if weights.codes.dtype == FP8 else "int"
 
+    product = prepared_int8_linear(zero, weights.codes, weights.scale) if type == "int" else None
     static = None if weights.input_scale is None else weights.input_scale.item()
     how = type, weights.input_bits, static, zero
 
@@ -123,10 +124,10 @@ def _forward(module: nn.Module, weights: QuantizedProduct, shared: _Codes) -> Ca
     def forward(input: Tensor) -> Tensor:  # nn.Linear's own name for it, since callers may use it as a keyword
         codes, scale = quantized(input)
         bias: Tensor | None = getattr(module, "bias", None)
-        if type == "float":
+        if product is None:
             output = float8_linear(codes, scale, weights.codes, weights.scale, bias, input.dtype)
         else:
-            output = int8_linear(codes, scale, zero, weights.codes, weights.scale, bias, input.dtype)
+            output = product(codes, scale, bias, input.dtype)
         return output.view(*input.shape[:-1], weights.codes.shape[0])
 
     return forward

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from quantcli.errors import ModelError
+from quantcli.model.heap import keep_freed_memory
 from quantcli.model.hidden import HiddenCache
 from quantcli.model.skeleton import Skeleton
 
@@ -39,6 +40,7 @@ class BlockStream:
     """
 
     def __init__(self, skeleton: Skeleton, batches: Sequence[Tensor]) -> None:
+        keep_freed_memory()
         self.skeleton = skeleton
         self.batches = list(batches)
         self._calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []

@@ -14,6 +14,7 @@ from quantcli.pipeline.rundir import RunDirectory, StageFolder
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
+    from quantcli.evaluation.protocols import EvaluationText
     from quantcli.model.checkpoint import Checkpoint
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
@@ -78,6 +79,15 @@ class Context:
         from quantcli.pipeline.source import load_tokenizer
 
         return load_tokenizer(self.model, trust_remote_code=self.recipe.model.trust_remote_code)
+
+    @cached_property
+    def evaluation_text(self) -> EvaluationText:
+        """The windows that the recipe's section evaluate.perplexity asks for."""
+        from quantcli.pipeline.samples import windows_of
+
+        assert self.recipe.evaluate is not None
+        assert self.recipe.evaluate.perplexity is not None
+        return windows_of(self.recipe.evaluate.perplexity, self.tokenizer())
 
     @cached_property
     def checkpoint(self) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""The tokens of a run: its calibration samples, without those that were found to mislead, and its evaluation text."""
+"""The tokens of a run: its calibration samples, without those that were found to mislead, and those it evaluates."""
 
 from __future__ import annotations
 
@@ -36,14 +36,6 @@ def spread(samples: Sequence[list[int]], count: int | None) -> list[list[int]]:
     if count is None or count >= len(samples):
         return list(samples)
     return [samples[index * len(samples) // count] for index in range(count)]
-
-
-def evaluation_text(context: Context) -> EvaluationText:
-    """The windows that the recipe's section evaluate.perplexity asks for."""
-    assert context.recipe.evaluate is not None
-    section = context.recipe.evaluate.perplexity
-    assert section is not None
-    return windows_of(section, context.tokenizer())
 
 
 def windows_of(section: PerplexitySection, tokenizer: Any) -> EvaluationText:

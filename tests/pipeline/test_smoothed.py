@@ -24,7 +24,6 @@ from quantcli.model.rotation import ModelRotation
 from quantcli.pipeline.batches import batched
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.engine import STAGES
-from quantcli.pipeline.samples import evaluation_text
 from quantcli.pipeline.smoothed import folds_file, read_folds, smoothed_checkpoint, write_folds, write_rotation
 from quantcli.pipeline.treatment import WeightSource
 from quantcli.pipeline.verify import verify_path
@@ -121,7 +120,7 @@ def test_the_float_side_is_the_stored_model(recipe: Recipe) -> None:
     with smoothing(recipe) as context:
         write_random_folds(context)
         run_stages(context, *QUANTIZED)
-        (batch,) = batched(evaluation_text(context).windows)
+        (batch,) = batched(context.evaluation_text.windows)
     logits = float_model(Path(recipe["model"]["path"]), BF16)(batch).logits[:, :-1].detach().float()
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()).exp()
     found = read(recipe, "eval-ppl", "results.json")["float_model"]["value"]

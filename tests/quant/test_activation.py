@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantcli.quant import activation
-from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_static, static_parameters
+from quantcli.quant.activation import (
+    int8_linear,
+    prepared_int8_linear,
+    quantize_per_token,
+    quantize_static,
+    static_parameters,
+)
 from quantcli.quant.scheme import CodeType
 
 finite = st.floats(-1e4, 1e4, width=32)
@@ -99,6 +105,33 @@ def test_linear_is_exact(tokens: int, width: int, out: int, zero: int | None, se
     y = int8_linear(x, torch.ones(1), zero, w, torch.ones(out, 1), None, torch.float64)
     expected = (x.numpy().astype(np.int64) - (zero or 0)) @ w.numpy().astype(np.int64).T
     assert np.array_equal(y.numpy(), expected)
+    prepared = prepared_int8_linear(zero, w, torch.ones(out, 1))
+    assert np.array_equal(prepared(x, torch.ones(1), None, torch.float32).numpy(), expected.astype(np.float32))
+
+
+@given(
+    st.sampled_from([1, 2, 33, 2049]),
+    st.sampled_from([2, 17, 64]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=60)
+def test_prepared_linear_is_the_linear(
+    tokens: int, width: int, per_token: bool, per_channel: bool, biased: bool, dtype: torch.dtype, seed: int
+) -> None:
+    """To the bit, whatever has scales of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
+    w = torch.randint(-128, 128, (24, width), dtype=torch.int8, generator=generator)
+    x_scale = torch.rand((tokens, 1) if per_token else (1,), generator=generator) + 0.01
+    w_scale = torch.randn((24, 1) if per_channel else (1, 1), generator=generator) / 99
+    bias = torch.randn(24, generator=generator) if biased else None
+    zero = None if per_token else 11
+    prepared = prepared_int8_linear(zero, w, w_scale)(x, x_scale, bias, dtype)
+    assert torch.equal(prepared, int8_linear(x, x_scale, zero, w, w_scale, bias, dtype))
 
 
 @pytest.mark.parametrize(("x_code", "w_code", "zero"), [(-128, -128, 127), (127, -128, -128), (127, 127, -128)])

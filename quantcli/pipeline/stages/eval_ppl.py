@@ -13,7 +13,6 @@ from quantcli.model.checkpoint import replacing
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
-from quantcli.pipeline.samples import evaluation_text
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ def run(context: Context, folder: StageFolder) -> None:
         for hidden in HIDDEN.values():
             HiddenCache(folder.path / hidden, [], torch.float32).clear()
         return
-    text = evaluation_text(context)
+    text = context.evaluation_text
     context.emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=section.protocol)
     batches = batched(text.windows)
     form = context.recipe.export.formats[0]

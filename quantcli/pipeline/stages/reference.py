@@ -17,7 +17,6 @@ from quantcli.model.checkpoint import file_digest, read_json, replacing
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, is_run, write_json
-from quantcli.pipeline.samples import evaluation_text
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def run(context: Context, folder: StageFolder) -> None:
     done = RESULT in folder.files and not read_json(folder.path / RESULT)["kept"]  # kept states may have gone since
     if done or taken_over(context, folder, STATES):
         return
-    text = evaluation_text(context)
+    text = context.evaluation_text
     stream = BlockStream(context.skeleton(original=True), batched(text.windows))
     size = sum(prod(shape) for shape in stream.hidden_shapes()) * stream.skeleton.dtype.itemsize
     kept = size <= evaluate.reference_size

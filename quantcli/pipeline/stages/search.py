@@ -14,7 +14,6 @@ from quantcli.pipeline.batches import data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import fused_groups, make_plan
 from quantcli.pipeline.rundir import StageFolder, append_line, read_lines, write_json
-from quantcli.pipeline.samples import evaluation_text
 from quantcli.pipeline.stages.quantize import trial_store
 from quantcli.recipe import resolved_yaml
 from quantcli.recipe.rollback import TargetSection
@@ -123,7 +122,7 @@ def _by_trials(
 ) -> tuple[list[Group], dict[str, Any]]:
     """The smallest set of groups that meets the bound on all windows, found on the first `target.windows` of them."""
     trials = _Trials(context, folder, target)
-    text = evaluation_text(context)
+    text = context.evaluation_text
     some = replace(text, windows=text.windows[: target.windows], first=text.first[: target.windows])
     chosen = fewest(groups, lambda members: trials.meets(some, members), lambda: trials.left > 1)
     if len(text.windows) > target.windows:
