@@ -57,7 +57,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 test-slow: $(INSTALLED) $(MODEL)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --timeout 1200 $(PARALLEL) --dist load
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --durations 15 --timeout 1200 $(PARALLEL) --dist load
 
 # vLLM pins versions of its own. What it brings for pictures and sound is built for another torch, which breaks its import;
 # no text model needs it.
@@ -72,7 +72,7 @@ vllm: $(VLLM_VENV)/.installed
 # Two processes at most: each holds an engine, of 3 GB.
 serve-test: $(INSTALLED) $(MODEL) vllm
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python \
-	    $(BIN)/pytest -m serving --timeout 1200 $(PARALLEL) --maxprocesses 2 tests/serving
+	    $(BIN)/pytest -m serving --durations 10 --timeout 1200 $(PARALLEL) --maxprocesses 2 tests/serving
 
 bench: $(INSTALLED) $(MODEL)
 	$(BIN)/python benchmarks/bench.py

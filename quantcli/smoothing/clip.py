@@ -11,6 +11,11 @@ RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 """Bounds that are tried, as shares of the largest magnitude; AWQ tries 20 down to a half."""
 COARSE_RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6)
 """Those of a search that finds bounds for each of its trials."""
+SWEEPS = 4
+"""Rounds over the groups of a row. Of the error on other tokens two take 18 to 28 %, four a hundredth more."""
+
+# What is lost by every bound exists for so many weights times bounds at once.
+_ELEMENTS = 1 << 23
 
 
 def clip_bounds(
@@ -19,31 +24,63 @@ def clip_bounds(
     quantized: Callable[[Tensor], Tensor],
     group_size: int | None,
     ratios: Sequence[float] = RATIOS,
+    sweeps: int = SWEEPS,
 ) -> Tensor:
-    """For each row and group of inputs the bound b of least Σ_t ((w − Q(clamp(w, −b, b))) · x_t)² over the group alone.
+    """For each row and group of inputs the bound b that the weight is held within before it is rounded to nearest.
 
-    AWQ, https://arxiv.org/abs/2306.00978, and `auto_clip.py` of its code. The sum is a quadratic form with the Gram
-    matrix of the group's inputs, so where tokens are many it costs no pass over them for each bound.
+    First that of least Σ_t ((w_g − Q(clamp(w_g, −b, b))) · x_gt)² over the group alone: AWQ,
+    https://arxiv.org/abs/2306.00978, and `auto_clip.py` of its code. Then, in `sweeps` rounds at most, each group's
+    bound of least Σ_t (Σ_h e_h · x_ht)² with e the errors of all groups of the row, the others' as they are: inputs of
+    different groups are not independent, so errors of one group can be chosen that cancel those of another.
 
-    weight float32 [out, C]; tokens float32 [T, C]; quantized: a weight to its quantized value; ratios: of the bounds
-    that are tried to the largest magnitude. Returns float32 [out, groups]: the largest magnitude itself where clipping
-    does not help.
+    weight float32 [out, C]; tokens float32 [T, C]; quantized: a weight, of any number of rows, to its quantized value,
+    each row by itself; ratios: of the bounds that are tried to the largest magnitude. Returns float32 [out, groups]:
+    the largest magnitude itself where clipping does not help.
     """
     size = group_size or weight.shape[1]
     inputs = tokens.unflatten(1, (-1, size)).permute(1, 2, 0)  # [groups, size, T]
+    # the sums are quadratic forms with the Gram matrix of the group: where tokens are many, no pass over them a bound
     gram = inputs @ inputs.transpose(1, 2) if size <= len(tokens) else None
-    groups = weight.unflatten(1, (-1, size))
+    rows = max(1, _ELEMENTS // (len(ratios) * weight.shape[1]))
+    found = [_bounds(part, inputs, gram, quantized, ratios, sweeps) for part in weight.split(rows)]
+    return torch.cat(found)
+
+
+def _bounds(
+    weight: Tensor,
+    inputs: Tensor,
+    gram: Tensor | None,
+    quantized: Callable[[Tensor], Tensor],
+    ratios: Sequence[float],
+    sweeps: int,
+) -> Tensor:
+    """`clip_bounds` of some rows. inputs [groups, size, T]; gram [groups, size, size]."""
+    groups = weight.unflatten(1, inputs.shape[:2])
     largest = groups.abs().amax(2)
-    best, least = largest.clone(), torch.full_like(largest, torch.inf)
-    for ratio in ratios:
-        bound = largest * ratio
-        clamped = torch.minimum(torch.maximum(groups, -bound[..., None]), bound[..., None])
-        lost = (quantized(clamped.flatten(1)).unflatten(1, (-1, size)) - groups).transpose(0, 1)  # [groups, out, size]
-        outputs = (lost @ inputs).square() if gram is None else (lost @ gram) * lost
-        error = outputs.sum(2).t()
-        better = error < least
-        best, least = torch.where(better, bound, best), torch.where(better, error, least)
-    return best
+    lost = torch.stack(
+        [
+            quantized(clamped(weight, largest * ratio)).unflatten(1, inputs.shape[:2]).sub_(groups).transpose(0, 1)
+            for ratio in ratios
+        ]
+    )  # [ratios, groups, out, size]
+    squares = (lost @ inputs).square() if gram is None else (lost @ gram) * lost
+    alone = squares.sum(3)
+    chosen = alone.argmin(0)  # [groups, out]
+    every = torch.arange(len(weight), device=weight.device)
+    if sweeps and len(inputs) > 1:
+        errors = [lost[best, group, every] for group, best in enumerate(chosen)]
+        output = torch.stack([error @ x for error, x in zip(errors, inputs, strict=True)]).sum(0)  # [out, T]
+        for _ in range(sweeps):
+            before = chosen.clone()
+            for group, x in enumerate(inputs):
+                output -= errors[group] @ x
+                crossed = (lost[:, group] * (output @ x.t())).sum(2)  # [ratios, out]
+                chosen[group] = (alone[:, group] + 2 * crossed).argmin(0)
+                errors[group] = lost[chosen[group], group, every]
+                output += errors[group] @ x
+            if torch.equal(chosen, before):
+                break
+    return largest * torch.tensor(ratios, device=weight.device)[chosen].t()
 
 
 def clamped(weight: Tensor, bounds: Tensor) -> Tensor:

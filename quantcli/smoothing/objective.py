@@ -78,7 +78,7 @@ def output_error(group: Group, targets: Targets, reduction: Reduction) -> ErrorO
                     continue
                 scaled = weight * scale
                 if target.clipped:
-                    bounds = clip_bounds(scaled, x, target.weight, target.group_size, COARSE_RATIOS)
+                    bounds = clip_bounds(scaled, x, target.weight, target.group_size, COARSE_RATIOS, sweeps=0)
                     scaled = clamped(scaled, bounds)
                 squares = (x @ target.weight(scaled).t()).sub_(y).square_()
                 if share is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from quantcli.quant.grid import WeightGrid, dequantize
 from quantcli.quant.minmax import minmax
+from quantcli.smoothing import clip
 from quantcli.smoothing.clip import RATIOS, clamped, clip_bounds
 
 GRID = WeightGrid(4, True, "group", 8, torch.float32, True)
@@ -27,7 +29,7 @@ def example() -> tuple[Tensor, Tensor]:
 
 def test_the_bound_is_the_best_of_those_tried_by_a_search_over_outputs() -> None:
     weight, tokens = example()
-    bounds = clip_bounds(weight, tokens, quantized, 8)
+    bounds = clip_bounds(weight, tokens, quantized, 8, sweeps=0)
     for row in range(6):
         for group in range(3):
             part = slice(8 * group, 8 * group + 8)
@@ -41,6 +43,45 @@ def test_the_bound_is_the_best_of_those_tried_by_a_search_over_outputs() -> None
             best = min(losses, key=losses.__getitem__)
             chosen = min(losses, key=lambda bound: abs(bound - float(bounds[row, group])))
             assert losses[chosen] <= losses[best] * (1 + 1e-4)
+
+
+def related() -> tuple[Tensor, Tensor]:
+    """Inputs of different groups that go together, so that errors can cancel each other."""
+    generator = torch.Generator().manual_seed(4)
+    causes = torch.randn(200, 6, generator=generator)
+    return torch.randn(6, 24, generator=generator), causes @ torch.randn(6, 24, generator=generator)
+
+
+def lost(weight: Tensor, tokens: Tensor, bounds: Tensor) -> Tensor:
+    """What each row's output loses: float64 [out]."""
+    error = (quantized(clamped(weight, bounds)) - weight).double()
+    return (tokens.double() @ error.t()).square().sum(0)
+
+
+def test_no_bound_of_a_group_can_be_changed_for_the_better_behind_the_sweeps() -> None:
+    weight, tokens = related()
+    bounds = clip_bounds(weight, tokens, quantized, 8, sweeps=100)
+    least = lost(weight, tokens, bounds)
+    for row in range(6):
+        for group in range(3):
+            for ratio in RATIOS:
+                other = bounds.clone()
+                other[row, group] = weight[row, 8 * group : 8 * group + 8].abs().max() * ratio
+                assert lost(weight, tokens, other)[row] >= least[row] * (1 - 1e-4)
+
+
+def test_errors_of_groups_cancel() -> None:
+    weight, tokens = related()
+    alone, joint = (lost(weight, tokens, clip_bounds(weight, tokens, quantized, 8, sweeps=n)) for n in (0, 4))
+    assert (joint <= alone * (1 + 1e-4)).all()
+    assert joint.sum() < 0.8 * alone.sum()
+
+
+def test_rows_have_the_same_bounds_when_few_are_worked_on_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, tokens = related()
+    whole = clip_bounds(weight, tokens, quantized, 8)
+    monkeypatch.setattr(clip, "_ELEMENTS", 1)
+    assert torch.equal(clip_bounds(weight, tokens, quantized, 8), whole)
 
 
 def test_an_outlier_that_meets_small_inputs_is_clipped_and_the_output_gains() -> None:

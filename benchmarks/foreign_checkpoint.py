@@ -1,0 +1,71 @@
+"""A checkpoint that another tool made, scored by transformers and by `quantcli eval-ppl --checkpoint` on the same tokens.
+
+    python benchmarks/foreign_checkpoint.py CHECKPOINT… --text wiki.test.tokens [--windows 40] [--length 1024]
+
+Both in the checkpoint's own dtype, and both in float32, where what is left is how inputs are quantized: transformers
+divides a token by 127.5 (compressed-tensors), engines and quantcli by 127. Results go to BENCHMARKS.md by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@torch.inference_mode()
+def by_transformers(checkpoint: Path, text: str, windows: int, length: int) -> float:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").eval()
+    tokens = AutoTokenizer.from_pretrained(checkpoint)(text).input_ids
+    lost = 0.0
+    for index in range(windows):
+        window = torch.tensor([tokens[index * length : (index + 1) * length]])
+        logits = model(input_ids=window, use_cache=False).logits[0, :-1].float()
+        lost += float(cross_entropy(logits, window[0, 1:], reduction="sum"))
+    return math.exp(lost / (windows * (length - 1)))
+
+
+def by_quantcli(checkpoint: Path, text: Path, windows: int, length: int) -> float:
+    section = {"dataset": "text", "path": str(text.absolute()), "sequence_length": length, "windows": windows}
+    command = [sys.executable, "-m", "quantcli", "eval-ppl", "--checkpoint", str(checkpoint), "--json", "--quiet"]
+    command += ["--set", f"evaluate.perplexity={json.dumps(section)}"]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return float(found["quantized"]["value"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--length", type=int, default=1024)
+    arguments = parser.parse_args()
+    text = arguments.text.read_text(encoding="utf-8")
+    print("| checkpoint | dtype | transformers | quantcli | difference |\n|---|---|---:|---:|---:|", flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        for checkpoint in arguments.checkpoints:
+            for dtype in (None, "float32"):
+                source = checkpoint
+                if dtype is not None:
+                    source = Path(place) / checkpoint.name
+                    shutil.copytree(checkpoint, source)
+                    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+                    key = "dtype" if "dtype" in config else "torch_dtype"
+                    (source / "config.json").write_text(json.dumps(config | {key: dtype}), encoding="utf-8")
+                theirs = by_transformers(source, text, arguments.windows, arguments.length)
+                ours = by_quantcli(source, arguments.text, arguments.windows, arguments.length)
+                print(f"| {checkpoint.name} | {dtype or 'its own'} | {theirs:.4f} | {ours:.4f} | {ours / theirs - 1:+.3%} |",
+                      flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
