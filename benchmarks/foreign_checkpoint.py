@@ -1,4 +1,4 @@
-"""A checkpoint that another tool made, scored by transformers and by `quantcli eval-ppl --checkpoint` on the same tokens.
+"""Checkpoints of other tools, scored by transformers and by `quantcli eval-ppl --checkpoint` on the same tokens.
 
     python benchmarks/foreign_checkpoint.py CHECKPOINT… --text wiki.test.tokens [--windows 40] [--length 1024]
 
@@ -63,8 +63,14 @@ def main() -> None:
                     (source / "config.json").write_text(json.dumps(config | {key: dtype}), encoding="utf-8")
                 theirs = by_transformers(source, text, arguments.windows, arguments.length)
                 ours = by_quantcli(source, arguments.text, arguments.windows, arguments.length)
-                print(f"| {checkpoint.name} | {dtype or 'its own'} | {theirs:.4f} | {ours:.4f} | {ours / theirs - 1:+.3%} |",
-                      flush=True)  # fmt: skip
+                cells = [
+                    checkpoint.name,
+                    dtype or "its own",
+                    f"{theirs:.4f}",
+                    f"{ours:.4f}",
+                    f"{ours / theirs - 1:+.3%}",
+                ]
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
