@@ -204,7 +204,7 @@ def configuration(
         ((scheme, modules),) = names.items()
         names = {scheme: [*(name for name in modules if not common.in_block(name)), "Linear"]}
     groups = {f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(names.items())}
-    forms = {_form(scheme) for scheme in names} or {"dense"}
+    forms = {layout_name(scheme) for scheme in names} or {"dense"}
     config = QuantizationConfig(
         config_groups=groups,
         format=forms.pop() if len(forms) == 1 else "mixed-precision",
@@ -224,7 +224,7 @@ def _by_the_byte(scheme: Scheme) -> bool:
     return scheme.int8_products or scheme.type == "float"
 
 
-def _form(scheme: Scheme) -> str:
+def layout_name(scheme: Scheme) -> str:
     """The name that the format's own library gives the layout of a scheme (infer_module_format)."""
     if scheme.type == "float":
         return "naive-quantized" if scheme.activations == "none" else "float-quantized"
@@ -252,7 +252,9 @@ def _group(scheme: Scheme, targets: list[str]) -> Any:
             strategy="token" if dynamic else "tensor",
             dynamic=dynamic,
         )
-    return QuantizationScheme(targets=targets, weights=weights, input_activations=activations, format=_form(scheme))
+    return QuantizationScheme(
+        targets=targets, weights=weights, input_activations=activations, format=layout_name(scheme)
+    )
 
 
 def _refuse_attention(attention: AttentionScheme | None) -> None:
@@ -372,7 +374,7 @@ def _scheme(group: Any, form: str) -> Scheme:
             activation_bits=8 if inputs is None else inputs.num_bits,
             type=str(getattr(weights.type, "value", weights.type)),  # type: ignore[arg-type]
         )
-        forms = {_form(scheme), "float-quantized"} if scheme.type == "float" else {_form(scheme)}
+        forms = {layout_name(scheme), "float-quantized"} if scheme.type == "float" else {layout_name(scheme)}
         if (group.format or form) in forms and (mode != "static" or _by_the_byte(scheme)):
             return scheme
     raise ModelError("quantization_config describes a scheme that is not supported: only integer and fp8 weights, "

@@ -258,22 +258,22 @@ def test_a_plan_takes_one_scheme_and_scales_that_both_dtypes_hold(form: str, tmp
 @pytest.mark.parametrize(
     ("form", "scheme", "loads"),
     [
-        ("gptq", weights(4), [True, True, True]),
-        ("gptq", weights(4, group_size=None), [True, True, True]),
-        ("gptq", weights(4, symmetric=False), [False, False, True]),
-        ("gptq", weights(8), [False, True, True]),
-        ("gptq", weights(3), [False, False, True]),
-        ("gptq", weights(4, group_size=16), [False, False, True]),
-        ("gptq", weights(4, group_size=48), [False, False, False]),
-        ("awq", weights(4), [True, True, True]),
-        ("awq", weights(4, symmetric=False), [True, True, True]),
-        ("awq", weights(4, group_size=256), [True, False, True]),
+        ("gptq", weights(4), [True, True, True, True, True]),
+        ("gptq", weights(4, group_size=None), [True, True, True, True, True]),
+        ("gptq", weights(4, symmetric=False), [False, False, True, True, False]),
+        ("gptq", weights(8), [False, True, True, True, True]),
+        ("gptq", weights(3), [False, False, False, True, False]),
+        ("gptq", weights(4, group_size=16), [False, False, True, True, False]),
+        ("gptq", weights(4, group_size=48), [False, False, True, False, False]),
+        ("awq", weights(4), [True, True, True, True, True]),
+        ("awq", weights(4, symmetric=False), [True, True, True, True, True]),
+        ("awq", weights(4, group_size=256), [True, False, True, True, False]),
     ],
 )
 def test_the_table_of_engines(form: str, scheme: Scheme, loads: list[bool]) -> None:
     found = verdicts([(Linear("l.0.x", 768, 768), scheme)], None, [form])
     assert [(v.engine, v.loads) for v in found] == list(
-        zip(("vLLM on a CPU", "vLLM on a GPU", "transformers"), loads, strict=True)
+        zip(("vLLM on a CPU", "vLLM on a GPU", "vLLM-Ascend", "transformers", "SGLang"), loads, strict=True)
     )
 
 
