@@ -304,12 +304,67 @@ def test_symmetric_weights_of_v2_are_read(made: Made, tmp_path: Path) -> None:
     assert torch.equal(dequantize(export.reader().read_linear(UP).weight), dequantize(stored))
 
 
+def hand_packed(rows: list[list[int]], bits: int) -> Tensor:
+    """Unsigned values as int32 words, by Python's integers: each row a number whose lowest bits are its first value."""
+    words = [sum(value << (bits * place) for place, value in enumerate(row)) for row in rows]
+    count = len(rows[0]) * bits // 32
+    parts = [[(word >> (32 * n)) & 0xFFFFFFFF for n in range(count)] for word in words]
+    return torch.tensor([[part - (1 << 32) if part >> 31 else part for part in row] for row in parts]).int()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_asymmetric_weights_of_v1_have_zero_points_less_one(bits: int) -> None:
+    """u = 0, 1, … and z from 1 to the largest, in two groups of 32 inputs; 32 outputs."""
+    levels = 1 << bits
+    u = [[(i + 3 * o) % levels for i in range(64)] for o in range(32)]
+    z = [[1 + (o + 7 * g) % (levels - 1) for o in range(32)] for g in range(2)]
+    scales = torch.arange(1, 65).reshape(2, 32).half() / 64
+    tensors = {
+        "qweight": hand_packed(u, bits).t().contiguous(),
+        "qzeros": hand_packed([[value - 1 for value in row] for row in z], bits),
+        "scales": scales,
+        "g_idx": torch.arange(64).int() // 32,
+    }
+    scheme, config = weights(bits, symmetric=False), {"quantization_config": {"quant_method": "gptq", "sym": False}}
+    _, decode = gptq.reading(config, lambda suffix: True)
+    wanted = torch.tensor(
+        [[(u[o][i] - z[i // 32][o]) * float(scales[i // 32, o]) for i in range(64)] for o in range(32)]
+    )
+    assert torch.equal(dequantize(decode(tensors, scheme).weight), wanted)
+    _, of_v2 = gptq.reading({"quantization_config": config["quantization_config"] | {"format": "gptq_v2"}}, bool)
+    tensors["qzeros"] = hand_packed(z, bits)
+    assert torch.equal(dequantize(of_v2(tensors, scheme).weight), wanted)
+    z[1][5] = levels  # stored as so many ones
+    tensors["qzeros"] = hand_packed([[value - 1 for value in row] for row in z], bits)
+    with pytest.raises(
+        ModelError, match=rf"qzeros holds {levels - 1}, the zero point less one of 0.* {levels}\."
+    ) as caught:
+        decode(tensors, scheme)
+    assert "gptq_v2" in caught.value.remedy
+
+
+def test_asymmetric_weights_of_v1_are_read_from_files(made: Made, tmp_path: Path) -> None:
+    """An export of v2 turned into v1 as writers do it. Where a zero point is 0, the linear is named."""
+    export = copy_of(made("gptq", "W4 g32 asym"), tmp_path)
+    stored = {module: export.store.read(module).weight for module in export.store.schemes}
+    change_config(export, lambda config: config.update(checkpoint_format="gptq"))
+    change_tensors(export, lambda t: [v.sub_(0x11111111) for k, v in t.items() if k.endswith("qzeros")])
+    reader = export.reader()
+    ambiguous = {module for module, weight in stored.items() if bool((weight.zero_point == -8).any())}
+    assert ambiguous != set(stored)
+    for module, weight in stored.items():
+        if module in ambiguous:
+            with pytest.raises(ModelError, match=module.replace(".", r"\.")):
+                reader.read_linear(module)
+        else:
+            assert torch.equal(dequantize(reader.read_linear(module).weight), dequantize(weight))
+
+
 @pytest.mark.parametrize(
     ("form", "change", "message"),
     [
         ("gptq", {"checkpoint_format": "marlin"}, "marlin"),
         ("gptq", {"pack_dtype": "int8"}, "int8"),
-        ("gptq", {"sym": False}, "less one"),
         ("awq", {"version": "gemv"}, "gemv"),
         ("awq", {"bits": 3}, "3 bits"),
         ("awq", {"zero_point": False}, "zero_point False"),
