@@ -23,7 +23,9 @@ from quantcli.formats.engines import verdicts
 from quantcli.formats.store import held_scale
 from quantcli.model.discovery import discover
 from quantcli.model.structure import Linear
+from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.plan import make_plan
+from quantcli.pipeline.verify import verify_path
 from quantcli.quant.grid import WeightGrid, dequantize
 from quantcli.quant.methods import WEIGHT_METHODS
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -358,6 +360,85 @@ def test_asymmetric_weights_of_v1_are_read_from_files(made: Made, tmp_path: Path
                 reader.read_linear(module)
         else:
             assert torch.equal(dequantize(reader.read_linear(module).weight), dequantize(weight))
+
+
+def as_autoround(export: Export, packing: str | None, symmetric: bool, **changes: Any) -> None:
+    """The export as AutoRound lays it out: no g_idx, no sums, and a quantization_config of its own kind."""
+    (export.folder / "SHA256SUMS").unlink()
+    (export.folder / "quantize_config.json").unlink(missing_ok=True)
+    own = {
+        "autoround_version": "0.16.1", "bits": 4, "block_name_to_quantize": "model.layers", "data_type": "int",
+        "group_size": 32, "quant_method": "auto-round", "sym": symmetric, **changes,
+    }  # fmt: skip
+    if packing is not None:
+        own["packing_format"] = packing
+    content = json.loads((export.folder / "config.json").read_text())
+    (export.folder / "config.json").write_text(json.dumps(content | {"quantization_config": own}))
+    change_tensors(export, lambda t: [t.pop(key) for key in [*t] if key.endswith(".g_idx")])
+
+
+AUTOROUND = [
+    ("gptq", "W4 g32", "auto_round:auto_gptq"),
+    ("gptq", "W4 g32", None),
+    ("gptq", "W4 g32 asym", "auto_round"),
+    ("gptq", "W4 g32 asym", "auto_round:gptqmodel"),
+    ("gptq", "W8 g32 asym", "auto_round:gptqmodel"),
+    ("awq", "W4 g32", "auto_round:auto_awq"),
+    ("awq", "W4 g32 asym", "auto_round:auto_awq"),
+]
+
+
+@pytest.mark.parametrize(("form", "name", "packing"), AUTOROUND)
+def test_the_layout_of_autoround_is_read(form: str, name: str, packing: str | None, made: Made, tmp_path: Path) -> None:
+    """Which zero points each has is from qlinear_torch_zp.py, qlinear_torch.py and WQLinear_GEMM of auto-round 0.16."""
+    export = copy_of(made(form, name), tmp_path)
+    as_autoround(export, packing, GPTQ[name].symmetric)
+    reader = export.reader()
+    assert reader.form is {"gptq": gptq, "awq": awq}[form]
+    assert {scheme.name for scheme in reader.schemes.values()} == {GPTQ[name].name}
+    for module in export.store.schemes:
+        found, stored = reader.read_linear(module).weight, export.store.read(module).weight
+        assert torch.equal(dequantize(found), dequantize(stored))
+    assert verify_path(export.folder)["linears"] == 13
+    converted = tmp_path / "converted"
+    convert_checkpoint(export.folder, "compressed-tensors", converted)
+    assert verify_path(converted)["linears"] == 13
+
+
+def test_autoround_packs_zero_points_less_one_as_gptq_of_v1(made: Made, tmp_path: Path) -> None:
+    export = copy_of(made("gptq", "W4 g32 asym"), tmp_path)
+    as_autoround(export, "auto_round:auto_gptq", symmetric=False)
+    change_tensors(export, lambda t: [v.sub_(0x11111111) for k, v in t.items() if k.endswith("qzeros")])
+    stored = {module: export.store.read(module).weight for module in export.store.schemes}
+    sure = [module for module, weight in stored.items() if not bool((weight.zero_point == -8).any())]
+    assert sure
+    for module in sure:
+        assert torch.equal(dequantize(export.reader().read_linear(module).weight), dequantize(stored[module]))
+
+
+@pytest.mark.parametrize(
+    ("packing", "changes", "message"),
+    [
+        ("auto_round:llm_compressor", {}, "'auto-round', packed as 'auto_round:llm_compressor'"),
+        ("auto_round:auto_gptq", {"act_bits": 8}, "inputs of 8 bits"),
+        ("auto_round:auto_gptq", {"data_type": "mx_fp"}, "'mx_fp'"),
+        ("auto_round:auto_gptq", {"extra_config": {UP: {"bits": 8, "sym": False}}}, "sym False"),
+    ],
+)
+def test_what_else_autoround_makes_is_refused(packing: str, changes: dict[str, Any], message: str, made: Made,
+                                              tmp_path: Path) -> None:  # fmt: skip
+    export = copy_of(made("gptq", "W4 g32"), tmp_path)
+    as_autoround(export, packing, symmetric=True, **changes)
+    with pytest.raises(ModelError, match=message):
+        export.reader()
+
+
+def test_a_last_group_that_is_shorter_is_refused() -> None:
+    """One of 64 and one of 32."""
+    with pytest.raises(ModelError, match="2 groups of 96 inputs are not of one size"):
+        gptq.grouped(4, True, 96, 2, 64)
+    assert gptq.grouped(4, True, 96, 3, 32).group_size == 32
+    assert gptq.grouped(4, True, 96, 1, 128).granularity == "channel"
 
 
 @pytest.mark.parametrize(
