@@ -117,8 +117,7 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
 def reading(
     config: Mapping[str, Any], has: Callable[[str], bool]
 ) -> tuple[Callable[..., dict[str, tuple[str, tuple[int, ...]]]], Callable[..., StoredLinear]]:
-    """`layout` and `decode` for a linear that `has` tensors of some suffixes. That they are those which its group names is
-    seen to by `described`."""
+    """`layout` and `decode` for a linear that `has` tensors of these suffixes, which `described` has checked."""
     return partial(layout, bytewise=has("weight") and not has("weight_packed")), decode
 
 
