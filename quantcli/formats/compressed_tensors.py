@@ -118,7 +118,10 @@ def reading(
     config: Mapping[str, Any], has: Callable[[str], bool]
 ) -> tuple[Callable[..., dict[str, tuple[str, tuple[int, ...]]]], Callable[..., StoredLinear]]:
     """`layout` and `decode` for a linear that `has` tensors of these suffixes, which `described` has checked."""
-    return partial(layout, bytewise=has("weight") and not has("weight_packed")), decode
+    content = config["quantization_config"]
+    forms = {content.get("format"), *(group.get("format") for group in content["config_groups"].values())}
+    bytewise = "int-quantized" in forms and has("weight") and not has("weight_packed")
+    return partial(layout, bytewise=bytewise), decode
 
 
 def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
