@@ -200,6 +200,11 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
         "disk": f"about {plan.estimate.disk / 1e9:.2f} GB",
         **{v.engine: ("loads it: " if v.loads else "does not load it: ") + v.note for v in plan.engines},
     })  # fmt: skip
+    by_source: dict[str, list[str]] = {}
+    for verdict in plan.engines:
+        by_source.setdefault(verdict.source, []).append(verdict.engine)
+    for source, engines in by_source.items():
+        console.print(f"Source of {', '.join(engines)}: {source}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _shared_prefix(names: list[str]) -> str:

@@ -34,7 +34,7 @@ WRITES_TIED_HEAD = False
 ONE_SCHEME = True
 FLOAT16_SCALES = True
 
-recognizes = common.named_by_config(NAME)
+recognizes = common.named_by_config(NAME, {"auto_round:auto_awq"})
 attention_refusal = common.attention_refusal
 attention_names = common.attention_names
 attention_tensors = common.attention_tensors
@@ -146,6 +146,7 @@ def described(
     other bits than 4, or tensors that are missing.
     """
     content = config["quantization_config"]
+    common.check_autoround(checkpoint.directory, content)
     version, bits = content.get("version") or "gemm", content.get("bits", content.get("w_bit"))
     if str(version).lower() != "gemm" or bits != BITS or content.get("zero_point") is False:
         raise ModelError(f"{checkpoint.directory}: AWQ weights of version {version!r}, {bits} bits and zero_point "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.errors import ModelError
 from quantcli.quant.scheme import AttentionScheme
 
 if TYPE_CHECKING:
@@ -17,14 +18,46 @@ WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".npy")
 """Of the files that hold weights, in any format."""
 
 
-def named_by_config(name: str) -> Callable[[Path, Mapping[str, Any]], bool]:
-    """`recognizes` of a format that `quant_method` in the quantization_config of config.json names."""
+AUTOROUND = "auto-round"
+"""The quant_method of AutoRound, which packs as other formats do: `packing_format` says as which."""
+
+
+def named_by_config(name: str, packings: Collection[str] = ()) -> Callable[[Path, Mapping[str, Any]], bool]:
+    """`recognizes` of a format that `quant_method` in the quantization_config of config.json names, or that AutoRound
+    means by one of these packing formats."""
 
     def recognizes(directory: Path, config: Mapping[str, Any]) -> bool:
         content = config.get("quantization_config")
-        return isinstance(content, dict) and content.get("quant_method") == name
+        if not isinstance(content, dict):
+            return False
+        return packing_of(content) in packings if by_autoround(content) else content.get("quant_method") == name
 
     return recognizes
+
+
+def by_autoround(content: Mapping[str, Any]) -> bool:
+    """Whether AutoRound wrote this quantization_config."""
+    return content.get("quant_method") == AUTOROUND
+
+
+def packing_of(content: Mapping[str, Any]) -> str:
+    """AutoRound's packing_format; where it is not named, engines take that of GPTQ (v1)."""
+    return str(content.get("packing_format") or "auto_round:auto_gptq")
+
+
+def check_autoround(directory: Path, content: Mapping[str, Any]) -> None:
+    """Raise ModelError for what a quantization_config of AutoRound says beside integer weights of one kind, with inputs
+    in float; nothing for those of other tools."""
+    if not by_autoround(content):
+        return
+    sections = [content, *(each for each in (content.get("extra_config") or {}).values() if isinstance(each, dict))]
+    symmetric = content.get("sym", True)
+    for each in sections:
+        inputs, kind = each.get("act_bits") or 16, str(each.get("data_type") or "int")
+        if inputs < 16 or not kind.startswith("int") or each.get("sym", symmetric) != symmetric:
+            raise ModelError(f"{directory}: AutoRound's data_type {kind!r} with inputs of {inputs} bits and sym "
+                             f"{each.get('sym')} is not supported.",
+                             "Known: integer weights, all symmetric or all not, with inputs in float.")  # fmt: skip
 
 
 def recorded_schemes(store: Store) -> dict[str, Any]:

@@ -7,8 +7,9 @@ integer weights alone, and dynamic inputs of 8 or 4 bits beside weights of fewer
 X.weight_packed int32 [out, in·bits/32], X.weight_scale in the model's dtype, X.weight_zero_point int32 packed along the
 output, X.weight_shape int64 [2]. An fp8 cache of attention A: A.k_scale and A.v_scale float32 [1].
 
-W4A8 could be `int-quantized`, too, a byte a code, as llm-compressor writes it. vLLM loads that on CPUs and XPUs; packed
-it loads it on GPUs and CPUs, and W4A4 with it (CompressedTensorsW4A8Int; CompressedTensorsWNA8Int, WNA4Int).
+W4A8 could be `int-quantized`, too, a byte a code, as llm-compressor writes it; so it is read. vLLM loads that on CPUs
+and XPUs; packed it loads it on GPUs and CPUs, and W4A4 with it (CompressedTensorsW4A8Int; CompressedTensorsWNA8Int,
+WNA4Int).
 
 quantization_config has a group of linears a scheme. With one scheme its target is the class, `Linear`; with several
 each group names its modules in full, which vLLM and transformers read alike. vLLM finds the linears that it joins
@@ -22,6 +23,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
@@ -57,13 +59,16 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
     return ""
 
 
-def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Tensors that stand for X.weight: suffix → (dtype, shape), without a value. Known before anything is computed."""
+def layout(
+    linear: Linear, scheme: Scheme, dtype: str, *, bytewise: bool = False
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Tensors that stand for X.weight: suffix → (dtype, shape), without a value. Known before anything is computed.
+    `bytewise`: those of symmetric codes of any bits that others have stored a byte each."""
     out, inner = linear.out_features, linear.in_features
     scale_shape: tuple[int, ...] = scheme.scale_shape(out, inner) if scheme.granularity != "tensor" else (1,)
     scale = (scheme.scale_dtype(dtype), scale_shape)
     tensors: dict[str, tuple[str, tuple[int, ...]]]
-    if _by_the_byte(scheme):
+    if bytewise or _by_the_byte(scheme):
         codes = "float8_e4m3fn" if scheme.type == "float" else "int8"
         tensors = {"weight": (codes, (out, inner)), "weight_scale": scale}
         if scheme.activations == "static":
@@ -109,8 +114,21 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
     return tensors
 
 
+def reading(
+    config: Mapping[str, Any], has: Callable[[str], bool]
+) -> tuple[Callable[..., dict[str, tuple[str, tuple[int, ...]]]], Callable[..., StoredLinear]]:
+    """`layout` and `decode` for a linear that `has` tensors of these suffixes, which `described` has checked."""
+    content = config["quantization_config"]
+    forms = {content.get("format"), *(group.get("format") for group in content["config_groups"].values())}
+    bytewise = "int-quantized" in forms and has("weight") and not has("weight_packed")
+    return partial(layout, bytewise=bytewise), decode
+
+
 def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
-    """The inverse of `encode`, from tensors by suffix, which have to have the shapes of `layout`."""
+    """The inverse of `encode`, from tensors by suffix, which have to have the shapes of `layout`, bytewise or not.
+
+    Raises ModelError for codes, a byte each, that do not fit the bits of the scheme.
+    """
     from quantcli.formats.store import StoredLinear
     from quantcli.quant.grid import QuantizedWeight
     from quantcli.quant.packing import unpack_int32
@@ -118,8 +136,12 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
     scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
     if scheme.granularity == "tensor":
         scale = scale.view(1, 1)
-    if _by_the_byte(scheme):
-        weight = QuantizedWeight(tensors["weight"], scale, None)
+    if "weight" in tensors:
+        codes = tensors["weight"]
+        low, high = -(1 << (scheme.bits - 1)), (1 << (scheme.bits - 1)) - 1
+        if scheme.bits < 8 and bool(((codes < low) | (codes > high)).any()):
+            raise ModelError(f"weight holds codes outside of {low} to {high}, those of {scheme.bits} bits.")
+        weight = QuantizedWeight(codes, scale, None)
         return StoredLinear(weight, tensors.get("input_scale"), tensors.get("input_zero_point"))
     rows, columns = (int(size) for size in tensors["weight_shape"])
     codes = unpack_int32(tensors["weight_packed"], scheme.bits, columns)
@@ -178,9 +200,19 @@ def documents(
 def described(
     checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, str]
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
-    """Scheme of each quantized linear, and of attention, that config.json says. `weights` names the model's linears."""
+    """Scheme of each quantized linear, and of attention, that config.json says. `weights` names the model's linears.
+
+    Raises ModelError where the tensors of a linear are of another layout than its group says.
+    """
     content = config["quantization_config"]
-    return parse_configuration(content, weights), parse_attention(content)
+    groups = _groups_of(content, weights)
+    for name, (scheme, form) in groups.items():
+        if form != layout_name(scheme):
+            prefix = weights[name].removesuffix(".weight")
+            if f"{prefix}.weight_packed" in checkpoint.entries or f"{prefix}.weight" not in checkpoint.entries:
+                raise ModelError(f"{checkpoint.directory}: quantization_config says that {name} is {form}, but its "
+                                 "tensors are not.", "Export it again.")  # fmt: skip
+    return {name: scheme for name, (scheme, _) in groups.items()}, parse_attention(content)
 
 
 def configuration(
@@ -204,7 +236,7 @@ def configuration(
         ((scheme, modules),) = names.items()
         names = {scheme: [*(name for name in modules if not common.in_block(name)), "Linear"]}
     groups = {f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(names.items())}
-    forms = {_form(scheme) for scheme in names} or {"dense"}
+    forms = {layout_name(scheme) for scheme in names} or {"dense"}
     config = QuantizationConfig(
         config_groups=groups,
         format=forms.pop() if len(forms) == 1 else "mixed-precision",
@@ -224,7 +256,7 @@ def _by_the_byte(scheme: Scheme) -> bool:
     return scheme.int8_products or scheme.type == "float"
 
 
-def _form(scheme: Scheme) -> str:
+def layout_name(scheme: Scheme) -> str:
     """The name that the format's own library gives the layout of a scheme (infer_module_format)."""
     if scheme.type == "float":
         return "naive-quantized" if scheme.activations == "none" else "float-quantized"
@@ -252,7 +284,9 @@ def _group(scheme: Scheme, targets: list[str]) -> Any:
             strategy="token" if dynamic else "tensor",
             dynamic=dynamic,
         )
-    return QuantizationScheme(targets=targets, weights=weights, input_activations=activations, format=_form(scheme))
+    return QuantizationScheme(
+        targets=targets, weights=weights, input_activations=activations, format=layout_name(scheme)
+    )
 
 
 def _refuse_attention(attention: AttentionScheme | None) -> None:
@@ -262,7 +296,12 @@ def _refuse_attention(attention: AttentionScheme | None) -> None:
 
 
 def parse_configuration(content: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
-    """Scheme of each linear that a `quantization_config` says is quantized.
+    """Scheme of each linear that a `quantization_config` says is quantized, as `_groups_of` finds it."""
+    return {name: scheme for name, (scheme, _) in _groups_of(content, linears).items()}
+
+
+def _groups_of(content: Mapping[str, Any], linears: Iterable[str]) -> dict[str, tuple[Scheme, str]]:
+    """Scheme and layout of each linear that a `quantization_config` says is quantized.
 
     A target that names a module, in full or by a regular expression, goes before the class `Linear`, in engines and
     here. Raises ModelError for what is not understood, and where two groups claim one linear, which engines settle
@@ -273,7 +312,7 @@ def parse_configuration(content: Mapping[str, Any], linears: Iterable[str]) -> d
     ignored = _matcher(config.ignore or [])
     claimed = {key: _matcher(group.targets) for key, group in config.config_groups.items()}
     classes = {schemes[key] for key, group in config.config_groups.items() if "Linear" in group.targets}
-    found: dict[str, Scheme] = {}
+    found: dict[str, tuple[Scheme, str]] = {}
     for name in linears:
         if ignored(name):
             continue
@@ -345,8 +384,9 @@ def _validated(content: Mapping[str, Any]) -> Any:
     return config
 
 
-def _scheme(group: Any, form: str) -> Scheme:
-    """The scheme that a config group describes; ModelError for one that this program neither writes nor simulates."""
+def _scheme(group: Any, form: str) -> tuple[Scheme, str]:
+    """The scheme that a config group describes, and the name of its layout. ModelError for one that this program
+    neither writes nor simulates."""
     weights, inputs = group.weights, group.input_activations
     mode = "none" if inputs is None else ("dynamic" if inputs.dynamic else "static")
     understood = (
@@ -372,11 +412,15 @@ def _scheme(group: Any, form: str) -> Scheme:
             activation_bits=8 if inputs is None else inputs.num_bits,
             type=str(getattr(weights.type, "value", weights.type)),  # type: ignore[arg-type]
         )
-        forms = {_form(scheme), "float-quantized"} if scheme.type == "float" else {_form(scheme)}
-        if (group.format or form) in forms and (mode != "static" or _by_the_byte(scheme)):
-            return scheme
-    raise ModelError("quantization_config describes a scheme that is not supported: only integer and fp8 weights, "
-                     "alone or with inputs of their type as this program writes them, are.")  # fmt: skip
+        said, own = group.format or form, layout_name(scheme)
+        if scheme.type == "float" and said in (own, "float-quantized"):  # two names of one layout
+            said = own
+        bytewise = said == "int-quantized" and scheme.type == "int" and mode != "none" and scheme.symmetric
+        if (said == own or bytewise) and (mode != "static" or _by_the_byte(scheme)):
+            return scheme, said
+    raise ModelError("quantization_config describes a scheme that is not supported: only integer and fp8 weights with "
+                     "a scale a tensor, channel or group of inputs (fp8: no group), alone or with inputs of their type "
+                     "that are dynamic and symmetric a token, or static a tensor.")  # fmt: skip
 
 
 def _words(values: int, bits: int) -> int:

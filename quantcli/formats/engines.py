@@ -1,38 +1,109 @@
-"""Which serving engines load which scheme.
-
-Read from the engines' sources (vLLM 0.32 kernels/linear and quantization/compressed_tensors; transformers 5 with
-compressed-tensors 0.20; vLLM-Ascend quantization/methods and modelslim_config) and from MindIE's documentation. For
-vLLM on a CPU and transformers it is run by the tests; Ascend hardware was not at hand.
-
-Of experts: vLLM 0.32 compressed_tensors_moe (CompressedTensorsMoEMethod.get_moe_method: one scheme for all of a layer),
-fused_moe/oracle/int_wna16.py and int8.py (which kernel), fused_moe/experts/cpu_moe.py (CPUExpertsInt4 and
-CPUExpertsInt8 ask for torch.cpu._is_amx_tile_supported(), ArmCPUExpertsInt8 for Arm) and marlin_moe.py; transformers
-5.23 integrations/compressed_tensors.py (CompressedTensorsDequantize).
-"""
+"""Which serving engines load which scheme in which format: the reader of engines.yaml, which has the sources."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
 
+import yaml
+
+from quantcli.formats.compressed_tensors import layout_name
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
-_NO_TENSOR = "takes packed weights with a scale a channel or group, not a tensor"
-
-# Linears that vLLM and vLLM-Ascend join into one, which then has one scheme (packed_modules_mapping).
-_JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
+TABLE = Path(__file__).with_name("engines.yaml")
 
 UNPACKING = frozenset({"transformers"})
 """Engines that unpack weights on loading: they compute with any scheme, and gain no speed by it."""
 
+Part = Literal["format", "linears", "attention", "experts"]
+
+_SCHEME = {field.name for field in fields(Scheme)} | {"int8_products", "scheme", "inputs", "marlin_groups"}
+FACTS: dict[Part, frozenset[str]] = {
+    "format": frozenset(),
+    "linears": frozenset(_SCHEME | {"multiples_of_32", "odd", "of_experts", "outside", "one_layout"}),
+    "attention": frozenset({"kv", "heads", "scheme"}),
+    "experts": frozenset(_SCHEME | {"in_float", "alike", "alone", "most"}),
+}
+"""What rows may ask for, and name in their notes, besides the fields of a scheme:
+
+scheme: its name. inputs: `float` or `8-bit`. marlin_groups: groups of 32, 64 or 128, or one scale a channel or tensor.
+multiples_of_32: the widths of all its linears are; odd: one of which they are not. of_experts: all its linears are of
+experts; outside: one that is not. one_layout: all schemes of the model are stored in one layout of compressed-tensors.
+in_float: the experts are. alike: all layers have their experts in one scheme. alone: nothing is quantized but the
+cache. most: no other scheme has more linears.
+"""
+
 
 @dataclass(frozen=True)
 class Verdict:
+    """What an engine makes of a checkpoint. `source` is where that was read: what it is, and its address."""
+
     engine: str
     loads: bool
     note: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table. `when`: fact → values that it may have."""
+
+    engines: tuple[str, ...]
+    formats: tuple[str, ...]
+    of: Part
+    loads: bool
+    source: str
+    note: str
+    when: Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """engines.yaml. `names`: what users read, by what recipes write; `joins`: (engine, format) → source."""
+
+    names: Mapping[str, str]
+    rows: tuple[Row, ...]
+    joined: tuple[tuple[str, ...], ...]
+    joins: Mapping[tuple[str, str], str]
+    sources: Mapping[str, str]
+
+    def rows_of(self, engine: str, form: str, part: Part) -> list[Row]:
+        return [row for row in self.rows if row.of == part and engine in row.engines and form in row.formats]
+
+    def reads(self, engine: str, form: str) -> bool:
+        return not self.rows_of(engine, form, "format")
+
+
+@cache
+def table() -> Table:
+    content = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    sources = {key: f"{source['what']}, {source['url']}" for key, source in content["sources"].items()}
+    return Table(
+        names={key: engine["name"] for key, engine in content["engines"].items()},
+        rows=tuple(_row(row, sources) for row in content["rows"]),
+        joined=tuple(map(tuple, content["joined"])),
+        joins={
+            (engine, form): sources[group["source"]]
+            for group in content["joins"]
+            for engine in group["engines"]
+            for form in group["formats"]
+        },
+        sources=sources,
+    )
+
+
+def _row(content: Mapping[str, Any], sources: Mapping[str, str]) -> Row:
+    when = {
+        key: tuple(value) if isinstance(value, list) else (value,) for key, value in content.get("when", {}).items()
+    }
+    engines, formats = (tuple(content[key]) for key in ("engines", "formats"))
+    source, note = sources[content["source"]], content.get("note", "")
+    return Row(engines, formats, content["of"], content["loads"], source, note, when)
 
 
 def verdicts(
@@ -48,293 +119,132 @@ def verdicts(
     linears that stay in float beside them; `experts` the linears of the experts of each layer. An engine that reads
     several of the formats is named with each.
     """
-    times = Counter(engine.name for name in formats for engine in ENGINES[name])
-    return [
-        replace(found, engine=f"{engine.name} ({name})") if times[engine.name] > 1 else found
-        for name in formats
-        for engine in ENGINES[name]
-        for found in [_verdict(engine, linears, attention, kept, experts)]
-    ]
+    read = [(form, engine) for form in formats for engine in table().names if table().reads(engine, form)]
+    times = Counter(engine for _, engine in read)
+    found = []
+    for form, engine in read:
+        verdict = _verdict(engine, form, linears, attention, kept, experts)
+        found.append(replace(verdict, engine=f"{verdict.engine} ({form})") if times[engine] > 1 else verdict)
+    return found
 
 
-@dataclass(frozen=True)
-class _Engine:
-    """`linear` and `cache` give (loads, note) for a scheme; `joined` are linears that the engine gives one scheme.
-    `experts` gives them for the schemes of layers of experts (None: float), among how many linears have each scheme.
-    `experts_alone` says whether other linears cannot have a scheme."""
-
-    name: str
-    linear: Callable[[Scheme, Sequence[Linear]], tuple[bool, str]]
-    cache: Callable[[AttentionScheme], tuple[bool, str]]
-    joined: tuple[tuple[str, ...], ...] = ()
-    experts: Callable[[Collection[Scheme | None], Mapping[Scheme, int]], tuple[bool, str]] = lambda *_: (True, "")
-    experts_alone: Callable[[Scheme], bool] = lambda _: False
+def refusal(
+    engine: str,
+    linears: Sequence[tuple[Linear, Scheme]],
+    attention: AttentionScheme | None,
+    formats: Sequence[str],
+    kept: Collection[str] = (),
+    experts: Sequence[Collection[str]] = (),
+) -> str:
+    """Why an engine, by its name in recipes, loads none of these formats, with the source; empty if it loads one."""
+    causes = []
+    for form in formats:
+        unread = table().rows_of(engine, form, "format")
+        if unread:
+            verdict = Verdict(engine, False, unread[0].note, unread[0].source)
+        else:
+            verdict = _verdict(engine, form, linears, attention, kept, experts)
+        if verdict.loads:
+            return ""
+        causes.append(f"{form}: {verdict.note} ({verdict.source})")
+    return f"{table().names[engine]} does not load this export. {'; '.join(causes)}."
 
 
 def _verdict(
-    engine: _Engine,
+    engine: str,
+    form: str,
     linears: Sequence[tuple[Linear, Scheme]],
     attention: AttentionScheme | None,
     kept: Collection[str],
     experts: Sequence[Collection[str]],
 ) -> Verdict:
-    by_scheme: dict[Scheme, list[Linear]] = {}
-    for linear, scheme in linears:
-        by_scheme.setdefault(scheme, []).append(linear)
-    found = [(scheme.name, *engine.linear(scheme, members)) for scheme, members in by_scheme.items()]
-    if attention is not None:
-        found.append((attention.name, *engine.cache(attention)))
-    for name, loads, note in found:
-        if not loads:
-            return Verdict(engine.name, False, f"{name}: {note}" if len(found) > 1 else note)
+    name, joined = table().names[engine], table().joins.get((engine, form), "")
+    asked = list(_asked(linears, attention, {name for layer in experts for name in layer}))
+    found = [(facts["scheme"], *_decide(engine, form, part, facts)) for part, facts in asked]
+    for scheme, row, note in found:
+        if not row.loads:
+            return Verdict(name, False, f"{scheme}: {note}" if len(found) > 1 else note, row.source)
     schemes = {**dict.fromkeys(kept), **{linear.name: scheme for linear, scheme in linears}}
-    inside = {name for layer in experts for name in layer}
-    for linear, scheme in linears:
-        if engine.experts_alone(scheme) and linear.name not in inside:
-            return Verdict(engine.name, False, f"has {scheme.name} for experts alone, and {linear.name} is none")
-    if split := _split(schemes, engine.joined):
-        return Verdict(engine.name, False, f"joins {split}, which have different schemes")
+    if joined and (split := _split(schemes)):
+        return Verdict(name, False, f"joins {split}, which have different schemes", joined)
     of_experts: dict[Scheme | None, None] = {}
     for layer in experts:
         own = {schemes.get(name) for name in layer}
-        if len(own) > 1 and engine.joined:
-            return Verdict(engine.name, False, "gives all experts of a layer one scheme")
+        if len(own) > 1 and joined:
+            return Verdict(name, False, "gives all experts of a layer one scheme", joined)
         of_experts |= dict.fromkeys(own)
-    loads, note = (
-        engine.experts(of_experts, {s: len(members) for s, members in by_scheme.items()}) if experts else (True, "")
-    )
-    notes = [note] if not loads else [*(found_note for _, _, found_note in found), note]
-    return Verdict(engine.name, loads, "; ".join(dict.fromkeys(filter(None, notes))))
+    counts = Counter(scheme for _, scheme in linears)
+    for expert in of_experts:
+        row, note = _decide(engine, form, "experts", _facts_of_experts(expert, of_experts, counts))
+        if not row.loads:
+            return Verdict(name, False, note, row.source)
+        found.append(("", row, note))
+    notes = [note for _, _, note in found]
+    return Verdict(name, True, _once(notes, "; "), _once([row.source for _, row, _ in found], "; "))
 
 
-def _split(schemes: Mapping[str, Scheme | None], joined: Iterable[tuple[str, ...]]) -> str:
-    """Two linears of one group that have different schemes (None: float), as words; empty if there are none."""
+def _once(texts: Sequence[str], between: str) -> str:
+    return between.join(dict.fromkeys(filter(None, texts)))
+
+
+def _decide(engine: str, form: str, part: Part, facts: Mapping[str, Any]) -> tuple[Row, str]:
+    """The first row that holds, and its note. That there is one for all that can be made is a matter of the table."""
+    for row in table().rows_of(engine, form, part):
+        if all(facts[key] in values for key, values in row.when.items()):
+            return row, row.note.format_map(facts)
+    raise LookupError(f"engines.yaml has no row of {engine}, {form} and {part} for {facts}")
+
+
+def _asked(
+    linears: Sequence[tuple[Linear, Scheme]], attention: AttentionScheme | None, inside: Collection[str]
+) -> Iterator[tuple[Part, dict[str, Any]]]:
+    """What is asked of a table for each scheme of linears, and for attention. `inside`: the linears of experts."""
+    by_scheme: dict[Scheme, list[Linear]] = {}
+    for linear, scheme in linears:
+        by_scheme.setdefault(scheme, []).append(linear)
+    layouts = {layout_name(scheme) for scheme in by_scheme}
+    for scheme, members in by_scheme.items():
+        odd = next((m.name for m in members if m.in_features % 32 or m.out_features % 32), "")
+        outside = next((m.name for m in members if m.name not in inside), "")
+        yield "linears", {
+            **_facts(scheme), "multiples_of_32": not odd, "odd": odd, "of_experts": not outside, "outside": outside,
+            "one_layout": len(layouts) == 1,
+        }  # fmt: skip
+    if attention is not None:
+        yield "attention", {"kv": attention.kv, "heads": attention.heads, "scheme": attention.name}
+
+
+def _facts(scheme: Scheme) -> dict[str, Any]:
+    return {
+        **asdict(scheme),
+        "scheme": scheme.name,
+        "int8_products": scheme.int8_products,
+        "inputs": "float" if scheme.activations == "none" else f"{scheme.activation_bits}-bit",
+        "marlin_groups": scheme.group_size in (None, 32, 64, 128),
+    }
+
+
+def _facts_of_experts(
+    scheme: Scheme | None, schemes: Collection[Scheme | None], counts: Mapping[Scheme, int]
+) -> dict[str, Any]:
+    """Of experts in one of `schemes`; `counts`: how many linears of the model have each. None stands for float."""
+    facts: dict[str, Any] = dict.fromkeys(_SCHEME) if scheme is None else _facts(scheme)
+    most = max(counts.values(), default=0)
+    return facts | {
+        "scheme": "float" if scheme is None else scheme.name,
+        "in_float": scheme is None,
+        "alike": len(schemes) == 1,
+        "alone": not counts,
+        "most": scheme is None or counts[scheme] == most,
+    }
+
+
+def _split(schemes: Mapping[str, Scheme | None]) -> str:
+    """Two linears of one joined group that have different schemes (None: float), as words; empty if there are none."""
     for name, scheme in schemes.items():
         parent, dot, own = name.rpartition(".")
-        for group in joined:
+        for group in table().joined:
             for other in (f"{parent}{dot}{part}" for part in group if own in group):
                 if schemes.get(other, scheme) != scheme:
                     return f"{name} and {other}"
     return ""
-
-
-def _vllm_cpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.type == "float":
-        return _vllm_cpu_fp8(scheme)
-    if scheme.int8_products:
-        return True, "int8 products (oneDNN)"
-    if scheme.granularity == "tensor":
-        return False, _NO_TENSOR
-    if scheme.bits != 4:
-        inputs = "float" if scheme.activations == "none" else f"{scheme.activation_bits}-bit"
-        return False, f"has no kernel for packed {scheme.bits}-bit weights with {inputs} activations"
-    odd = [linear.name for linear in linears if linear.in_features % 32 or linear.out_features % 32]
-    if odd:
-        return False, f"needs widths that are multiples of 32; {odd[0]} has none"
-    # WNA8Int and WNA4Int get CPUWNA16LinearKernel, too, as vLLM's log and its numbers show
-    if scheme.activations != "none":
-        return True, f"computes it as W4A16: inputs stay in float, where W4A{scheme.activation_bits} is evaluated"
-    return True, "weights unpacked in the kernel"
-
-
-def _vllm_cpu_fp8(scheme: Scheme) -> tuple[bool, str]:
-    """_POSSIBLE_WFP8A16_KERNELS has none for a CPU. A scale a tensor is rounded anew on loading by scaled_fp8_quant,
-    which CPUs do not have (requantize_with_max_scale); ChannelWiseTorchFP8ScaledMMLinearKernel takes an input scale for
-    each token (torch.narrow)."""
-    if scheme.activations == "none":
-        return False, "has no kernel for fp8 weights with float activations"
-    if scheme.granularity == "tensor":
-        return False, "loads fp8 weights with a scale a channel, not a tensor"
-    if scheme.activations == "static":
-        return False, "multiplies fp8 inputs with a scale a token, not a static one"
-    return True, "fp8 products by torch, without a fast kernel: far slower than int8"
-
-
-def _vllm_cpu_experts(experts: Collection[Scheme | None], counts: Mapping[Scheme, int]) -> tuple[bool, str]:
-    """The kernels of CPUs; on one with AVX-512 and without AMX, quantized experts were refused as the sources say."""
-    notes = []
-    for scheme in experts:
-        if scheme is None:
-            notes.append("experts in float")
-        elif scheme.int8_products and scheme.granularity == "channel":
-            notes.append("int8 experts need a CPU with AMX, or Arm; not run here")
-        elif (
-            scheme.activations == "none"
-            and scheme.bits == 4
-            and scheme.symmetric
-            and scheme.group_size not in (None, 32)
-        ):
-            notes.append("4-bit experts need a CPU with AMX; not run here")
-        else:
-            return False, f"has no kernel for experts of {scheme.name}"
-    return True, "; ".join(notes)
-
-
-def _vllm_gpu_experts(experts: Collection[Scheme | None], counts: Mapping[Scheme, int]) -> tuple[bool, str]:
-    for scheme in filter(None, experts):
-        if scheme.int8_products and scheme.granularity != "channel":
-            return False, "takes int8 experts with a scale a channel only"
-        if scheme.type == "float" and scheme.activations == "none":
-            return False, f"has no kernel for experts of {scheme.name}"
-        if scheme.type == "int" and scheme.activations != "none" and not scheme.int8_products:
-            return False, f"has no kernel for experts of {scheme.name}"
-    return True, ""
-
-
-def _transformers_experts(experts: Collection[Scheme | None], counts: Mapping[Scheme, int]) -> tuple[bool, str]:
-    """Experts are unpacked on loading, all by the group that stands first: that of the most linears."""
-    kinds = list(experts)
-    first = kinds[0]
-    if len(kinds) > 1 or (first is None and counts):
-        return False, "unpacks all experts by one scheme, and none in float beside quantized linears"
-    if first is None:
-        return True, ""
-    if first.int8_products or first.type == "float":
-        return False, "unpacks packed experts only, and these are a byte a code"
-    if counts[first] < max(counts.values()):
-        return False, "unpacks experts by the scheme that most linears have, which is another"
-    return True, "" if first.activations == "none" else "inputs of experts stay in float"
-
-
-def _vllm_gpu_fp8(scheme: Scheme) -> str:
-    if scheme.activations == "none":
-        return "fp8 weights unpacked in the kernel (Marlin); not run here"
-    if scheme.granularity == "tensor":  # requantize_with_max_scale
-        return "fp8 products, for which codes of joined linears are rounded anew to one scale; not run here"
-    return "fp8 products from Ada on, weights unpacked before; not run here"
-
-
-def _vllm_gpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.type == "float":
-        return True, _vllm_gpu_fp8(scheme)
-    if scheme.int8_products:
-        return True, "int8 products (CUTLASS); not run here"
-    if scheme.granularity == "tensor":
-        return False, _NO_TENSOR
-    if scheme.bits not in (4, 8):
-        return False, f"has no kernel for {scheme.bits}-bit weights"
-    if scheme.bits == 8 and not scheme.symmetric:
-        return False, "has no kernel for asymmetric 8-bit weights"
-    if scheme.group_size not in (None, 32, 64, 128):
-        return False, f"Marlin kernels take groups of 32, 64 or 128, not {scheme.group_size}"
-    # choose_mp_linear_kernel takes Machete or Marlin before Humming, the only one that heeds input_activations
-    if scheme.activations != "none":
-        return True, "inputs stay in float unless --linear-backend humming; not run here"
-    return True, "Marlin kernels; not run here"
-
-
-def _transformers(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.activations == "none" and not scheme.symmetric and scheme.granularity != "tensor":
-        return False, "compressed-tensors 0.20 fails to load packed zero points, its own too"
-    return True, "with the compressed-tensors package"
-
-
-def _vllm_ascend(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.sparse or (scheme.bits == 4 and scheme.activations == "none"):
-        return False, f"has no type {'W8A8S' if scheme.sparse else 'W4A16'} of linears"
-    if not scheme.symmetric:
-        return False, "adds weight_offset where the format subtracts it"
-    if scheme.activations == "mix":
-        return True, "static where decoding is apart from prompts, else dynamic; not run here"
-    return True, "not run here"
-
-
-def _mindie(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.type == "float":
-        return False, "documents no type of fp8 weights"
-    if scheme.sparse:
-        return True, "compressed by its own tool first; not run here"
-    return True, "not run here"
-
-
-def _vllm_cpu_words(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    """GPTQ on a CPU, by the kernel that packed weights of compressed-tensors have."""
-    if scheme.bits == 4 and not scheme.symmetric:
-        return False, "reads symmetric GPTQ weights only"
-    return _vllm_group_sizes(scheme) or _vllm_cpu(scheme, linears)
-
-
-def _vllm_gpu_words(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.bits in (4, 8) and not scheme.symmetric:
-        return False, "reads symmetric GPTQ weights only"
-    return _vllm_gpu(scheme, linears)
-
-
-def _vllm_group_sizes(scheme: Scheme) -> tuple[bool, str] | None:
-    """vLLM asks on a CPU, too, for groups that Marlin has (verify_marlin_supported)."""
-    if scheme.group_size in (None, 32, 64, 128):
-        return None
-    return False, f"takes groups of 32, 64 or 128, not {scheme.group_size}"
-
-
-def _gptqmodel(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    if scheme.group_size is not None and (scheme.group_size < 16 or scheme.group_size & (scheme.group_size - 1)):
-        return False, f"its kernels take groups of powers of two from 16 on, not {scheme.group_size}"
-    return True, "with the packages gptqmodel and optimum; float16 is exact, bfloat16 nearly"
-
-
-def _no_cache(attention: AttentionScheme) -> tuple[bool, str]:
-    return False, "the format has no scales for it"
-
-
-def _experts_in_float(experts: Collection[Scheme | None], counts: Mapping[Scheme, int]) -> tuple[bool, str]:
-    quantized = any(experts)
-    return not quantized, "quantized experts in this format were not tried" if quantized else "experts in float"
-
-
-def _llama_cpp(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    return True, "on a CPU it rounds inputs to 8 bits in blocks of 32"
-
-
-def _as_float(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
-    """A dense checkpoint, which is a float model to all that load it."""
-    return True, "as a float model" + ("" if scheme.activations == "none" else ", with inputs in float")
-
-
-def _float_cache(attention: AttentionScheme) -> tuple[bool, str]:
-    return True, f"without {attention.name}"
-
-
-def _fp8_only(note: str) -> Callable[[AttentionScheme], tuple[bool, str]]:
-    return lambda attention: (attention.kv == "fp8", note if attention.kv == "fp8" else "reads an fp8 cache only")
-
-
-def _vllm_ascend_cache(attention: AttentionScheme) -> tuple[bool, str]:
-    if attention.heads:
-        return False, "has FAKQuant for compressed keys and values only, not FAQuant"
-    return attention.kv == "int8", "not run here"
-
-
-ENGINES: dict[str, tuple[_Engine, ...]] = {
-    "compressed-tensors": (
-        _Engine("vLLM on a CPU", _vllm_cpu, _fp8_only("fp8 cache, rounded towards zero"), _JOINED, _vllm_cpu_experts),
-        _Engine("vLLM on a GPU", _vllm_gpu, _fp8_only("fp8 cache; not run here"), _JOINED, _vllm_gpu_experts),
-        _Engine(
-            "transformers",
-            _transformers,
-            _fp8_only("rounds keys and values, holds them in float; from 5.24 on it leaves them as they are"),
-            experts=_transformers_experts,
-        ),
-    ),
-    "ascend": (
-        _Engine("vLLM-Ascend", _vllm_ascend, _vllm_ascend_cache, _JOINED, experts_alone=lambda s: s.bits == 4),
-        _Engine("MindIE", _mindie, lambda attention: (attention.kv != "fp8", "not run here")),
-    ),
-    "numpy": (),
-    "mindie": (_Engine("MindIE", _mindie, lambda attention: (attention.kv != "fp8", "not run here")),),
-    "gptq": (
-        _Engine("vLLM on a CPU", _vllm_cpu_words, _no_cache, _JOINED, _experts_in_float),
-        _Engine("vLLM on a GPU", _vllm_gpu_words, _no_cache, _JOINED, _experts_in_float),
-        _Engine("transformers", _gptqmodel, _no_cache, experts=_experts_in_float),
-    ),
-    "awq": (
-        _Engine("vLLM on a CPU", _vllm_cpu, _no_cache, _JOINED, _experts_in_float),
-        _Engine("vLLM on a GPU", _vllm_gpu, _no_cache, _JOINED, _experts_in_float),
-        _Engine("transformers", _gptqmodel, _no_cache, experts=_experts_in_float),
-    ),
-    "gguf": (_Engine("llama.cpp", _llama_cpp, _no_cache),),
-    "dense": tuple(
-        _Engine(name, _as_float, _float_cache) for name in ("vLLM on a CPU", "vLLM on a GPU", "transformers")
-    ),
-}
-"""Format → the engines that read it."""

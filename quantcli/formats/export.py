@@ -42,6 +42,7 @@ SHARD_BYTES = 2 << 30
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".md"}
 _NOT_COPIED = {
+    "quantization_config.json",
     "config.json",
     "README.md",
     "quantization.json",

@@ -11,14 +11,20 @@ Of a linear X [out, in] with b-bit codes q, groups of g inputs (or one, of all) 
     W[o, i] = (u − z)·s
 
 checkpoint_format in config.json is `gptq` (v1) or `gptq_v2`. All loaders know v1, but of z = 0 it cannot hold z − 1:
-writers let it wrap around and borrow from the next zero point, and loaders disagree about what they find. So symmetric
-weights, whose z is 2^(b-1), are written as v1 and asymmetric ones as v2. Symmetric ones are read of both.
+writers let it wrap around and borrow from the next zero point, or clamp it, and loaders disagree about what they find:
+of b ones some make z = 0, some 2^b. So symmetric weights, whose z is 2^(b-1), are written as v1 and asymmetric ones as
+v2. Both are read of both, but for asymmetric ones of v1 that hold b ones.
+
+AutoRound writes the same tensors, but for g_idx, under `quant_method: auto-round`: packing_format is
+`auto_round:auto_gptq` for zero points of v1, `auto_round` and `auto_round:gptqmodel` for those of v2
+(auto_round_extension/torch/qlinear_torch_zp.py and qlinear_torch.py of auto-round 0.16).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
@@ -38,7 +44,10 @@ WRITES_TIED_HEAD = False
 ONE_SCHEME = True
 FLOAT16_SCALES = True
 
-recognizes = common.named_by_config(NAME)
+PACKINGS = {"auto_round:auto_gptq": "gptq", "auto_round:gptqmodel": "gptq_v2", "auto_round": "gptq_v2"}
+"""packing_format of AutoRound → the version whose zero points it has."""
+
+recognizes = common.named_by_config(NAME, PACKINGS)
 attention_refusal = common.attention_refusal
 attention_names = common.attention_names
 attention_tensors = common.attention_tensors
@@ -97,10 +106,31 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
     }
 
 
-def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
-    """The inverse of `encode`, from tensors by suffix, which have to have the shapes of `layout`.
+def reading(
+    config: Mapping[str, Any], has: Callable[[str], bool]
+) -> tuple[Callable[..., dict[str, tuple[str, tuple[int, ...]]]], Callable[..., StoredLinear]]:
+    """`layout` and `decode` for a linear of a checkpoint with this config.json that `has` tensors of some suffixes."""
+    content = config["quantization_config"]
 
-    Raises ModelError if inputs are grouped out of their order, or symmetric weights have zero points.
+    def found(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        tensors = layout(linear, scheme, dtype)
+        return tensors if has("g_idx") else {key: value for key, value in tensors.items() if key != "g_idx"}
+
+    return found, partial(decode, less_one=_version(content) == "gptq")
+
+
+def _version(content: Mapping[str, Any]) -> str:
+    if common.by_autoround(content):
+        return PACKINGS[common.packing_of(content)]
+    return str(content.get("checkpoint_format") or content.get("format") or "gptq")
+
+
+def decode(tensors: Mapping[str, Tensor], scheme: Scheme, *, less_one: bool = False) -> StoredLinear:
+    """The inverse of `encode`, from tensors by suffix, which have to have the shapes of `layout`; without g_idx inputs
+    are grouped in their order. `less_one`: zero points of asymmetric weights are those of v1.
+
+    Raises ModelError if inputs are grouped out of their order, symmetric weights have zero points, or zero points of v1
+    may stand for 0.
     """
     import torch
 
@@ -109,8 +139,8 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
     from quantcli.quant.packing import unpack_int32
 
     groups, out = tensors["scales"].shape
-    inner = len(tensors["g_idx"])
-    if not torch.equal(tensors["g_idx"].long(), torch.arange(inner) // (inner // groups)):
+    inner = tensors["qweight"].shape[0] * 32 // scheme.bits
+    if "g_idx" in tensors and not torch.equal(tensors["g_idx"].long(), torch.arange(inner) // (inner // groups)):
         raise ModelError("g_idx groups inputs out of their order (desc_act), which is not supported.",
                          "Quantize with desc_act: false, or with static groups.")  # fmt: skip
     codes = unpack_int32(tensors["qweight"].t().contiguous(), scheme.bits, inner)
@@ -120,6 +150,12 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
         if not bool(((zero_point == -1) | (zero_point == 0)).all()) or zero_point.unique().numel() > 1:
             raise ModelError("qzeros holds zero points, though the weights are said to be symmetric.")
         zero_point = None
+    elif less_one:
+        assert zero_point is not None
+        if bool((zero_point == (1 << (scheme.bits - 1)) - 1).any()):
+            raise ModelError(f"qzeros holds {(1 << scheme.bits) - 1}, the zero point less one of 0, which some loaders "
+                             f"take for {1 << scheme.bits}.", "Save it as gptq_v2.")  # fmt: skip
+        zero_point += 1
     return StoredLinear(QuantizedWeight(codes, tensors["scales"].t().contiguous(), zero_point))
 
 
@@ -164,32 +200,41 @@ def described(
     checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, str]
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
     """The scheme of each linear that has a qweight: bits and groups by the shapes of its tensors, the rest from
-    config.json. Raises ModelError for packed words that are not int32, or asymmetric weights of v1."""
+    config.json. Raises ModelError for packed words that are not int32, tensors that are missing, and what AutoRound
+    quantizes besides weights."""
     content = config["quantization_config"]
+    common.check_autoround(checkpoint.directory, content)
     symmetric = content.get("sym", True) is not False
-    version = content.get("checkpoint_format") or content.get("format") or "gptq"
+    version = _version(content)
     if version not in ("gptq", "gptq_v2") or content.get("pack_dtype", "int32") != "int32":
         raise ModelError(f"{checkpoint.directory}: checkpoint_format {version!r} with words of "
                          f"{content.get('pack_dtype', 'int32')} is not supported.",
                          "Known: gptq and gptq_v2 with int32.")  # fmt: skip
-    if version == "gptq" and not symmetric:
-        raise ModelError(f"{checkpoint.directory}: asymmetric weights with checkpoint_format gptq have zero points "
-                         "less one, which is not told apart from zero.", "Save it as gptq_v2.")  # fmt: skip
     schemes = {}
     for module, weight in weights.items():
         prefix = weight.removesuffix(".weight")
-        packed, scales, g_idx = (checkpoint.entries.get(f"{prefix}.{part}") for part in ("qweight", "scales", "g_idx"))
+        packed, scales, qzeros = (
+            checkpoint.entries.get(f"{prefix}.{part}") for part in ("qweight", "scales", "qzeros")
+        )
         if packed is not None:
-            if scales is None or g_idx is None:
-                raise ModelError(f"{checkpoint.directory}: {prefix} has a qweight without scales or g_idx.")
-            inner, groups = g_idx.shape[0], scales.shape[0]
-            bits = packed.shape[0] * 32 // inner
-            schemes[module] = grouped(bits, symmetric, inner, groups, content.get("group_size"))
+            ordered = f"{prefix}.g_idx" in checkpoint.entries or common.by_autoround(content)
+            if scales is None or qzeros is None or not ordered:
+                raise ModelError(f"{checkpoint.directory}: {prefix} has a qweight without scales, qzeros or g_idx.")
+            groups, out = scales.shape
+            bits = qzeros.shape[1] * 32 // out
+            schemes[module] = grouped(bits, symmetric, packed.shape[0] * 32 // bits, groups, content.get("group_size"))
     return schemes, None
 
 
 def grouped(bits: int, symmetric: bool, inner: int, groups: int, declared: object) -> Scheme:
-    """The scheme of a weight with `groups` scales a channel; one is a group where config.json declares its size."""
+    """The scheme of a weight with `groups` scales a channel; one is a group where config.json declares its size.
+
+    Raises ModelError for a last group that is shorter than the others.
+    """
+    short = isinstance(declared, int) and declared > 0 and inner % declared and groups == -(-inner // declared)
+    if inner % groups or (short and groups > 1):
+        raise ModelError(f"{groups} groups of {inner} inputs are not of one size, which is not supported.",
+                         "Quantize with a group size that divides the widths.")  # fmt: skip
     if groups == 1 and declared != inner:
         return Scheme(bits, symmetric)
     return Scheme(bits, symmetric, "group", inner // groups)

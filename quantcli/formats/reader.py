@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from quantcli.quant.float8 import FP8
 from quantcli.quant.grid import dequantize
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
+Layout = dict[str, tuple[str, tuple[int, ...]]]
+"""Suffix of a tensor → (dtype, shape)."""
+
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 """Dtypes that scales may have; those of other tools' checkpoints are not always the ones written here."""
@@ -38,6 +41,7 @@ class QuantizedCheckpoint:
         self.directory = directory
         self.raw = open_weights(directory)
         config = read_json(directory / "config.json")
+        self._config = config
         self.form = find_format(directory, config)
         self.dtype = _declared_dtype(directory, config)
         self.linears = linears
@@ -97,7 +101,7 @@ class QuantizedCheckpoint:
         if "weight_shape" in parts and parts["weight_shape"].tolist() != [linear.out_features, linear.in_features]:
             raise self._damaged(module, "weight_shape", f"says {parts['weight_shape'].tolist()}")
         try:
-            stored: StoredLinear = self.form.decode(parts, self.schemes[module])
+            stored: StoredLinear = self._reading(module)[1](parts, self.schemes[module])
         except ModelError as error:
             raise ModelError(f"{self.directory}: {module}: {error.message}", error.remedy) from error
         return stored
@@ -114,13 +118,19 @@ class QuantizedCheckpoint:
     def tensor_name(self, module: str, suffix: str) -> str:
         return f"{self.weights[module].removesuffix('.weight')}.{suffix}"
 
-    def _layout(self, module: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-        assert self.form is not None
+    def _layout(self, module: str) -> Layout:
         with _understood(self.directory / "config.json"):
-            layout: dict[str, tuple[str, tuple[int, ...]]] = self.form.layout(
-                self.linears[module], self.schemes[module], self.dtype
-            )
-        return layout
+            return self._reading(module)[0](self.linears[module], self.schemes[module], self.dtype)
+
+    def _reading(self, module: str) -> tuple[Callable[..., Layout], Callable[..., StoredLinear]]:
+        """`layout` and `decode` of the format as this checkpoint stores the linear."""
+        assert self.form is not None
+        if not hasattr(self.form, "reading"):
+            return self.form.layout, self.form.decode
+        found: tuple[Callable[..., Layout], Callable[..., StoredLinear]] = self.form.reading(
+            self._config, lambda suffix: self.tensor_name(module, suffix) in self.raw.entries
+        )
+        return found
 
     def _attention_names(self, path: str) -> dict[str, str]:
         assert self.form is not None

@@ -8,7 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import ascend, awq, compressed_tensors, dense, gguf, gptq, mindie, npy
+from quantcli.formats import ascend, awq, common, compressed_tensors, dense, gguf, gptq, mindie, npy
 from quantcli.model.checkpoint import Checkpoint
 
 FORMATS: dict[str, ModuleType] = {
@@ -22,6 +22,7 @@ RESTRICTED, where files get the modes of `formats.permissions`;
 ONE_GROUP_SIZE, where groups have one size in a checkpoint;
 refusal, layout, encode, decode: a linear as tensors and back;
 attention_refusal, attention_names, attention_tensors: the scales of an attention module;
+reading: layout and decode for checkpoints of others, where these differ from what is written;
 documents: its JSON files; recognizes, described: what a directory is, and the schemes in it;
 refuses_model, where it is not for every model; write_weights and FILES, where its weights are no safetensors.
 """
@@ -52,4 +53,5 @@ def find_format(directory: Path, config: Mapping[str, Any]) -> ModuleType | None
     if content is None:
         return None
     method = content.get("quant_method") if isinstance(content, dict) else content
-    raise ModelError(f"{directory} is quantized by {str(method)!r}.", f"Known formats: {', '.join(FORMATS)}.")
+    packing = f", packed as {str(content.get('packing_format'))!r}" if method == common.AUTOROUND else ""
+    raise ModelError(f"{directory} is quantized by {str(method)!r}{packing}.", f"Known formats: {', '.join(FORMATS)}.")

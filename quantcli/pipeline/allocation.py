@@ -15,7 +15,7 @@ from quantcli.errors import RecipeError
 from quantcli.formats.engines import UNPACKING, Verdict
 from quantcli.model.structure import Linear, Structure
 from quantcli.pipeline.estimate import with_trials
-from quantcli.pipeline.held import unheld
+from quantcli.pipeline.held import unheld, unloaded
 from quantcli.pipeline.plan import BYTES, Plan, fused_groups, make_plan, stored_bytes, unobservable
 from quantcli.recipe.budget import CandidateSection
 from quantcli.recipe.quantization import WeightsSection, variant
@@ -92,7 +92,7 @@ def allocation_of(recipe: Recipe, model: Path, structure: Structure) -> Allocati
         candidates = [_candidate(recipe, base, names, section) for section in target.candidates]
         if reason := _unheld_together(recipe, candidates):
             raise RecipeError(f"quantize.target.candidates: {reason}",
-                              "Choose compressed-tensors, or float beside one scheme.")  # fmt: skip
+                              "Choose other candidates, compressed-tensors, or float beside one scheme.")  # fmt: skip
     else:
         candidates = _default_candidates(recipe, base, names)
     candidates = _distinct(candidates)
@@ -203,7 +203,10 @@ def patterns(names: Iterable[str]) -> list[str]:
 
 
 def _without_target(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"target": None})})
+    """And without engines, which load what candidates make of it, whether they load this or not."""
+    changed = {"quantize": recipe.quantize.model_copy(update={"target": None})}
+    export = recipe.export and recipe.export.model_copy(update={"engines": ()})
+    return recipe.model_copy(update=changed | {"export": export})
 
 
 def _free_groups(recipe: Recipe, base: Plan) -> Iterator[Group]:
@@ -275,13 +278,16 @@ def _default_candidates(recipe: Recipe, base: Plan, names: Sequence[str]) -> lis
 
 
 def _unheld_together(recipe: Recipe, candidates: Sequence[Candidate]) -> str:
-    """Why a format of the recipe cannot hold all of these candidates in one checkpoint, as a sentence; empty if all
-    can. Every format holds linears in float beside others."""
+    """Why a format of the recipe cannot hold all of these candidates in one checkpoint, or a named engine cannot load
+    it, as a sentence; empty if all can. Every format holds linears in float beside others."""
     plans = [candidate.plan for candidate in candidates if candidate.plan is not None]
     linears = {linear.name: linear for plan in plans[:1] for linear in plan.structure.matrices()}
     quantized = [(linears[name], scheme) for plan in plans for name, (_, scheme) in plan.schemes.items()]
     forms = recipe.export.formats if recipe.export else ()
-    return next(filter(None, (unheld(form, quantized, None) for form in forms)), "")
+    layers = [experts.names for plan in plans[:1] for block in plan.structure.blocks for experts in block.experts]
+    return next(filter(None, (unheld(form, quantized, None) for form in forms)), "") or unloaded(
+        recipe, quantized, None, (), layers
+    )
 
 
 def _left_out(recipe: Recipe, plan: Plan, found: Allocation) -> list[str]:
@@ -296,11 +302,12 @@ def _engines(candidates: Sequence[Candidate]) -> tuple[Verdict, ...]:
     named = [(candidate.name, candidate.plan.engines) for candidate in candidates if candidate.plan is not None]
     found = []
     for number, first in enumerate(named[0][1] if named else ()):
-        refused = next(((name, of[number].note) for name, of in named if not of[number].loads), None)
+        refused = next(((name, of[number]) for name, of in named if not of[number].loads), None)
         if refused is None:
             found.append(first)
         else:
-            found.append(Verdict(first.engine, False, f"{refused[0]}: {refused[1]}"))
+            name, verdict = refused
+            found.append(replace(verdict, engine=first.engine, note=f"{name}: {verdict.note}"))
     return tuple(found)
 
 

@@ -1,12 +1,14 @@
-"""What the formats of a recipe, or of a conversion, can hold: decided before any work, without torch."""
+"""What the formats of a recipe, or of a conversion, can hold, and what the engines that it names load: decided before
+any work, without torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from quantcli.errors import RecipeError
 from quantcli.formats import dense
+from quantcli.formats.engines import refusal as engine_refusal
 from quantcli.formats.table import FORMATS
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear, Structure
@@ -65,6 +67,34 @@ def refuse_unheld(
     for name in recipe.export.formats if recipe.export else ():
         if reason := unheld(name, quantized, attention, further) or model_unheld(name, model, structure):
             raise RecipeError(f"export.formats: {reason}", "Choose another format or scheme, or export: null.")
+
+
+def unloaded(
+    recipe: Recipe,
+    quantized: Sequence[tuple[Linear, Scheme]],
+    attention: AttentionScheme | None,
+    kept: Collection[str],
+    experts: Sequence[Collection[str]],
+) -> str:
+    """Why an engine of `export.engines` loads none of the recipe's formats, as a sentence with its source; empty when
+    each loads one. `kept` are linears in float, `experts` the linears of the experts of each layer."""
+    if recipe.export is None:
+        return ""
+    formats, engines = recipe.export.formats, recipe.export.engines
+    reasons = (engine_refusal(engine, quantized, attention, formats, kept, experts) for engine in engines)
+    return next(filter(None, reasons), "")
+
+
+def refuse_unloaded(
+    recipe: Recipe,
+    quantized: Sequence[tuple[Linear, Scheme]],
+    attention: AttentionScheme | None,
+    kept: Collection[str],
+    experts: Sequence[Collection[str]],
+) -> None:
+    """Raise RecipeError for what `unloaded` finds."""
+    if reason := unloaded(recipe, quantized, attention, kept, experts):
+        raise RecipeError(f"export.engines: {reason}", "Choose another scheme or format, or do not name the engine.")
 
 
 def left_out_note(

@@ -15,7 +15,7 @@ from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import Verdict, verdicts
 from quantcli.model.structure import Block, Linear, Structure, heads_obstacles, joined, rotation_obstacles
 from quantcli.pipeline.estimate import Estimate, estimate
-from quantcli.pipeline.held import left_out_note, refuse_unheld
+from quantcli.pipeline.held import left_out_note, refuse_unheld, refuse_unloaded
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
@@ -116,8 +116,8 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     """Decide the treatment of every linear. `ranked`: linears rolled back for their sensitivity → why, once known.
 
     Raises RecipeError for a pattern that matches nothing, a group size that cannot divide, a scheme that no chosen
-    format holds, or a rotation that the model does not allow; ModelError for experts that are held in a form which is
-    not known.
+    format holds or a named engine does not load, or a rotation that the model does not allow; ModelError for experts
+    that are held in a form which is not known.
     """
     _refuse_experts(structure)
     notes: list[str] = _experts_notes(structure)
@@ -152,6 +152,11 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         notes.append("Rotation makes the output head, tied so far, a tensor of its own.")
     kept = [p.linear.name for p in planned if p.treatment is None]
     layers = [experts.names for block in structure.blocks for experts in block.experts]
+    if recipe.quantize.target is None:  # else candidates are asked about
+        refuse_unloaded(recipe, quantized, attention, kept, layers)
+    if ranked is None and section.ranks and section.to != "float":  # what any of them may become
+        every = _planned(recipe, structure, {linear.name: "" for linear, _ in quantized}, [])
+        refuse_unloaded(recipe, [(p.linear, p.scheme) for p in every if p.scheme is not None], attention, (), layers)
     _refuse_size(recipe, after, ranked)
     by_method = [(p.linear, p.treatment.weights) for p in planned if p.treatment is not None]
     return Plan(

@@ -66,6 +66,15 @@ class ExportSection(Section):
         "other files 600. Otherwise, and in other formats, the umask decides.",
     )
 
+    engines: Annotated[
+        tuple[Literal["vllm-cpu", "vllm-gpu", "vllm-ascend", "mindie", "transformers", "llama.cpp", "sglang"], ...],
+        Field(strict=False),
+    ] = Field(
+        default=(),
+        description="Engines that have to load the result. One that loads none of the formats as planned is refused "
+        "before work; of engines that are not named, plan only says whether they do.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> ExportSection:
         if len(set(self.formats)) < len(self.formats):

@@ -63,6 +63,7 @@ def test_a_plan_for_people(quantcli: Any, recipe_file: RecipeFile, monkeypatch: 
     file = recipe_file(**{"quantize.rollback.names": ["*.0.*.k_proj"]})
     out = quantcli("plan", file).out
     assert "… is model.layers.*" in out
+    assert "Source of vLLM on a CPU: vLLM 0.32 on a CPU, run by tests/serving, https://" in out
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     assert ["… mlp.gate_proj", "6", "96 × 64", "W8A8 static", ""] in rows
     assert ["… mlp.up_proj", "", "", "", ""] in rows
@@ -85,7 +86,8 @@ def test_a_plan_for_scripts_reads_no_weights(
     assert "head" in linears["lm_head"]["reason"]
     assert content["bits_per_weight"] > 8
     assert {"memory", "disk", "seconds", "tokens"} == set(content["estimate"])
-    assert {verdict["engine"] for verdict in content["engines"]} >= {"vLLM on a CPU", "transformers"}
+    assert {verdict["engine"] for verdict in content["engines"]} >= {"vLLM on a CPU", "transformers", "SGLang"}
+    assert all("https://" in verdict["source"] for verdict in content["engines"])
 
 
 def test_a_plan_of_a_shipped_recipe_needs_no_output(quantcli: Any, tiny_llama: Path) -> None:

@@ -362,14 +362,20 @@ def test_a_mixed_model_is_loaded_only_if_all_of_it_is() -> None:
     assert of_vllm([(expert, four), (q, static)], None, ["ascend"], (), [[expert.name]])[0]
     assert of_vllm([(up, four)], None, ["ascend"], (), [[expert.name]])[1].startswith("has W4A8 dynamic for experts")
     engines = [v.engine for v in verdicts([(q, Scheme(8))], None, ["ascend", "compressed-tensors"])]
-    assert engines == ["vLLM-Ascend", "MindIE", "vLLM on a CPU", "vLLM on a GPU", "transformers"]
+    assert engines == [
+        "vLLM-Ascend (ascend)", "MindIE", "SGLang (ascend)", "vLLM on a CPU", "vLLM on a GPU",
+        "vLLM-Ascend (compressed-tensors)", "transformers", "SGLang (compressed-tensors)",
+    ]  # fmt: skip
     fp8 = {v.engine: v.loads for v in verdicts([], AttentionScheme(kv="fp8"), ["compressed-tensors", "ascend"])}
     assert fp8 == {
         "vLLM on a CPU": True,
         "vLLM on a GPU": True,
+        "vLLM-Ascend (compressed-tensors)": False,
         "transformers": True,
-        "vLLM-Ascend": False,
+        "SGLang (compressed-tensors)": False,
+        "vLLM-Ascend (ascend)": False,
         "MindIE": False,
+        "SGLang (ascend)": False,
     }
 
 

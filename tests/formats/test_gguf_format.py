@@ -325,8 +325,8 @@ def test_every_token_has_its_type_and_the_embedding_its_tokens(tmp_path: Path) -
 
 
 def test_the_engine_is_named() -> None:
-    (verdict,) = verdicts([(LINEAR, SCHEMES["W4"])], None, ["gguf"])
-    assert (verdict.engine, verdict.loads) == ("llama.cpp", True)
+    found = verdicts([(LINEAR, SCHEMES["W4"])], None, ["gguf"])
+    assert [(verdict.engine, verdict.loads) for verdict in found] == [("llama.cpp", True), ("SGLang", True)]
 
 
 # ---------------------------------------------------------------------------------------------------------- damage

@@ -23,7 +23,9 @@ from quantcli.formats.engines import verdicts
 from quantcli.formats.store import held_scale
 from quantcli.model.discovery import discover
 from quantcli.model.structure import Linear
+from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.plan import make_plan
+from quantcli.pipeline.verify import verify_path
 from quantcli.quant.grid import WeightGrid, dequantize
 from quantcli.quant.methods import WEIGHT_METHODS
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -258,22 +260,22 @@ def test_a_plan_takes_one_scheme_and_scales_that_both_dtypes_hold(form: str, tmp
 @pytest.mark.parametrize(
     ("form", "scheme", "loads"),
     [
-        ("gptq", weights(4), [True, True, True]),
-        ("gptq", weights(4, group_size=None), [True, True, True]),
-        ("gptq", weights(4, symmetric=False), [False, False, True]),
-        ("gptq", weights(8), [False, True, True]),
-        ("gptq", weights(3), [False, False, True]),
-        ("gptq", weights(4, group_size=16), [False, False, True]),
-        ("gptq", weights(4, group_size=48), [False, False, False]),
-        ("awq", weights(4), [True, True, True]),
-        ("awq", weights(4, symmetric=False), [True, True, True]),
-        ("awq", weights(4, group_size=256), [True, False, True]),
+        ("gptq", weights(4), [True, True, True, True, True]),
+        ("gptq", weights(4, group_size=None), [True, True, True, True, True]),
+        ("gptq", weights(4, symmetric=False), [False, False, True, True, False]),
+        ("gptq", weights(8), [False, True, True, True, True]),
+        ("gptq", weights(3), [False, False, False, True, False]),
+        ("gptq", weights(4, group_size=16), [False, False, True, True, False]),
+        ("gptq", weights(4, group_size=48), [False, False, True, False, False]),
+        ("awq", weights(4), [True, True, True, True, True]),
+        ("awq", weights(4, symmetric=False), [True, True, True, True, True]),
+        ("awq", weights(4, group_size=256), [True, False, True, True, False]),
     ],
 )
 def test_the_table_of_engines(form: str, scheme: Scheme, loads: list[bool]) -> None:
     found = verdicts([(Linear("l.0.x", 768, 768), scheme)], None, [form])
     assert [(v.engine, v.loads) for v in found] == list(
-        zip(("vLLM on a CPU", "vLLM on a GPU", "transformers"), loads, strict=True)
+        zip(("vLLM on a CPU", "vLLM on a GPU", "vLLM-Ascend", "transformers", "SGLang"), loads, strict=True)
     )
 
 
@@ -304,12 +306,146 @@ def test_symmetric_weights_of_v2_are_read(made: Made, tmp_path: Path) -> None:
     assert torch.equal(dequantize(export.reader().read_linear(UP).weight), dequantize(stored))
 
 
+def hand_packed(rows: list[list[int]], bits: int) -> Tensor:
+    """Unsigned values as int32 words, by Python's integers: each row a number whose lowest bits are its first value."""
+    words = [sum(value << (bits * place) for place, value in enumerate(row)) for row in rows]
+    count = len(rows[0]) * bits // 32
+    parts = [[(word >> (32 * n)) & 0xFFFFFFFF for n in range(count)] for word in words]
+    return torch.tensor([[part - (1 << 32) if part >> 31 else part for part in row] for row in parts]).int()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_asymmetric_weights_of_v1_have_zero_points_less_one(bits: int) -> None:
+    """u = 0, 1, … and z from 1 to the largest, in two groups of 32 inputs; 32 outputs."""
+    levels = 1 << bits
+    u = [[(i + 3 * o) % levels for i in range(64)] for o in range(32)]
+    z = [[1 + (o + 7 * g) % (levels - 1) for o in range(32)] for g in range(2)]
+    scales = torch.arange(1, 65).reshape(2, 32).half() / 64
+    tensors = {
+        "qweight": hand_packed(u, bits).t().contiguous(),
+        "qzeros": hand_packed([[value - 1 for value in row] for row in z], bits),
+        "scales": scales,
+        "g_idx": torch.arange(64).int() // 32,
+    }
+    scheme, config = weights(bits, symmetric=False), {"quantization_config": {"quant_method": "gptq", "sym": False}}
+    _, decode = gptq.reading(config, lambda suffix: True)
+    wanted = torch.tensor(
+        [[(u[o][i] - z[i // 32][o]) * float(scales[i // 32, o]) for i in range(64)] for o in range(32)]
+    )
+    assert torch.equal(dequantize(decode(tensors, scheme).weight), wanted)
+    _, of_v2 = gptq.reading({"quantization_config": config["quantization_config"] | {"format": "gptq_v2"}}, bool)
+    tensors["qzeros"] = hand_packed(z, bits)
+    assert torch.equal(dequantize(of_v2(tensors, scheme).weight), wanted)
+    z[1][5] = levels  # stored as so many ones
+    tensors["qzeros"] = hand_packed([[value - 1 for value in row] for row in z], bits)
+    with pytest.raises(
+        ModelError, match=rf"qzeros holds {levels - 1}, the zero point less one of 0.* {levels}\."
+    ) as caught:
+        decode(tensors, scheme)
+    assert "gptq_v2" in caught.value.remedy
+
+
+def test_asymmetric_weights_of_v1_are_read_from_files(made: Made, tmp_path: Path) -> None:
+    """An export of v2 turned into v1 as writers do it. Where a zero point is 0, the linear is named."""
+    export = copy_of(made("gptq", "W4 g32 asym"), tmp_path)
+    stored = {module: export.store.read(module).weight for module in export.store.schemes}
+    change_config(export, lambda config: config.update(checkpoint_format="gptq"))
+    change_tensors(export, lambda t: [v.sub_(0x11111111) for k, v in t.items() if k.endswith("qzeros")])
+    reader = export.reader()
+    ambiguous = {module for module, weight in stored.items() if bool((weight.zero_point == -8).any())}
+    assert ambiguous != set(stored)
+    for module, weight in stored.items():
+        if module in ambiguous:
+            with pytest.raises(ModelError, match=module.replace(".", r"\.")):
+                reader.read_linear(module)
+        else:
+            assert torch.equal(dequantize(reader.read_linear(module).weight), dequantize(weight))
+
+
+def as_autoround(export: Export, packing: str | None, symmetric: bool, **changes: Any) -> None:
+    """The export as AutoRound lays it out: no g_idx, no sums, and a quantization_config of its own kind."""
+    (export.folder / "SHA256SUMS").unlink()
+    (export.folder / "quantize_config.json").unlink(missing_ok=True)
+    own = {
+        "autoround_version": "0.16.1", "bits": 4, "block_name_to_quantize": "model.layers", "data_type": "int",
+        "group_size": 32, "quant_method": "auto-round", "sym": symmetric, **changes,
+    }  # fmt: skip
+    if packing is not None:
+        own["packing_format"] = packing
+    content = json.loads((export.folder / "config.json").read_text())
+    (export.folder / "config.json").write_text(json.dumps(content | {"quantization_config": own}))
+    change_tensors(export, lambda t: [t.pop(key) for key in [*t] if key.endswith(".g_idx")])
+
+
+AUTOROUND = [
+    ("gptq", "W4 g32", "auto_round:auto_gptq"),
+    ("gptq", "W4 g32", None),
+    ("gptq", "W4 g32 asym", "auto_round"),
+    ("gptq", "W4 g32 asym", "auto_round:gptqmodel"),
+    ("gptq", "W8 g32 asym", "auto_round:gptqmodel"),
+    ("awq", "W4 g32", "auto_round:auto_awq"),
+    ("awq", "W4 g32 asym", "auto_round:auto_awq"),
+]
+
+
+@pytest.mark.parametrize(("form", "name", "packing"), AUTOROUND)
+def test_the_layout_of_autoround_is_read(form: str, name: str, packing: str | None, made: Made, tmp_path: Path) -> None:
+    """Which zero points each has is from qlinear_torch_zp.py, qlinear_torch.py and WQLinear_GEMM of auto-round 0.16."""
+    export = copy_of(made(form, name), tmp_path)
+    as_autoround(export, packing, GPTQ[name].symmetric)
+    reader = export.reader()
+    assert reader.form is {"gptq": gptq, "awq": awq}[form]
+    assert {scheme.name for scheme in reader.schemes.values()} == {GPTQ[name].name}
+    for module in export.store.schemes:
+        found, stored = reader.read_linear(module).weight, export.store.read(module).weight
+        assert torch.equal(dequantize(found), dequantize(stored))
+    assert verify_path(export.folder)["linears"] == 13
+    converted = tmp_path / "converted"
+    convert_checkpoint(export.folder, "compressed-tensors", converted)
+    assert verify_path(converted)["linears"] == 13
+
+
+def test_autoround_packs_zero_points_less_one_as_gptq_of_v1(made: Made, tmp_path: Path) -> None:
+    export = copy_of(made("gptq", "W4 g32 asym"), tmp_path)
+    as_autoround(export, "auto_round:auto_gptq", symmetric=False)
+    change_tensors(export, lambda t: [v.sub_(0x11111111) for k, v in t.items() if k.endswith("qzeros")])
+    stored = {module: export.store.read(module).weight for module in export.store.schemes}
+    sure = [module for module, weight in stored.items() if not bool((weight.zero_point == -8).any())]
+    assert sure
+    for module in sure:
+        assert torch.equal(dequantize(export.reader().read_linear(module).weight), dequantize(stored[module]))
+
+
+@pytest.mark.parametrize(
+    ("packing", "changes", "message"),
+    [
+        ("auto_round:llm_compressor", {}, "'auto-round', packed as 'auto_round:llm_compressor'"),
+        ("auto_round:auto_gptq", {"act_bits": 8}, "inputs of 8 bits"),
+        ("auto_round:auto_gptq", {"data_type": "mx_fp"}, "'mx_fp'"),
+        ("auto_round:auto_gptq", {"extra_config": {UP: {"bits": 8, "sym": False}}}, "sym False"),
+    ],
+)
+def test_what_else_autoround_makes_is_refused(packing: str, changes: dict[str, Any], message: str, made: Made,
+                                              tmp_path: Path) -> None:  # fmt: skip
+    export = copy_of(made("gptq", "W4 g32"), tmp_path)
+    as_autoround(export, packing, symmetric=True, **changes)
+    with pytest.raises(ModelError, match=message):
+        export.reader()
+
+
+def test_a_last_group_that_is_shorter_is_refused() -> None:
+    """One of 64 and one of 32."""
+    with pytest.raises(ModelError, match="2 groups of 96 inputs are not of one size"):
+        gptq.grouped(4, True, 96, 2, 64)
+    assert gptq.grouped(4, True, 96, 3, 32).group_size == 32
+    assert gptq.grouped(4, True, 96, 1, 128).granularity == "channel"
+
+
 @pytest.mark.parametrize(
     ("form", "change", "message"),
     [
         ("gptq", {"checkpoint_format": "marlin"}, "marlin"),
         ("gptq", {"pack_dtype": "int8"}, "int8"),
-        ("gptq", {"sym": False}, "less one"),
         ("awq", {"version": "gemv"}, "gemv"),
         ("awq", {"bits": 3}, "3 bits"),
         ("awq", {"zero_point": False}, "zero_point False"),

@@ -244,7 +244,7 @@ def test_our_own_reader_refuses_what_it_would_misread(claim: str, exported: Expo
         lambda c: group(c)["input_activations"].update(symmetric=False),
         lambda c: group(c)["input_activations"].update(dynamic=False, strategy="tensor"),
         lambda c: group(c)["weights"].update(symmetric=False),
-        lambda c: group(c).update(format="int-quantized"),  # a byte a code, as llm-compressor writes W4A8
+        lambda c: group(c).update(format="naive-quantized"),
     ],
 )
 def test_our_own_reader_refuses_other_kinds_of_w4a8(
@@ -255,6 +255,49 @@ def test_our_own_reader_refuses_other_kinds_of_w4a8(
     change_config(made, claim)
     with pytest.raises(ModelError, match="scheme that is not supported"):
         made.reader()
+
+
+PACKED = ["W4A8 dynamic", "W4A8 dynamic g32", "W4A4 dynamic g32", "W8A8 dynamic g32"]
+
+
+def a_byte_a_code(made: Export) -> None:
+    """The export as llm-compressor stores it, by the compressor of the format's own library."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    def unpack(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")]:
+            bits, shape = made.store.schemes[name].bits, torch.Size(tensors.pop(f"{name}.weight_shape").tolist())
+            tensors[f"{name}.weight"] = unpack_from_int32(tensors.pop(f"{name}.weight_packed"), bits, shape)
+
+    change_tensors(made, unpack)
+    change_config(made, lambda c: (c.update(format="int-quantized"), group(c).update(format="int-quantized")))
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_codes_of_few_bits_are_read_a_byte_each(name: str, exported: Exported, tmp_path: Path) -> None:
+    made = copy_of(exported(name), tmp_path)
+    a_byte_a_code(made)
+    reader = made.reader()
+    assert {scheme.name for scheme in reader.schemes.values()} == {SCHEMES[name].name}
+    for module in made.store.schemes:
+        found, stored = reader.read_linear(module), made.store.read(module)
+        assert torch.equal(found.weight.codes, stored.weight.codes)
+        assert torch.equal(found.weight.scale.float(), stored.weight.scale.float())
+    assert not any(entry.endswith("weight_scale") for entry in reader.entries)
+
+
+def test_bytes_that_are_no_codes_of_their_bits_and_other_layouts_than_said_are_refused(
+    exported: Exported, tmp_path: Path
+) -> None:
+    made = copy_of(exported("W4A8 dynamic g32"), tmp_path)
+    change_config(made, lambda c: group(c).update(format="int-quantized"))
+    with pytest.raises(ModelError, match="is int-quantized, but its tensors are not"):
+        made.reader()
+    change_config(made, lambda c: group(c).update(format="pack-quantized"))
+    a_byte_a_code(made)
+    change_tensors(made, lambda tensors: tensors[f"{UP}.weight"][0, :1].fill_(8))
+    with pytest.raises(ModelError, match=r"up_proj: weight holds codes outside of -8 to 7"):
+        made.reader().read_linear(UP)
 
 
 def test_our_own_reader_names_a_misshapen_tensor(exported: Exported, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_parts_of_a_fused_linear_with_different_schemes_are_refused(match: str, 
     assert "siblings: apart" in caught.value.remedy
     plan = planned(**TOKEN, overrides=overrides, rollback={"siblings": "apart"})
     assert schemes(plan)[f"0.{'self_attn.k_proj' if 'k_proj' in match else 'mlp.up_proj'}"] == "W8A16"
-    assert [v.loads for v in plan.engines if v.engine.startswith("vLLM")] == [False, False]
+    assert [v.loads for v in plan.engines if v.engine.startswith("vLLM on")] == [False, False]
 
 
 def test_the_same_scheme_found_by_another_method_is_another_treatment() -> None:
@@ -460,8 +460,31 @@ def test_the_plan_says_which_engines_load_fp8(granularity: str, scope: str | Non
     plan = planned(weights={"type": "float", "granularity": granularity}, activations=inputs)
     assert plan.bits_per_weight == pytest.approx(8, abs=1)
     loads = {verdict.engine: verdict.loads for verdict in plan.engines}
-    assert loads == {"vLLM on a CPU": on_cpu, "vLLM on a GPU": True, "transformers": True}
-    assert all("fp8" in verdict.note for verdict in plan.engines if verdict.engine.startswith("vLLM"))
+    assert loads == {
+        "vLLM on a CPU": on_cpu, "vLLM on a GPU": True, "vLLM-Ascend": False, "transformers": True, "SGLang": True
+    }  # fmt: skip
+    assert all("fp8" in verdict.note for verdict in plan.engines if verdict.engine.startswith("vLLM on"))
+
+
+def test_an_engine_that_is_named_has_to_load_the_plan() -> None:
+    three: dict[str, Any] = {"weights": {"bits": 3}}
+    assert planned(**three, export={"engines": ["transformers"]}).schemes
+    with pytest.raises(
+        RecipeError, match=r"^export\.engines: vLLM on a CPU does not load .*3-bit .*https://"
+    ) as caught:
+        planned(**three, export={"engines": ["transformers", "vllm-cpu"]})
+    assert caught.value.exit_code == 2
+    both = {"formats": ["ascend", "compressed-tensors"], "engines": ["vllm-ascend", "vllm-cpu"]}
+    assert planned(weights={"bits": 4}, export=both | {"engines": ["vllm-cpu"]}).schemes
+    with pytest.raises(RecipeError, match=r"vLLM-Ascend does not load this export\. ascend: has no type W4A16"):
+        planned(weights={"bits": 4}, export=both)
+
+
+def test_what_linears_are_rolled_back_to_is_asked_before_they_are_ranked() -> None:
+    export = {"engines": ["vllm-cpu"]}
+    assert planned(**TOKEN, rollback={"level": 2}, export=export).schemes
+    with pytest.raises(RecipeError, match="vLLM on a CPU does not load this export"):
+        planned(**TOKEN, rollback={"level": 2, "to": "W8A16"}, export=export)
 
 
 def test_the_plan_says_how_engines_compute_inputs_of_few_bits() -> None:
@@ -472,7 +495,9 @@ def test_the_plan_says_how_engines_compute_inputs_of_few_bits() -> None:
     assert notes["vLLM on a CPU"] == "computes it as W4A16: inputs stay in float, where W4A4 is evaluated"
     assert notes["vLLM on a GPU"].startswith("inputs stay in float unless --linear-backend humming")
     three = planned(weights={"bits": 3}, activations={"bits": 8, "scope": "token"})
-    assert [(v.loads, "kernel" in v.note) for v in three.engines if v.engine.startswith("vLLM")] == [(False, True)] * 2
+    assert [(v.loads, "kernel" in v.note) for v in three.engines if v.engine.startswith("vLLM on")] == [
+        (False, True)
+    ] * 2
     # a code takes 4 bits and the scales their 16, as W4A16
     assert four.bits_per_weight == planned(weights=W4A8["weights"]).bits_per_weight < 5
 

@@ -54,6 +54,7 @@ def _identity(context: Context) -> dict[str, Any]:
         "device": context.device,
         "samples": data_identity(recipe.calibration),
         "formats": list(recipe.export.formats) if recipe.export else [],
+        **({"engines": list(recipe.export.engines)} if recipe.export and recipe.export.engines else {}),
     }
 
 
