@@ -110,7 +110,7 @@ def check_description_alone(checkpoint: QuantizedCheckpoint, structure: Structur
     """
     (file,) = checkpoint.directory.glob("quant_model_description*.json")
     description = read_json(file)
-    tensors = checkpoint.raw.entries
+    tensors = Checkpoint(checkpoint.directory).entries  # by the names in the file, which `raw` may translate
     for name in tensors:
         if not isinstance(description.get(name), str):
             raise VerificationError(f"{file}: {name} is not described, and engines look for it.", "Export it again.")
