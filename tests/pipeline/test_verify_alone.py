@@ -119,11 +119,11 @@ def test_descriptions_are_complete_and_of_one_mind(form: str, tmp_path: Path) ->
             verify_path(folder)
         file.write_text(whole)
     described(folder, {"model.layers.0.mlp.up_proj.weight_zero": "W8A16"})
-    with pytest.raises(VerificationError, match="up_proj.weight_zero, which is not there"):
+    with pytest.raises(VerificationError, match=r"up_proj.weight_zero, which is not there"):
         verify_path(folder)
     file.write_text(whole)
     described(folder, {"model.layers.0.mlp.up_proj.weight_offset": "FLOAT"})
-    with pytest.raises(VerificationError, match="up_proj.weight_offset is FLOAT, and the weight W8A16"):
+    with pytest.raises(VerificationError, match=r"up_proj.weight_offset is FLOAT, and the weight W8A16"):
         verify_path(folder)
 
 
