@@ -319,6 +319,9 @@ def _default_output(recipe: str) -> str | None:
 @app.command()
 def verify(
     path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run directory or an exported checkpoint.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code of a checkpoint that stands alone.")
+    ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -326,7 +329,7 @@ def verify(
     from quantcli import console
     from quantcli.pipeline.verify import verify_path
 
-    found = verify_path(path)
+    found = verify_path(path, trust_remote_code=trust_remote_code)
     if as_json:
         _print_json(found)
     else:

@@ -344,12 +344,19 @@ def described_in(
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
     """`described` by the description of another name."""
     description = read_json(file)
-    quantized = {}
-    for module, weight in weights.items():
-        kind = description.get(weight)
+    kinds = {module: description.get(weight) for module, weight in weights.items()}
+    for module, kind in kinds.items():
         if kind not in TYPES:
-            raise ModelError(f"{file}: {weight} has the type {kind!r}.",
+            raise ModelError(f"{file}: {weights[module]} has the type {kind!r}.",
                              f"Known types: {', '.join(TYPES)}.")  # fmt: skip
+    return schemes_of(checkpoint, weights, kinds), attention_of(file, checkpoint, description)
+
+
+def schemes_of(checkpoint: Checkpoint, weights: Mapping[str, str], kinds: Mapping[str, str]) -> dict[str, Scheme]:
+    """Scheme of each linear that is not FLOAT, from its type and its offsets."""
+    quantized = {}
+    for module, kind in kinds.items():
+        weight = weights[module]
         if kind == "W4A16":
             quantized[module] = _of_four_bits(checkpoint, weight)
         elif kind != "FLOAT":
@@ -363,7 +370,7 @@ def described_in(
     moved = {module for module, name in offsets.items() if bool(values[name].any())}
     # a zero point may happen to be 0, so that inputs are symmetric only if they are in the whole model
     asymmetric = any(quantized[module].observed for module in moved)
-    schemes = {
+    return {
         module: replace(
             scheme,
             symmetric=scheme.activations != "none" or module not in moved,
@@ -371,7 +378,6 @@ def described_in(
         )
         for module, scheme in quantized.items()
     }
-    return schemes, _attention(file, checkpoint, description)
 
 
 def _of_four_bits(checkpoint: Checkpoint, weight: str) -> Scheme:
@@ -385,7 +391,8 @@ def _of_four_bits(checkpoint: Checkpoint, weight: str) -> Scheme:
     return Scheme(4, granularity="group", group_size=checkpoint.entries[weight].shape[-1] // max(1, groups))
 
 
-def _attention(file: Path, checkpoint: Checkpoint, description: Mapping[str, Any]) -> AttentionScheme | None:
+def attention_of(file: Path, checkpoint: Checkpoint, description: Mapping[str, Any]) -> AttentionScheme | None:
+    """The scheme of attention by what the description says and the offsets of the cache."""
     kind = description.get("fa_quant_type"), description.get("kv_cache_type", description.get("kv_quant_type"))
     if kind == (None, None):
         return None

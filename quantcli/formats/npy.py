@@ -109,12 +109,21 @@ def _by_channel(scheme: Scheme) -> Scheme:
 def described(
     checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, str]
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
-    """What quantization.json says. Raises ModelError where there is none, where it is not understood, and where
-    weights are codes and it does not name them, or the other way round."""
+    """What quantization.json says, or without one, which dictionaries have each linear.
+
+    Raises ModelError where several schemes have the same dictionaries, where quantization.json is not understood, and
+    where weights are codes and it does not name them, or the other way round.
+    """
     path = checkpoint.directory / RECORD
     if not path.is_file():
-        raise ModelError(f"{checkpoint.directory} has no {RECORD}, and dictionaries do not say what inputs become.",
-                         "Write one as docs/formats.md has it, and have config.json beside it.")  # fmt: skip
+        kinds = {module: _inferred(checkpoint, module, weight) for module, weight in weights.items()}
+        said = {}
+        if any(name.endswith(".kv_cache_scale") for name in checkpoint.entries):
+            said["kv_cache_type"] = "C8"
+        if any(name.endswith(".fa_q.scale") for name in checkpoint.entries):
+            said["fa_quant_type"] = "FAQuant"
+        heads = ascend.attention_of(checkpoint.directory, checkpoint, said)
+        return ascend.schemes_of(checkpoint, weights, kinds), heads
     said = read_json(path)
     linears, attention = said.get("linears"), said.get("attention")
     try:
@@ -130,3 +139,30 @@ def described(
     if unknown := [name for name in schemes if name not in weights]:
         raise ModelError(f"{path}: {unknown[0]} is no linear of this model.", "Export it again.")
     return schemes, heads
+
+
+def _inferred(checkpoint: Checkpoint, module: str, weight: str) -> str:
+    """The type of a linear by the dictionaries that it is in.
+
+    deq_scale is only of static inputs; scales of groups, and no scale of inputs, only of W4A16; offsets of weights
+    beside a scale a channel only of W8A16. Otherwise W8A16, W4A16 and W8A8_DYNAMIC look alike.
+    """
+    directory, prefix = checkpoint.directory, weight.removesuffix(".weight")
+    entry, scale = checkpoint.entries.get(weight), checkpoint.entries.get(f"{prefix}.weight_scale")
+    static = f"{prefix}.deq_scale" in checkpoint.entries
+    if entry is None or entry.dtype != "I8":
+        if static or scale is not None:  # v0 of msModelSlim gives a bias the key of the weight
+            raise ModelError(f"{directory}: {npy_names.WEIGHTS} holds no codes of {module}, but it has scales.",
+                             "Save it with another save_type; a bias has taken their place.")  # fmt: skip
+        return "FLOAT"
+    if scale is None:
+        raise ModelError(f"{directory}: {module} has no weight_scale.", "Save it with save_type ascendV1.")
+    if static:
+        return "W8A8"
+    if len(scale.shape) == 2 and scale.shape[1] > 1:
+        return "W4A16"
+    offset = f"{prefix}.weight_offset"
+    if offset in checkpoint.entries and bool(checkpoint.read([offset])[offset].any()):
+        return "W8A16"
+    raise ModelError(f"{directory} has no {RECORD}, and dictionaries do not say what inputs of {module} become.",
+                     "Write one as docs/formats.md has it, and have config.json beside it.")  # fmt: skip

@@ -54,7 +54,7 @@ class QuantizedCheckpoint:
         self.weights = {name: weights[name] for name in self.schemes}
         self._modules = {weight: name for name, weight in self.weights.items()}
         self._attention_paths = self._find_attention(weights)
-        parts = {self.tensor_name(name, suffix) for name in self.schemes for suffix in self._layout(name)}
+        parts = {tensor for name in self.schemes for tensor in self.tensor_names(name)}
         parts |= {name for path in self._attention_paths.values() for name in self._attention_names(path)}
         self.entries = {name: entry for name, entry in self.raw.entries.items() if name not in parts}
         for name, weight in self.weights.items():
@@ -117,6 +117,10 @@ class QuantizedCheckpoint:
 
     def tensor_name(self, module: str, suffix: str) -> str:
         return f"{self.weights[module].removesuffix('.weight')}.{suffix}"
+
+    def tensor_names(self, module: str) -> list[str]:
+        """The tensors that stand for a quantized linear's weight."""
+        return [self.tensor_name(module, suffix) for suffix in self._layout(module)]
 
     def _layout(self, module: str) -> Layout:
         with _understood(self.directory / "config.json"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from quantcli.errors import ModelError
 from quantcli.formats import ascend, awq, common, compressed_tensors, dense, gguf, gptq, mindie, npy
+from quantcli.formats.msmodelslim import MsModelSlimCheckpoint
 from quantcli.model.checkpoint import Checkpoint
 
 FORMATS: dict[str, ModuleType] = {
@@ -34,6 +35,8 @@ def open_weights(directory: Path) -> Checkpoint:
         from quantcli.model.npy_file import NpyCheckpoint
 
         return NpyCheckpoint(directory)
+    if ascend.recognizes(directory, {}) or mindie.recognizes(directory, {}):
+        return MsModelSlimCheckpoint(directory)
     if not gguf.recognizes(directory, {}):
         return Checkpoint(directory)
     from quantcli.model.gguf_file import GgufCheckpoint

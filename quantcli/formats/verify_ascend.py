@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,8 +18,12 @@ from torch import Tensor
 
 from quantcli.errors import VerificationError
 from quantcli.formats.store import Store, StoredLinear
-from quantcli.model.checkpoint import Checkpoint
+from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.model.structure import Structure
 from quantcli.quant.scheme import AttentionScheme, Scheme
+
+if TYPE_CHECKING:
+    from quantcli.formats.reader import QuantizedCheckpoint
 
 FORMS = ("ascend", "mindie", "numpy")
 """Formats whose linears and attention have the tensors of AscendV1."""
@@ -96,6 +100,39 @@ def check_description(
                 f"{wanted.get(name)!r}.",
                 "Export again.",
             )
+
+
+def check_description_alone(checkpoint: QuantizedCheckpoint, structure: Structure, weights: Mapping[str, str]) -> None:
+    """Without a store: every tensor is described and every described one is there, the parts of a linear have its type,
+    linears that engines join have one type, and a tied output head is described, since engines look for it.
+
+    `weights` maps linears to their weights. Raises VerificationError.
+    """
+    (file,) = checkpoint.directory.glob("quant_model_description*.json")
+    description = read_json(file)
+    tensors = Checkpoint(checkpoint.directory).entries  # by the names in the file, which `raw` may translate
+    for name in tensors:
+        if not isinstance(description.get(name), str):
+            raise VerificationError(f"{file}: {name} is not described, and engines look for it.", "Export it again.")
+    for name, kind in description.items():
+        if "." in name and isinstance(kind, str) and name not in tensors:
+            raise VerificationError(f"{file}: describes {name}, which is not there.", "Export it again.")
+    head = f"{structure.head}.weight"
+    if structure.head is not None and structure.tied and head not in description:
+        raise VerificationError(f"{file}: {head} is not described, and engines look for it.", "Export it again.")
+    for module in checkpoint.schemes:
+        kind = description[weights[module]]
+        for name in checkpoint.tensor_names(module):
+            if description.get(name, kind) != kind:
+                raise VerificationError(f"{file}: {name} is {description[name]}, and the weight {kind}.",
+                                        "Export it again.")  # fmt: skip
+    for block in structure.blocks:
+        for first, *others in block.fused:
+            for other in others:
+                one, two = (description.get(weights.get(name, "")) for name in (first, other))
+                if one != two:
+                    raise VerificationError(f"{file}: {first} is {one} and {other} is {two}, and engines join them.",
+                                            "Quantize both alike.")  # fmt: skip
 
 
 def _check_record(record: Mapping[str, Any], store: Store) -> None:

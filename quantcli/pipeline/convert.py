@@ -15,7 +15,7 @@ from quantcli.formats.common import WEIGHT_SUFFIXES
 from quantcli.formats.permissions import FOLDER
 from quantcli.formats.sums import SUMS
 from quantcli.formats.table import FORMATS
-from quantcli.pipeline.held import model_unheld, unheld
+from quantcli.pipeline.held import model_unheld, split_siblings, unheld
 from quantcli.pipeline.rundir import is_run, room_errors
 from quantcli.pipeline.stages.export import DESCRIPTIONS, weight_files
 from quantcli.pipeline.standalone import open_checkpoint
@@ -55,6 +55,8 @@ def convert_checkpoint(
     reason = unheld(form, quantized, checkpoint.attention)
     if reason := reason or model_unheld(form, source, structure, checkpoint.entries):
         raise RecipeError(f"--to: {reason}", "Choose another format.")
+    if reason := split_siblings(form, structure, checkpoint.schemes):
+        raise RecipeError(f"--to: {reason}", "Choose another format, or quantize them alike.")
     _refuse_place(source, output, overwrite)
     temporary = output.parent / f".{output.name}.{os.getpid()}.part"
     with room_errors(output):

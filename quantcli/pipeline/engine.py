@@ -23,7 +23,16 @@ from quantcli.pipeline.context import Context, Listener, Stage
 from quantcli.pipeline.gates import Gate, judged, message_of, worst_linears, write_reports
 from quantcli.pipeline.plan import Plan, make_plan, reads_calibration
 from quantcli.pipeline.report import write_page, write_summary
-from quantcli.pipeline.rundir import EDITED_RECIPE, RECIPE, StageFolder, check_place, is_run, open_run, room_errors
+from quantcli.pipeline.rundir import (
+    EDITED_RECIPE,
+    RECIPE,
+    RunDirectory,
+    StageFolder,
+    check_place,
+    is_run,
+    open_run,
+    room_errors,
+)
 from quantcli.pipeline.source import known_positions, locate_model, model_identity
 from quantcli.pipeline.stages import (
     allocate,
@@ -192,6 +201,15 @@ def run_recipe(
     if missed is not None:
         raise missed
     return result
+
+
+def settled_plan(recipe: Recipe, model: Path, run: Path) -> Plan:
+    """The plan of the finished run in the directory `run`, with what its stages found; nothing is run or written."""
+    context = Context(recipe, model, _plan(recipe, model), RunDirectory(run), "cpu")
+    for stage in STAGES:
+        if stage.settle is not None and stage.wanted(recipe):
+            stage.settle(context)
+    return context.plan
 
 
 def rank_linears(recipe: Recipe, *, listener: Listener | None = None) -> dict[str, Any]:

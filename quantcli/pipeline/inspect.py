@@ -41,10 +41,9 @@ def inspect_path(path: Path) -> dict[str, Any]:
         count = sum(len(experts.linears) for layer in layers for experts in layer)
         facts["experts"] = f"{count} in {len(layers)} layers"
     if (form := find_format(directory, read_json(directory / "config.json"))) is not None:
-        from quantcli.formats.reader import QuantizedCheckpoint
+        from quantcli.pipeline.standalone import open_checkpoint
 
-        linears = {linear.name: linear for linear in structure.matrices()}
-        quantized = QuantizedCheckpoint(directory, linears, {name: f"{name}.weight" for name in linears})
+        _, quantized, _ = open_checkpoint(directory)
         schemes = Counter(scheme.name for scheme in quantized.schemes.values())
         facts |= {"kind": f"quantized checkpoint ({form.NAME})"}
         facts |= {"schemes": ", ".join(f"{count} × {name}" for name, count in schemes.items())}

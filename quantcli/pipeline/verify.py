@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +13,23 @@ from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.rundir import RECIPE, RECORD, STAGE_RECORD, is_run
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from quantcli.formats.export import Source
+    from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.formats.store import Store
     from quantcli.model.structure import Structure
+    from quantcli.quant.scheme import Scheme
+    from quantcli.recipe.schema import Recipe
 
 
-def verify_path(path: Path) -> dict[str, Any]:
+def verify_path(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Check the exports of a run, or one checkpoint.
 
-    A checkpoint inside a run is compared with the store it was written from, and every file with its recorded digest;
-    one that stands alone is checked against itself and its checksums, if it has any. Raises VerificationError with the
-    file or module and the difference.
+    A checkpoint inside a run is compared with the store it was written from, the store with the plan, and every file
+    with its recorded digest; one that stands alone, whoever made it, is checked against itself and its checksums, if it
+    has any, and tensors that are of no parameter of the model are reported. `trust_remote_code` is for such a one: runs
+    have their recipe's. Raises VerificationError with the file or module and the difference.
     """
     resolved = path.resolve()
     if is_run(resolved):
@@ -32,7 +39,7 @@ def verify_path(path: Path) -> dict[str, Any]:
         return _verify_run(run, resolved.name)
     if not (path / "config.json").is_file():
         raise RecipeError(f"{path} is neither a run directory nor a checkpoint.", "Name one of them.")
-    return _verify_alone(path)
+    return _verify_alone(path, trust_remote_code)
 
 
 def export_digests(run: Path, form: str) -> dict[str, str]:
@@ -94,6 +101,7 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     smoothed = smoothed_checkpoint(recipe, model, structure, run / "smooth")
     source = source_of(recipe, structure, finished_checkpoint(recipe, smoothed, run))
     store = finished_store(recipe, run)
+    check_planned(store.schemes, _settled_schemes(recipe, model, run))
     trust = section.trust_remote_code
     found = {name: verify_export(run, name, store, source, structure, trust_remote_code=trust) for name in formats}
     for facts in found.values():
@@ -101,33 +109,72 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     return {f"{name}: {key}": value for name, facts in found.items() for key, value in facts.items()}
 
 
-def _verify_alone(path: Path) -> dict[str, Any]:
-    import torch
+def _settled_schemes(recipe: Recipe, model: Path, run: Path) -> dict[str, Scheme]:
+    """The scheme of every linear that the plan of a finished run quantizes, what its stages found included."""
+    from quantcli.pipeline.engine import settled_plan
 
-    from quantcli.formats.reader import QuantizedCheckpoint
-    from quantcli.model.structure_cache import find_structure
+    try:
+        plan = settled_plan(recipe, model, run)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise VerificationError(f"{run}: what its stages found cannot be read: {error}.",
+                                "Run the recipe again.") from error  # fmt: skip
+    return {name: scheme for name, (_, scheme) in plan.schemes.items()}
+
+
+def check_planned(found: Mapping[str, Scheme], planned: Mapping[str, Scheme]) -> None:
+    """Every planned linear is quantized under its scheme, and no other is. Raises VerificationError."""
+    for name in [*planned, *found]:
+        if found.get(name) != planned.get(name):
+            one, other = (side[name].name if name in side else "float" for side in (found, planned))
+            raise VerificationError(f"The store has another scheme than the plan: {name} is {one}, not {other}.",
+                                    "Quantize again.")  # fmt: skip
+
+
+def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
+    from quantcli.formats.verify_ascend import FORMS, check_description_alone
+    from quantcli.model.skeleton import Skeleton
+    from quantcli.pipeline.standalone import open_checkpoint
 
     files = check_sums(path)
-    structure = find_structure(path)
-    linears = {linear.name: linear for linear in structure.matrices()}
     try:
-        checkpoint = QuantizedCheckpoint(path, linears, {name: f"{name}.weight" for name in linears})
+        structure, checkpoint, weights = open_checkpoint(path, trust_remote_code=trust_remote_code)
         if checkpoint.form is None:
             raise VerificationError(f"{path} is not a quantized checkpoint.", "Name a run, or one of its exports.")
         for name in checkpoint.schemes:
-            stored = checkpoint.read_linear(name)
-            linear = linears[name]
-            if tuple(stored.weight.codes.shape) != (linear.out_features, linear.in_features):
-                raise VerificationError(
-                    f"{name}: codes have shape {tuple(stored.weight.codes.shape)}.", "Export it again."
-                )
-            for scale in (stored.weight.scale, stored.input_scale):
-                if scale is not None and not bool((torch.isfinite(scale) & (scale != 0)).all()):
-                    raise VerificationError(f"{name}: a scale is zero or not finite.", "Quantize it again.")
+            _check_linear(checkpoint, name)
+        for module in checkpoint.attention_modules:
+            parts = checkpoint.read_attention(module)
+            for part, scale in parts.items():
+                _check_usable(module, part, scale, zeros="offset" in part)
+        # by the names that transformers itself maps to parameters; one that has no source is missing
+        skeleton = Skeleton(path, structure, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
+        for linear in structure.matrices():
+            if linear.name not in weights and f"{linear.name}.weight" not in skeleton.sources:
+                raise VerificationError(f"{path}: {linear.name} has no weight.", "Export it again.")
+        if checkpoint.form.NAME in FORMS[:2]:
+            check_description_alone(checkpoint, structure, weights)
     except ModelError as error:
         raise VerificationError(str(error)) from error
-    missing = [name for name in structure.parameters if name not in checkpoint]
-    if missing:
-        raise VerificationError(f"{path}: {missing[0]} is missing.", "Export it again.")
     sums = "it has no checksums" if files is None else f"and the checksums of its {files} files"
-    return {"linears": len(checkpoint.schemes), "checked against": f"itself (no run beside it; {sums})"}
+    found = {"linears": len(checkpoint.schemes), "checked against": f"itself (no run beside it; {sums})"}
+    if checkpoint.attention_modules:
+        found["attention modules"] = len(checkpoint.attention_modules)
+    if unused := skeleton.unused_tensors:
+        found["of no parameter"] = f"{len(unused)} tensors, such as {unused[0]}"
+    return found
+
+
+def _check_linear(checkpoint: QuantizedCheckpoint, name: str) -> None:
+    stored, linear = checkpoint.read_linear(name), checkpoint.linears[name]
+    if tuple(stored.weight.codes.shape) != (linear.out_features, linear.in_features):
+        raise VerificationError(f"{name}: codes have shape {tuple(stored.weight.codes.shape)}.", "Export it again.")
+    for scale in (stored.weight.scale, stored.input_scale):
+        if scale is not None:
+            _check_usable(name, "a scale", scale)
+
+
+def _check_usable(module: str, part: str, values: Tensor, *, zeros: bool = False) -> None:
+    usable = values.isfinite() if zeros else values.isfinite() & (values != 0)
+    if not bool(usable.all()):
+        how = "not finite" if zeros else "zero or not finite"
+        raise VerificationError(f"{module}: {part} is {how}.", "Quantize it again.")

@@ -22,6 +22,7 @@ from tiny_exports import Export, export_tiny
 
 from quantcli.errors import ModelError, VerificationError
 from quantcli.formats import npy
+from quantcli.formats.ascend import type_name
 from quantcli.formats.npy import refusal
 from quantcli.model.npy_dictionary import DictionaryWriter, read_places
 from quantcli.model.npy_file import NpyCheckpoint
@@ -43,6 +44,7 @@ CASES: dict[str, tuple[Scheme, AttentionScheme | None]] = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Q = "model.layers.0.self_attn.q_proj"
+OUT = "model.layers.0.self_attn.o_proj"
 
 
 def dictionaries(folder: Path) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
@@ -128,7 +130,7 @@ def test_what_has_no_place_is_refused() -> None:
 
 
 def test_conversions_keep_codes_and_dtypes(tmp_path: Path) -> None:
-    made = export_tiny(tmp_path, Scheme(8), dtype=torch.bfloat16, form="compressed-tensors", kept=[Q])
+    made = export_tiny(tmp_path, Scheme(8), dtype=torch.bfloat16, form="compressed-tensors", kept=[OUT])
     convert_checkpoint(made.folder, "numpy", tmp_path / "numpy")
     convert_checkpoint(tmp_path / "numpy", "compressed-tensors", tmp_path / "back")
     one, other = (load_file(folder / "model.safetensors") for folder in (made.folder, tmp_path / "back"))
@@ -139,6 +141,47 @@ def test_conversions_keep_codes_and_dtypes(tmp_path: Path) -> None:
     assert not list((tmp_path / "numpy").glob("*.npy"))
     convert_checkpoint(made.folder, "numpy", tmp_path / "numpy", overwrite=True)
     assert verify_path(tmp_path / "numpy")["linears"] == 13
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [
+        (STATIC, "W8A8"),
+        (Scheme(8, activations="static"), "W8A8"),
+        (Scheme(8, symmetric=False), "W8A16"),
+        (Scheme(4, granularity="group", group_size=32), "W4A16"),
+        (Scheme(4, symmetric=False, granularity="group", group_size=32), "W4A16"),
+    ],
+)
+def test_without_a_record_dictionaries_tell_the_scheme_where_only_one_has_them(
+    scheme: Scheme, kind: str, tmp_path: Path
+) -> None:
+    made = export_tiny(
+        tmp_path, scheme, dtype=torch.bfloat16, form="numpy", kept=[OUT], attention=AttentionScheme(kv="int8")
+    )
+    by_record = made.reader()
+    (made.folder / "quantization.json").unlink()
+    reader = made.reader()
+    assert (reader.schemes, reader.attention) == (by_record.schemes, by_record.attention)
+    assert {type_name(scheme) for scheme in reader.schemes.values()} == {kind}
+    one, two = (read.read_linear(Q).tensors() for read in (reader, by_record))
+    assert all(torch.equal(one[part], two[part]) for part in two)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(8, activations="dynamic"), Scheme(4)])
+def test_without_a_record_what_looks_alike_is_refused(scheme: Scheme, tmp_path: Path) -> None:
+    made = export_tiny(tmp_path, scheme, form="numpy")
+    (made.folder / "quantization.json").unlink()
+    with pytest.raises(ModelError, match=r"has no quantization.json, and dictionaries do not say"):
+        made.reader()
+
+
+def test_codes_that_a_bias_has_replaced_are_named(tmp_path: Path) -> None:
+    made = export_tiny(tmp_path, STATIC, "qwen2", form="numpy")
+    (made.folder / "quantization.json").unlink()
+    changed(made.folder / "quant_weight.npy", lambda entries: entries.update({Q: np.zeros(64, np.float32)}))
+    with pytest.raises(ModelError, match=r"holds no codes of .*q_proj, but it has scales"):
+        made.reader()
 
 
 # ------------------------------------------------------------------------------------------------------ damage

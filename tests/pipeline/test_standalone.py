@@ -125,11 +125,14 @@ def test_a_dense_conversion_says_what_is_missing_and_is_no_source(tmp_path: Path
 def test_what_a_format_cannot_hold_is_refused_before_work(tmp_path: Path) -> None:
     dynamic = made(tmp_path / "a", Scheme(8, activations="dynamic"), "compressed-tensors")
     mixed = made(tmp_path / "b", FOUR, "compressed-tensors", others={"*.down_proj": Scheme(4)})
+    apart = made(tmp_path / "d", Scheme(8), "compressed-tensors", kept=["model.layers.1.self_attn.v_proj"])
     cached = made(tmp_path / "c", FOUR, "compressed-tensors", attention=AttentionScheme(kv="fp8"))
     for source, form, reason in [
         (dynamic, "gptq", "weights alone"),
         (dynamic, "exl2", "there is no format"),
         (mixed, "awq", "one scheme for all linears"),
+        (apart, "ascend", r"q_proj is W8A16 and model.layers.1.self_attn.v_proj FLOAT, and engines .* join them"),
+        (apart, "mindie", "join them"),
         (cached, "gptq", "KV fp8"),
     ]:
         with pytest.raises(RecipeError, match=reason):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantcli.errors import VerificationError
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.stages.export import float_source
 from quantcli.pipeline.tuned import finished_store
-from quantcli.pipeline.verify import verify_export
+from quantcli.pipeline.verify import check_planned, verify_export
 
 RESULT = "verified.json"
 
@@ -22,8 +21,7 @@ def run(context: Context, folder: StageFolder) -> None:
     """Writes verified.json. Raises VerificationError for the first difference."""
     assert context.recipe.export is not None
     store, source = finished_store(context.recipe, context.run.path), float_source(context)
-    if store.schemes != {name: scheme for name, (_, scheme) in context.plan.schemes.items()}:
-        raise VerificationError("The store has other linears or schemes than the plan.", "Quantize again.")
+    check_planned(store.schemes, {name: scheme for name, (_, scheme) in context.plan.schemes.items()})
     trust, structure = context.recipe.model.trust_remote_code, context.plan.structure
     found: dict[str, Any] = {}
     for name in context.recipe.export.formats:

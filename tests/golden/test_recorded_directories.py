@@ -1,0 +1,122 @@
+"""Directories as msModelSlim writes them are read: opened by their content, verified alone, and converted.
+
+Tensors are the recorded ones under the recorded names, `config.json` is the model's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_ascend_tensors import GOLDEN, recorded, stored_linear
+from torch import Tensor
+
+from quantcli.errors import ModelError
+from quantcli.formats.ascend import type_name
+from quantcli.model.skeleton import Skeleton
+from quantcli.pipeline.convert import convert_checkpoint
+from quantcli.pipeline.standalone import open_checkpoint
+from quantcli.pipeline.verify import verify_path
+
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs the recorded outputs beside the checkout")
+
+# model, case, type, and whether scales have to be derived, and norms are wrapped
+CASES = [
+    ("A", "v1_w8a8_static_asym", "W8A8", True, False),
+    ("B", "v1_w8a8_static_mean", "W8A8", True, False),
+    ("A", "w8a8s_cosparse_w8", "W8A8S", True, False),
+    ("A", "w8a8s_lowbit_smooth", "W8A8S", True, True),
+    ("A", "m1_w8a8", "W8A8", False, True),
+    ("B", "m4_w8a8_dynamic", "W8A8_DYNAMIC", False, True),
+    ("A_bf16", "w8a8_act1_mm0", "W8A8", False, False),
+    ("A_fp16", "w8a8_pdmix", "W8A8_MIX", False, False),
+    ("A", "v1_w4a8_minmax", "W4A8_DYNAMIC", False, False),
+    ("A", "v1_w8a16_ssz", "W8A16", False, False),
+]
+IDS = [f"{model}-{case}" for model, case, *_ in CASES]
+
+
+def directory(place: Path, model: str, case: str) -> tuple[Path, dict[str, Tensor]]:
+    tensors, description = recorded(model, case)
+    place.mkdir()
+    shutil.copy(GOLDEN / model / "model" / "config.json", place)
+    (place / "quant_model_description.json").write_text(json.dumps(description))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, place / "quant_model_weight.safetensors")
+    return place, tensors
+
+
+@pytest.mark.parametrize(("model", "case", "kind", "derived", "wrapped"), CASES, ids=IDS)
+def test_recorded_codes_and_scales_are_read(
+    model: str, case: str, kind: str, derived: bool, wrapped: bool, tmp_path: Path
+) -> None:
+    folder, tensors = directory(tmp_path / "made", model, case)
+    structure, checkpoint, _ = open_checkpoint(folder)
+    assert {type_name(scheme) for scheme in checkpoint.schemes.values()} == {kind}
+    assert checkpoint.schemes.keys() == {n.removesuffix(".weight") for n, t in tensors.items() if t.dtype == torch.int8}
+    assert derived == (f"{next(iter(checkpoint.schemes))}.weight_scale" not in tensors)
+    for name, scheme in checkpoint.schemes.items():
+        if derived:
+            deq_scale = tensors[f"{name}.deq_scale"]
+            assert deq_scale.dtype == torch.int64
+            served = deq_scale.to(torch.int32).view(torch.float32)
+            scale = (served / tensors[f"{name}.input_scale"]).view(-1, 1)
+            parts = tensors | {f"{name}.weight_scale": scale, f"{name}.weight_offset": torch.zeros_like(scale)}
+        else:
+            parts = tensors
+        wanted, found = stored_linear(parts, name, scheme), checkpoint.read_linear(name)
+        assert torch.equal(found.weight.codes, wanted.weight.codes), name
+        torch.testing.assert_close(found.weight.scale.float(), wanted.weight.scale.float(), rtol=1.2e-7, atol=0)
+        if scheme.observed:
+            assert found.input_scale is not None
+            assert wanted.input_scale is not None
+            assert torch.equal(found.input_scale.float(), wanted.input_scale)
+    norms = [name for name in tensors if name.endswith(".module.weight")]
+    assert bool(norms) == wrapped
+    skeleton = Skeleton(folder, structure, checkpoint=checkpoint)
+    for name in norms:
+        plain = name.replace(".module.", ".")
+        assert torch.equal(skeleton.read([plain])[plain], tensors[name])
+    assert skeleton.unused_tensors == []
+    assert verify_path(folder)["linears"] == len(checkpoint.schemes)
+
+
+def test_derived_scales_are_those_that_the_other_generation_saves(tmp_path: Path) -> None:
+    folder, tensors = directory(tmp_path / "made", "A", "v1_w8a8_static_asym")
+    _, checkpoint, _ = open_checkpoint(folder)
+    saved, _ = recorded("A", "w8a8_act1_mm0")
+    for name in checkpoint.schemes:
+        assert torch.equal(tensors[f"{name}.weight"], saved[f"{name}.weight"])
+        scale = checkpoint.read_linear(name).weight.scale
+        torch.testing.assert_close(scale, saved[f"{name}.weight_scale"], rtol=1.2e-7, atol=0)
+
+
+@pytest.mark.parametrize("case", ["v1_w8a8_static_asym", "m1_w8a8"])
+def test_a_recorded_directory_is_converted(case: str, tmp_path: Path) -> None:
+    folder, tensors = directory(tmp_path / "made", "A", case)
+    convert_checkpoint(folder, "ascend", tmp_path / "ascend")
+    found = load_file(tmp_path / "ascend" / "quant_model_weights.safetensors")
+    assert not [name for name in found if ".module." in name or name.endswith("norm.bias")]
+    for name, tensor in tensors.items():
+        plain = name.replace(".module.", ".")
+        if name.endswith("norm.bias"):
+            continue
+        if name.endswith(".deq_scale"):  # computed again from a scale that was derived from it
+            one, other = (t.to(torch.int32).view(torch.float32) for t in (found[plain], tensor))
+            torch.testing.assert_close(one, other, rtol=1.2e-7, atol=0)
+        else:
+            assert torch.equal(found[plain], tensor), name
+    convert_checkpoint(folder, "compressed-tensors", tmp_path / "other")
+    assert verify_path(tmp_path / "other")["linears"] == 14
+
+
+def test_a_shift_in_a_wrapped_norm_is_not_lost(tmp_path: Path) -> None:
+    folder, tensors = directory(tmp_path / "made", "A", "m1_w8a8")
+    bias = next(name for name in tensors if name.endswith("norm.bias"))
+    tensors[bias][0] = 1
+    save_file(tensors, folder / "quant_model_weight.safetensors")
+    with pytest.raises(ModelError, match=f"{bias} shifts what the norm puts out"):
+        open_checkpoint(folder)

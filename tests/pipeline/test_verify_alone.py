@@ -1,0 +1,144 @@
+"""A checkpoint away from its run is checked against itself: whatever the model, whichever names its tensors have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_exports import export_tiny
+
+from quantcli.errors import VerificationError
+from quantcli.formats.sums import SUMS
+from quantcli.pipeline.verify import verify_path
+from quantcli.quant.scheme import AttentionScheme, Scheme
+
+W8, DYNAMIC = Scheme(8), Scheme(8, activations="dynamic")
+G32 = Scheme(4, granularity="group", group_size=32)
+Tensors = dict[str, torch.Tensor]
+
+
+def alone(folder: Path) -> Path:
+    """The checkpoint without its checksums, so that only its content speaks."""
+    (folder / SUMS).unlink(missing_ok=True)
+    return folder
+
+
+def weights_file(folder: Path) -> Path:
+    (file,) = folder.glob("*.safetensors")
+    return file
+
+
+def rewritten(folder: Path, tensors: Tensors) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights_file(folder), {"format": "pt"})
+    for index in folder.glob("*.index.json"):
+        index.unlink()
+
+
+def described(folder: Path, change: dict[str, Any], without: str = "") -> None:
+    (file,) = folder.glob("quant_model_description*.json")
+    content = json.loads(file.read_text()) | change
+    content.pop(without, None)
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "deepseek-v3"])
+@pytest.mark.parametrize(("form", "scheme"), [("compressed-tensors", G32), ("ascend", DYNAMIC), ("mindie", W8)])
+def test_experts_are_in_order_and_one_that_is_missing_is_found(
+    family: str, form: str, scheme: Scheme, tmp_path: Path
+) -> None:
+    made = export_tiny(tmp_path, scheme, family, dtype=torch.bfloat16, form=form)
+    folder = alone(made.folder)
+    assert verify_path(folder)["linears"] == len(made.store.schemes)
+    tensors = load_file(weights_file(folder))
+    expert = next(name for name in made.store.schemes if ".experts." in name)
+    rewritten(folder, {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{expert}.")})
+    with pytest.raises(VerificationError, match=expert):
+        verify_path(folder)
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "ascend"])
+def test_names_without_the_prefix_of_the_base_model(form: str, tmp_path: Path) -> None:
+    folder = alone(export_tiny(tmp_path, DYNAMIC, dtype=torch.bfloat16, form=form).folder)
+    rewritten(folder, {n.removeprefix("model."): tensor for n, tensor in load_file(weights_file(folder)).items()})
+    if form == "ascend":
+        file = folder / "quant_model_description.json"
+        entries = json.loads(file.read_text())
+        file.write_text(json.dumps({name.removeprefix("model."): kind for name, kind in entries.items()}))
+    found = verify_path(folder)
+    assert found["linears"] == 14
+    assert "of no parameter" not in found
+
+
+@pytest.mark.parametrize(
+    ("form", "attention", "part"),
+    [
+        ("compressed-tensors", AttentionScheme(kv="fp8"), "k_scale"),
+        ("ascend", AttentionScheme(kv="int8"), "v_proj.kv_cache_scale"),
+        ("ascend", AttentionScheme(heads=True), "fa_q.scale"),
+    ],
+)
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_scales_of_attention_are_read(
+    form: str, attention: AttentionScheme, part: str, value: float, tmp_path: Path
+) -> None:
+    folder = alone(export_tiny(tmp_path, W8, dtype=torch.bfloat16, form=form, attention=attention).folder)
+    assert verify_path(folder)["attention modules"] == 2
+    tensors = load_file(weights_file(folder))
+    tensors[f"model.layers.1.self_attn.{part}"].flatten()[:1] = value
+    rewritten(folder, tensors)
+    with pytest.raises(VerificationError, match=r"layers.1.self_attn: .*_scale is zero or not finite"):
+        verify_path(folder)
+
+
+def test_tensors_of_no_parameter_are_reported(tmp_path: Path) -> None:
+    folder = alone(export_tiny(tmp_path, W8, form="compressed-tensors").folder)
+    assert "of no parameter" not in verify_path(folder)
+    rewritten(folder, load_file(weights_file(folder)) | {"model.layers.0.self_attn.q_proj.azp": torch.ones(3)})
+    assert verify_path(folder)["of no parameter"] == "1 tensors, such as model.layers.0.self_attn.q_proj.azp"
+
+
+@pytest.mark.parametrize("form", ["ascend", "mindie"])
+def test_descriptions_are_complete_and_of_one_mind(form: str, tmp_path: Path) -> None:
+    folder = alone(export_tiny(tmp_path, W8, "qwen2", form=form, kept=["model.layers.1.mlp.down_proj"]).folder)
+    (file,) = folder.glob("quant_model_description*.json")
+    whole = file.read_text()
+    assert verify_path(folder)["linears"] == 13
+    for name in (
+        "model.norm.weight",
+        "model.embed_tokens.weight",
+        "model.layers.0.self_attn.q_proj.bias",
+        "model.layers.0.mlp.up_proj.weight_scale",
+        "lm_head.weight",
+    ):
+        described(folder, {}, without=name)
+        with pytest.raises(VerificationError, match=name):
+            verify_path(folder)
+        file.write_text(whole)
+    described(folder, {"model.layers.0.mlp.up_proj.weight_zero": "W8A16"})
+    with pytest.raises(VerificationError, match=r"up_proj.weight_zero, which is not there"):
+        verify_path(folder)
+    file.write_text(whole)
+    described(folder, {"model.layers.0.mlp.up_proj.weight_offset": "FLOAT"})
+    with pytest.raises(VerificationError, match=r"up_proj.weight_offset is FLOAT, and the weight W8A16"):
+        verify_path(folder)
+
+
+def test_linears_that_engines_join_have_one_type(tmp_path: Path) -> None:
+    folder = alone(export_tiny(tmp_path, W8, form="ascend", kept=["model.layers.1.mlp.up_proj"]).folder)
+    with pytest.raises(VerificationError, match=r"gate_proj is W8A16 and .*up_proj is FLOAT, and engines join them"):
+        verify_path(folder)
+
+
+def test_a_tied_head_is_described(tmp_path: Path) -> None:
+    folder = alone(export_tiny(tmp_path, W8, "llama-tied", form="ascend").folder)
+    verify_path(folder)
+    tensors = load_file(weights_file(folder))
+    del tensors["lm_head.weight"]
+    rewritten(folder, tensors)
+    described(folder, {}, without="lm_head.weight")
+    with pytest.raises(VerificationError, match=r"lm_head.weight is not described"):
+        verify_path(folder)
