@@ -122,6 +122,8 @@ def _vllm_cpu(scheme: Scheme, linears: Sequence[Linear]) -> tuple[bool, str]:
     if scheme.type == "float":
         return _vllm_cpu_fp8(scheme)
     if scheme.int8_products:
+        if scheme.activations == "static" and scheme.activations_symmetric:  # CPUInt8ScaledMMLinearKernel
+            return True, "int8 products (oneDNN); a CPU with AMX computes it as W8A8 dynamic"
         return True, "int8 products (oneDNN)"
     if scheme.granularity == "tensor":
         return False, _NO_TENSOR

@@ -36,6 +36,8 @@ RUNS = {
 def test_vllm_has_the_reported_perplexity(
     name: str, smollm2: Path, run: Callable[..., Path], served: Callable[..., Any]
 ) -> None:
+    if name == "W8A8 static, symmetric" and torch.cpu._is_amx_tile_supported():
+        pytest.skip("with AMX vLLM computes it as W8A8 dynamic, as test_vllm_tiny shows")
     recipe, *changes = RUNS[name]
     # vLLM's CPU kernel cuts e4m3 towards zero (below), where transformers and the evaluation round to nearest
     script = "cut_cache.py" if "fp8 cache" in name else None

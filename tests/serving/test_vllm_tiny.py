@@ -47,6 +47,19 @@ def test_vllm_fails_with_static_fp8_inputs(
     assert said in printed
 
 
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="without AMX vLLM computes with the static scale")
+def test_vllm_with_amx_takes_a_scale_a_token_for_symmetric_static_inputs(
+    run: Run, served: Callable[..., Any], tmp_path: Path
+) -> None:
+    model, plain = save_narrow_model(tmp_path), ["model.sanity_check=off", "smooth=null", "calibration.samples=4"]
+    dynamic = served(run("integers", "w8a8-dynamic", model, (8, 64), *plain), "The water")
+    static = served(
+        run("integers", "w8a8", model, (8, 64), *plain, "quantize.activations.symmetric=true"), "The water"
+    )
+    assert (static.perplexity, static.text) == (dynamic.perplexity, dynamic.text)
+    assert static.reported != dynamic.reported
+
+
 def loaded(output: Path, in_vllm: Callable[..., tuple[int, str]], folder: Path) -> tuple[int, str]:
     """What comes of loading an export in vLLM and asking it for a few words: exit status, and what was printed."""
     questions = folder / "questions.json"
