@@ -53,9 +53,7 @@ def test_vllm_with_amx_takes_a_scale_a_token_for_symmetric_static_inputs(
 ) -> None:
     model, plain = save_narrow_model(tmp_path), ["model.sanity_check=off", "smooth=null", "calibration.samples=4"]
     dynamic = served(run("integers", "w8a8-dynamic", model, (8, 64), *plain), "The water")
-    static = served(
-        run("integers", "w8a8", model, (8, 64), *plain, "quantize.activations.symmetric=true"), "The water"
-    )
+    static = served(run("integers", "w8a8", model, (8, 64), *plain, "quantize.activations.symmetric=true"), "The water")
     assert (static.perplexity, static.text) == (dynamic.perplexity, dynamic.text)
     assert static.reported != dynamic.reported
 
