@@ -86,9 +86,9 @@ def test_a_conversion_keeps(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "attention", "form", "reason"),
     [
-        (STATIC, C8, "compressed-tensors", "KV int8"),
-        (Scheme(8), HEADS, "compressed-tensors", "int8 products"),
-        (STATIC, FP8_CACHE, "ascend", "KV fp8"),
+        (STATIC, C8, "compressed-tensors", "cannot hold C8"),
+        (Scheme(8), HEADS, "compressed-tensors", "cannot hold FA int8"),
+        (STATIC, FP8_CACHE, "ascend", "cannot hold KV fp8"),
         (Scheme(8, type="float"), None, "ascend", "fp8"),
         (Scheme(8, activations="dynamic", type="float"), None, "numpy", "fp8"),
         (Scheme(8, activations="dynamic", type="float"), None, "mindie", "fp8"),

@@ -164,7 +164,7 @@ def test_killed_anywhere_weights_that_are_read_without_config_json_are_whole_or_
         arrays = {name for name in weights if name.endswith(".npy")}
         return left.items() <= weights.items() and (not arrays & set(left) or arrays <= set(left))
 
-    for number in (1, 9, 40):
+    for number in (1, 40, 80):
 
         def killed_within_a_file(number: int = number) -> None:
             killed_at_array(number)
@@ -174,7 +174,7 @@ def test_killed_anywhere_weights_that_are_read_without_config_json_are_whole_or_
         assert whole(own_files(run / "export"))
         assert any(file.stat().st_size for file in (run / "export").rglob(".*.part"))
         assert again(recipe, tmp_path, tree) == wanted
-    for moment in range(2, moments.count, 3):
+    for moment in range(2, moments.count, 7):
 
         def killed(moment: int = moment) -> None:
             with counted(Moments(moment)):
