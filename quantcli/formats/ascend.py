@@ -166,8 +166,9 @@ def _packed_axis(scheme: Scheme, groups: int) -> int:
 
 
 def _scale_dtype(scheme: Scheme, dtype: str) -> str:
-    """The dtype of weight_scale in the file: float32 beside 8-bit inputs, whose values are those of the model's."""
-    return scheme.scale_dtype(dtype) if scheme.activations == "none" else "float32"
+    """The dtype of weight_scale in the file: float32 beside 8-bit inputs, whose values are those of the model's; else
+    the model's, also where another format of the run has the scales of a float32 model be values of float16."""
+    return dtype if scheme.activations == "none" else "float32"
 
 
 def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, linear: Linear) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json, replacing
 from quantcli.model.npy_dictionary import DictionaryWriter, StoredArray, read_places
-from quantcli.model.npy_names import FILES, ROUNDED, name_of, place_of
+from quantcli.model.npy_names import FILES, ROUNDED, WEIGHTS, name_of, place_of
 from quantcli.model.writer import PlannedTensor
 
 _KINDS = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64", "i4": "I32", "i2": "I16", "i1": "I8", "u1": "U8",
@@ -28,7 +28,8 @@ _KINDS = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64", "i4": "I32", "i2":
 def write_dictionaries(folder: Path, planned: Sequence[PlannedTensor], produce: Callable[[str], Tensor]) -> list[Path]:
     """Write the planned tensors, each let go before the next is asked for, unless all files are there; the files.
 
-    They appear together when all are complete. Raises ModelError for a tensor that NumPy has no type for.
+    They appear when all are complete, the one with the weights last. Raises ModelError for a tensor that NumPy has no
+    type for.
     """
     places = {tensor.name: place_of(tensor.name) for tensor in planned}
     rounded = [tensor.name for tensor in planned if tensor.dtype == torch.bfloat16]
@@ -39,7 +40,7 @@ def write_dictionaries(folder: Path, planned: Sequence[PlannedTensor], produce: 
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         opened: dict[str, IO[bytes]] = {}
-        for file in files:
+        for file in sorted(files, key=lambda file: file.name != WEIGHTS):  # what is opened first appears last
             opened[file.name] = stack.enter_context(stack.enter_context(replacing(file)).open("wb"))
         writers = {name: DictionaryWriter(opened[name]) for name in names}
         for expected in planned:

@@ -16,7 +16,7 @@ from quantcli.formats.permissions import FOLDER
 from quantcli.formats.sums import SUMS
 from quantcli.formats.table import FORMATS
 from quantcli.pipeline.held import model_unheld, split_siblings, unheld
-from quantcli.pipeline.rundir import is_run, room_errors
+from quantcli.pipeline.rundir import is_run, removal_rank, room_errors
 from quantcli.pipeline.stages.export import DESCRIPTIONS, weight_files
 from quantcli.pipeline.standalone import open_checkpoint
 
@@ -155,15 +155,15 @@ def _alive(process: int) -> bool:
 
 
 def _move(temporary: Path, output: Path) -> None:
-    """Every file to its place, at once where nothing is there. Else what is replaced goes before, config.json first,
-    and config.json comes last; the checksums, which are there throughout, mark what an interruption leaves as ours."""
+    """Every file to its place, at once where nothing is there. Else what is replaced goes before, by `removal_rank`,
+    and files come in the reverse order; the checksums, there throughout, mark what an interruption leaves as ours."""
     if not output.exists():
         temporary.rename(output)
         return
     if (mode := temporary.stat().st_mode & 0o777) == FOLDER:
         output.chmod(mode)
     (temporary / SUMS).replace(output / SUMS)
-    for file in sorted(_replaced(output) - {output / SUMS}, key=lambda file: file.name != "config.json"):
+    for file in sorted(_replaced(output) - {output / SUMS}, key=removal_rank):
         file.unlink()
-    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
+    for file in sorted(temporary.iterdir(), key=removal_rank, reverse=True):
         file.replace(output / file.name)

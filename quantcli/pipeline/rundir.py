@@ -16,11 +16,12 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
 from quantcli.errors import OutputError, QuantcliError, RoomError
 from quantcli.model.checkpoint import file_digest, replacing
+from quantcli.model.npy_names import WEIGHTS
 
 RECORD = "run.json"
 RECIPE = "recipe.yaml"
@@ -33,6 +34,12 @@ _LOCK = ".lock"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _LEFTOVER = re.compile(r"\..+\.\d+\.part")  # the temporary names of `replacing`
+
+
+def removal_rank(file: PurePath) -> int:
+    """The place of a file among those that are removed together, and from the end, of those that come together: what
+    engines look for first, config.json and of NumPy dictionaries the weights, lies there only beside all the rest."""
+    return {"config.json": 0, WEIGHTS: 1}.get(file.name, 2)
 
 
 def is_run(path: Path) -> bool:
@@ -153,9 +160,9 @@ class StageFolder:
     def _remove(self, patterns: Iterable[str]) -> None:
         """Remove files of the stage, by name or pattern, and folders in it that are empty then.
 
-        config.json goes first, so that no engine finds half a checkpoint.
+        What `removal_rank` puts first goes first, so that no engine finds half a checkpoint.
         """
-        for pattern in sorted(patterns, key=lambda pattern: PurePosixPath(pattern).name != "config.json"):
+        for pattern in sorted(patterns, key=lambda pattern: removal_rank(PurePosixPath(pattern))):
             if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
                 continue  # no stage writes there
             named = [self.path / pattern] if (self.path / pattern).is_file() else []

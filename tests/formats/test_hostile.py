@@ -29,6 +29,7 @@ from quantcli.quant.scheme import Scheme
 FORMS = {
     "compressed-tensors": Scheme(8, activations="static", activations_symmetric=False),
     "ascend": Scheme(8, activations="static", activations_symmetric=False),
+    "mindie": Scheme(8, activations="dynamic"),
     "gptq": Scheme(4, symmetric=False, granularity="group", group_size=32, float16_scales=True),
     "awq": Scheme(4, granularity="group", group_size=32, float16_scales=True),
     "dense": Scheme(4, granularity="group", group_size=32),
@@ -132,8 +133,8 @@ def test_mutated_headers(form: str, made: Made, tmp_path: Path, data: st.DataObj
 def test_mutated_json(form: str, made: Made, tmp_path: Path, data: st.DataObject) -> None:
     folder = copied(made(form), tmp_path)
     (folder / "SHA256SUMS").unlink()
-    names = {"config.json", "quantize_config.json", "quant_model_description.json", "quantization.json"}
-    file = data.draw(st.sampled_from(sorted(file for file in folder.iterdir() if file.name in names)))
+    names = ("config.json", "quantize_config.json", "quant_model_description*.json", "quantization.json")
+    file = data.draw(st.sampled_from(sorted(file for name in names for file in folder.glob(name))))
     file.write_text(json.dumps(mutated(json.loads(file.read_text()), data)))
     read_or_refused(folder, made(form))
 

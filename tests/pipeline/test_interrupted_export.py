@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import resource
@@ -9,10 +10,11 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from test_resume import Moments, counted
 from tiny_exports import export_tiny
 
@@ -22,6 +24,7 @@ from quantcli.errors import OutputError
 from quantcli.formats import export
 from quantcli.formats.sums import SUMS, check_sums
 from quantcli.model import writer
+from quantcli.model.npy_dictionary import DictionaryWriter
 from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.verify import verify_path
 from quantcli.quant.scheme import Scheme
@@ -29,6 +32,8 @@ from quantcli.quant.scheme import Scheme
 Recipe = dict[str, Any]
 Tree = dict[str, str]
 FORMATS = ["compressed-tensors", "gptq"]
+OWN_FILES = ["numpy", "gguf"]
+"""Formats whose consumers read no config.json."""
 
 
 def in_child(work: Callable[[], Any]) -> int:
@@ -82,7 +87,7 @@ def again(recipe: Recipe, tmp_path: Path, tree: Callable[[Path], Tree]) -> Tree:
     """The bytes of the export after another start; the state before it comes back."""
     run = Path(recipe["output"])
     quantcli.run_stage("export", recipe)
-    assert verify_path(run)["gptq: linears"] == 21
+    assert verify_path(run)[f"{recipe['export']['formats'][-1]}: linears"] == 21
     found = tree(run / "export")
     shutil.rmtree(run)
     shutil.copytree(tmp_path / "before", run)
@@ -117,6 +122,67 @@ def test_killed_anywhere_an_export_is_whole_or_absent(
         for form in FORMATS:
             whole_or_nothing(run / "export" / form)
         assert again(quantized, tmp_path, tree) == wanted, f"killed at moment {moment} of {moments.count}"
+
+
+def own_files(export: Path) -> Tree:
+    """The weights that consumers of NumPy dictionaries and of GGUF would load, by name; empty where there are none."""
+    arrays, models = sorted((export / "numpy").glob("*.npy")), sorted((export / "gguf").glob("*.gguf"))
+    loaded = [*(arrays if export / "numpy" / "quant_weight.npy" in arrays else ()), *models]
+    return {str(file.relative_to(export)): hashlib.sha256(file.read_bytes()).hexdigest() for file in loaded}
+
+
+def killed_at_array(number: int) -> None:
+    """From here on, the n-th array that is written to a file of either kind is the last, and only half of it."""
+    written = iter(range(1, number))
+
+    def short(add: Callable[..., None], stream: Callable[[Any], IO[bytes]]) -> Callable[..., None]:
+        def last(*args: Any) -> None:
+            if next(written, None) is None:
+                stream(args[0]).write(args[-1].tobytes()[::2])
+                stream(args[0]).flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            add(*args)
+
+        return last
+
+    DictionaryWriter.add = short(DictionaryWriter.add, lambda writer: writer.file)
+    GGUFWriter.write_tensor_data = short(GGUFWriter.write_tensor_data, lambda writer: writer.fout[0])
+
+
+def test_killed_anywhere_weights_that_are_read_without_config_json_are_whole_or_absent(
+    quantized: Recipe, tmp_path: Path, tree: Callable[[Path], Tree]
+) -> None:
+    run, recipe = Path(quantized["output"]), {**quantized, "export": {"formats": OWN_FILES}}
+    moments = Moments()
+    with counted(moments):
+        quantcli.run_stage("export", recipe)
+    weights = own_files(run / "export")
+    assert {Path(name).suffix for name in weights} == {".npy", ".gguf"}
+    wanted = again(recipe, tmp_path, tree)
+
+    def whole(left: Tree) -> bool:
+        arrays = {name for name in weights if name.endswith(".npy")}
+        return left.items() <= weights.items() and (not arrays & set(left) or arrays <= set(left))
+
+    for number in (1, 40, 80):
+
+        def killed_within_a_file(number: int = number) -> None:
+            killed_at_array(number)
+            quantcli.run_stage("export", recipe)
+
+        assert os.WIFSIGNALED(in_child(killed_within_a_file))
+        assert whole(own_files(run / "export"))
+        assert any(file.stat().st_size for file in (run / "export").rglob(".*.part"))
+        assert again(recipe, tmp_path, tree) == wanted
+    for moment in range(2, moments.count, 7):
+
+        def killed(moment: int = moment) -> None:
+            with counted(Moments(moment)):
+                quantcli.run_stage("export", recipe)
+
+        assert os.WIFSIGNALED(in_child(killed))
+        assert whole(own_files(run / "export")), f"killed at moment {moment} of {moments.count}"
+        assert again(recipe, tmp_path, tree) == wanted
 
 
 def test_killed_while_an_older_export_goes_it_is_whole_or_absent(quantized: Recipe, tmp_path: Path) -> None:

@@ -61,6 +61,23 @@ def test_every_export_of_a_run_scores_as_the_run_did(static_recipe: Any, prose: 
     assert scored(original, prose)["quantized"] == result.perplexity["float_model"]
 
 
+def test_ascend_holds_a_float32_model_whose_scales_another_format_has_in_float16(
+    static_recipe: Any, tmp_path: Path
+) -> None:
+    recipe = static_recipe(tmp_path / "run") | {
+        "quantize": {"weights": {"bits": 8, "granularity": "channel"}},
+        "export": {"formats": ["ascend", "numpy", "gguf"]},
+    }
+    del recipe["calibration"], recipe["evaluate"]
+    run_recipe(load_recipe(recipe))
+    scales = {
+        form: [scale for _, scale in codes_of(tmp_path / "run" / "export" / form).values()]
+        for form in recipe["export"]["formats"]
+    }
+    for form in ("ascend", "numpy"):
+        assert all(torch.equal(one, other) for one, other in zip(scales[form], scales["gguf"], strict=True))
+
+
 def test_integer_inputs_are_in_the_score(tmp_path: Path, prose: Path) -> None:
     static = made(tmp_path / "static", Scheme(8, activations="static"), "compressed-tensors")
     plain = made(tmp_path / "plain", Scheme(8, activations="static"), "dense")

@@ -20,23 +20,39 @@ from quantcli.formats.sums import SUMS
 from quantcli.pipeline.stages import verify
 from quantcli.pipeline.verify import verify_path
 
-FORMATS = ["compressed-tensors", "ascend", "mindie", "numpy", "dense", "gptq", "awq"]
 Recipe = dict[str, Any]
+RUNS: list[tuple[list[str], Recipe]] = [
+    (
+        ["compressed-tensors", "ascend", "mindie", "numpy", "dense"],
+        {"weights": {"bits": 8, "granularity": "channel"}},
+    ),
+    (["gptq", "awq", "gguf"], {"weights": {"bits": 4, "granularity": "group", "group_size": 32}}),
+    (
+        ["compressed-tensors"],
+        {
+            "weights": {"bits": 8},
+            "activations": {"bits": 8, "scope": "tensor", "symmetric": False},
+            "kv_cache": {"type": "float"},
+        },
+    ),
+]
+CASES = [(number, form) for number, (formats, _) in enumerate(RUNS) for form in formats]
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1]}-{case[0]}")
+Case = tuple[int, str]
 
 
 @pytest.fixture(scope="module")
-def runs(static_recipe: Callable[[Path], Recipe], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Format → a run that holds an export of it; read only, or put back as it was."""
-    found: dict[str, Path] = {}
-    for formats, weights in (
-        (FORMATS[:5], {"bits": 8, "granularity": "channel"}),
-        (FORMATS[5:], {"bits": 4, "granularity": "group", "group_size": 32}),
-    ):
+def runs(static_recipe: Callable[[Path], Recipe], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The runs of RUNS; read only, or put back as they were."""
+    found = []
+    for formats, quantize in RUNS:
         place = tmp_path_factory.mktemp("run")
-        recipe = static_recipe(place / "run") | {"quantize": {"weights": weights}, "export": {"formats": formats}}
-        del recipe["evaluate"], recipe["calibration"]
+        recipe = static_recipe(place / "run") | {"quantize": quantize, "export": {"formats": formats}}
+        del recipe["evaluate"]
+        if len(quantize) == 1:
+            del recipe["calibration"]
         quantcli.run(recipe)
-        found |= dict.fromkeys(formats, place / "run")
+        found.append(place / "run")
         for file in (place / "run" / "export").glob("*/*"):
             file.chmod(0o644)  # it is changed below, by whoever runs the tests
         for form in formats:
@@ -44,35 +60,48 @@ def runs(static_recipe: Callable[[Path], Recipe], tmp_path_factory: pytest.TempP
     return found
 
 
-def places(run: Path, form: str) -> list[Path]:
+def places(runs: list[Path], case: Case) -> list[Path]:
     """The export in its run, and a copy that stands alone."""
+    run, form = runs[case[0]], case[1]
     return [run / "export" / form, run.parent / form]
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_untouched_exports_are_in_order(form: str, runs: dict[str, Path]) -> None:
-    inside, alone = places(runs[form], form)
+def spans(file: Path) -> list[tuple[int, int]]:
+    """Stretches of a file: a third of them all of it, as many its first bytes, which are the header of weights, and of
+    safetensors the tensors, so that small ones are met as often as large ones."""
+    size, tensors = file.stat().st_size, []
+    if file.suffix == ".safetensors":
+        with file.open("rb") as opened:
+            begin = 8 + int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(begin - 8))
+        offsets = [entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"]
+        tensors = [(begin + start, begin + end) for start, end in offsets]
+    return [(0, size), (0, min(size, 3000))] * max(1, len(tensors)) + tensors
+
+
+@cases
+def test_untouched_exports_are_in_order(case: Case, runs: list[Path]) -> None:
+    (inside, alone), form = places(runs, case), case[1]
     facts = verify_path(inside)
     assert facts[f"{form}: linears"] == 21
     assert facts[f"{form}: files"] == len(list(inside.iterdir()))
     assert -20 < facts[f"{form}: prompt"] < 0
     assert "checksums" in verify_path(alone)["checked against"]
-    recorded = json.loads((runs[form] / "verify" / "verified.json").read_text())[form]["files"]
+    recorded = json.loads((runs[case[0]] / "verify" / "verified.json").read_text())[form]["files"]
     assert recorded == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in inside.iterdir()}
     sums = dict(reversed(line.split("  ")) for line in (alone / SUMS).read_text().splitlines())
     assert sums == {name: digest for name, digest in recorded.items() if name != SUMS}
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@cases
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
-def test_a_flipped_bit_anywhere_is_found(form: str, runs: dict[str, Path], data: st.DataObject) -> None:
-    export = data.draw(st.sampled_from(places(runs[form], form)))
+def test_a_flipped_bit_anywhere_is_found(case: Case, runs: list[Path], data: st.DataObject) -> None:
+    export = data.draw(st.sampled_from(places(runs, case)))
     file = data.draw(st.sampled_from(sorted(export.iterdir())))
     content = file.read_bytes()
-    # half of the places in the first bytes, which are the header of weights
-    reach = data.draw(st.sampled_from([len(content), min(len(content), 3000)]))
-    place, bit = data.draw(st.integers(0, reach - 1)), data.draw(st.integers(0, 7))
+    begin, end = data.draw(st.sampled_from(spans(file)))
+    place, bit = data.draw(st.integers(begin, end - 1)), data.draw(st.integers(0, 7))
     try:
         file.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
         with pytest.raises(VerificationError):
@@ -81,9 +110,9 @@ def test_a_flipped_bit_anywhere_is_found(form: str, runs: dict[str, Path], data:
         file.write_bytes(content)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_files_that_go_or_come_are_found(form: str, runs: dict[str, Path]) -> None:
-    for export in places(runs[form], form):
+@cases
+def test_files_that_go_or_come_are_found(case: Case, runs: list[Path]) -> None:
+    for export in places(runs, case):
         for file in sorted(export.iterdir()):
             content = file.read_bytes()
             if file.name in (SUMS, "config.json") and export.parent.name != "export":
@@ -103,8 +132,8 @@ def test_files_that_go_or_come_are_found(form: str, runs: dict[str, Path]) -> No
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(name=st.sampled_from(["export/stage.json", "run.json"]), place=st.floats(0, 1, exclude_max=True))
-def test_damaged_records_are_typed_errors(name: str, place: float, runs: dict[str, Path]) -> None:
-    run = runs["awq"]
+def test_damaged_records_are_typed_errors(name: str, place: float, runs: list[Path]) -> None:
+    run = runs[1]
     file = run / name
     content = file.read_bytes()
     at = int(place * len(content))

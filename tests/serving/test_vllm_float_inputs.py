@@ -13,6 +13,7 @@ pytestmark = pytest.mark.serving
 GROUPS = ["calibration=null", "quantize.weights.group_size=64", "quantize.weights.importance=none"]
 RUNS = {
     "W4A16 g64": [],
+    "W4A16 g64 asym": ["quantize.weights.symmetric=false"],
     "GPTQ": ["export.formats=[gptq]"],
     "AWQ": [
         'quantize.rollback.names=["*.mlp.down_proj"]', "quantize.weights.symmetric=false", "export.formats=[awq]",
