@@ -345,11 +345,12 @@ def described_in(
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
     """`described` by the description of another name."""
     description = read_json(file)
-    kinds = {module: description.get(weight) for module, weight in weights.items()}
-    for module, kind in kinds.items():
+    kinds: dict[str, str] = {}
+    for module, weight in weights.items():
+        kind = description.get(weight)
         if kind not in TYPES:
-            raise ModelError(f"{file}: {weights[module]} has the type {kind!r}.",
-                             f"Known types: {', '.join(TYPES)}.")  # fmt: skip
+            raise ModelError(f"{file}: {weight} has the type {kind!r}.", f"Known types: {', '.join(TYPES)}.")
+        kinds[module] = kind
     return schemes_of(checkpoint, weights, kinds), attention_of(file, checkpoint, description)
 
 
