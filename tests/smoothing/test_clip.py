@@ -72,7 +72,7 @@ def test_no_bound_of_a_group_can_be_changed_for_the_better_behind_the_sweeps() -
 
 def test_errors_of_groups_cancel() -> None:
     weight, tokens = related()
-    alone, joint = (lost(weight, tokens, clip_bounds(weight, tokens, quantized, 8, sweeps=n)) for n in (0, 4))
+    alone, joint = (lost(weight, tokens, clip_bounds(weight, tokens, quantized, 8, sweeps=n)) for n in (0, 2))
     assert (joint <= alone * (1 + 1e-4)).all()
     assert joint.sum() < 0.8 * alone.sum()
 
