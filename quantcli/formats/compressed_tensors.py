@@ -415,7 +415,9 @@ def _scheme(group: Any, form: str) -> tuple[Scheme, str]:
         said, own = group.format or form, layout_name(scheme)
         if scheme.type == "float" and said in (own, "float-quantized"):  # two names of one layout
             said = own
-        bytewise = said == "int-quantized" and scheme.type == "int" and mode != "none" and scheme.symmetric
+        # llm-compressor has no weights of more bits than inputs
+        bytewise = said == "int-quantized" and scheme.type == "int" and mode != "none"
+        bytewise &= scheme.symmetric and scheme.bits <= scheme.activation_bits
         if (said == own or bytewise) and (mode != "static" or _by_the_byte(scheme)):
             return scheme, said
     raise ModelError("quantization_config describes a scheme that is not supported: only integer and fp8 weights with "
