@@ -59,7 +59,7 @@ class MsModelSlimCheckpoint(Checkpoint):
             return
         bias = f"{norm}.bias"
         if bias in self.stored:
-            if bool(self.stored.read([bias])[bias].any()):
+            if bool(self.stored.read([bias])[bias].float().any()):
                 raise ModelError(f"{self.directory}: {bias} shifts what the norm puts out, and the model has no such "
                                  "bias.", "Quantize again without a shift of channels.")  # fmt: skip
             del self.entries[bias]

@@ -117,13 +117,13 @@ def described(
     path = checkpoint.directory / RECORD
     if not path.is_file():
         kinds = {module: _inferred(checkpoint, module, weight) for module, weight in weights.items()}
-        said = {}
+        types: dict[str, str] = {}
         if any(name.endswith(".kv_cache_scale") for name in checkpoint.entries):
-            said["kv_cache_type"] = "C8"
+            types["kv_cache_type"] = "C8"
         if any(name.endswith(".fa_q.scale") for name in checkpoint.entries):
-            said["fa_quant_type"] = "FAQuant"
-        heads = ascend.attention_of(checkpoint.directory, checkpoint, said)
-        return ascend.schemes_of(checkpoint, weights, kinds), heads
+            types["fa_quant_type"] = "FAQuant"
+        inferred = ascend.attention_of(checkpoint.directory, checkpoint, types)
+        return ascend.schemes_of(checkpoint, weights, kinds), inferred
     said = read_json(path)
     linears, attention = said.get("linears"), said.get("attention")
     try:

@@ -108,7 +108,9 @@ def check_description_alone(checkpoint: QuantizedCheckpoint, structure: Structur
 
     `weights` maps linears to their weights. Raises VerificationError.
     """
-    (file,) = checkpoint.directory.glob("quant_model_description*.json")
+    file = checkpoint.directory / "quant_model_description.json"
+    if not file.is_file():  # the older layout, of which there is one or it was not read
+        (file,) = checkpoint.directory.glob("quant_model_description_*.json")
     description = read_json(file)
     tensors = Checkpoint(checkpoint.directory).entries  # by the names in the file, which `raw` may translate
     for name in tensors:

@@ -174,6 +174,7 @@ def _check_linear(checkpoint: QuantizedCheckpoint, name: str) -> None:
 
 
 def _check_usable(module: str, part: str, values: Tensor, *, zeros: bool = False) -> None:
+    values = values.float()
     usable = values.isfinite() if zeros else values.isfinite() & (values != 0)
     if not bool(usable.all()):
         how = "not finite" if zeros else "zero or not finite"

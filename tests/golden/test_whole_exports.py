@@ -77,8 +77,8 @@ def renamed(tensors: dict[str, Tensor], description: dict[str, Any]) -> set[str]
     for name in wrapped:
         bias = name.replace(".module.weight", ".bias")
         assert not tensors.pop(bias).any()
-        for entries in (tensors, description):
-            entries[name.replace(".module.", ".")] = entries.pop(name)  # type: ignore[index, attr-defined]
+        plain = name.replace(".module.", ".")
+        tensors[plain], description[plain] = tensors.pop(name), description.pop(name)
         del description[bias]
     return {"wrapped norms"} if wrapped else set()
 
