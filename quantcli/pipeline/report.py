@@ -12,7 +12,7 @@ import yaml
 
 from quantcli.errors import OutputError, RecipeError
 from quantcli.model.checkpoint import read_json, replacing
-from quantcli.pipeline.rundir import EVENTS, RECIPE, RECORD, is_run, read_lines, room_errors, write_json
+from quantcli.pipeline.rundir import RECIPE, RECORD, current_events, is_run, room_errors, write_json
 
 SUMMARY = "summary.json"
 PAGE = "report.html"
@@ -83,7 +83,7 @@ def run_facts(path: Path) -> dict[str, Any]:
                           f"Finish it: quantcli run {path / RECIPE}.")  # fmt: skip
     record, summary = read_json(path / RECORD), read_json(path / SUMMARY)
     plan, result = summary["plan"], dict(summary["result"])
-    events = _events(path, record)
+    events = current_events(path, record.get("stages", {}))
     place = {linear["name"]: linear["block"] for linear in plan["linears"]}
     schemes = {linear["name"]: linear["scheme"] for linear in plan["linears"]}
     linear_facts = {
@@ -140,18 +140,6 @@ def _results(path: Path, result: Mapping[str, Any]) -> Iterator[tuple[str, Path]
 
 def _without_lists(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if not isinstance(value, list)}
-
-
-def _events(path: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The events of the work that the files come from: those of stages that have run anew since are left out."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for event in read_lines(path / EVENTS):
-        stage = event.get("stage", "")
-        if (event["event"] == "started" and not event.get("resumed")) or event["event"] == "plan":
-            found[stage] = []
-        found.setdefault(stage, []).append(event)
-    stages = ("", *record.get("stages", {}))
-    return [event for stage in stages for event in found.get(stage, ())]
 
 
 def _errors(path: Path, result: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
