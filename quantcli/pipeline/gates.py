@@ -23,14 +23,15 @@ WORST = 5
 
 @dataclass(frozen=True)
 class Gate:
-    """A bound and what was found. `value` is null where it is not defined; `least` marks a lower bound; `error` is the
-    standard error of the value, where there is one."""
+    """A bound and what was found. `value` is null where it is not defined, `reason` says why if that is known; `least`
+    marks a lower bound; `error` is the standard error of the value, where there is one."""
 
     name: str
     bound: float
     value: float | None
     least: bool = False
     error: float | None = None
+    reason: str = ""
 
     @property
     def passed(self) -> bool:
@@ -41,7 +42,7 @@ class Gate:
     def sentence(self) -> str:
         """What was found, and by how much it misses the bound."""
         if self.value is None:
-            return f"evaluate.gates.{self.name}: the value is undefined."
+            return f"evaluate.gates.{self.name}: {self.reason or 'the value is undefined'}."
         shown = f"{self.value:.6g}" + (f" ± {self.error:.2g}" if self.error is not None else "")
         if self.passed:
             return f"evaluate.gates.{self.name}: {shown} keeps {self.bound:.6g}."
@@ -66,6 +67,9 @@ def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Pa
                 found.append(Gate(name, bound, scores[key], least, scores[error]))
     if gates.task_drop is not None:
         for task, outcome in ((result["tasks"] or {}).get("tasks") or {}).items():
+            if not outcome.get("metrics"):
+                reason = "cannot be judged, since the task has no metric between 0 and 1 for each question"
+                found.append(Gate(f"task_drop ({task})", gates.task_drop, None, reason=reason))
             for metric, numbers in outcome.get("metrics", {}).items():
                 change = numbers["change"]
                 drop = None if change is None else -change

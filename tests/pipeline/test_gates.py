@@ -88,6 +88,18 @@ def test_every_metric_of_every_task_is_judged_by_its_drop(run: Path) -> None:
     ]
 
 
+def test_a_task_without_a_metric_that_can_be_judged_misses_its_gate(run: Path) -> None:
+    aggregates = {"float_model": {"word_perplexity,none": 20.0}, "quantized": {"word_perplexity,none": 90.0}}
+    tasks = {"squad": {"metrics": METRICS}, "lm-eval/wikitext": {"description": "", "lm_eval": aggregates}}
+    drops = judged(GatesSection(task_drop="50%"), {**RESULT, "tasks": {"tasks": tasks}}, run, run / "export")
+    assert [gate.passed for gate in drops] == [True, True, False]
+    assert drops[-1].sentence() == (
+        "evaluate.gates.task_drop (lm-eval/wikitext): cannot be judged, since the task has no metric between 0 and 1 "
+        "for each question."
+    )
+    assert 'message="evaluate.gates.task_drop (lm-eval/wikitext): cannot be judged' in junit(drops, Worst("error"))
+
+
 def test_what_is_not_defined_misses_and_what_was_not_measured_is_not_judged(run: Path) -> None:
     undefined = {**RESULT, "perplexity": {**SCORES, "kl_divergence": None}}
     (gate,) = judged(GatesSection(kl_divergence=1.0), undefined, run, run / "export")
