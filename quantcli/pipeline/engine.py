@@ -460,7 +460,8 @@ def _judged(recipe: Recipe, result: RunResult) -> tuple[RunResult, MissedGate | 
     assert recipe.export is not None
     measured = result.path / export.STAGE.name / recipe.export.formats[0]
     gates = judged(section, found, result.path, measured)
-    worst = worst_linears(result.path)
+    schemes = {name: treatment.scheme.name for name, treatment in result.plan.treatments.items()}
+    worst = worst_linears(result.path, result.stages, schemes)
     with room_errors(result.path):
         write_reports(result.path, gates, found, worst)
     result = replace(result, gates=tuple(gates))

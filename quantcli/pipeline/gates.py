@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from quantcli.formats.common import WEIGHT_SUFFIXES
-from quantcli.model.checkpoint import replacing
-from quantcli.pipeline.rundir import EVENTS, read_lines, write_json
+from quantcli.model.checkpoint import read_json, replacing
+from quantcli.pipeline.rundir import EVENTS, current_events, read_lines, write_json
+from quantcli.pipeline.stages import layers, quantize
 from quantcli.recipe.evaluation import GatesSection
 from quantcli.report.gains import HEADINGS, gain_rows
 from quantcli.report.outcome import throughput_setting
@@ -22,14 +23,15 @@ WORST = 5
 
 @dataclass(frozen=True)
 class Gate:
-    """A bound and what was found. `value` is null where it is not defined; `least` marks a lower bound; `error` is the
-    standard error of the value, where there is one."""
+    """A bound and what was found. `value` is null where it is not defined, `reason` says why if that is known; `least`
+    marks a lower bound; `error` is the standard error of the value, where there is one."""
 
     name: str
     bound: float
     value: float | None
     least: bool = False
     error: float | None = None
+    reason: str = ""
 
     @property
     def passed(self) -> bool:
@@ -40,7 +42,7 @@ class Gate:
     def sentence(self) -> str:
         """What was found, and by how much it misses the bound."""
         if self.value is None:
-            return f"evaluate.gates.{self.name}: the value is undefined."
+            return f"evaluate.gates.{self.name}: {self.reason or 'the value is undefined'}."
         shown = f"{self.value:.6g}" + (f" ± {self.error:.2g}" if self.error is not None else "")
         if self.passed:
             return f"evaluate.gates.{self.name}: {shown} keeps {self.bound:.6g}."
@@ -65,6 +67,9 @@ def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Pa
                 found.append(Gate(name, bound, scores[key], least, scores[error]))
     if gates.task_drop is not None:
         for task, outcome in ((result["tasks"] or {}).get("tasks") or {}).items():
+            if not outcome.get("metrics"):
+                reason = "cannot be judged, since the task has no metric between 0 and 1 for each question"
+                found.append(Gate(f"task_drop ({task})", gates.task_drop, None, reason=reason))
             for metric, numbers in outcome.get("metrics", {}).items():
                 change = numbers["change"]
                 drop = None if change is None else -change
@@ -114,31 +119,47 @@ def fallbacks(run: Path) -> dict[str, int]:
     return counts
 
 
-def worst_linears(run: Path) -> list[tuple[str, float]]:
-    """The linears that quantization hurts most by the errors recorded when they were last quantized: the relative
-    squared error of the weight, weighed as its method weighs it."""
-    errors = {
-        event["module"]: float(event["error"])
-        for event in read_lines(run / EVENTS)
-        if event.get("event") == "linear" and event.get("error") is not None
-    }
-    return sorted(errors.items(), key=lambda item: -item[1])[:WORST]
+@dataclass(frozen=True)
+class Worst:
+    """The linears that quantization hurts most, worst first, and by which measure."""
+
+    measure: str
+    linears: tuple[tuple[str, float], ...] = ()
 
 
-def write_reports(
-    run: Path, gates: Sequence[Gate], result: Mapping[str, Any], worst: Sequence[tuple[str, float]]
-) -> None:
+def worst_linears(run: Path, stages: Container[str], schemes: Mapping[str, str]) -> Worst:
+    """The linears with the largest errors of those that have a scheme now (`schemes`: name → scheme).
+
+    Where `stages`, those of this run, have measured what exported linears put out, by that: relative squared errors for
+    the float model's inputs. Else by the errors recorded when the linears were last quantized: relative squared errors
+    of weights, weighed as their method weighs them, which know nothing of what happened to the files since.
+    """
+    file = run / layers.STAGE.name / layers.RESULT
+    if layers.STAGE.name in stages and file.is_file():
+        rows = [(entry["name"], entry.get("output_error")) for entry in read_json(file)["linears"]]
+        measure = "output error"
+    else:
+        events = current_events(run, (quantize.STAGE.name,))
+        rows = [(e["module"], e.get("error")) for e in events if e["event"] == "linear"
+                and schemes.get(e["module"]) == e["scheme"]]  # fmt: skip
+        measure = "weight error"
+    errors = {name: float(error) for name, error in rows if error is not None and name in schemes}
+    return Worst(measure, tuple(sorted(errors.items(), key=lambda item: -item[1])[:WORST]))
+
+
+def write_reports(run: Path, gates: Sequence[Gate], result: Mapping[str, Any], worst: Worst) -> None:
     """gates.json, junit.xml and summary.md in the folder `gates` of the run."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     rows = [asdict(gate) | {"passed": gate.passed} for gate in gates]
-    write_json(folder / "gates.json", {"gates": rows, "fallbacks": fallbacks(run), "worst_linears": worst})
+    found = {"worst_linears": worst.linears, "worst_by": worst.measure}
+    write_json(folder / "gates.json", {"gates": rows, "fallbacks": fallbacks(run), **found})
     for name, text in (("junit.xml", junit(gates, worst)), ("summary.md", summary(gates, result, worst))):
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 
-def junit(gates: Sequence[Gate], worst: Sequence[tuple[str, float]]) -> str:
+def junit(gates: Sequence[Gate], worst: Worst) -> str:
     """A JUnit test suite with a case for every gate."""
     missed = sum(not gate.passed for gate in gates)
     suite = ElementTree.Element("testsuite", name="quantcli gates", tests=str(len(gates)), failures=str(missed))
@@ -148,12 +169,14 @@ def junit(gates: Sequence[Gate], worst: Sequence[tuple[str, float]]) -> str:
             ElementTree.SubElement(case, "system-out").text = gate.sentence()
         else:
             failure = ElementTree.SubElement(case, "failure", message=gate.sentence())
-            failure.text = "\n".join([gate.sentence(), *(f"{name}: error {error:.4g}" for name, error in worst)])
+            failure.text = "\n".join(
+                [gate.sentence(), *(f"{name}: {worst.measure} {e:.4g}" for name, e in worst.linears)]
+            )
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
 
-def summary(gates: Sequence[Gate], result: Mapping[str, Any], worst: Sequence[tuple[str, float]]) -> str:
+def summary(gates: Sequence[Gate], result: Mapping[str, Any], worst: Worst) -> str:
     """GitHub-flavoured Markdown: the gates, what was measured, and the linears that are hurt most if one is missed."""
     missed = [gate for gate in gates if not gate.passed]
     verdict = f"{len(missed)} of {len(gates)} gates missed" if missed else f"all {len(gates)} gates kept"
@@ -175,9 +198,15 @@ def summary(gates: Sequence[Gate], result: Mapping[str, Any], worst: Sequence[tu
     if rows := gain_rows(result):
         lines += ["", f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
-    if missed and worst:
-        lines += ["", "Linears with the largest errors:", "", "| linear | error |", "|---|---:|"]
-        lines += [f"| `{name}` | {error:.4g} |" for name, error in worst]
+    if missed and worst.linears:
+        lines += [
+            "",
+            f"Linears that are hurt most, by {worst.measure}:",
+            "",
+            f"| linear | {worst.measure} |",
+            "|---|---:|",
+        ]
+        lines += [f"| `{name}` | {error:.4g} |" for name, error in worst.linears]
     return "\n".join(lines) + "\n"
 
 
@@ -185,9 +214,12 @@ def _shown(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.5g}"
 
 
-def message_of(missed: Sequence[Gate], worst: Sequence[tuple[str, float]]) -> str:
-    """What a missed gate says: each, by how much, and which linears have the largest errors."""
-    text = " ".join(gate.sentence() for gate in missed)
-    if worst:
-        text += " Largest errors: " + ", ".join(f"{name} {error:.3g}" for name, error in worst) + "."
-    return text
+def message_of(missed: Sequence[Gate], worst: Worst) -> str:
+    """What a missed gate says: each, by how much, and which linears are hurt most."""
+    return " ".join([*(gate.sentence() for gate in missed), *worst_sentences(worst)])
+
+
+def worst_sentences(worst: Worst) -> list[str]:
+    """The worst linears as a sentence; none if no error is known."""
+    named = ", ".join(f"{name} {error:.3g}" for name, error in worst.linears)
+    return [f"Largest {worst.measure}s: {named}."] if named else []

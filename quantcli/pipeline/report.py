@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import yaml
 
 from quantcli.errors import OutputError, RecipeError
 from quantcli.model.checkpoint import read_json, replacing
-from quantcli.pipeline.rundir import EVENTS, RECIPE, RECORD, is_run, read_lines, room_errors, write_json
+from quantcli.pipeline.gates import FOLDER, Gate, Worst, worst_sentences
+from quantcli.pipeline.rundir import RECIPE, RECORD, current_events, is_run, room_errors, write_json
 
 SUMMARY = "summary.json"
 PAGE = "report.html"
+_GATE = tuple(field.name for field in fields(Gate))
 _FACTS = ("event", "stage", "module", "scheme")
 _OBSERVED = re.compile(r"block-(\d+)\.safetensors")
 
@@ -83,7 +86,7 @@ def run_facts(path: Path) -> dict[str, Any]:
                           f"Finish it: quantcli run {path / RECIPE}.")  # fmt: skip
     record, summary = read_json(path / RECORD), read_json(path / SUMMARY)
     plan, result = summary["plan"], dict(summary["result"])
-    events = _events(path, record)
+    events = current_events(path, record.get("stages", {}))
     place = {linear["name"]: linear["block"] for linear in plan["linears"]}
     schemes = {linear["name"]: linear["scheme"] for linear in plan["linears"]}
     linear_facts = {
@@ -113,7 +116,7 @@ def run_facts(path: Path) -> dict[str, Any]:
         "errors": _errors(path, result, linear_facts),
         "smoothing": smoothing,
         "ranges": _smoothed_ranges(smoothing) or _observed_ranges(path, result, place),
-        "problems": _problems(plan, events, linear_facts),
+        "problems": [*_missed(path, result), *_problems(plan, events, linear_facts)],
         "generation": _optional(path / "generate" / "generated.json") if "generate" in result["stages"] else None,
         "calibration": _calibration(path, result, events, _recipe_keys(text).get("calibration")),
     }
@@ -140,18 +143,6 @@ def _results(path: Path, result: Mapping[str, Any]) -> Iterator[tuple[str, Path]
 
 def _without_lists(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if not isinstance(value, list)}
-
-
-def _events(path: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The events of the work that the files come from: those of stages that have run anew since are left out."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for event in read_lines(path / EVENTS):
-        stage = event.get("stage", "")
-        if (event["event"] == "started" and not event.get("resumed")) or event["event"] == "plan":
-            found[stage] = []
-        found.setdefault(stage, []).append(event)
-    stages = ("", *record.get("stages", {}))
-    return [event for stage in stages for event in found.get(stage, ())]
 
 
 def _errors(path: Path, result: Mapping[str, Any], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -223,6 +214,19 @@ def _observed_ranges(path: Path, result: Mapping[str, Any], place: Mapping[str, 
                     largest = float(opened.get_tensor(f"{name}.absolute_maximum").max())
                     found.append({"block": block, "linears": linears, "before": None, "after": largest})
     return found
+
+
+def _missed(path: Path, result: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    """Gates that the run missed: bound, what was found, by how much; with the last the linears that are hurt most."""
+    gates = [Gate(**{key: gate[key] for key in _GATE if key in gate}) for gate in result.get("gates", ())]
+    missed = [gate for gate in gates if not gate.passed]
+    sentences = [gate.sentence() for gate in missed]
+    written = _optional(path / FOLDER / "gates.json")
+    if missed and written:
+        worst = Worst(written.get("worst_by", "error"), tuple((n, e) for n, e in written["worst_linears"]))
+        sentences[-1] = " ".join([sentences[-1], *worst_sentences(worst)])
+    for text in sentences:
+        yield {"kind": "missed gate", "stage": "", "text": text}
 
 
 def _problems(

@@ -300,6 +300,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def current_events(run: Path, stages: Iterable[str]) -> list[dict[str, Any]]:
+    """The events of the work that the files of `stages` come from, and those of the plan, in the order of `stages`:
+    events of work that was done again since are left out."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for event in read_lines(run / EVENTS):
+        stage = event.get("stage", "")
+        if (event["event"] == "started" and not event.get("resumed")) or event["event"] == "plan":
+            found[stage] = []
+        found.setdefault(stage, []).append(event)
+    return [event for stage in ("", *stages) for event in found.get(stage, ())]
+
+
 def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size

@@ -77,11 +77,22 @@ def _row(run: Run, name: str) -> dict[str, Any]:
         "float_perplexity": original.get("value"),
         **{key: scores.get(key) for key in ("increase", "increase_error", "kl_divergence", "kl_error", "agreement")},
         "protocol": protocol,
+        "tasks": _task_metrics(result),
         **_speeds(result.get("throughput")),
         "seconds": sum(record.get("seconds") or 0.0 for record in result["stages"].values()),
         "peak_memory": result["peak_memory"],
         "warnings": sum(each["kind"] != "note" for each in run["problems"]),
         "measured": {f"{stage}.{key}": v for stage, content in run["results"].items() for key, v in flat(content)},
+    }
+
+
+def _task_metrics(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """ "task metric" → both models' value and 95 % interval, and the change with its error, of each task's metrics."""
+    kept = ("float_model", "quantized", "change", "change_error", "change_interval")
+    return {
+        f"{task} {name}".replace("_", " "): {"questions": found["questions"], **{key: metric[key] for key in kept}}
+        for task, found in ((result.get("tasks") or {}).get("tasks") or {}).items()
+        for name, metric in found.get("metrics", {}).items()
     }
 
 
@@ -171,6 +182,7 @@ def comparison_page(runs: Sequence[Run], found: Mapping[str, Any]) -> str:
         _notes(found["notes"]),
         _charts(found),
         element("section", element("h2", "Numbers"), _numbers(rows, found["front"]), class_="dense"),
+        _tasks(rows),
         _served(runs, rows),
         _recipes(rows, found["differences"]),
         _maps(runs, rows),
@@ -231,6 +243,35 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
         for row in rows
     ]
     return table(headings, cells, numbers=range(2, len(headings)), sortable=True)
+
+
+def _tasks(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """Every metric of every task that a run was asked, with 95 % intervals, and its change from the float model."""
+
+    def shown(model: Mapping[str, Any]) -> tuple[str, float | None]:
+        low, high = model["interval"]
+        return f"{percent(model['value'])} ({percent(low)} to {percent(high)})", model["value"]
+
+    cells = [
+        (
+            name,
+            row["run"],
+            shown(metric["float_model"]),
+            shown(metric["quantized"]),
+            (f"{percent(metric['change'], 2, True)} ± {percent(metric['change_error'], 2)}", metric["change"]),
+            metric["questions"],
+        )
+        for name in dict.fromkeys(name for row in rows for name in row["tasks"])
+        for row in rows
+        if (metric := row["tasks"].get(name))
+    ]
+    if not cells:
+        return None
+    note = element("p", "In brackets 95 % intervals. The change is paired, question by question, with its standard "
+                   "error; runs compare where they were asked the same questions.", class_="note")  # fmt: skip
+    headings = ("metric", "run", "float", "quantized", "change", "questions")
+    inner = table(headings, cells, numbers=range(2, 6), sortable=True)
+    return element("section", element("h2", "Tasks"), note, inner, class_="dense")
 
 
 def _served(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> Markup | None:

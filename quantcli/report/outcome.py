@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from quantcli.report.numbers import rate, size
@@ -79,7 +79,8 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield (
         "perplexity",
         f"{_with_error(plain)} → {_with_error(quantized)} "
-        f"({_number(scores['increase'], '+.2%')} ± {_number(scores['increase_error'], '.2%')})",
+        f"({_number(scores['increase'], '+.2%')} ± {_number(scores['increase_error'], '.2%')}"
+        f"{_interval(scores.get('increase_interval'))})",
     )
     spread = f", {_number(kl['99'], '.3g')} for 1 in 100" if (kl := scores.get("kl")) else ""
     yield (
@@ -130,6 +131,11 @@ def throughput_setting(found: Mapping[str, Any]) -> str:
 
 def _with_error(perplexity: Mapping[str, Any]) -> str:
     return f"{_number(perplexity['value'], '.3f')} ± {_number(perplexity['error'], '.3f')}"
+
+
+def _interval(bounds: Sequence[float | None] | None) -> str:
+    low, high = bounds or (None, None)
+    return "" if low is None or high is None else f"; 95 % interval {low:+.2%} to {high:+.2%}"
 
 
 def _count(number: int, what: str) -> str:

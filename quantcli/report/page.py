@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from quantcli.report.charts import Line, heat_map, panels, size_bars
+from quantcli.report.distributions import distributions
 from quantcli.report.gains import HEADINGS, gain_rows
 from quantcli.report.layers import grid_of, kind_of
 from quantcli.report.markup import Markup, element, facts, folded, joined, table
@@ -16,6 +17,8 @@ from quantcli.report.style import SCRIPT, STYLE
 
 PARTS = ("codes", "scales and zero points", "float linears", "output head", "embeddings", "norms, biases and other")
 """Parts of a checkpoint, in the order in which a bar shows them."""
+MISSED = "missed gate"
+"""The kind of a problem that a missed gate is."""
 _SHOWN = 4  # messages of a kind that stand in the open
 _MOST_ROWS = 3000  # linears in the table of all
 _PANELS = 8
@@ -29,6 +32,7 @@ def run_page(run: Mapping[str, Any]) -> str:
         problems(run["problems"]),
         _tiles(run),
         _section("Outcome", facts(_outcome(run))),
+        distributions(run["result"].get("perplexity")),
         _gains(run["result"]),
         _errors(run),
         _ranges(run),
@@ -83,16 +87,20 @@ def _counts(linears: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
 
 def problems(found: Sequence[Mapping[str, str]]) -> Markup:
-    """Fallbacks and warnings, then notes; many of a stage and kind are folded."""
-    serious = [each for each in found if each["kind"] != "note"]
+    """Missed gates, then fallbacks and warnings, then notes; many of a stage and kind are folded."""
+    missed = [each for each in found if each["kind"] == MISSED]
+    serious = [each for each in found if each["kind"] not in ("note", MISSED)]
     notes = [each for each in found if each["kind"] == "note"]
     if not found:
         return element("section", element("h2", "No warnings, no fallbacks"), class_="calm")
-    heads = ["No warnings, no fallbacks"]
+    heads = [f"{len(missed)} missed gate{'s' * (len(missed) != 1)}"] if missed else []
     if serious:
-        heads = ["1 warning or fallback" if len(serious) == 1 else f"{len(serious)} warnings and fallbacks"]
+        heads.append("1 warning or fallback" if len(serious) == 1 else f"{len(serious)} warnings and fallbacks")
+    heads = heads or ["No warnings, no fallbacks"]
     heads += [f"{len(notes)} note{'s' * (len(notes) != 1)}"] if notes else []
-    return _section(", ".join(heads), _messages(serious), _messages(notes), look="warnings" if serious else None)
+    content = [element("ul", [element("li", element("b", "Missed gate: "), each["text"]) for each in missed])]
+    look = "warnings" if missed or serious else None
+    return _section(", ".join(heads), content * bool(missed), _messages(serious), _messages(notes), look=look)
 
 
 def _messages(found: Sequence[Mapping[str, str]]) -> Iterator[Markup]:

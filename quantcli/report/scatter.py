@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from quantcli.report.markup import Markup, element
 from quantcli.report.numbers import round_size, short, size
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 380, 64, 24, 16, 46
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 400, 76, 24, 18, 58
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,12 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
     for mark in losses.marks():
         y = _HEIGHT - _BOTTOM - losses.share(mark) * (_HEIGHT - _TOP - _BOTTOM)
         parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", f"{mark:g}", x=_LEFT - 8, y=y + 4, class_="label end"))
+        parts.append(element("text", f"{mark:g}", x=_LEFT - 8, y=y + 6, class_="label axis end"))
     for mark in sizes.marks():
         x = _LEFT + sizes.share(mark) * (_WIDTH - _LEFT - _RIGHT)
         parts.append(element("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="grid"))
-        parts.append(element("text", round_size(mark), x=x, y=_HEIGHT - _BOTTOM + 18, class_="label middle"))
-    parts.append(element("text", "size of the checkpoint", x=_WIDTH - _RIGHT, y=_HEIGHT - 6, class_="label end"))
+        parts.append(element("text", round_size(mark), x=x, y=_HEIGHT - _BOTTOM + 22, class_="label axis middle"))
+    parts.append(element("text", "size of the checkpoint", x=_WIDTH - _RIGHT, y=_HEIGHT - 8, class_="label axis end"))
     steps = "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(map(place, front)))
     parts.append(element("path", d=steps, class_="line front"))
     taken: list[tuple[float, float, float]] = []  # left, right and middle of labels that are placed
@@ -79,13 +79,15 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
 def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> Markup:
     """The name beside its point, on the side that has room, moved up while it would cover another."""
     shown = name if len(name) <= 34 else f"{name[:33]}…"
-    width = 6.6 * len(shown)
+    width = 8.6 * len(shown)
     right = x + 12 + width < _WIDTH
     left = x + 12 if right else x - 12 - width
-    while any(left < r and l < left + width and abs(m - y) < 14 for l, r, m in taken):  # noqa: E741
-        y -= 14
+    while any(left < r and l < left + width and abs(m - y) < 17 for l, r, m in taken):  # noqa: E741
+        y -= 17
     taken.append((left, left + width, y))
-    return element("text", shown, x=x + 9 if right else x - 9, y=y - 7, class_="label" if right else "label end")
+    return element(
+        "text", shown, x=x + 9 if right else x - 9, y=y - 7, class_="label axis" if right else "label axis end"
+    )
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,8 @@ details { margin-top: 12px; } summary { cursor: pointer; color: var(--accent); }
 svg { display: block; width: 100%; height: auto; } .chart svg { min-width: 640px; }
 .chart { max-width: 100%; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 12px 20px; }
-.label { font-size: 12px; fill: var(--soft); } .strong { fill: var(--ink); font-weight: 600; }
+.label { font-size: 12px; fill: var(--soft); }
+.axis { font-size: 16px; } .strong { fill: var(--ink); font-weight: 600; }
 .panel-title { font-size: 13px; font-weight: 600; fill: var(--ink); }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .grid { stroke: var(--rule); stroke-width: 1; }

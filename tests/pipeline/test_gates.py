@@ -15,7 +15,7 @@ from run_contexts import changed
 
 from quantcli.cli import run_command
 from quantcli.errors import RecipeError
-from quantcli.pipeline.gates import Gate, fallbacks, judged, junit, message_of, summary, worst_linears
+from quantcli.pipeline.gates import Gate, Worst, fallbacks, judged, junit, message_of, summary, worst_linears
 from quantcli.recipe import load_recipe
 from quantcli.recipe.evaluation import GatesSection
 
@@ -88,6 +88,18 @@ def test_every_metric_of_every_task_is_judged_by_its_drop(run: Path) -> None:
     ]
 
 
+def test_a_task_without_a_metric_that_can_be_judged_misses_its_gate(run: Path) -> None:
+    aggregates = {"float_model": {"word_perplexity,none": 20.0}, "quantized": {"word_perplexity,none": 90.0}}
+    tasks = {"squad": {"metrics": METRICS}, "lm-eval/wikitext": {"description": "", "lm_eval": aggregates}}
+    drops = judged(GatesSection(task_drop="50%"), {**RESULT, "tasks": {"tasks": tasks}}, run, run / "export")
+    assert [gate.passed for gate in drops] == [True, True, False]
+    assert drops[-1].sentence() == (
+        "evaluate.gates.task_drop (lm-eval/wikitext): cannot be judged, since the task has no metric between 0 and 1 "
+        "for each question."
+    )
+    assert 'message="evaluate.gates.task_drop (lm-eval/wikitext): cannot be judged' in junit(drops, Worst("error"))
+
+
 def test_what_is_not_defined_misses_and_what_was_not_measured_is_not_judged(run: Path) -> None:
     undefined = {**RESULT, "perplexity": {**SCORES, "kl_divergence": None}}
     (gate,) = judged(GatesSection(kl_divergence=1.0), undefined, run, run / "export")
@@ -112,20 +124,38 @@ def test_fallbacks_are_those_of_each_stages_last_work(run: Path) -> None:
     assert [gate.sentence() for gate in gates] == ["evaluate.gates.fallbacks.all: 7 is above 6, by 1."]
 
 
-def test_the_worst_linears_are_those_of_the_largest_last_error(run: Path) -> None:
-    rows = [("a", 0.5), ("b", 0.1), ("a", 0.01), ("c", 0.02), *((f"d{i}", 0.001) for i in range(5))]
-    events(run, *({"event": "linear", "module": name, "error": error} for name, error in rows))
-    assert worst_linears(run)[:3] == [("b", 0.1), ("c", 0.02), ("a", 0.01)]
-    assert len(worst_linears(run)) == 5
+def test_the_worst_linears_are_those_of_the_last_quantization_by_the_plans_schemes(run: Path) -> None:
+    def quantized(scheme: str, *rows: tuple[str, float]) -> None:
+        events(run, {"event": "started", "stage": "quantize", "resumed": False})
+        events(run, *({"event": "linear", "stage": "quantize", "module": name, "scheme": scheme, "error": error}
+                      for name, error in rows))  # fmt: skip
+
+    quantized("W4A16", ("a", 0.5), ("gone", 0.9))
+    quantized("W8A16", ("b", 0.1), ("a", 0.01), ("c", 0.02), ("now float", 0.7), *((f"d{i}", 1e-3) for i in range(5)))
+    events(run, {"event": "linear", "stage": "quantize", "module": "c", "scheme": "W4A16", "error": 0.8})
+    schemes = dict.fromkeys(("a", "b", "c", "gone", *(f"d{i}" for i in range(5))), "W8A16")
+    found = worst_linears(run, ("quantize", "export"), schemes)
+    assert found.measure == "weight error"
+    assert found.linears[:3] == (("b", 0.1), ("c", 0.02), ("a", 0.01))
+    assert len(found.linears) == 5
+
+
+def test_output_errors_of_the_export_name_the_worst_linears_where_this_run_measured_them(run: Path) -> None:
+    (run / "layers").mkdir()
+    rows = [{"name": "a", "output_error": 0.1}, {"name": "b", "output_error": 0.3}, {"name": "c", "output_error": None}]
+    (run / "layers" / "errors.json").write_text(json.dumps({"tokens": 32, "linears": rows}))
+    schemes = dict.fromkeys("abc", "W8A16")
+    assert worst_linears(run, ("export", "layers"), schemes) == Worst("output error", (("b", 0.3), ("a", 0.1)))
+    assert worst_linears(run, ("export",), schemes) == Worst("weight error")
 
 
 def test_reports_say_which_gate_was_missed_by_how_much_and_where() -> None:
     gates = [Gate("kl_divergence", 0.02, 0.05, error=0.001), Gate("agreement", 0.9, 0.95, least=True)]
-    worst = [("model.layers.0.mlp.down_proj", 0.25)]
+    worst = Worst("output error", (("model.layers.0.mlp.down_proj", 0.25),))
     text = message_of(gates[:1], worst)
     assert text == (
         "evaluate.gates.kl_divergence: 0.05 ± 0.001 is above 0.02, by 0.03. "
-        "Largest errors: model.layers.0.mlp.down_proj 0.25."
+        "Largest output errors: model.layers.0.mlp.down_proj 0.25."
     )
     suite = ElementTree.fromstring(junit(gates, worst))
     assert (suite.get("tests"), suite.get("failures")) == ("2", "1")
@@ -133,15 +163,14 @@ def test_reports_say_which_gate_was_missed_by_how_much_and_where() -> None:
     assert failures["agreement"] is None
     assert failures["kl_divergence"] is not None
     assert "by 0.03" in (failures["kl_divergence"].get("message") or "")
-    assert "down_proj: error 0.25" in (failures["kl_divergence"].text or "")
+    assert "down_proj: output error 0.25" in (failures["kl_divergence"].text or "")
     page = summary(gates, RESULT, worst)
     assert page.startswith("### Quantization: 1 of 2 gates missed\n")
     assert "| `kl_divergence` | ≤ 0.02 | 0.05 ± 0.001 | **missed** |" in page
     assert "| `agreement` | ≥ 0.9 | 0.95 | kept |" in page
     assert "| `model.layers.0.mlp.down_proj` | 0.25 |" in page
     assert "| squad accuracy, % ↑ | 62.00 | 60.00 | -2.00 |" in page
-    assert "Largest" not in summary(gates[1:], RESULT, worst)
-    assert "largest" not in summary(gates[1:], RESULT, worst)
+    assert "down_proj" not in summary(gates[1:], RESULT, worst)
 
 
 def flip_codes(file: Path) -> None:
@@ -192,7 +221,12 @@ def test_a_run_keeps_its_gates_until_codes_are_flipped(
     assert "kl_divergence" in missed
     assert "evaluate.gates.kl_divergence: " in err
     assert " is above 0.002, by " in err
-    assert "Largest errors: model.layers." in err
+    assert "Largest output errors: model.layers.1." in err
+    found = json.loads((out / "gates" / "gates.json").read_text())
+    assert found["worst_by"] == "output error"
+    # every code of block 1 was changed and none elsewhere: its linears come first, far before the others
+    flipped = [name.startswith("model.layers.1.") for name, _ in found["worst_linears"]]
+    assert flipped == [True] * 5
     assert content["missed_gate"] in " ".join(err.split())
     assert int(suite.get("failures") or 0) == len(missed)
     assert "**missed**" in (out / "gates" / "summary.md").read_text()

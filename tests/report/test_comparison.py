@@ -56,7 +56,7 @@ def test_the_runs_that_none_beats_are_named(tmp_path: Path) -> None:
     assert found["differences"] == {"quantize.weights.bits": [8, 4, 8]}
     row = found["runs"][1]
     assert (row["size"], row["kl_divergence"], row["schemes"]) == (4 * GB, 0.03, {"W4A16 g128": 20, "float": 2})
-    assert row["measured"]["eval-ppl.kl_percentiles.99"] == 0.2
+    assert row["measured"]["eval-ppl.flips.lost"] == 0.0123
     json.dumps(found, allow_nan=False)
 
 
@@ -68,6 +68,9 @@ def test_the_page_shows_the_front_and_every_run(tmp_path: Path) -> None:
     assert 'class="point origin best"' in page  # smaller than none, and nothing lost
     assert "What differs in the recipes" in page
     assert page.count('class="scroll chart"') == 3
+    assert "<h2>Tasks</h2>" in page
+    assert page.count("60.5\u00a0% (56.9\u00a0% to 64.0\u00a0%)") == 3
+    assert page.count("−1.50\u00a0% ± 0.62\u00a0%") == 3
     for name in ("w8", "w4", "bad"):
         assert f"<h3>{name}</h3>" in page
 

@@ -28,12 +28,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     text = "</pre><script>document.title='taken'</script><img src=http://example.invalid/x.png onerror=alert(1)>"
     one = save_run(folder / "one", blocks=8, text=text)
     other = save_run(folder / "other", blocks=8, kl=0.2, text=text)
+    large = save_run(folder / "large", blocks=80)
     report_paths([one], folder / "run.html", overwrite=False)
+    report_paths([large], folder / "large.html", overwrite=False)
     report_paths([one, other], folder / "comparison.html", overwrite=False)
-    return {name: folder / f"{name}.html" for name in ("run", "comparison")}
+    return {name: folder / f"{name}.html" for name in ("run", "comparison", "large")}
 
 
-@pytest.mark.parametrize("name", ["run", "comparison"])
+@pytest.mark.parametrize("name", ["run", "comparison", "large"])
 def test_a_page_opens_without_complaint_and_asks_for_nothing(
     browser: Browser, pages: dict[str, Path], name: str
 ) -> None:
@@ -48,7 +50,7 @@ def test_a_page_opens_without_complaint_and_asks_for_nothing(
     assert browser.evaluate("document.compatMode") == "CSS1Compat"
 
 
-@pytest.mark.parametrize("name", ["run", "comparison"])
+@pytest.mark.parametrize("name", ["run", "comparison", "large"])
 @pytest.mark.parametrize("width", [400, 1200])
 def test_a_page_fits_its_window(browser: Browser, pages: dict[str, Path], name: str, width: int) -> None:
     browser.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)

@@ -28,6 +28,7 @@ RESULT = {
         "quantized": {"value": 21.0541, "error": 0.33},
         "increase": 0.02,
         "increase_error": 0.0012,
+        "increase_interval": [0.0177, 0.0224],
         "kl_divergence": 0.01234,
         "kl_error": 0.0001,
         "kl": {"50": 0.004, "99": 0.1234},
@@ -52,7 +53,7 @@ def test_the_outcome_states_every_number_with_its_uncertainty() -> None:
         ("schemes", "23 linears W4A16 g32, 2 linears float"),
         ("note", "Group size 128 does not divide every input width; 32 is used."),
         ("size", "200.0 MB → 75.0 MB (-62.5%)"),
-        ("perplexity", "20.641 ± 0.310 → 21.054 ± 0.330 (+2.00% ± 0.12%)"),
+        ("perplexity", "20.641 ± 0.310 → 21.054 ± 0.330 (+2.00% ± 0.12%; 95 % interval +1.77% to +2.24%)"),
         ("KL divergence", "0.0123 ± 0.0001 nats a token, 0.123 for 1 in 100"),
         ("same top token", "95.3%"),
         ("bits per byte", "1.100 ± 0.010 → 1.200 ± 0.010"),
@@ -69,6 +70,7 @@ def test_numbers_that_json_cannot_hold_are_undefined_and_not_zero() -> None:
         "quantized": {"value": None, "error": None},
         "increase": None,
         "increase_error": None,
+        "increase_interval": [None, None],
         "windows": 1,
     }
     rows = dict(outcome_rows(PLAN, {**RESULT, "perplexity": scores}))

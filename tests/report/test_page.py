@@ -41,11 +41,32 @@ def test_the_page_says_what_a_reader_has_to_know(tmp_path: Path) -> None:
         "+1.20\u00a0%", "96.7\u00a0%",
         "model.layers.1 is not smoothed.", "A note.", "32768 tokens in 64 sequences from 12 documents",
         "Because blue light <mark>scatters more.</mark>", "Because blue light <mark>is scattered.</mark>",
-        "1 of 2 are equal", "as found: check", "strength 0.8 0", "kl_percentiles.99", "flips",
+        "1 of 2 are equal", "as found: check", "strength 0.8 0", "delta_p.99.9", "flips.lost",
         "scales and zero points", "bits a quantized weight", "int8 products",
     ):  # fmt: skip
         assert part in page, part
     assert page.index("is not smoothed") < page.index("Outcome")
+    for part in (
+        "; 95 % interval +1.12% to +1.28%", "How predictions changed", "95.10\u00a0% ± 0.07\u00a0%", "1.23\u00a0%",
+        "0.87\u00a0%", "boolq accuracy", "58.4% to 65.5%", "word perplexity", "prefill, tokens/s ↑", "2344",
+        "<h2>1 missed gate, 1 warning or fallback, 1 note</h2>",
+    ):  # fmt: skip
+        assert part in page, part
+
+
+def test_missed_gates_stand_before_all_other_problems_with_bound_amount_and_the_worst_linears(tmp_path: Path) -> None:
+    path = save_run(tmp_path / "run", blocks=3)
+    run = run_facts(path)
+    worst = max(run["errors"]["values"], key=run["errors"]["values"].__getitem__)
+    first = run["problems"][0]
+    assert first["kind"] == "missed gate"
+    assert "kl_divergence: 0.0123 ± 0.0002 is above 0.01, by 0.0023." in first["text"]
+    assert f"Largest output errors: {worst} " in first["text"]
+    page = run_page(run)
+    assert page.index("is above 0.01") < page.index("is not smoothed") < page.index("A note.")
+    kept = run_facts(save_run(tmp_path / "kept", kl=0.002))
+    assert "missed gate" not in run_page(kept)
+    assert {each["kind"] for each in kept["problems"]} == {"warning", "note"}
     assert "/elsewhere/" not in page  # a run directory may be moved
 
 
