@@ -273,7 +273,7 @@ def recipe_with_model(
     }
     if asymmetric:
         whole["quantize"]["weights"]["method"] = "gptq"
-        whole["quantize"]["gptq"] = {"asymmetric": True}
+        whole["quantize"]["gptq"] = {"asymmetric": True, "sweeps": 6}
         whole["output"] += "-asymmetric"
     if smooth:
         whole["calibration"] |= {"samples": count}
