@@ -112,7 +112,7 @@ def check_description_alone(checkpoint: QuantizedCheckpoint, structure: Structur
     if not file.is_file():  # the older layout, of which there is one or it was not read
         (file,) = checkpoint.directory.glob("quant_model_description_*.json")
     description = read_json(file)
-    tensors = Checkpoint(checkpoint.directory).entries  # by the names in the file, which `raw` may translate
+    tensors = Checkpoint(checkpoint.directory).entries  # without those that are derived
     for name in tensors:
         if not isinstance(description.get(name), str):
             raise VerificationError(f"{file}: {name} is not described, and engines look for it.", "Export it again.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import RecipeError
+from quantcli.errors import ModelError, RecipeError
 from quantcli.model.structure import Structure
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.batches import batched
@@ -31,8 +31,9 @@ def open_checkpoint(
 ) -> tuple[Structure, QuantizedCheckpoint, dict[str, str]]:
     """The structure of the model, its checkpoint, and the name of each linear's weight in it; a tied head has none.
 
-    Raises ModelError for a format that is not known.
+    Raises ModelError for a format that is not known, and for biases that the model has no place for.
     """
+    from quantcli.formats import ascend, mindie, npy
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.formats.table import open_weights
 
@@ -41,7 +42,26 @@ def open_checkpoint(
     names = {_float_name(name) for name in open_weights(directory).entries}
     found = {module: _weight_name(module, names) for module in linears}
     weights = {module: name for module, name in found.items() if name}
-    return structure, QuantizedCheckpoint(directory, linears, weights), weights
+    checkpoint = QuantizedCheckpoint(directory, linears, weights)
+    if checkpoint.form in (ascend, mindie, npy):
+        _drop_zero_biases(structure, checkpoint)
+    return structure, checkpoint, weights
+
+
+def _drop_zero_biases(structure: Structure, checkpoint: QuantizedCheckpoint) -> None:
+    """Leave out biases that the model has no parameter for, as msModelSlim writes for norms after m1 to m5.
+
+    Raises ModelError for one that is not zero, as after a shift of channels: the model would compute something else.
+    """
+    known = {name for parameter in structure.parameters for name in (parameter, parameter.partition(".")[2])}
+    for name in list(checkpoint.entries):
+        module = name.removesuffix(".bias")
+        if module == name or name in known or f"{module}.weight" not in known:
+            continue
+        if bool(checkpoint.read([name])[name].float().any()):
+            raise ModelError(f"{checkpoint.directory}: {name} is not zero, and the model has no such bias.",
+                             "Quantize again without a shift of channels.")  # fmt: skip
+        del checkpoint.entries[name]
 
 
 def _float_name(name: str) -> str:
