@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 class MsModelSlimCheckpoint(Checkpoint):
-    """A checkpoint of AscendV1 or its older layout, whoever wrote it, with weight_scale and weight_offset [n, 1] float32
-    of every linear that has deq_scale."""
+    """A checkpoint of AscendV1 or its older layout, whoever wrote it, with weight_scale and weight_offset, float32
+    [n, 1], of every linear that has deq_scale."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
