@@ -79,7 +79,7 @@ def test_a_reader_that_misreads_is_found(
     made.verify()
     checked(made)
     decode = module.decode
-    monkeypatch.setattr(module, "decode", lambda *arguments: misread(decode(*arguments)))
+    monkeypatch.setattr(module, "decode", lambda *a, **k: misread(decode(*a, **k)))
     made.verify()
     with pytest.raises(VerificationError, match="on a fixed prompt its logits differ"):
         checked(made)
