@@ -19,6 +19,9 @@ from quantcli.errors import OutputError, QuantcliError, RecipeError, RoomError
 
 # The base of what a wrong command line raises. Some versions of typer carry a click of their own, under another name.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
+# How often a thread of libgomp looks for the others before it sleeps. Its own 300 000 are milliseconds, in which a
+# thread that waits keeps the one it waits for from a core that both share with other programs.
+_SPINS = "10000"
 _BROKEN_PIPE = 141  # as the shell reports a command whose reader has gone
 
 app = typer.Typer(
@@ -75,6 +78,8 @@ def run_command(arguments: Sequence[str]) -> int:
     # Set before torch or transformers is imported: no process here needs their progress bars or forked tokenizers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     try:
         # not standalone: click would turn an interrupt into exit status 1
         return int(app(list(arguments), prog_name="quantcli", standalone_mode=False) or 0)

@@ -76,9 +76,11 @@ def _version(python: str) -> str:
 
 
 def _environment(python: str) -> dict[str, str]:
-    """The caller's environment; another Python is not shown the packages of this one."""
+    """The caller's environment; another Python is not shown the packages of this one, and no engine how the threads of
+    this one wait (`cli`)."""
     own = python == sys.executable
-    return {k: v for k, v in os.environ.items() if own or k not in ("PYTHONPATH", "PYTHONHOME")}
+    dropped = {"GOMP_SPINCOUNT"} if own else {"GOMP_SPINCOUNT", "PYTHONPATH", "PYTHONHOME"}
+    return {name: value for name, value in os.environ.items() if name not in dropped}
 
 
 def require_engine(recipe: Recipe, plan: Plan) -> None:

@@ -44,6 +44,22 @@ def test_a_plan_of_a_known_model_imports_no_torch(finished: Path) -> None:
     assert "transformers" not in heavy
 
 
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),  # a spin count would take precedence
+    ],
+)
+def test_threads_that_wait_leave_a_shared_core_soon(own: dict[str, str], expected: str) -> None:
+    script = "import os; from quantcli.cli import run_command; run_command(['--version'])"
+    script += "; print(os.environ.get('GOMP_SPINCOUNT'))"
+    plain = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=plain | own, check=True)
+    assert done.stdout.splitlines()[-1] == expected
+
+
 def start(file: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "quantcli", "run", str(file), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
