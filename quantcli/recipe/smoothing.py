@@ -88,7 +88,7 @@ class SmoothSection(Section):
     samples: Count | None = Field(
         default=None,
         description="Calibration samples that smoothing looks at, spread evenly over all; null is "
-        f"{AUTO_SAMPLES} for method auto, and all for the others.",
+        f"{AUTO_SAMPLES} for method auto where no input has a static scale, and all otherwise.",
     )
     search_samples: Count = Field(
         default=8, description="Calibration samples whose inputs are kept for searches; auto judges on them alone."
@@ -151,10 +151,11 @@ class SmoothSection(Section):
         """Whether channels are scaled, by what calibration saw of them, and not rotated alone."""
         return self.method != "rotate"
 
-    @property
-    def looks_at(self) -> int | None:
-        """How many calibration samples are looked at; None for all."""
-        return AUTO_SAMPLES if self.samples is None and self.method == "auto" else self.samples
+    def looks_at(self, ranges: bool) -> int | None:
+        """How many calibration samples are looked at; None for all. `ranges`: whether inputs have static scales, which
+        a channel spoils for all others if its extreme is in a sample that was left out."""
+        few = self.method == "auto" and not ranges
+        return AUTO_SAMPLES if self.samples is None and few else self.samples
 
     @property
     def unties(self) -> bool:

@@ -113,7 +113,8 @@ def _go_through_blocks(
     found = calibration_samples(context) if section.scales else None
     samples = [list(range(CHECKED_TOKENS))]
     if found is not None:
-        samples = spread(found.samples, section.looks_at)
+        ranges = any(treatment.scheme.observed for treatment in context.plan.treatments.values())
+        samples = spread(found.samples, section.looks_at(ranges))
         tokens = sum(map(len, samples))
         context.emit("tokens", samples=len(samples), tokens=tokens, documents=found.documents_used)
     batches = batched(samples)
