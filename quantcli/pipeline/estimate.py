@@ -29,7 +29,7 @@ SECONDS_A_WEIGHT = {
     "low_bit_sigma": 5e-9,
 }
 # Of smoothing, for a plain method; one that clips, which AWQ does for each of 20 scales; auto, which measures few.
-SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 250e-9)
+SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 350e-9)
 # What it holds of its widest group of linears in float32, in copies of its weights (on a block of 44 M weights).
 SMOOTHING_COPIES = (1.5, 5.5, 11.0)
 SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed

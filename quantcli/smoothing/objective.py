@@ -117,11 +117,10 @@ class ExpectedNoise:
     with token shares a_t, d_t = range of x_t/s over the codes (of all inputs seen, if static), d_rg = max_{c in g}
     |w_rc| s_c over the codes for the group g of c, and m_c = Σ_t a_t x_tc². The step of a float code is about x/2^3.5,
     but no less than that of the codes nearest to zero, the largest over 448·512. Each linear counts relative to its
-    output. Without a product with the tokens it is far cheaper than `output_error`, though less exact: it takes some of
-    the tokens, and about `rows` rows of each linear for the second sum, evenly spaced.
+    output. Without a product with the tokens it is far cheaper than `output_error`, though less exact.
     """
 
-    def __init__(self, group: Group, targets: Targets, tokens: int = 128, rows: int = 256) -> None:
+    def __init__(self, group: Group, targets: Targets, tokens: int = 128) -> None:
         step = max(1, len(group.tokens) // tokens)
         kept = group.tokens[::step]
         self.group = group
@@ -136,18 +135,14 @@ class ExpectedNoise:
         for target in _different(targets):
             pairs = [(f, w) for f, w, own in zip(relative, group.weights, targets, strict=True) if own is target]
             columns = torch.stack([factor * weight.square().sum(0) for factor, weight in pairs]).sum(0)
-            weights = torch.cat([_some_rows(weight, rows, factor) for factor, weight in pairs])
-            self.parts.append((target, columns, weights, weights.square()))
+            weights = torch.cat([weight.abs() * factor**0.5 for factor, weight in pairs])
+            self.parts.append((target, columns, weights, weights.square() * self.moment))
 
     def __call__(self, log_scale: Tensor) -> Tensor:
         scale = log_scale.exp()
         noise = scale.new_zeros(())
         for target, columns, weights, squares in self.parts:
-            size = target.group_size or len(scale)
-            steps = (weights * scale).unflatten(1, (-1, size)).amax(2, keepdim=True)
-            steps = steps.div(_steps(target.bits, target.type)).square().div(12)
-            lost = _rounding(squares, (steps / scale.square().view(1, -1, size)).flatten(1), target.type)
-            noise = noise + (lost.sum(0) * self.moment).sum()
+            noise = noise + _weight_noise(weights, squares, scale, self.moment, target)
             if target.activations != "none":
                 steps = self._input_step(scale, target) * (scale.square() / 12)
                 rounding = _rounding(self.squares, steps, target.type)
@@ -164,10 +159,31 @@ class ExpectedNoise:
         return (width / (2 * high + 1)).square().view(1, 1)
 
 
-def _some_rows(weight: Tensor, rows: int, factor: float) -> Tensor:
-    """√factor |w| of at least `rows` rows, evenly spaced, enlarged so that squares add up as those of all."""
-    some = weight[:: max(1, len(weight) // rows)]
-    return some.abs() * (factor * len(weight) / len(some)) ** 0.5
+def _weight_noise(weights: Tensor, squares: Tensor, scale: Tensor, moment: Tensor, target: Target) -> Tensor:
+    """Σ_rc min(w_rc², d_rg² / (12 s_c²)) m_c, with a gradient by s; `squares` are w_rc² m_c.
+
+    What weights lose that lose themselves, and in float codes those that lose a share of themselves, does not depend on
+    s: in the gradient only the others count, so that it takes two products with a matrix of zeros and ones.
+    """
+    size = target.group_size or len(scale)
+    with torch.no_grad():
+        scaled = (weights * scale).unflatten(1, (-1, size))
+        at = scaled.argmax(2) if scale.requires_grad else None
+        ends = scaled.amax(2)
+        root = (ends / (_steps(target.bits, target.type) * 12**0.5)).unsqueeze(2)
+        lost = (scaled <= root).to(scale.dtype)
+        fixed = torch.dot(squares.flatten(), lost.flatten())
+        if target.type == "float":
+            relative = (scaled > root / _SHARE**0.5).to(scale.dtype)
+            fixed += _SHARE * torch.dot(squares.flatten(), relative.flatten())
+            lost += relative
+        rounded = lost.neg_().add_(1)
+    if at is not None:
+        at += torch.arange(0, len(scale), size, device=scale.device)
+        ends = weights.gather(1, at) * scale[at]
+    steps = ends.square() / (12 * _steps(target.bits, target.type) ** 2)
+    shares = (moment / scale.square()).view(-1, size)
+    return (steps * torch.einsum("rgc,gc->rg", rounded, shares)).sum() + fixed
 
 
 def _steps(bits: int, type: CodeType) -> int:
@@ -178,8 +194,10 @@ def _steps(bits: int, type: CodeType) -> int:
 def _rounding(squares: Tensor, steps: Tensor, type: CodeType) -> Tensor:
     """Expected squared error of values of these squares, with the variance `steps` of the codes nearest to zero."""
     if type == "float":
-        steps = torch.maximum(steps, squares * (2.0**-7 / 12))
+        steps = torch.maximum(steps, squares * _SHARE)
     return torch.minimum(squares, steps)
 
 
+_SHARE = 2.0**-7 / 12
+"""Squared error of a float code over the square of its value, on average."""
 _TINY = 1e-30

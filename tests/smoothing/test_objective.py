@@ -173,19 +173,6 @@ def test_expected_noise_is_about_the_error(activations: Activations, bits: int) 
         assert 0.5 < float(noise(scale.log())) / error(scale) < 2
 
 
-@pytest.mark.parametrize("rows", [30, 100])
-def test_some_rows_stand_for_all(rows: int) -> None:
-    """Linears of many rows beside one of few: chance of 1 in √rows and less, where noise and error differ by half."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.randn(64, 32, generator=generator)
-    group = group_from(x, *(torch.randn(out, 32, generator=generator) * out for out in (500, 333, 20)))
-    targets = [replace(by_row(8), group_size=8)] * 3
-    some, every = ExpectedNoise(group, targets, rows=rows), ExpectedNoise(group, targets, rows=1000)
-    for scale in (torch.ones(32), scale_of(group), scale_of(group) ** 8):
-        assert float(some(scale.log())) == pytest.approx(float(every(scale.log())), rel=0.5 * rows**-0.5)
-    assert sum(len(part[2]) for part in some.parts) < sum(len(part[2]) for part in every.parts) == 853
-
-
 @pytest.mark.parametrize("group_size", [None, 8])
 @pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
 def test_a_common_factor_of_all_scales_changes_nothing(activations: Activations, group_size: int | None) -> None:
