@@ -84,14 +84,14 @@ def loaded_model(model: Path, dtype: str = "float32") -> Any:
 
 @contextmanager
 def by_transformers(context: Context, model: Model) -> Iterator[Any]:
-    """The whole model in transformers: the dense export where there is one; where inputs are rounded, which a checkpoint
-    of floats does not say, with linears of integer products."""
+    """The whole model in transformers: the dense export where there is one; where inputs are rounded, which no float
+    checkpoint does, with linears of integer products."""
     if model.exported is None:
         yield loaded_model(context.model, context.plan.structure.dtype)
     elif "dense" in context.recipe.export.formats:
         yield loaded_model(context.folder("export") / "dense", context.plan.structure.dtype)
     else:
-        with whole.whole_model(model, "a test") as loaded:
+        with whole.whole_model(model, "a test", 1000) as loaded:
             yield loaded
 
 
@@ -200,7 +200,7 @@ def test_generated_answers_are_those_of_transformers(
     assert set(results(recipe)["squad"]["metrics"]) == {"exact_match", "f1"}
 
     monkeypatch.setattr(whole, "free_memory", lambda _: 1000)
-    with pytest.raises(RoomError, match=r"The task squad generates text, .* and 1e-06 GB are free"):
+    with pytest.raises(RoomError, match=r"The task squad generates text, .* tokens \(.* and 1e-06 GB are free"):
         quantcli.run(changed(recipe, quantize__weights__bits=8))
 
 
@@ -247,12 +247,53 @@ def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_pat
     for name, model in (("float_model", recipe["model"]["path"]), ("quantized", run / "export" / "dense")):
         lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=4)
         wanted = lm_eval.simple_evaluate(
-            lm, tasks=["sheep"], task_manager=TaskManager(include_path=str(place)), bootstrap_iters=0
+            lm,
+            tasks=["sheep"],
+            task_manager=TaskManager(include_path=str(place), include_defaults=False),
+            bootstrap_iters=0,
         )["results"]["sheep"]
         for metric in ("acc", "acc_norm"):
             assert found["lm_eval"][name][f"{metric},none"] == pytest.approx(wanted[f"{metric},none"])
             assert found["metrics"][metric][name]["value"] == pytest.approx(wanted[f"{metric},none"])
     assert found["questions"] == len(rows)
+
+
+def test_a_task_that_generates_says_how_far_it_is_and_is_what_the_harness_finds(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    place = tmp_path / "tasks"
+    place.mkdir()
+    rows = [{"query": f"The {a} of the hill saw", "gold": "one"} for a in WORDS * 2]
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "goes_on.yaml").write_text(
+        "task: goes_on\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {place / 'data.jsonl'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{query}}'\ndoc_to_target: '{{gold}}'\n"
+        "generation_kwargs: {until: ['.'], max_gen_toks: 4, do_sample: false}\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    recipe = changed(recipe, evaluate={"tasks": [{"task": "lm-eval/goes_on", "path": str(place)}], "generate": None})
+    events: list[dict[str, Any]] = []
+    run = quantcli.run(recipe, listener=events.append).path
+    for name, stage, model in (
+        ("float", "reference-tasks", recipe["model"]["path"]),
+        ("quantized", "eval-tasks", run / "export" / "dense"),
+    ):
+        told = [e for e in events if e["event"] == "answered" and e["stage"] == stage]
+        assert [(e["number"], e["of"], e["model"]) for e in told] == [(n, 12, name) for n in range(1, 13)]
+        lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=3)
+        manager = TaskManager(include_path=str(place), include_defaults=False)
+        wanted = lm_eval.simple_evaluate(lm, tasks=["goes_on"], task_manager=manager, bootstrap_iters=0)
+        found = results(recipe)["lm-eval/goes_on"]["lm_eval"]["float_model" if name == "float" else name]
+        assert found["exact_match,none"] == pytest.approx(wanted["results"]["goes_on"]["exact_match,none"])
+
+    monkeypatch.setattr(whole, "free_memory", lambda _: 1000)
+    with pytest.raises(RoomError, match=r"The task lm-eval/goes_on generates text, .* the keys and values of"):
+        quantcli.run(changed(recipe, quantize__weights__bits=8))
 
 
 @torch.inference_mode()
