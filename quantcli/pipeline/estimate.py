@@ -33,11 +33,12 @@ SECONDS_A_WEIGHT = {
 SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 700e-9)
 # What it holds of its widest group of linears in float32, in copies of its weights (on a block of 44 M weights).
 SMOOTHING_COPIES = (1.5, 5.5, 11.0)
-# Bytes that stage distill holds of each value that a linear of a block reads or puts out, attention included: with
-# float inputs, and with quantized ones, whose codes are floats with a gradient (measured on blocks of 3.5 M and 44 M
-# weights in bfloat16).
-GRADED_BYTES = (10, 28)
-GRADED_LOGITS = 8 * (24 << 20)  # of both models, with logarithms and gradients, model.stream.GRADED_BYTES at a time
+# Of stage distill, measured on blocks of 3.5 M and 44 M weights in bfloat16, W8A8 and W4A16, within a fifth: bytes of
+# each value that a linear of a block reads or puts out, with float inputs and with quantized ones, whose codes are
+# floats with a gradient; and logits of both models with logarithms and gradients, model.stream.GRADED_BYTES at a time,
+# with about as much that was freed and stays with the process.
+GRADED_VALUE = (4, 12)
+GRADED_HEAD = 16 * (24 << 20)
 SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed
 SECONDS_A_BYTE_READ = 0.4e-9  # of weights, by a model that writes one token after the other
 START = 6.0  # imports and the first look at a model
@@ -150,13 +151,13 @@ def _distillation_memory(
     treatments = map(recipe.quantize.treatment, (None, *recipe.quantize.overrides))
     rounded = any(activations.bits < 16 for _, activations in filter(None, treatments))
     block = max(sum(linear.weights for linear in block.linears) for block in structure.blocks) * (1 + 2 * width)
-    block += batch * values * GRADED_BYTES[rounded] * width // 2
+    block += batch * values * GRADED_VALUE[rounded] * width // 2
     scales = sum(
         linear.out_features * linear.in_features // (weights.group_size or linear.in_features)
         for linear, weights in quantized
     )
     states = ((len(structure.blocks) + 1) * batch + 4 * observed) * structure.width * width
-    head = structure.vocabulary * structure.width * width + GRADED_LOGITS
+    head = structure.vocabulary * structure.width * width + GRADED_HEAD
     return block + states + head + 16 * scales
 
 
