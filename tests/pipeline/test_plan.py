@@ -13,7 +13,8 @@ from tiny_models import save_tiny_model, tiny_config
 from quantcli.errors import ModelError, RecipeError
 from quantcli.model.structure import Block, Experts, Linear, SharedInput, Structure
 from quantcli.pipeline.estimate import BASE_MEMORY, Estimate
-from quantcli.pipeline.plan import Plan, fused_groups, make_plan, match_names
+from quantcli.pipeline.fused import fused_groups
+from quantcli.pipeline.plan import Plan, make_plan, match_names
 from quantcli.recipe import load_recipe
 
 WIDTH, INNER, VOCABULARY = 64, 96, 512
