@@ -34,7 +34,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || command -v nvidia-smi >/dev/null || $(BIN)/pip install $(TORCH)
-	$(BIN)/pip install -e ".[dev,gguf]"
+	$(BIN)/pip install -e ".[dev,gguf,lm-eval]"
 	touch $@
 
 $(MODEL): | $(INSTALLED)

@@ -15,8 +15,9 @@ from quantcli.errors import RecipeError
 from quantcli.formats.engines import UNPACKING, Verdict
 from quantcli.model.structure import Linear, Structure
 from quantcli.pipeline.estimate import with_trials
+from quantcli.pipeline.fused import fused_groups
 from quantcli.pipeline.held import unheld, unloaded
-from quantcli.pipeline.plan import BYTES, Plan, fused_groups, make_plan, stored_bytes, unobservable
+from quantcli.pipeline.plan import BYTES, Plan, make_plan, stored_bytes, unobservable
 from quantcli.recipe.budget import CandidateSection
 from quantcli.recipe.quantization import WeightsSection, variant
 from quantcli.recipe.schema import Recipe

@@ -20,7 +20,7 @@ from quantcli.evaluation.simulate import not_read, simulated
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.context import Context
-from quantcli.pipeline.plan import scale_groups
+from quantcli.pipeline.fused import scale_groups
 from quantcli.quant.grid import stored_scale
 from quantcli.quant.scheme import Scheme
 from quantcli.quant.straight_through import graded_linear

@@ -9,6 +9,7 @@ from functools import cache
 from math import prod
 
 from quantcli.model.structure import Linear, Structure
+from quantcli.pipeline.batches import BATCH_TOKENS
 from quantcli.recipe.quantization import WeightsSection
 from quantcli.recipe.schema import Recipe
 from quantcli.recipe.smoothing import SmoothSection
@@ -32,6 +33,12 @@ SECONDS_A_WEIGHT = {
 SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 350e-9)
 # What it holds of its widest group of linears in float32, in copies of its weights (on a block of 44 M weights).
 SMOOTHING_COPIES = (1.5, 5.5, 11.0)
+# Of stage distill, measured on blocks of 3.5 M and 44 M weights in bfloat16, W8A8 and W4A16, within a fifth: bytes of
+# each value that a linear of a block reads or puts out, with float inputs and with quantized ones, whose codes are
+# floats with a gradient; and logits of both models with logarithms and gradients, model.stream.GRADED_BYTES at a time,
+# with about as much that was freed and stays with the process.
+GRADED_VALUE = (4, 12)
+GRADED_HEAD = 16 * (24 << 20)
 SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed
 SECONDS_A_BYTE_READ = 0.4e-9  # of weights, by a model that writes one token after the other
 START = 6.0  # imports and the first look at a model
@@ -74,6 +81,10 @@ def estimate(
         hidden = min(max(observed, 2 * scored) * structure.width * width, 2 * recipe.model.cache_memory)
         memory += max(outer + HEAD_MEMORY * bool(scored), block_weights * width * (2 if scored else 1)) + 2 * hidden
     tokens = passes * observed + 2 * scored
+    headed = 2 * scored
+    if recipe.quantize.distill is not None:
+        memory = max(memory, BASE_MEMORY + _distillation_memory(recipe, structure, observed, quantized))
+        headed += 3 * recipe.quantize.distill.passes * observed  # of the float model once, of the other with gradients
     if recipe.smooth is not None:
         hidden = min(observed * structure.width * width, recipe.model.cache_memory)
         memory = max(memory, BASE_MEMORY + _smoothing_memory(recipe.smooth, structure, outer, quantized) + 2 * hidden)
@@ -89,7 +100,7 @@ def estimate(
         seconds += SECONDS_A_SMOOTHED_WEIGHT[_smoothing_cost(recipe.smooth, quantized)] * linear_weights
     seconds += sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in quantized)
     if tokens:
-        seconds += 2.0 * tokens * (linear_weights + structure.width * structure.vocabulary * (scored > 0)) / _rate()
+        seconds += 2.0 * (tokens * linear_weights + headed * structure.width * structure.vocabulary) / _rate()
     disk = size_after + linear_weights + tokens * structure.width * width
     if recipe.smooth is not None and recipe.smooth.save_model:
         head = structure.vocabulary * structure.width * (structure.tied and recipe.smooth.unties)
@@ -126,6 +137,28 @@ def _smoothing_memory(
     rotated = structure.vocabulary * structure.width * 4 * section.unties
     searched = 4 * copies * max(groups, default=0) if section.scales else 0
     return max(outer + rotated, 8 * block + int(searched))
+
+
+def _distillation_memory(
+    recipe: Recipe, structure: Structure, observed: int, quantized: Collection[tuple[Linear, WeightsSection]]
+) -> int:
+    """Most bytes of the stage distill, beside the process itself: a block with gradients for a batch, what enters every
+    block of it, the head with its logits, the hidden states of all samples before and behind the blocks, and the scales
+    with what Adam keeps of them."""
+    width = 2 if structure.dtype != "float32" else 4
+    batch = min(BATCH_TOKENS, observed // 2 or 1)
+    values = max(sum(each.in_features + each.out_features for each in block.linears) for block in structure.blocks)
+    treatments = map(recipe.quantize.treatment, (None, *recipe.quantize.overrides))
+    rounded = any(activations.bits < 16 for _, activations in filter(None, treatments))
+    block = max(sum(linear.weights for linear in block.linears) for block in structure.blocks) * (1 + 2 * width)
+    block += batch * values * GRADED_VALUE[rounded] * width // 2
+    scales = sum(
+        linear.out_features * linear.in_features // (weights.group_size or linear.in_features)
+        for linear, weights in quantized
+    )
+    states = ((len(structure.blocks) + 1) * batch + 4 * observed) * structure.width * width
+    head = structure.vocabulary * structure.width * width + GRADED_HEAD
+    return block + states + head + 16 * scales
 
 
 @cache

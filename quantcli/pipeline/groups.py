@@ -168,8 +168,6 @@ class GroupSource:
         """
         import torch
 
-        from quantcli.smoothing.clip import clip_bounds
-
         names = self.clipped(shared)
         if not names or not seen.tokens:
             return {}
@@ -187,7 +185,7 @@ class GroupSource:
             weight = self._weight(name).float() if weight is None else weight.to(tokens.device)
             target = self._target(name)
             assert target is not None
-            found[name] = clip_bounds(weight, tokens, target.weight, target.group_size)
+            found[name] = target.bounds(weight, tokens)
         return found
 
     def smooth(self, shared: SharedInput, seen: Seen, *, shifting: bool = True) -> Outcome:
@@ -297,6 +295,7 @@ class GroupSource:
                 weight=lambda weight: dequantize(minmax(weight, grid, None)),
                 bits=scheme.bits,
                 group_size=scheme.group_size,
+                one_scale=scheme.granularity == "tensor",
                 clipped=section.clips(treatment.weights, treatment.activations),
                 activations="dynamic" if scheme.activations == "dynamic" else kind,
                 activation_bits=scheme.activation_bits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import DataError, RecipeError
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
 
 LONGEST = 2048
 """Tokens of a request where the model does not say how many it has positions for, as that library assumes."""
+
+GENERATED_TOGETHER = 8
+"""Requests that generate in a batch."""
+
+NEW_TOKENS = 256
+"""Tokens that are generated where a task does not say how many, as that library has it."""
 
 Asked = Callable[[Sequence[Query]], list[Reply]]
 
@@ -39,16 +46,15 @@ def harness_outcome(context: Context, section: TaskSection, model: Model, asked:
     needs the whole model in memory.
     """
     from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     name = section.task.removeprefix(HARNESS)
-    manager = TaskManager(include_path=section.path)
+    manager = _task_manager(section.path)
     if name not in manager.all_tasks:
         raise DataError(f"evaluate.tasks: lm-evaluation-harness knows no task {name}.",
                         "Check the name, or set path to the directory with its YAML file.")  # fmt: skip
     results = simple_evaluate(
-        model=_streamed(context, model, asked),
+        model=_streamed(context, section.task, model, asked),
         tasks=[name],
         num_fewshot=section.shots,
         limit=section.limit,
@@ -71,14 +77,22 @@ def harness_outcome(context: Context, section: TaskSection, model: Model, asked:
     return {"description": description, "samples": samples, "aggregates": aggregates}
 
 
+@cache
+def _task_manager(path: str | None) -> Any:
+    """The library's list of tasks, which takes it seconds to read; the same for every task and both models."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=path)
+
+
 def _is_share(value: Any) -> bool:
     return isinstance(value, (int, float)) and 0 <= value <= 1
 
 
-def _streamed(context: Context, model: Model, asked: Asked) -> Any:
+def _streamed(context: Context, task: str, model: Model, asked: Asked) -> Any:
     """The model as the library sees one: a subclass of its own, which is why it is made here."""
     from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.model import CacheHook, TemplateLM
 
     tokenizer = context.tokenizer()
     longest = known_positions(context.model) or LONGEST
@@ -121,13 +135,31 @@ def _streamed(context: Context, model: Model, asked: Asked) -> Any:
 
             from quantcli.pipeline.whole import whole_model
 
-            with whole_model(model, f"The task {HARNESS}… of {model.name}") as loaded:
-                found: list[str] = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=8).generate_until(
-                    list(requests), disable_tqdm=True
-                )
+            asked_for = [len(self.tok_encode(text)) + _new_tokens(how) for text, how in (r.args for r in requests)]
+            tokens = GENERATED_TOGETHER * min(max(asked_for, default=0), longest)
+            with whole_model(model, f"The task {task}", tokens) as loaded:
+                harness = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=GENERATED_TOGETHER)
+                harness.set_cache_hook(Answered(len(requests)))
+                found: list[str] = harness.generate_until(list(requests), disable_tqdm=True)
             return found
 
+    class Answered(CacheHook):
+        """Is told of every text as soon as it is there, which the library means for keeping them."""
+
+        def __init__(self, of: int) -> None:
+            super().__init__(None)
+            self.number, self.of = 0, of
+
+        def add_partial(self, attr: str, req: Any, res: Any) -> None:
+            self.number += 1
+            context.emit("answered", number=self.number, of=self.of, model=model.name)
+
     return Streamed()
+
+
+def _new_tokens(how: Any) -> int:
+    """Tokens that a request lets be generated, as the library reads it."""
+    return int(how.get("max_gen_toks", NEW_TOKENS)) if isinstance(how, dict) else NEW_TOKENS
 
 
 def _continued(before: Sequence[int], after: Sequence[int], longest: int) -> Query:

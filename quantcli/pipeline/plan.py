@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -13,8 +13,9 @@ from typing import Any
 
 from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import Verdict, verdicts
-from quantcli.model.structure import Block, Linear, Structure, heads_obstacles, joined, rotation_obstacles
+from quantcli.model.structure import Linear, Structure, heads_obstacles, rotation_obstacles
 from quantcli.pipeline.estimate import Estimate, estimate
+from quantcli.pipeline.fused import refuse_split, rolled_back_along
 from quantcli.pipeline.held import left_out_note, refuse_unheld, refuse_unloaded
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
@@ -273,7 +274,7 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
         for name, pattern in match_names(section.rollback.names, names, "quantize.rollback.names").items()
     } | dict(ranked)
     if section.rollback.siblings == "together":
-        rolled_back |= _siblings(structure, rolled_back, notes)
+        rolled_back |= rolled_back_along(structure, rolled_back, notes)
     fixed = _always_float(recipe, structure)
     replacement = named_scheme(section.rollback.to)
     pairs: dict[str, tuple[WeightsSection, ActivationsSection]] = {}
@@ -296,7 +297,7 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
         del pairs[name]
         reasons[name] = unseen[name]
     treatments = _treatments(recipe, pairs, {name: linear for name, (linear, _) in places.items()}, notes)
-    _refuse_split_siblings(recipe, structure.blocks, treatments)
+    refuse_split(recipe, structure.blocks, treatments)
     return [
         PlannedLinear(*places[name], treatments.get(name), reasons.get(name, ""), name in rolled_back) for name in names
     ]
@@ -322,24 +323,6 @@ def _always_float(recipe: Recipe, structure: Structure) -> dict[str, str]:
         return fixed
     said = "rollback.last_linear" if recipe.quantize.rollback.last_linear else "by default"
     return fixed | {structure.head: f"output head, stays in float {said}"}
-
-
-def _siblings(structure: Structure, rolled_back: Mapping[str, str], notes: list[str]) -> dict[str, str]:
-    """Linears that engines fuse with one that is rolled back: they go along."""
-    reasons = {}
-    for block in structure.blocks:
-        for group in block.fused:
-            chosen = [name for name in group if name in rolled_back]
-            for name in group if chosen else ():
-                if name not in rolled_back:
-                    reasons[name] = (
-                        "experts of a layer have one scheme in serving engines"
-                        if _of_experts(block, group)
-                        else f"fused with {chosen[0].rpartition('.')[2]} in serving engines"
-                    )
-    if reasons:
-        notes.append(f"{len(reasons)} linears are rolled back because engines fuse them with one that is.")
-    return reasons
 
 
 def unobservable(structure: Structure) -> dict[str, str]:
@@ -410,10 +393,6 @@ def _dividing(widths: set[int], requested: int) -> int:
                       f"{sorted(widths)}.", "Use granularity: channel.")  # fmt: skip
 
 
-def _of_experts(block: Block, group: Sequence[str]) -> bool:
-    return any(group[0] in experts.names for experts in block.experts)
-
-
 def _experts_notes(structure: Structure) -> list[str]:
     counts = {block.name: sum(len(experts.linears) for experts in block.experts) for block in structure.blocks}
     layers = [count for count in counts.values() if count]
@@ -448,51 +427,9 @@ def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequen
                               "Give experts another method, by an override that matches them.")  # fmt: skip
 
 
-def _refuse_split_siblings(recipe: Recipe, blocks: Sequence[Block], treatments: Mapping[str, Treatment]) -> None:
-    if recipe.quantize.rollback.siblings == "apart":
-        return
-    for owner, group in ((block, group) for block in blocks for group in block.fused):
-        first = treatments.get(group[0])
-        for other in group[1:]:
-            if treatments.get(other) != first:
-                whole = "one layer of experts" if _of_experts(owner, group) else "one linear"
-                raise RecipeError(
-                    f"quantize.overrides: {group[0]} and {other} have different schemes, and serving engines fuse them "
-                    f"into {whole}.",
-                    "Match both with one pattern, or set rollback.siblings: apart for an engine that does not fuse.",
-                )
-
-
 def stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:
     """Bytes in the first format; without an export, as compressed-tensors would hold them."""
     from quantcli.formats.table import FORMATS
 
     form = FORMATS[recipe.export.formats[0] if recipe.export else "compressed-tensors"]
     return sum(BYTES[kind] * prod(shape) for kind, shape in form.layout(linear, scheme, dtype).values())
-
-
-def scale_groups(structure: Structure, schemes: Mapping[str, Scheme]) -> dict[str, tuple[str, ...]]:
-    """What has one scale of its weights, by the name of each such linear: float codes with a scale a tensor, of linears
-    that engines join. Of several scales they would take the largest, and round all codes a second time."""
-    return {
-        name: group
-        for name, group in joined(structure).items()
-        if all(name in schemes and schemes[name] == schemes.get(group[0]) for name in group)
-        and (schemes[name].type, schemes[name].granularity) == ("float", "tensor")
-    }
-
-
-def fused_groups(structure: Structure, names: Iterable[str]) -> Iterator[tuple[str, ...]]:
-    """The named linears in the groups that go together: fused ones in one, every other alone; in model order."""
-    wanted = set(names)
-    for block in structure.blocks:
-        done: set[str] = set()
-        groups = {name: group for group in block.fused for name in group}
-        for linear in block.linears:
-            if linear.name in wanted and linear.name not in done:
-                group = groups.get(linear.name, (linear.name,))
-                members = tuple(name for name in group if name in wanted)
-                done |= set(members)
-                yield members
-    if structure.head in wanted:
-        yield (structure.head,)

@@ -2,7 +2,8 @@
 
 The stage's folder holds one safetensors file a block, `block-00000.safetensors`, float32: `X.scale` [C] and, if
 channels are shifted too, `X.shift` [C] for each shared input X that is folded; an input without them stays as it is.
-`L.clip` [out, groups] are bounds that the weight of linear L is held within when it is quantized, and only then.
+`L.clip` [out, groups], or [1, 1] for a weight of one scale, are bounds that the weight of linear L is held within when
+it is quantized, and only then.
 `rotation.json` holds the rotation that comes before, if there is one: scales are those of the rotated model.
 """
 

@@ -97,12 +97,13 @@ def _boolq(context: Context, section: TaskSection, asked: Callable[[Sequence[Que
 
 def _squad(context: Context, section: TaskSection, model: Model) -> list[Scored]:
     from quantcli.evaluation.tasks import squad_scored
-    from quantcli.pipeline.whole import generate, whole_model
+    from quantcli.pipeline.whole import cached_tokens, generate, whole_model
 
     tokenizer, questions = context.tokenizer(), questions_of(section)
     prompts = _encoded(context, tokenizer, questions, NEW_TOKENS)
     found: dict[int, Scored] = {}
-    with whole_model(model, f"The task {section.task}") as loaded:
+    tokens = cached_tokens(map(len, prompts), NEW_TOKENS)
+    with whole_model(model, f"The task {section.task}", tokens) as loaded:
         for index, text in generate(loaded, tokenizer, prompts, NEW_TOKENS):
             found[index] = squad_scored(questions[index], text)
             context.emit("answered", number=len(found), of=len(prompts), model=model.name)

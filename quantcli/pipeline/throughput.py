@@ -18,6 +18,7 @@ from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import verdicts
 from quantcli.pipeline.plan import Plan
 from quantcli.pipeline.source import known_positions
+from quantcli.pipeline.whole import cached_values
 from quantcli.recipe.comparison import ThroughputSection
 from quantcli.recipe.schema import Recipe
 
@@ -175,12 +176,9 @@ def served_dtype(recipe: Recipe, plan: Plan) -> str:
 
 def cache_size(config: Any, section: ThroughputSection) -> int:
     """Bytes that hold the keys and values of all tokens in 16 bits, by the most that an attention may keep."""
-    heads = int(config.num_attention_heads)
-    kept = int(getattr(config, "num_key_value_heads", None) or heads)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     blocks = -(-(section.prompt_tokens + section.new_tokens) // _CACHE_BLOCK) + 1
     tokens = (section.batch + 1) * blocks * _CACHE_BLOCK
-    return 2 * 2 * int(config.num_hidden_layers) * kept * width * tokens + _CACHE_SPARE
+    return 2 * cached_values(config) * tokens + _CACHE_SPARE
 
 
 def machine() -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from quantcli.errors import ModelError
 from quantcli.pipeline.context import Context
-from quantcli.pipeline.plan import Treatment, scale_groups
+from quantcli.pipeline.fused import scale_groups
+from quantcli.pipeline.plan import Treatment
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor

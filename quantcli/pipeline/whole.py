@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,20 +23,22 @@ GENERATED_TOKENS = 4096
 
 
 @contextmanager
-def whole_model(model: Model, what: str) -> Iterator[nn.Module]:
+def whole_model(model: Model, what: str, tokens: int) -> Iterator[nn.Module]:
     """The model with all its weights, its linears and attention computing as an engine's, for the duration of the body.
 
     Activations of scope `mix` have dynamic scales in a prompt and static ones behind it, as served.
 
-    Raises RoomError, naming `what` needs it, if the weights take more than the memory that is free.
+    Raises RoomError, naming `what` needs it, if the weights and a cache of `tokens` tokens, as many as are generated
+    from together, take more than the memory that is free.
     """
     skeleton = model.skeleton
-    needed = sum(value.numel() for value in skeleton.model.parameters()) * skeleton.dtype.itemsize
+    weights = sum(value.numel() for value in skeleton.model.parameters()) * skeleton.dtype.itemsize
+    cache = tokens * cached_values(skeleton.config) * skeleton.dtype.itemsize
     free = free_memory(str(skeleton.device))
-    if free is not None and needed > free:
+    if free is not None and weights + cache > free:
         raise RoomError(
-            f"{what} generates text, for which the whole model has to be in memory: {needed / 1e9:.3g} GB, and "
-            f"{free / 1e9:.3g} GB are free.",
+            f"{what} generates text, for which the whole model ({weights / 1e9:.3g} GB) and the keys and values of "
+            f"{tokens} tokens ({cache / 1e9:.3g} GB) have to be in memory, and {free / 1e9:.3g} GB are free.",
             "Leave it out; perplexity, boolq and tasks that only score given text need one block at a time.",
         )
     with ExitStack() as stack:
@@ -92,6 +94,19 @@ def _integer_linears(
 
         found[name.removeprefix(prefix)] = either if scheme.activations == "mix" else prompt
     return found
+
+
+def cached_values(config: Any) -> int:
+    """Keys and values that a model caches of a token, by the most that its attention may keep."""
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    kept = int(getattr(config, "num_key_value_heads", None) or heads)
+    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 2 * int(config.num_hidden_layers) * kept * width
+
+
+def cached_tokens(lengths: Iterable[int], new_tokens: int) -> int:
+    """The most tokens whose keys and values `generate` holds at a time for prompts of these lengths."""
+    return max((max(1, GENERATED_TOKENS // max(1, n)) * (n + new_tokens) for n in lengths), default=0)
 
 
 def generate(

@@ -110,16 +110,15 @@ def int8_linear(
         return _grouped_linear(x_codes, x_scale, x_zero_point, weight_codes, weight_scale, bias, dtype)
     offset = None if not x_zero_point else x_zero_point * weight_codes.sum(1, dtype=torch.int64)
     columns = weight_scale.float().view(1, -1)
-    output = torch.empty(x_codes.shape[0], weight_codes.shape[0], dtype=dtype, device=x_codes.device)
-    rows = x_codes.shape[0] if x_codes.is_cuda else max(32, _CPU_ELEMENTS // weight_codes.shape[0])
-    for begin in range(0, x_codes.shape[0], rows):
-        part = slice(begin, begin + rows)
-        product = _integer_product(x_codes[part], weight_codes)
+
+    def product(codes: Tensor) -> Tensor:
+        integers = _integer_product(codes, weight_codes)
         if offset is not None:
-            product -= offset.to(product.dtype)
-        y = product.to(torch.float32).mul_(columns).mul_(x_scale if x_scale.numel() == 1 else x_scale[part])
-        output[part] = y if bias is None else y.add_(bias.float())
-    return output
+            integers -= offset.to(integers.dtype)
+        return integers.to(torch.float32).mul_(columns)
+
+    rows = x_codes.shape[0] if x_codes.is_cuda else max(32, _CPU_ELEMENTS // weight_codes.shape[0])
+    return _in_parts(product, rows, x_codes, x_scale, weight_codes.shape[0], bias, dtype)
 
 
 Int8Linear = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
@@ -141,17 +140,28 @@ def prepared_int8_linear(x_zero_point: int | None, weight_codes: Tensor, weight_
     packed = torch.ops.onednn.qlinear_prepack(weight_codes, None)
     columns = weight_scale.float().flatten().expand(weight_codes.shape[0]).contiguous()
 
-    def product(x_codes: Tensor, x_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-        output = torch.empty(x_codes.shape[0], len(columns), dtype=dtype)
-        for begin in range(0, x_codes.shape[0], _PREPARED_ROWS):
-            part = slice(begin, begin + _PREPARED_ROWS)
-            y = _onednn_product(x_codes[part], x_zero_point or 0, packed, columns)
-            scale = x_scale if x_scale.numel() == 1 else x_scale[part]
-            y.mul_(scale)
-            output[part] = y if bias is None else y.add_(bias.float())
-        return output
+    def product(codes: Tensor) -> Tensor:
+        return _onednn_product(codes, x_zero_point or 0, packed, columns)
 
-    return product
+    return lambda codes, scale, bias, dtype: _in_parts(product, _PREPARED_ROWS, codes, scale, len(columns), bias, dtype)
+
+
+def _in_parts(
+    product: Callable[[Tensor], Tensor],
+    rows: int,
+    x_codes: Tensor,
+    x_scale: Tensor,
+    out_features: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """product(x_codes) * s_x + bias: [tokens, out] in `dtype`, from float32 products of `rows` tokens at a time."""
+    output = torch.empty(x_codes.shape[0], out_features, dtype=dtype, device=x_codes.device)
+    for begin in range(0, x_codes.shape[0], max(1, rows)):
+        part = slice(begin, begin + rows)
+        y = product(x_codes[part]).mul_(x_scale if x_scale.numel() == 1 else x_scale[part])
+        output[part] = y if bias is None else y.add_(bias.float())
+    return output
 
 
 def float8_linear(

@@ -30,7 +30,8 @@ class GenerateSection(Section):
     max_new_tokens: Count = Field(default=24, description="At most this many tokens are written to a prompt.")
     memory: Annotated[int, BeforeValidator(size_of, json_schema_input_type=str)] = Field(
         default=1 << 30,
-        description="A model whose weights take more than this writes nothing, since all of them have to be in memory.",
+        description="A model whose weights, with keys and values of the longest text, take more than this writes "
+        "nothing, since all of them have to be in memory.",
         json_schema_extra={"default": "1GiB"},
     )
 

@@ -190,8 +190,6 @@ def check_smoothing(smooth: SmoothSection, quantize: QuantizeSection, calibrated
     """Refuse smoothing that the rest of the recipe gives no sense or no data."""
     if not any(quantize.treatment(each) for each in (None, *quantize.overrides)):
         raise refusal("smooth", "is for linears that are quantized, and none is", "Remove the section.")
-    if smooth.clip and quantize.weights.granularity == "tensor":
-        raise refusal("smooth.clip", "clips rows, and one scale for the tensor joins them", "Set granularity: channel.")
     if smooth.scales and not calibrated:
         raise refusal(
             "smooth.method",

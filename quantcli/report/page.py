@@ -120,9 +120,9 @@ def _tiles(run: Mapping[str, Any]) -> Markup:
     result, sizes = run["result"], run["sizes"]
     tiles: list[tuple[str, str]] = []
     if scores := result.get("perplexity"):
-        error = scores.get("increase_error")
-        tiles.append((percent(scores.get("increase"), 2, True),
-                      f"perplexity, ± {percent(error, 2)}" if error is not None else "perplexity"))  # fmt: skip
+        low, high = (percent(bound, 2, True) for bound in scores.get("increase_interval") or (None, None))
+        label = "perplexity" if "–" in (low, high) else f"perplexity, 95 % interval {low} to {high}"
+        tiles.append((percent(scores.get("increase"), 2, True), label))
         tiles.append((short(scores.get("kl_divergence")), "KL divergence, nats a token"))
         tiles.append((percent(scores.get("agreement")), "same top token"))
     tiles.append((f"{result['size_before'] / max(1, result['size_after']):.2f} ×", "smaller checkpoint"))

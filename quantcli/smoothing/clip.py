@@ -48,6 +48,20 @@ def clip_bounds(
     return torch.cat(found)
 
 
+def tensor_bound(
+    weight: Tensor, tokens: Tensor, quantized: Callable[[Tensor], Tensor], ratios: Sequence[float] = RATIOS
+) -> Tensor:
+    """`clip_bounds` of a weight that has one scale: the bound b of least Σ_t ‖(W − Q(clamp(W, −b, b))) x_t‖², judged on
+    all rows at once, since the largest weight of any sets the step of all. Returns float32 [1, 1]."""
+    if len(tokens) > weight.shape[1]:
+        tokens = torch.linalg.qr(tokens).R
+    largest = weight.abs().amax()
+    lost = torch.stack(
+        [((quantized(weight.clamp(-(b := largest * r), b)) - weight) @ tokens.t()).square().sum() for r in ratios]
+    )
+    return (largest * torch.tensor(ratios, device=weight.device)[lost.argmin()]).view(1, 1)
+
+
 def _bounds(
     weight: Tensor,
     inputs: Tensor,
@@ -86,7 +100,7 @@ def _bounds(
 
 
 def clamped(weight: Tensor, bounds: Tensor) -> Tensor:
-    """The weight [out, C] within its bounds [out, groups]."""
+    """The weight [out, C] within its bounds [out, groups] or [1, 1]."""
     groups = weight.unflatten(1, (bounds.shape[1], -1))
     limit = bounds.to(weight)[..., None]
     return torch.minimum(torch.maximum(groups, -limit), limit).flatten(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantcli.quant.activation import quantize_per_token, quantize_static, static_parameters
 from quantcli.quant.scheme import CodeType
-from quantcli.smoothing.clip import COARSE_RATIOS, clamped, clip_bounds
+from quantcli.smoothing.clip import COARSE_RATIOS, RATIOS, SWEEPS, clamped, clip_bounds, tensor_bound
 from quantcli.smoothing.group import ErrorOf, Group
 
 Reduction = Literal["mean", "joint", "token"]
@@ -22,18 +22,25 @@ class Target:
     """How a linear is to be quantized. Linears of one scheme are to have one and the same target.
 
     weight: float32 [out, C] → the weight quantized and back. bits: of its codes; group_size: inputs that share a scale,
-    None for all. clipped: the weight is held within `clip_bounds` first. activations: `none`, `static` (one scale for
-    the tensor) or `dynamic` (one a token), of `activation_bits`. type: of the codes of both.
+    None for all; one_scale: all rows share it. clipped: the weight is held within `bounds` first. activations: `none`,
+    `static` (one scale for the tensor) or `dynamic` (one a token), of `activation_bits`. type: of the codes of both.
     """
 
     weight: Callable[[Tensor], Tensor]
     bits: int
     group_size: int | None = None
+    one_scale: bool = False
     clipped: bool = False
     activations: Literal["none", "static", "dynamic"] = "none"
     activation_bits: int = 8
     symmetric: bool = True
     type: CodeType = "int"
+
+    def bounds(self, weight: Tensor, tokens: Tensor, ratios: Sequence[float] = RATIOS, sweeps: int = SWEEPS) -> Tensor:
+        """What the weight is to be held within: float32 [out, groups], or [1, 1] with one scale."""
+        if self.one_scale:
+            return tensor_bound(weight, tokens, self.weight, ratios)
+        return clip_bounds(weight, tokens, self.weight, self.group_size, ratios, sweeps)
 
 
 Targets = Sequence[Target | None]
@@ -78,8 +85,7 @@ def output_error(group: Group, targets: Targets, reduction: Reduction) -> ErrorO
                     continue
                 scaled = weight * scale
                 if target.clipped:
-                    bounds = clip_bounds(scaled, x, target.weight, target.group_size, COARSE_RATIOS, sweeps=0)
-                    scaled = clamped(scaled, bounds)
+                    scaled = clamped(scaled, target.bounds(scaled, x, COARSE_RATIOS, sweeps=0))
                 squares = (x @ target.weight(scaled).t()).sub_(y).square_()
                 if share is not None:
                     total += float(share @ squares.sum(1)) / max(float(share @ size.square().sum(1)), _TINY)

@@ -221,7 +221,10 @@ def test_lm_eval_finds_the_same(tiny_llama: Path, tmp_path: Path, wikitext: bool
     )
     lm = HFLM(pretrained=str(tiny_llama), device="cpu", dtype="float32", max_length=24, batch_size=1)
     results = lm_eval.simple_evaluate(
-        lm, tasks=["local_pages"], task_manager=TaskManager(include_path=str(tasks)), bootstrap_iters=0
+        lm,
+        tasks=["local_pages"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
     )["results"]["local_pages"]
 
     text = tmp_path / "wiki.test.tokens"

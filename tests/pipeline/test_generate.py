@@ -85,11 +85,25 @@ def test_a_model_that_is_too_large_writes_nothing_and_says_so(
     recipe = changed(static_recipe(tmp_path / "run"), evaluate__generate={"memory": "100kB"})
     quantcli.run_stage("generate", recipe)
     content = read(recipe, "generate", "generated.json")
-    assert content["skipped"].startswith("No text was generated: the model's weights take 0.0 GiB, more than")
+    assert content["skipped"].startswith("No text was generated: the model's weights (")
     assert "prompts" not in content
     notes = [e["text"] for e in map(json.loads, (tmp_path / "run" / "events.jsonl").open()) if e["event"] == "note"]
     assert content["skipped"] in notes
     assert content["skipped"].replace("'", "&#x27;") in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_text_whose_keys_and_values_are_too_large_is_not_written(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path
+) -> None:
+    """Three blocks with two heads of 16 channels in float32: 768 bytes a token."""
+    recipe = static_recipe(tmp_path / "run")
+    weights = sum(value.numel() for value in float_model(Path(recipe["model"]["path"])).parameters()) * 4
+    for room, count in ((768 * 100, 1000), (768 * 100, 50)):
+        generate = {"prompts": ["The hill"], "max_new_tokens": count, "memory": f"{(weights + room) / 1000}kB"}
+        quantcli.run_stage("generate", changed(recipe, evaluate__generate=generate))
+        content = read(recipe, "generate", "generated.json")
+        assert ("the keys and values of 10" in content["skipped"]) == (count == 1000)
+        assert ("prompts" in content) == (count == 50)
 
 
 def test_a_chat_model_is_asked_as_a_user_asks() -> None:

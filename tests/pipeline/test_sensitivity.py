@@ -17,7 +17,7 @@ import quantcli
 from quantcli.evaluation.simulate import simulated
 from quantcli.formats.store import Store
 from quantcli.model.structure import Block, Linear, SharedInput
-from quantcli.pipeline.plan import fused_groups
+from quantcli.pipeline.fused import fused_groups
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.sensitivity import output_errors
 from quantcli.recipe.rollback import RollbackSection

@@ -439,3 +439,20 @@ def test_awq_clips_weights_when_they_are_quantized_and_not_in_the_float_model(re
     plain = recipe("llama", {"method": "awq", "clip": False}, quantize=quantize)
     smoothed(plain)
     assert not [name for name in scales(plain) if name.endswith(".clip")]
+
+
+def test_awq_clips_weights_of_one_scale_by_one_bound(recipe: Callable[..., Recipe]) -> None:
+    quantize = {"weights": {"bits": 4, "granularity": "tensor"}, "activations": {"bits": 16}}
+    asked = recipe("llama", {"method": "awq", "clip": True}, quantize=quantize)
+    engine.run_recipe(load_recipe(asked), until="quantize")
+    clips = {name: bounds for name, bounds in scales(asked).items() if name.endswith(".clip")}
+    assert len(clips) == 14
+    held = 0
+    for file in (Path(asked["output"]) / "quantize").glob("block-*.safetensors"):
+        for name, scale in load_file(file).items():
+            linear, _, part = name.rpartition(".")
+            if part in ("scale", "weight_scale") and (bounds := clips.get(f"{linear}.clip")) is not None:
+                assert bounds.shape == scale.shape == (1, 1)
+                assert float(scale.abs()) * 8 <= float(bounds) * 1.01
+                held += 1
+    assert held == 14

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import quantcli
 from quantcli.errors import DataError, RecipeError, RoomError
 from quantcli.evaluation.tasks import boolq_choices
 from quantcli.pipeline import whole
+from quantcli.pipeline.context import Context
 from quantcli.pipeline.sequences import Model
 from quantcli.pipeline.stages.eval_ppl import exported_model
 from quantcli.pipeline.tasks import NEW_TOKENS, questions_of, run_task
@@ -25,6 +27,14 @@ from quantcli.recipe.evaluation import TaskSection
 
 Recipe = dict[str, Any]
 WORDS = ["one", "two", "three", "four", "five", "six"]
+SCHEMES: dict[str, dict[str, Any]] = {
+    "W4A16": {},
+    "W8A8": {
+        "quantize": {"weights": {"bits": 8}, "activations": {"bits": 8, "scope": "token"}},
+        "export": {"formats": ["compressed-tensors"]},
+    },
+}
+"""Changes of the recipe below."""
 
 
 @pytest.fixture
@@ -68,12 +78,27 @@ def results(recipe: Recipe) -> dict[str, Any]:
     return content["tasks"]
 
 
+def loaded_model(model: Path, dtype: str = "float32") -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+
+
+@contextmanager
+def by_transformers(context: Context, model: Model) -> Iterator[Any]:
+    """The whole model in transformers: the dense export where there is one; where inputs are rounded, which no float
+    checkpoint does, with linears of integer products."""
+    if model.exported is None:
+        yield loaded_model(context.model, context.plan.structure.dtype)
+    elif "dense" in context.recipe.export.formats:
+        yield loaded_model(context.folder("export") / "dense", context.plan.structure.dtype)
+    else:
+        with whole.whole_model(model, "a test", 1000) as loaded:
+            yield loaded
+
+
 @torch.inference_mode()
-def last_logits(model: Path, file: Path, side: str, dtype: str = "float32") -> torch.Tensor:
+def last_logits(loaded: Any, tokenizer: Any, file: Path, side: str) -> torch.Tensor:
     """float64 [questions, vocabulary] behind each prompt by transformers: one question at a time, or all padded on a
     side, with mask and positions."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     prompts = [tokenizer(q.prompt).input_ids for q in questions_of(TaskSection(task="boolq", path=str(file)))]
     if side == "none":
         return torch.stack([loaded(torch.tensor([ids])).logits[0, -1].double() for ids in prompts])
@@ -94,18 +119,28 @@ def said(logits: torch.Tensor, choices: tuple[int, int]) -> list[str]:
 
 def answers(model: Path, file: Path) -> list[str]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    return said(last_logits(model, file, "none"), boolq_choices(tokenizer))
+    return said(last_logits(loaded_model(model), tokenizer, file, "none"), boolq_choices(tokenizer))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("dtype", "margin"), [("float32", 0.0), ("bfloat16", 0.02)])
 def test_padding_and_batches_change_no_answer(
-    recipe: Recipe, boolq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, margin: float
+    recipe: Recipe, boolq: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, margin: float, scheme: str
 ) -> None:
     """In bfloat16 with choices of which no question is within a rounding, since nothing decides there."""
     section = TaskSection(task="boolq", path=str(boolq))
-    with opened(changed(recipe, model__dtype=dtype), "export") as context:
-        models = {"float": Path(recipe["model"]["path"]), "quantized": context.folder("export") / "dense"}
-        logits = {name: last_logits(model, boolq, "none", dtype) for name, model in models.items()}
+    with opened(changed(recipe, model__dtype=dtype, **SCHEMES[scheme]), "export") as context:
+        tokenizer = context.tokenizer()
+        models = {
+            "float": Model("float", context.skeleton(original=True), None, "prefill"),
+            "quantized": Model("quantized", *exported_model(context), "prefill"),
+        }
+        logits: dict[str, torch.Tensor] = {}
+        padded: dict[str, list[torch.Tensor]] = {}
+        for name, model in models.items():
+            with by_transformers(context, model) as loaded:
+                logits[name] = last_logits(loaded, tokenizer, boolq, "none")
+                padded[name] = [last_logits(loaded, tokenizer, boolq, side) for side in ("left", "right")]
         # a random model always prefers the same answer; tokens that it is of two minds about stand for yes and no
         order = logits["float"].argsort(-1).argsort(-1).float().std(0).argsort(descending=True)[:40].tolist()
         apart = torch.stack([(one[:, order, None] - one[:, None, order]).abs().amin(0) for one in logits.values()])
@@ -114,14 +149,11 @@ def test_padding_and_batches_change_no_answer(
                  for a, i in enumerate(order) for b, j in enumerate(order) if clear[a][b]]  # fmt: skip
         choices = min(mixed)[1:]
         monkeypatch.setattr("quantcli.evaluation.tasks.boolq_choices", lambda _: choices)
-        skeletons = {"float": (context.skeleton(original=True), None), "quantized": exported_model(context)}
-        for name, (skeleton, exported) in skeletons.items():
+        for name, model in models.items():
             wanted = said(logits[name], choices)
             assert set(wanted) == {"yes", "no"}
-            for side in ("left", "right"):
-                assert said(last_logits(models[name], boolq, side, dtype), choices) == wanted
+            assert [said(found, choices) for found in padded[name]] == [wanted, wanted]
             for tokens in (1, 300, 100_000):
-                model = Model(name, skeleton, exported, "prefill")
                 outcome = run_task(context, section, model, tmp_path / "hidden", batch_tokens=tokens)
                 assert [sample["answer"] for sample in outcome["samples"]] == wanted
 
@@ -168,7 +200,7 @@ def test_generated_answers_are_those_of_transformers(
     assert set(results(recipe)["squad"]["metrics"]) == {"exact_match", "f1"}
 
     monkeypatch.setattr(whole, "free_memory", lambda _: 1000)
-    with pytest.raises(RoomError, match=r"The task squad generates text, .* and 1e-06 GB are free"):
+    with pytest.raises(RoomError, match=r"The task squad generates text, .* tokens \(.* and 1e-06 GB are free"):
         quantcli.run(changed(recipe, quantize__weights__bits=8))
 
 
@@ -215,12 +247,53 @@ def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_pat
     for name, model in (("float_model", recipe["model"]["path"]), ("quantized", run / "export" / "dense")):
         lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=4)
         wanted = lm_eval.simple_evaluate(
-            lm, tasks=["sheep"], task_manager=TaskManager(include_path=str(place)), bootstrap_iters=0
+            lm,
+            tasks=["sheep"],
+            task_manager=TaskManager(include_path=str(place), include_defaults=False),
+            bootstrap_iters=0,
         )["results"]["sheep"]
         for metric in ("acc", "acc_norm"):
             assert found["lm_eval"][name][f"{metric},none"] == pytest.approx(wanted[f"{metric},none"])
             assert found["metrics"][metric][name]["value"] == pytest.approx(wanted[f"{metric},none"])
     assert found["questions"] == len(rows)
+
+
+def test_a_task_that_generates_says_how_far_it_is_and_is_what_the_harness_finds(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    place = tmp_path / "tasks"
+    place.mkdir()
+    rows = [{"query": f"The {a} of the hill saw", "gold": "one"} for a in WORDS * 2]
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "goes_on.yaml").write_text(
+        "task: goes_on\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {place / 'data.jsonl'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{query}}'\ndoc_to_target: '{{gold}}'\n"
+        "generation_kwargs: {until: ['.'], max_gen_toks: 4, do_sample: false}\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
+    recipe = changed(recipe, evaluate={"tasks": [{"task": "lm-eval/goes_on", "path": str(place)}], "generate": None})
+    events: list[dict[str, Any]] = []
+    run = quantcli.run(recipe, listener=events.append).path
+    for name, stage, model in (
+        ("float", "reference-tasks", recipe["model"]["path"]),
+        ("quantized", "eval-tasks", run / "export" / "dense"),
+    ):
+        told = [e for e in events if e["event"] == "answered" and e["stage"] == stage]
+        assert [(e["number"], e["of"], e["model"]) for e in told] == [(n, 12, name) for n in range(1, 13)]
+        lm = HFLM(pretrained=str(model), device="cpu", dtype="float32", batch_size=3)
+        manager = TaskManager(include_path=str(place), include_defaults=False)
+        wanted = lm_eval.simple_evaluate(lm, tasks=["goes_on"], task_manager=manager, bootstrap_iters=0)
+        found = results(recipe)["lm-eval/goes_on"]["lm_eval"]["float_model" if name == "float" else name]
+        assert found["exact_match,none"] == pytest.approx(wanted["results"]["goes_on"]["exact_match,none"])
+
+    monkeypatch.setattr(whole, "free_memory", lambda _: 1000)
+    with pytest.raises(RoomError, match=r"The task lm-eval/goes_on generates text, .* the keys and values of"):
+        quantcli.run(changed(recipe, quantize__weights__bits=8))
 
 
 @torch.inference_mode()
@@ -243,8 +316,15 @@ def of_two_minds(place: Path, boolq: Path) -> Path:
     return model
 
 
-def test_boolq_is_what_the_harness_finds_on_the_same_prompts(recipe: Recipe, boolq: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_boolq_is_what_the_harness_finds_on_the_same_prompts(
+    recipe: Recipe, boolq: Path, tmp_path: Path, scheme: str
+) -> None:
+    """By its task, which asks as `boolq` does, and by its own model of transformers, whatever the size of a batch."""
     pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
     place = tmp_path / "tasks"
     place.mkdir()
     (place / "same.yaml").write_text(
@@ -255,8 +335,9 @@ def test_boolq_is_what_the_harness_finds_on_the_same_prompts(recipe: Recipe, boo
         "doc_to_target: '{{answer | int}}'\nmetric_list: [{metric: acc}]\n"
     )
     tasks = [{"task": "boolq", "path": str(boolq)}, {"task": "lm-eval/same_boolq", "path": str(place)}]
-    recipe = changed(recipe, evaluate={"tasks": tasks, "generate": None})
-    run = quantcli.run(changed(recipe, model__path=str(of_two_minds(tmp_path, boolq)), model__sanity_check="off")).path
+    recipe = changed(recipe, evaluate={"tasks": tasks, "generate": None}, **SCHEMES[scheme])
+    recipe = changed(recipe, model__path=str(of_two_minds(tmp_path, boolq)), model__sanity_check="off")
+    run = quantcli.run(recipe).path
     for stage in ("reference-tasks", "eval-tasks"):
         ours, theirs = (
             json.loads((run / stage / f"{name}.json").read_text()) for name in ("boolq", "lm-eval-same_boolq")
@@ -265,6 +346,23 @@ def test_boolq_is_what_the_harness_finds_on_the_same_prompts(recipe: Recipe, boo
         assert [sample["accuracy"] for sample in ours["samples"]] == [sample["acc"] for sample in theirs["samples"]]
         mean = sum(sample["accuracy"] for sample in ours["samples"]) / len(ours["samples"])
         assert theirs["aggregates"]["acc,none"] == pytest.approx(mean)
+    requests = [
+        Instance("loglikelihood", {}, (question.prompt, f" {word}"), index)
+        for index, question in enumerate(questions_of(TaskSection(task="boolq", path=str(boolq))))
+        for word in ("yes", "no")
+    ]
+    with opened(recipe, "export") as context:
+        for stage, model in (
+            ("reference-tasks", Model("float", context.skeleton(original=True), None, "prefill")),
+            ("eval-tasks", Model("quantized", *exported_model(context), "prefill")),
+        ):
+            with by_transformers(context, model) as loaded:
+                for size in (1, 3, 8):
+                    harness = HFLM(pretrained=loaded, tokenizer=context.tokenizer(), batch_size=size)
+                    likely = [value for value, _ in harness.loglikelihood(requests, disable_tqdm=True)]
+                    words = ["yes" if yes > no else "no" for yes, no in zip(likely[::2], likely[1::2], strict=True)]
+                    samples = json.loads((run / stage / "boolq.json").read_text())["samples"]
+                    assert [sample["answer"] for sample in samples] == words
 
 
 def test_a_name_alone_is_a_task_with_the_defaults() -> None:

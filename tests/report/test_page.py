@@ -38,7 +38,7 @@ def test_the_page_says_what_a_reader_has_to_know(tmp_path: Path) -> None:
     for part in (
         "quantcli run w8a8 --model x", "seed", "transformers", "5.24.0", "weights: {bits: 8}",
         "rolled back by output_error 0.0312", "output head, stays in float by default", "0.0123",
-        "+1.20\u00a0%", "96.7\u00a0%",
+        "+1.20\u00a0%", "96.7\u00a0%", "perplexity, 95 % interval +1.12\u00a0% to +1.28\u00a0%<",
         "model.layers.1 is not smoothed.", "A note.", "32768 tokens in 64 sequences from 12 documents",
         "Because blue light <mark>scatters more.</mark>", "Because blue light <mark>is scattered.</mark>",
         "1 of 2 are equal", "as found: check", "strength 0.8 0", "delta_p.99.9", "flips.lost",

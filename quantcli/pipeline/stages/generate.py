@@ -31,48 +31,56 @@ def _identity(context: Context) -> dict[str, Any]:
 
 def run(context: Context, folder: StageFolder) -> None:
     """Writes generated.json: the prompts, and the tokens and text that each model puts behind them, greedily; or why
-    there are none: the models have to be whole in memory, one after the other, and `memory` bounds that."""
-    section = _section(context.recipe)
-    content: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "skipped": _obstacle(context, section)}
+    there are none: the models have to be whole in memory, one after the other, and `memory` bounds that, with the keys
+    and values of the longest text."""
+    section, tokenizer = _section(context.recipe), context.tokenizer()
+    prompts = [prompt_tokens(tokenizer, prompt) for prompt in section.prompts]
+    tokens = max(map(len, prompts)) + section.max_new_tokens
+    content: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "skipped": _obstacle(context, section, tokens)}
     if content["skipped"]:
         context.emit("note", text=content["skipped"])
     else:
-        content |= _generated(context, section)
+        content |= _generated(context, section, tokenizer, prompts, tokens)
     write_json(folder.path / RESULT, content)
     folder.add(folder.path / RESULT)
 
 
-def _obstacle(context: Context, section: GenerateSection) -> str:
-    """Why no text can be generated; empty if it can."""
-    from quantcli.pipeline.whole import free_memory
+def _obstacle(context: Context, section: GenerateSection, tokens: int) -> str:
+    """Why no text of `tokens` tokens, with its prompt, can be generated; empty if it can."""
+    from quantcli.model.skeleton import load_config
+    from quantcli.pipeline.whole import cached_values, free_memory
 
     structure, dtype = context.plan.structure, context.recipe.model.dtype
-    needed = sum(map(prod, structure.parameters.values())) * BYTES[structure.dtype if dtype == "auto" else dtype]
+    config = load_config(context.model, trust_remote_code=context.recipe.model.trust_remote_code)
+    size = BYTES[structure.dtype if dtype == "auto" else dtype]
+    weights, cache = sum(map(prod, structure.parameters.values())) * size, tokens * cached_values(config) * size
     room, what = section.memory, "evaluate.generate.memory"
     free = free_memory(context.device)
     if free is not None and free < room:
         room, what = free, "the memory that is free"
-    if needed > room:
-        return (f"No text was generated: the model's weights take {needed / 2**30:.1f} GiB, more than "
-                f"{what} ({room / 2**30:.3g} GiB).")  # fmt: skip
+    if weights + cache > room:
+        return (
+            f"No text was generated: the model's weights ({weights / 2**30:.3g} GiB) and the keys and values of "
+            f"{tokens} tokens ({cache / 2**30:.3g} GiB) are more than {what} ({room / 2**30:.3g} GiB)."
+        )
     return ""
 
 
-def _generated(context: Context, section: GenerateSection) -> dict[str, Any]:
+def _generated(
+    context: Context, section: GenerateSection, tokenizer: Any, prompts: list[list[int]], tokens: int
+) -> dict[str, Any]:
     from quantcli.pipeline.sequences import Model
     from quantcli.pipeline.stages.eval_ppl import exported_model
     from quantcli.pipeline.whole import whole_model
 
-    tokenizer = context.tokenizer()
-    prompts = [prompt_tokens(tokenizer, prompt) for prompt in section.prompts]
     entries: list[dict[str, Any]] = [{"prompt": prompt} for prompt in section.prompts]
     for model in (
         Model("float", context.skeleton(original=True), None, "prefill"),
         Model("quantized", *exported_model(context), "prefill"),
     ):
-        with whole_model(model, "evaluate.generate"):
-            for entry, tokens in zip(entries, prompts, strict=True):
-                written = _continued(context, model.skeleton, tokens, section.max_new_tokens)
+        with whole_model(model, "evaluate.generate", tokens):
+            for entry, prompt in zip(entries, prompts, strict=True):
+                written = _continued(context, model.skeleton, prompt, section.max_new_tokens)
                 entry[model.name] = {"text": tokenizer.decode(written, skip_special_tokens=True), "tokens": written}
                 context.emit("generated", model=model.name, prompt=entry["prompt"], tokens=len(written))
     return {"chat_template": getattr(tokenizer, "chat_template", None) is not None, "prompts": entries}

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.pipeline.batches import batched
 from quantcli.pipeline.context import Context, Stage
-from quantcli.pipeline.plan import fused_groups, make_plan
+from quantcli.pipeline.fused import fused_groups
+from quantcli.pipeline.plan import make_plan
 from quantcli.pipeline.rundir import StageFolder, append_line, read_lines, write_json
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.calibrate import read_statistics
