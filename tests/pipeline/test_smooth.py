@@ -275,6 +275,21 @@ def test_what_is_excluded_stays_as_it_is(recipe: Callable[..., Recipe]) -> None:
     assert "model.layers.1.input_layernorm.weight" in same
 
 
+@pytest.mark.parametrize(("scope", "seen"), [("tensor", 30), ("token", 24)])
+def test_auto_sees_every_sample_where_inputs_have_static_scales(
+    scope: str, seen: int, recipe: Callable[..., Recipe]
+) -> None:
+    told: list[int] = []
+    asked = recipe("llama", {"method": "auto"}, calibration__samples=30, quantize__activations__scope=scope)
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "tokens":
+            told.append(event["samples"])
+
+    engine.run_recipe(load_recipe(asked), until="smooth", listener=listen)
+    assert told == [seen]
+
+
 @pytest.mark.parametrize("folds", [["norm"], ["attention"], ["mlp"], ["norm", "mlp"]])
 def test_only_the_folds_that_are_asked_for(folds: list[str], recipe: Callable[..., Recipe]) -> None:
     for method in ("m1", "auto"):
