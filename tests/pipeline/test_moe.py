@@ -22,7 +22,9 @@ from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.discovery import discover
 from quantcli.model.names import weight_tensors
 from quantcli.model.skeleton import Skeleton
+from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.samples import calibration_samples
+from quantcli.pipeline.standalone import open_checkpoint
 from quantcli.pipeline.verify import verify_path
 from quantcli.quant.grid import WeightGrid
 from quantcli.quant.search import mse
@@ -303,3 +305,37 @@ def test_static_scales_behind_experts_are_found_on_quantized_ones(
     (first, second), (first_of_2, second_of_2) = scales
     assert torch.equal(first, first_of_2)
     assert not torch.equal(second, second_of_2)
+
+
+ROUTES = {
+    "mixtral": (W4, ["gptq", "compressed-tensors", "awq", "gptq"]),
+    "qwen2-moe": (
+        {"weights": W8["weights"], "activations": {"bits": 8, "scope": "token"}},
+        ["ascend", "mindie", "compressed-tensors", "ascend"],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", ROUTES)
+def test_experts_survive_every_conversion(family: str, model_of: Callable[[str], Path], tmp_path: Path) -> None:
+    quantize, route = ROUTES[family]
+    recipe = recipe_of(model_of(family), tmp_path / "run", quantize) | {"evaluate": None}
+    quantcli.run(recipe | {"export": {"formats": route[:1]}})
+    source = tmp_path / "run" / "export" / route[0]
+    wanted = _codes(source)
+    assert sum(EXPERTS[family] in name for name in wanted) == 2 * 4 * 3  # blocks, experts, linears
+    for step, form in enumerate(route[1:]):
+        convert_checkpoint(source, form, tmp_path / str(step))
+        source = tmp_path / str(step)
+        assert verify_path(source)["linears"] == len(wanted)
+        found = _codes(source)
+        assert found.keys() == wanted.keys()
+        for name, (codes, scale) in wanted.items():
+            assert torch.equal(found[name][0], codes), (form, name)
+            assert torch.equal(found[name][1], scale), (form, name)
+
+
+def _codes(checkpoint: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    _, held, _ = open_checkpoint(checkpoint)
+    weights = {name: held.read_linear(name).weight for name in held.schemes}
+    return {name: (weight.codes, weight.scale.float()) for name, weight in weights.items()}
