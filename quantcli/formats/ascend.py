@@ -54,6 +54,7 @@ WRITES_TIED_HEAD = True
 ONE_SCHEME = False
 FLOAT16_SCALES = False
 RESTRICTED = True
+SPARE_BIASES = True
 
 DESCRIPTION = "quant_model_description.json"
 ONE_GROUP_SIZE = True

@@ -30,7 +30,9 @@ ONE_SCHEME = False
 FLOAT16_SCALES = False
 RESTRICTED = True
 ONE_GROUP_SIZE = True
+SPARE_BIASES = True
 
+type_name = ascend.type_name
 layout = ascend.layout
 encode = ascend.encode
 decode = ascend.decode

@@ -38,6 +38,7 @@ WRITES_TIED_HEAD = True
 ONE_SCHEME = False
 FLOAT16_SCALES = False
 RESTRICTED = True
+SPARE_BIASES = True
 
 decode = ascend.decode
 attention_refusal = ascend.attention_refusal

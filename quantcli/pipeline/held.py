@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from quantcli.errors import RecipeError
-from quantcli.formats import ascend, dense, mindie
+from quantcli.formats import dense
 from quantcli.formats.engines import refusal as engine_refusal
 from quantcli.formats.table import FORMATS
 from quantcli.model.checkpoint import Checkpoint
@@ -57,11 +57,12 @@ def model_unheld(form: str, model: Path, structure: Structure, tensors: Iterable
 def split_siblings(form: str, structure: Structure, schemes: Mapping[str, Scheme]) -> str:
     """Which linears that engines join have different types in a format that names a type of each, as a sentence; empty
     if none have."""
-    if form not in (ascend.NAME, mindie.NAME):
+    type_name = getattr(FORMATS[form], "type_name", None)
+    if type_name is None:
         return ""
     for first, *others in (group for block in structure.blocks for group in block.fused):
         for other in others:
-            one, two = (ascend.type_name(schemes[name]) if name in schemes else "FLOAT" for name in (first, other))
+            one, two = (type_name(schemes[name]) if name in schemes else "FLOAT" for name in (first, other))
             if one != two:
                 return f"{first} is {one} and {other} {two}, and engines that load {form} join them."
     return ""

@@ -33,7 +33,6 @@ def open_checkpoint(
 
     Raises ModelError for a format that is not known, and for biases that the model has no place for.
     """
-    from quantcli.formats import ascend, mindie, npy
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.formats.table import open_weights
 
@@ -43,7 +42,7 @@ def open_checkpoint(
     found = {module: _weight_name(module, names) for module in linears}
     weights = {module: name for module, name in found.items() if name}
     checkpoint = QuantizedCheckpoint(directory, linears, weights)
-    if checkpoint.form in (ascend, mindie, npy):
+    if getattr(checkpoint.form, "SPARE_BIASES", False):
         _drop_zero_biases(structure, checkpoint)
     return structure, checkpoint, weights
 
