@@ -26,7 +26,7 @@ VOCABULARY, LENGTH, BATCH = 4096, 512, 16
 METHODS = {
     "minmax": ("w4a16", ["quantize.weights.method=minmax", "quantize.weights.importance=none"]),
     "mse, no data": ("w4a16", ["quantize.weights.importance=none"]),
-    "hqq": ("w4a16", ["quantize.weights.method=hqq"]),
+    "hqq": ("w4a16", ["quantize.weights.method=hqq", "quantize.weights.importance=none"]),
     "mse": ("w4a16", []),
     "gptq": ("w4a16-gptq", []),
     "gptq, asymmetric": ("w4a16-gptq", ["quantize.gptq.asymmetric=true"]),
