@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -32,17 +31,11 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def in_float32(name: str, place: Path) -> Path:
-    copy = shutil.copytree(FOREIGN / name, place / name)
-    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    (copy / "config.json").write_text(json.dumps(config | {key: "float32"}), encoding="utf-8")
-    return copy
-
-
 def test_it_scores_as_by_transformers_in_the_tool_s_own_environment(name: str, tmp_path: Path) -> None:
-    text = {"dataset": "text", "path": str(FOREIGN / "text.txt"), "sequence_length": maker().LENGTH}
-    recipe = {"model": {"path": str(in_float32(name, tmp_path)), "sanity_check": "off"}, "quantize": {}}
+    make = maker()
+    text = {"dataset": "text", "path": str(FOREIGN / "text.txt"), "sequence_length": make.LENGTH}
+    checkpoint = make.in_float32(FOREIGN / name, tmp_path)
+    recipe = {"model": {"path": str(checkpoint), "sanity_check": "off"}, "quantize": {}}
     found = score_recipe(load_recipe(recipe | {"evaluate": {"perplexity": text}, "output": "unused"}))
     assert found["quantized"]["value"] == pytest.approx(SCORES[name]["perplexity"], rel=CLOSE)
 

@@ -225,22 +225,30 @@ def test_tasks_that_make_no_sense_are_refused(recipe: Recipe, tasks: list[Any], 
         load_recipe(changed(recipe, evaluate={"tasks": tasks}))
 
 
+def harness_task(place: Path, name: str, rows: list[dict[str, Any]], rest: str) -> Path:
+    """The directory of a task of the harness, with its rows and a cache of its own."""
+    place.mkdir()
+    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / f"{name}.yaml").write_text(
+        f"task: {name}\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {place / 'data.jsonl'}}}, cache_dir: {place.parent / 'cache'}}}\n"
+        f"test_split: test\n{rest}"
+    )
+    return place
+
+
 def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    place = tmp_path / "tasks"
-    place.mkdir()
     rows = [{"query": f"The {a} of the hill saw", "choices": [f"{b} old sheep" for b in WORDS[:3]], "gold": n % 3}
             for n, a in enumerate(WORDS)]  # fmt: skip
-    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (place / "sheep.yaml").write_text(
-        "task: sheep\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {place / 'data.jsonl'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
-        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: '{{choices}}'\n"
-        "doc_to_target: gold\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
-    )
+    place = harness_task(
+        tmp_path / "tasks", "sheep", rows,
+        "output_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
+    )  # fmt: skip
     recipe = changed(recipe, evaluate={"tasks": [{"task": "lm-eval/sheep", "path": str(place)}]})
     run = quantcli.run(recipe).path
     found = results(recipe)["lm-eval/sheep"]
@@ -265,17 +273,13 @@ def test_a_task_that_generates_says_how_far_it_is_and_is_what_the_harness_finds(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    place = tmp_path / "tasks"
-    place.mkdir()
     rows = [{"query": f"The {a} of the hill saw", "gold": "one"} for a in WORDS * 2]
-    (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (place / "goes_on.yaml").write_text(
-        "task: goes_on\ndataset_path: json\n"
-        f"dataset_kwargs: {{data_files: {{test: {place / 'data.jsonl'}}}, cache_dir: {tmp_path / 'cache'}}}\n"
-        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{query}}'\ndoc_to_target: '{{gold}}'\n"
+    place = harness_task(
+        tmp_path / "tasks", "goes_on", rows,
+        "output_type: generate_until\ndoc_to_text: '{{query}}'\ndoc_to_target: '{{gold}}'\n"
         "generation_kwargs: {until: ['.'], max_gen_toks: 4, do_sample: false}\n"
-        "metric_list: [{metric: exact_match}]\n"
-    )
+        "metric_list: [{metric: exact_match}]\n",
+    )  # fmt: skip
     recipe = changed(recipe, evaluate={"tasks": [{"task": "lm-eval/goes_on", "path": str(place)}], "generate": None})
     events: list[dict[str, Any]] = []
     run = quantcli.run(recipe, listener=events.append).path

@@ -54,13 +54,19 @@ def windows() -> torch.Tensor:
     return torch.tensor(tokens[: count * LENGTH]).view(count, LENGTH)
 
 
+def in_float32(folder: Path, place: Path) -> Path:
+    """A copy of the checkpoint in `place`, whose configuration says float32."""
+    copy = shutil.copytree(folder, place / folder.name)
+    config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    (copy / "config.json").write_text(json.dumps(config | {key: "float32"}), encoding="utf-8")
+    return copy
+
+
 @torch.inference_mode()
 def perplexity(folder: Path) -> float:
     with tempfile.TemporaryDirectory() as place:
-        copy = shutil.copytree(folder, Path(place) / "copy")
-        config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
-        key = "dtype" if "dtype" in config else "torch_dtype"
-        (copy / "config.json").write_text(json.dumps(config | {key: "float32"}), encoding="utf-8")
+        copy = in_float32(folder, Path(place))
         model = AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32).eval()
         logits = model(input_ids=windows(), use_cache=False).logits[:, :-1].flatten(0, 1)
     return math.exp(float(cross_entropy(logits.float(), windows()[:, 1:].flatten())))
