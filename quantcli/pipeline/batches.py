@@ -32,6 +32,17 @@ def batched(samples: Sequence[Sequence[int]]) -> list[Tensor]:
     return batches
 
 
+def evaluation_batches(windows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Each window as token ids [1, tokens], as plain transformers scores it.
+
+    Products of more rows add in another order: with two windows of 1024 tokens in a batch the perplexity of a bfloat16
+    model differed by 0.05 %.
+    """
+    import torch
+
+    return [torch.tensor([window]) for window in windows]
+
+
 def texts_of(section: CalibrationSection | PerplexitySection) -> list[str]:
     """The documents that a section of a recipe names; those of a mix one source after the other, whatever its share."""
     from quantcli.calibration.datasets import load_texts

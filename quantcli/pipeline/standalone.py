@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.errors import ModelError, RecipeError
 from quantcli.model.structure import Structure
 from quantcli.model.structure_cache import find_structure
-from quantcli.pipeline.batches import batched
+from quantcli.pipeline.batches import evaluation_batches
 from quantcli.pipeline.samples import windows_of
 from quantcli.pipeline.source import load_tokenizer, locate_model
 from quantcli.recipe.data import PerplexitySection
@@ -115,7 +115,7 @@ def score_checkpoint(
     tokenizer = load_tokenizer(directory, trust_remote_code=trust)
     text = windows_of(section, tokenizer)
     emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=section.protocol)
-    batches = batched(text.windows)
+    batches = evaluation_batches(text.windows)
     own = Skeleton(
         directory, structure, dtype=checkpoint.dtype, device=device, trust_remote_code=trust, checkpoint=checkpoint
     )

@@ -15,7 +15,7 @@ from quantcli.evaluation.simulate import QuantizedProduct, not_read, simulated
 from quantcli.formats.store import Store
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.attention import attention_as_stored
-from quantcli.pipeline.batches import batched
+from quantcli.pipeline.batches import evaluation_batches
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.treatment import Phase, replacement
 
@@ -41,7 +41,7 @@ class TrialModel:
     def __init__(self, context: Context, base: Store, other: Store | None, text: EvaluationText, phase: Phase) -> None:
         self.context = context
         self.base, self.other, self.text, self.phase = base, other, text, phase
-        self.batches = batched(text.windows)
+        self.batches = evaluation_batches(text.windows)
         self.stream = BlockStream(context.skeleton(), self.batches)
         self.entered = list(self.stream.start())
         self.paths: list[_Path] = []

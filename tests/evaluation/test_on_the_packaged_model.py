@@ -99,6 +99,24 @@ def test_golden_stick_is_its_slow_self_on_wikitext(model: Path, tmp_path: Path) 
     assert found["quantized"]["value"] == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-5)
 
 
+@torch.inference_mode()
+def test_standard_is_plain_transformers_in_bfloat16(tmp_path: Path) -> None:
+    """A window of 1024 tokens at a time and alone, as users score it: products of more rows round otherwise."""
+    length, windows = 1024, 4
+    source = locate_model(ModelSection(path=str(MODEL)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    network = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+    ids = tokenizer(WIKITEXT_2.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
+    losses = []
+    for window in ids[: length * windows].view(windows, length):
+        logits = network(window[None]).logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, window[1:]).item())
+    section = {"dataset": "wikitext2", "path": str(WIKITEXT_2), "windows": windows, "sequence_length": length}
+    recipe = {"model": {"path": str(source)}, "quantize": {}, "evaluate": {"perplexity": section}, "output": "unused"}
+    found = score_recipe(load_recipe(recipe))
+    assert found["quantized"]["value"] == pytest.approx(math.exp(sum(losses) / windows), rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A W8A8 run, inputs rounded per token, with the answers of both models to the first questions."""

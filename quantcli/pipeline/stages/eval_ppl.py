@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from quantcli.model.checkpoint import replacing
-from quantcli.pipeline.batches import batched, data_identity
+from quantcli.pipeline.batches import data_identity, evaluation_batches
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.recipe.schema import Recipe
@@ -61,7 +61,7 @@ def run(context: Context, folder: StageFolder) -> None:
         return
     text = context.evaluation_text
     context.emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=section.protocol)
-    batches = batched(text.windows)
+    batches = evaluation_batches(text.windows)
     form = context.recipe.export.formats[0]
     quantized, exported = exported_model(context)
     original = context.skeleton(original=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.model.checkpoint import file_digest, read_json, replacing
-from quantcli.pipeline.batches import batched, data_identity
+from quantcli.pipeline.batches import data_identity, evaluation_batches
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, is_run, write_json
 from quantcli.recipe.schema import Recipe
@@ -61,7 +61,7 @@ def run(context: Context, folder: StageFolder) -> None:
     if done or taken_over(context, folder, STATES):
         return
     text = context.evaluation_text
-    stream = BlockStream(context.skeleton(original=True), batched(text.windows))
+    stream = BlockStream(context.skeleton(original=True), evaluation_batches(text.windows))
     size = sum(prod(shape) for shape in stream.hidden_shapes()) * stream.skeleton.dtype.itemsize
     kept = size <= evaluate.reference_size
     if kept:
