@@ -28,6 +28,9 @@ make of them (measured: a third of the time that as many positions take at once 
 _FIRST, _GROUP = 5, 64
 """Choices of a model that are compared, and tokens whose largest is found before they are."""
 
+_EXP_IS_SAFE = 60.0
+"""Below it sums of exp, of vocabularies of any size, are far from the ends of float32."""
+
 Z95 = 1.959964
 """Half the width of a 95 % interval of a normal distribution, in standard deviations."""
 
@@ -54,55 +57,88 @@ class WindowScores:
         rows = max(1, SCORED_BYTES // (4 * float_logits.shape[-1])) if labels.device.type == "cpu" else len(labels)
         for begin in range(0, len(labels), rows):
             part = slice(begin, begin + rows)
-            self._add(
-                float_logits[part], None if quantized_logits is None else quantized_logits[part], labels[part], masked
-            )
-
-    def _add(self, float_logits: Tensor, quantized_logits: Tensor | None, labels: Tensor, masked: int | None) -> None:
-        if masked is not None:
-            keep = labels != masked
-            float_logits, labels = float_logits[keep], labels[keep]
-            quantized_logits = None if quantized_logits is None else quantized_logits[keep]
-        logp = torch.log_softmax(float_logits.float(), -1)
-        label_p = logp.gather(1, labels[:, None])[:, 0]
-        self.tokens += len(labels)
-        self.nll_float -= label_p.double().sum().item()
-        if quantized_logits is None:
-            return
-        logq = torch.log_softmax(quantized_logits.float(), -1)
-        label_q = logq.gather(1, labels[:, None])[:, 0]
-        self.nll_quantized -= label_q.double().sum().item()
-        (first_p, five_p), (first_q, five_q) = _choices(logp), _choices(logq)
-        same = first_p == first_q
-        self.agreements += int(same.sum().item())
-        shared = (five_p[:, :, None] == five_q[:, None, :]).any(-1).float().mean(-1)
-        # in place: the two tables of log-probabilities are the largest tensors of an evaluation
-        difference = logq.neg_().add_(logp)
-        kl = logp.exp_().mul_(difference).sum(-1)
-        self.kl += kl.double().sum().item()
-        columns = (-label_p, -label_q, kl, label_q.exp() - label_p.exp(), same, shared, first_p == labels,
-                   first_q == labels)  # fmt: skip
-        self.parts.append(torch.stack([column.float().cpu() for column in columns], 1))
+            rounded = None if quantized_logits is None else quantized_logits[part]
+            columns = _scored(float_logits[part], rounded, labels[part], masked)
+            self.tokens += len(columns)
+            sums = dict(zip(COLUMNS, columns.sum(0).tolist(), strict=False))
+            self.nll_float += sums["nll_float"]
+            if quantized_logits is not None:
+                self.nll_quantized += sums["nll_quantized"]
+                self.kl += sums["kl"]
+                self.agreements += int(sums["same_top"])
+                self.parts.append(columns.float().cpu())
 
 
-def _choices(logp: Tensor) -> tuple[Tensor, Tensor]:
-    """The most probable token of each row, of equal ones the first, and the five most probable, in no order.
+def _scored(float_logits: Tensor, quantized_logits: Tensor | None, labels: Tensor, masked: int | None) -> Tensor:
+    """COLUMNS of the positions that are not masked, float64 [positions, 8]; only the first if no model is quantized."""
+    if masked is not None:
+        keep = labels != masked
+        float_logits, labels = float_logits[keep], labels[keep]
+        quantized_logits = None if quantized_logits is None else quantized_logits[keep]
+    exact = _Rows.of(float_logits)
+    label_p = exact.log_probabilities(labels)
+    if quantized_logits is None:
+        return -label_p[:, None]
+    rounded = _Rows.of(quantized_logits)
+    label_q = rounded.log_probabilities(labels)
+    shared = (exact.five[:, :, None] == rounded.five[:, None, :]).any(-1).double().mean(-1)
+    # Σ p·(log p − log q) = Σ p·(a − b) − (log Σ exp a − log Σ exp b), in the place of tables that are done with
+    difference = torch.sub(exact.logits, rounded.logits, out=rounded.exponentials)
+    kl = exact.exponentials.mul_(difference).sum(-1).double() / exact.sums - (exact.log_sums - rounded.log_sums)
+    columns = (-label_p, -label_q, kl, label_q.exp() - label_p.exp(), exact.first == rounded.first, shared,
+               exact.first == labels, rounded.first == labels)  # fmt: skip
+    return torch.stack([column.double() for column in columns], 1)
+
+
+@dataclass
+class _Rows:
+    """What is needed of a model's logits [positions, vocabulary], in as few passes over them as can be: float32, exp of
+    them over exp(shift) of each row, the sums of those and the logarithms of the sums of exp in float64 [positions],
+    and `_choices`."""
+
+    logits: Tensor
+    exponentials: Tensor
+    sums: Tensor
+    log_sums: Tensor
+    first: Tensor
+    five: Tensor
+
+    @staticmethod
+    def of(logits: Tensor) -> _Rows:
+        logits = logits.float()
+        largest, first, five = _choices(logits)
+        if bool((largest.abs() < _EXP_IS_SAFE).all()):
+            exponentials, shift = torch.exp(logits), torch.zeros_like(largest)
+        else:
+            exponentials, shift = torch.sub(logits, largest).exp_(), largest
+        sums = exponentials.sum(-1).double()
+        return _Rows(logits, exponentials, sums, sums.log() + shift[:, 0].double(), first, five)
+
+    def log_probabilities(self, tokens: Tensor) -> Tensor:
+        """Of one token a row, [positions] float64."""
+        return self.logits.gather(1, tokens[:, None])[:, 0].double() - self.log_sums
+
+
+def _choices(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of each row [rows, 1], the token of it, of equal ones the first, and the five largest, in no order.
 
     They lie in the five groups of tokens with the largest maxima: one pass over the vocabulary, a quarter of the time
     of `max` and `topk`. Of equal tokens in the fifth place any may be taken.
     """
-    rows, vocabulary = logp.shape
+    rows, vocabulary = logits.shape
     groups = vocabulary // _GROUP
     if groups <= _FIRST:
-        return logp.max(-1).indices, logp.topk(min(_FIRST, vocabulary)).indices
-    maxima = logp[:, : groups * _GROUP].view(rows, groups, _GROUP).amax(-1)
-    best = maxima.topk(_FIRST).indices.sort(-1).values  # in order, for the first of equal tokens
-    within = torch.arange(_GROUP, device=logp.device)
-    rest = torch.arange(groups * _GROUP, vocabulary, device=logp.device).expand(rows, -1)
+        largest, first = logits.max(-1, keepdim=True)
+        return largest, first[:, 0], logits.topk(min(_FIRST, vocabulary)).indices
+    maxima = logits[:, : groups * _GROUP].view(rows, groups, _GROUP).amax(-1)
+    best = maxima.topk(_FIRST).indices
+    within = torch.arange(_GROUP, device=logits.device)
+    rest = torch.arange(groups * _GROUP, vocabulary, device=logits.device).expand(rows, -1)
     places = torch.cat([(best[:, :, None] * _GROUP + within).flatten(1), rest], 1)
-    values = logp.gather(1, places)
-    first = places.gather(1, values.max(-1).indices[:, None])[:, 0]
-    return first, places.gather(1, values.topk(_FIRST).indices)
+    values = logits.gather(1, places)
+    largest = values.amax(-1, keepdim=True)
+    first = places.masked_fill(values != largest, vocabulary).amin(-1)
+    return largest, first, places.gather(1, values.topk(_FIRST).indices)
 
 
 Pieces = Callable[[int, int, int], Iterable[tuple[slice, Tensor]]]

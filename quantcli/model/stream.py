@@ -20,7 +20,7 @@ from quantcli.model.heap import keep_freed_memory
 from quantcli.model.hidden import HiddenCache
 from quantcli.model.skeleton import Skeleton
 
-HEAD_BYTES = 64 << 20
+HEAD_BYTES = 256 << 20
 """Bound on the float32 logits that exist at a time; the head runs on as many positions as fit."""
 
 

@@ -74,18 +74,26 @@ def quantize_per_token(x: Tensor, bits: int = 8, type: CodeType = "int") -> tupl
     """
     tokens, largest = x.reshape(-1, x.shape[-1]), (1 << (bits - 1)) - 1
     codes = torch.empty(tokens.shape, dtype=torch.int8 if type == "int" else FP8, device=x.device)
-    scales = torch.empty(tokens.shape[0], 1, device=x.device)
+    ends = _largest_magnitude(tokens).float()
+    scales = (ends / FP8_MAX).clamp(min=SMALLEST_FP8_SCALE) if type == "float" else _usable(ends / largest)
     for part in _parts(tokens):
         values = tokens[part].to(torch.float32, copy=True)
-        ends = torch.maximum(values.amax(-1, keepdim=True), -values.amin(-1, keepdim=True))
         if type == "float":
-            scale = (ends / FP8_MAX).clamp(min=SMALLEST_FP8_SCALE)
-            codes[part] = quantize_fp8(values, scale)
+            codes[part] = quantize_fp8(values, scales[part])
         else:
-            scale = _usable(ends / largest)
-            codes[part] = values.div_(scale).round_()  # within the codes, since no value exceeds the ends
-        scales[part] = scale
+            codes[part] = values.div_(scales[part]).round_()  # within the codes, since no value exceeds the ends
     return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
+
+
+def _largest_magnitude(x: Tensor) -> Tensor:
+    """max|x| over the last dimension, [..., 1] in the dtype of x.
+
+    The 15 bits below the sign of a 16-bit float are ordered as its magnitude is, NaN last: comparing them as integers
+    takes half the time of both extremes.
+    """
+    if x.dtype in (torch.bfloat16, torch.float16) and x.shape[-1]:
+        return (x.view(torch.int16) & 0x7FFF).amax(-1, keepdim=True).view(x.dtype)
+    return torch.maximum(x.amax(-1, keepdim=True), -x.amin(-1, keepdim=True))
 
 
 def int8_linear(
@@ -209,9 +217,9 @@ def _integer_product(x_codes: Tensor, weight_codes: Tensor) -> Tensor:
 
 def _parts(x: Tensor) -> Iterator[slice]:
     """Parts along the first dimension that are worked on one after the other; on a GPU all of it is one."""
-    whole = x.device.type != "cpu" or x.numel() <= _CPU_ELEMENTS
-    rows = x.shape[0] if whole else max(1, _CPU_ELEMENTS * x.shape[0] // x.numel())
-    for begin in range(0, x.shape[0], max(1, rows)):
+    parts = 1 if x.device.type != "cpu" else max(1, math.ceil(x.numel() / _CPU_ELEMENTS))
+    rows = max(1, math.ceil(x.shape[0] / parts))  # of equal size, since a call on a few rows costs nearly as much
+    for begin in range(0, x.shape[0], rows):
         yield slice(begin, begin + rows)
 
 

@@ -179,6 +179,15 @@ def test_logits_in_pieces_give_what_the_whole_gives(step: int) -> None:
     assert as_dictionary(score(windows, 3, step)) == pytest.approx(as_dictionary(score(windows, 3)), rel=1e-7)
 
 
+@pytest.mark.parametrize("offset", [100.0, -100.0, 1000.0])
+def test_logits_far_from_zero_give_the_same_scores(offset: float) -> None:
+    windows = some_windows([40, 23])
+    moved = [(plain.double() + offset, quantized.double() + offset, labels) for plain, quantized, labels in windows]
+    near = as_dictionary(score(windows))
+    far = as_dictionary(score([(a.float(), b.float(), labels) for a, b, labels in moved]))
+    assert far == pytest.approx(near, rel=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_so_do_the_parts_that_are_scored_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = [(plain.to(dtype), quantized.to(dtype), labels) for plain, quantized, labels in some_windows([40, 23])]
@@ -194,11 +203,12 @@ def test_so_do_the_parts_that_are_scored_at_a_time(dtype: torch.dtype, monkeypat
 def test_choices_are_those_of_the_whole_vocabulary(vocabulary: int) -> None:
     generator = torch.Generator().manual_seed(0)
     logp = torch.rand(200, vocabulary, generator=generator)
-    first, five = scores_module._choices(logp)
+    largest, first, five = scores_module._choices(logp)
+    assert torch.equal(largest[:, 0], logp.amax(-1))
     assert torch.equal(first, logp.argmax(-1))
     assert torch.equal(five.sort(-1).values, logp.topk(min(5, vocabulary)).indices.sort(-1).values)
     logp[:, [2, vocabulary // 2, vocabulary - 1]] = 2.0  # equal ones
-    assert torch.equal(scores_module._choices(logp)[0], torch.full((200,), min(2, vocabulary // 2)))
+    assert torch.equal(scores_module._choices(logp)[1], torch.full((200,), min(2, vocabulary // 2)))
 
 
 def test_one_window_has_no_error() -> None:
