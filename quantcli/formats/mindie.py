@@ -35,6 +35,7 @@ SPARE_BIASES = True
 type_name = ascend.type_name
 layout = ascend.layout
 encode = ascend.encode
+reading = ascend.reading
 decode = ascend.decode
 attention_refusal = ascend.attention_refusal
 attention_names = ascend.attention_names

@@ -63,6 +63,18 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     return {suffix: (_in_numpy(kind), shape) for suffix, (kind, shape) in tensors.items()}
 
 
+def reading(
+    config: Mapping[str, Any], has: Callable[[str], bool]
+) -> tuple[Callable[..., dict[str, tuple[str, tuple[int, ...]]]], Callable[..., StoredLinear]]:
+    """`layout` and `decode` for a linear as msModelSlim may have written it, too: one scale a tensor as [1]."""
+
+    def found(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        tensors = ascend.layout_of_others(linear, scheme, dtype)
+        return {suffix: (_in_numpy(kind), shape) for suffix, (kind, shape) in tensors.items()}
+
+    return found, decode
+
+
 def _in_numpy(dtype: str) -> str:
     return "float32" if dtype == "bfloat16" else dtype
 

@@ -27,6 +27,8 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 """Dtypes that scales may have; those of other tools' checkpoints are not always the ones written here."""
+_NUMBERS = _FLOATS | {torch.int8, torch.int32, torch.int64}
+"""Dtypes that offsets may have, likewise."""
 
 
 class QuantizedCheckpoint:
@@ -89,7 +91,8 @@ class QuantizedCheckpoint:
             if entry is None:
                 continue  # named below
             found, wanted = _TORCH_DTYPES.get(entry.dtype), getattr(torch, dtype)
-            if found != wanted and not {found, wanted} <= _FLOATS:
+            alike = _NUMBERS if "_offset" in suffix else _FLOATS
+            if found != wanted and not {found, wanted} <= alike:
                 raise self._damaged(module, suffix, f"is {entry.dtype}, not {dtype}")
             if entry.shape != shape:
                 raise self._damaged(module, suffix, f"has shape {entry.shape}, not {shape}")
