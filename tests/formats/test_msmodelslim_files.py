@@ -179,3 +179,23 @@ def test_what_the_file_contradicts_is_refused(tmp_path: Path, prose: Path) -> No
         place.mkdir()
         folder = made(place, STATIC, lambda tensors, key=key, value=value: tensors[f"{UP}.{key}"].fill_(value))
         refused_by_all(folder, prose, rf"{UP}: {match}")
+
+
+# ------------------------------------------------------------------------------- what nothing is known to be done with
+
+FOUR = Scheme(4, granularity="group", group_size=32, float16_scales=True)
+LEFT_OVER = {"ascend": W4A8, "mindie": Scheme(8), "compressed-tensors": FOUR, "gptq": FOUR, "awq": FOUR}
+
+
+@pytest.mark.parametrize("form", LEFT_OVER)
+@pytest.mark.parametrize("name", ["weight_scale_third", "linear.div.mul_scale", "kv_cache_scale"])
+def test_a_tensor_of_a_linear_that_its_scheme_does_not_have_is_refused(
+    form: str, name: str, tmp_path: Path, prose: Path
+) -> None:
+    folder = made(tmp_path, LEFT_OVER[form], lambda tensors: tensors.update({f"{Q}.{name}": torch.ones(2)}), form)
+    refused_by_all(folder, prose, rf"{Q}.{name} is no tensor of W[48]A(8|16)[a-z0-9 ]*, as which {Q} is read")
+
+
+def test_a_linear_in_float_has_a_weight_and_a_bias_alone(tmp_path: Path, prose: Path) -> None:
+    folder = made(tmp_path, Scheme(8), lambda tensors: tensors.update({"lm_head.weight_scale": torch.ones(1)}))
+    refused_by_all(folder, prose, "lm_head.weight_scale is no tensor of a linear in float")
