@@ -405,13 +405,42 @@ def described_in(
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
     """`described` by the description of another name."""
     description = read_json(file)
+    _refuse_unread(file, description)
     kinds: dict[str, str] = {}
     for module, weight in weights.items():
         kind = description.get(weight)
         if kind not in TYPES:
-            raise ModelError(f"{file}: {weight} has the type {kind!r}.", f"Known types: {', '.join(TYPES)}.")
+            raise _unread(file, weight, kind)
         kinds[module] = kind
     return schemes_of(checkpoint, weights, kinds), attention_of(file, checkpoint, description)
+
+
+def _refuse_unread(file: Path, description: Mapping[str, Any]) -> None:
+    """Raise ModelError for types of tensors that are not read, and for what else changes the function: products of
+    attention in 8 bits, sums between devices in int8, and rotations of activations while serving."""
+    for name, kind in description.items():
+        if name.endswith(".quant_type") and kind != "FLOAT":
+            raise ModelError(f"{file}: {name} is {kind!r}, and quantcli does not read attention that is quantized so.",
+                             "Quantize again without; FAQuant and C8 are read.")  # fmt: skip
+        if "." in name and isinstance(kind, str) and kind not in (*TYPES, "C8", "FAQuant"):
+            raise _unread(file, name, kind)
+    if kind := description.get("reduce_quant_type"):
+        raise ModelError(f"{file}: reduce_quant_type is {kind!r}, and quantcli does not read linears that are split "
+                         "among devices with quantized sums.", "Quantize again without simulate_tp.")  # fmt: skip
+    metadata = description.get("metadata")
+    rotations = metadata.get("quarot") if isinstance(metadata, dict) else None
+    for key in ("heads_rotation", "kronecker_rotation"):
+        found = rotations.get(key) if isinstance(rotations, dict) else None
+        if found.get("layers") if isinstance(found, dict) else found:
+            raise ModelError(f"{file}: metadata.quarot.{key} names layers whose activations are rotated while serving, "
+                             "which quantcli does not read.", "Quantize again without online rotations.")  # fmt: skip
+
+
+def _unread(file: Path, name: str, kind: object) -> ModelError:
+    if kind is None:
+        return ModelError(f"{file}: {name} is not described.", "Copy the file that belongs to these weights.")
+    return ModelError(f"{file}: {name} has the type {str(kind)[:100]!r}, which quantcli does not read.",
+                      f"Types that it reads: {', '.join(TYPES)}.")  # fmt: skip
 
 
 def schemes_of(checkpoint: Checkpoint, weights: Mapping[str, str], kinds: Mapping[str, str]) -> dict[str, Scheme]:

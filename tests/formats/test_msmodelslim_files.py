@@ -199,3 +199,43 @@ def test_a_tensor_of_a_linear_that_its_scheme_does_not_have_is_refused(
 def test_a_linear_in_float_has_a_weight_and_a_bias_alone(tmp_path: Path, prose: Path) -> None:
     folder = made(tmp_path, Scheme(8), lambda tensors: tensors.update({"lm_head.weight_scale": torch.ones(1)}))
     refused_by_all(folder, prose, "lm_head.weight_scale is no tensor of a linear in float")
+
+
+ROTATED = {"max_tp_size": 4, "heads_rotation": {"layers": []}, "kronecker_rotation": {"layers": []}}
+UNREAD: dict[str, tuple[dict[str, Any], str]] = {
+    "rotation of heads": (
+        {"metadata": {"quarot": ROTATED | {"heads_rotation": {"layers": ["model.layers.0.self_attn"]}}}},
+        "heads_rotation names layers whose activations are rotated",
+    ),
+    "rotation of inputs": (
+        {"metadata": {"quarot": ROTATED | {"kronecker_rotation": {"layers": ["model.layers.0.mlp"]}}}},
+        "kronecker_rotation names layers whose activations are rotated",
+    ),
+    "rotation in another form": ({"metadata": {"quarot": {"heads_rotation": [0]}}}, "heads_rotation names layers"),
+    "attention": (
+        {"model.layers.1.self_attn.quant_type": "INT8_DYNAMIC"},
+        r"layers.1.self_attn.quant_type is 'INT8_DYNAMIC', and quantcli does not read attention",
+    ),
+    "sums between devices": ({"reduce_quant_type": "per_channel"}, "does not read linears that are split among"),
+    "4-bit inputs": ({f"{UP}.weight": "W4A4_DYNAMIC"}, "'W4A4_DYNAMIC', which quantcli does not read. Types that it reads"),
+    "microscaling": ({f"{UP}.weight": "W8A8_MXFP8"}, "has the type 'W8A8_MXFP8', which quantcli does not read"),
+    "NF4": ({f"{UP}.weight_blocks": "NF4"}, "weight_blocks has the type 'NF4', which quantcli does not read"),
+    "a type that is none": ({f"{UP}.weight": {}}, "has the type '{}', which quantcli does not read"),
+    "no type": ({f"{UP}.weight": None}, f"{UP}.weight is not described"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_changes_the_function_and_is_not_read_is_refused(name: str, tmp_path: Path, prose: Path) -> None:
+    folder = made(tmp_path, Scheme(8, activations="dynamic"), lambda tensors: None)
+    change, match = UNREAD[name]
+    described(folder, change)
+    refused_by_all(folder, prose, match)
+
+
+def test_what_changes_nothing_is_read(tmp_path: Path) -> None:
+    """A rotation that weights hold, empty entries of modules, and attention in float."""
+    folder = made(tmp_path, Scheme(8, activations="dynamic"), lambda tensors: None)
+    told = {"metadata": {"quarot": ROTATED}, "optional": {"quarot": {}}, "model.layers.0.self_attn": {}}
+    described(folder, told)
+    assert verify_path(folder)["linears"] == 14
