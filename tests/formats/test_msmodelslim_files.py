@@ -217,7 +217,7 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
         r"layers.1.self_attn.quant_type is 'INT8_DYNAMIC', and quantcli does not read attention",
     ),
     "sums between devices": ({"reduce_quant_type": "per_channel"}, "does not read linears that are split among"),
-    "4-bit inputs": ({f"{UP}.weight": "W4A4_DYNAMIC"}, "'W4A4_DYNAMIC', which quantcli does not read. Types that it reads"),
+    "4-bit inputs": ({f"{UP}.weight": "W4A4_DYNAMIC"}, "'W4A4_DYNAMIC', which quantcli does not read. Types that"),
     "microscaling": ({f"{UP}.weight": "W8A8_MXFP8"}, "has the type 'W8A8_MXFP8', which quantcli does not read"),
     "NF4": ({f"{UP}.weight_blocks": "NF4"}, "weight_blocks has the type 'NF4', which quantcli does not read"),
     "a type that is none": ({f"{UP}.weight": {}}, "has the type '{}', which quantcli does not read"),
