@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import ascend, common
+from quantcli.formats import ascend, ascend_description, common
 from quantcli.model import npy_names
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure import Linear
@@ -135,8 +135,8 @@ def described(
             types["kv_cache_type"] = "C8"
         if any(name.endswith(".fa_q.scale") for name in checkpoint.entries):
             types["fa_quant_type"] = "FAQuant"
-        inferred = ascend.attention_of(checkpoint.directory, checkpoint, types)
-        return ascend.schemes_of(checkpoint, weights, kinds), inferred
+        inferred = ascend_description.attention_of(checkpoint.directory, checkpoint, types)
+        return ascend_description.schemes_of(checkpoint, weights, kinds), inferred
     said = read_json(path)
     linears, attention = said.get("linears"), said.get("attention")
     try:

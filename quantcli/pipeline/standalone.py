@@ -81,16 +81,16 @@ def _refuse_left_over(
             pass
         if above in modules and name not in (f"{above}.weight", f"{above}.bias"):
             left[name] = modules[above]
-    if not left:
-        return
-    # some gates have further parameters, which only the model knows
-    skeleton = Skeleton(checkpoint.directory, structure, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
-    for name in skeleton.unused_tensors:
-        if name in left:
-            scheme = checkpoint.schemes.get(left[name])
-            kind = "a linear in float" if scheme is None else scheme.name
-            raise ModelError(f"{checkpoint.directory}: {name} is no tensor of {kind}, as which {left[name]} is read.",
-                             "What it stands for is not read; quantize again without.")  # fmt: skip
+    unknown = [name for name, module in left.items() if module not in weights]
+    if left and not unknown:  # some gates have further parameters, which only the model knows
+        directory = checkpoint.directory
+        skeleton = Skeleton(directory, structure, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
+        unknown = [name for name in skeleton.unused_tensors if name in left]
+    if unknown:
+        name, module = unknown[0], left[unknown[0]]
+        kind = checkpoint.schemes[module].name if module in checkpoint.schemes else "a linear in float"
+        raise ModelError(f"{checkpoint.directory}: {name} is no tensor of {kind}, as which {module} is read.",
+                         "What it stands for is not read; quantize again without.")  # fmt: skip
 
 
 def _float_name(name: str) -> str:

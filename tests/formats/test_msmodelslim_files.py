@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,9 +29,15 @@ STATIC = Scheme(8, activations="static", activations_symmetric=False)
 W4A8 = Scheme(4, activations="dynamic")
 
 
-def made(place: Path, scheme: Scheme, change: Callable[[Tensors], object], form: str = "ascend") -> Path:
+def made(
+    place: Path,
+    scheme: Scheme,
+    change: Callable[[Tensors], object],
+    form: str = "ascend",
+    dtype: torch.dtype = torch.float32,
+) -> Path:
     """An export of a tiny model with other tensors, and without checksums."""
-    folder = export_tiny(place, scheme, dtype=torch.float32, form=form, with_tokenizer=True).folder
+    folder = export_tiny(place, scheme, dtype=dtype, form=form, with_tokenizer=True).folder
     (folder / SUMS).unlink()
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
@@ -105,6 +112,15 @@ def test_two_scales_of_a_group_are_their_product(tmp_path: Path, prose: Path) ->
         convert_checkpoint(folder, "ascend", tmp_path / "again")
 
 
+def test_products_of_scales_that_another_format_does_not_hold_are_not_written(tmp_path: Path) -> None:
+    """They are scored and made dense as float32, which packed weights of a bfloat16 model have no place for."""
+    folder = made(tmp_path, W4A8, in_two_stages, dtype=torch.bfloat16)
+    assert verify_path(folder)["linears"] == 14
+    convert_checkpoint(folder, "dense", tmp_path / "dense")
+    with pytest.raises(ModelError, match="no bfloat16 value"):
+        convert_checkpoint(folder, "compressed-tensors", tmp_path / "converted")
+
+
 @pytest.mark.parametrize("name", ["weight_offset", "weight_offset_second"])
 def test_offsets_that_the_scheme_does_not_have_are_refused(name: str, tmp_path: Path, prose: Path) -> None:
     def moved(tensors: Tensors) -> None:
@@ -168,6 +184,21 @@ def test_one_scale_a_tensor_is_read_as_such(name: str, tmp_path: Path) -> None:
             assert torch.equal(tensor, kept[key]), key
 
 
+def test_one_scale_a_tensor_is_read_from_dictionaries(tmp_path: Path) -> None:
+    folder = export_tiny(tmp_path, WHOLE["W8A8"], dtype=torch.float32, form="numpy").folder
+    _, repeated, weights = open_checkpoint(folder)
+    wanted = repeated.read(weights.values())
+    for name in (SUMS, "quantization.json"):
+        (folder / name).unlink()
+    for kind in ("weight_scale", "weight_offset", "deq_scale"):
+        content = np.load(folder / f"{kind}.npy", allow_pickle=True).item()
+        np.save(folder / f"{kind}.npy", {name: array.reshape(-1)[:1] for name, array in content.items()})  # type: ignore[arg-type]
+    _, checkpoint, _ = open_checkpoint(folder)
+    assert {scheme.granularity for scheme in checkpoint.schemes.values()} == {"tensor"}
+    found = checkpoint.read(weights.values())
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 def test_what_the_file_contradicts_is_refused(tmp_path: Path, prose: Path) -> None:
     """A deq_scale that is another than engines would need for this weight_scale, and an offset that int8 has not."""
     for number, (key, value, match) in enumerate([
@@ -194,6 +225,18 @@ def test_a_tensor_of_a_linear_that_its_scheme_does_not_have_is_refused(
 ) -> None:
     folder = made(tmp_path, LEFT_OVER[form], lambda tensors: tensors.update({f"{Q}.{name}": torch.ones(2)}), form)
     refused_by_all(folder, prose, rf"{Q}.{name} is no tensor of W[48]A(8|16)[a-z0-9 ]*, as which {Q} is read")
+
+
+def test_a_linear_that_is_multiplied_while_serving_is_refused(tmp_path: Path, prose: Path) -> None:
+    """Smoothing that is not folded: the linear is a pair of a factor and a linear."""
+
+    def divided(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith(f"{UP}.")]:
+            tensors[name.replace(UP, f"{UP}.linear")] = tensors.pop(name)
+        tensors[f"{UP}.div.mul_scale"] = torch.ones(64)
+
+    folder = made(tmp_path, Scheme(8, activations="dynamic"), divided)
+    refused_by_all(folder, prose, rf"{UP}\.(div|linear)\.[a-z_]* is no tensor of a linear in float")
 
 
 def test_a_linear_in_float_has_a_weight_and_a_bias_alone(tmp_path: Path, prose: Path) -> None:
