@@ -19,6 +19,7 @@ TYPES = (
 SECOND = "weight_scale_second"
 """The scales of groups, whole numbers, of W4A8 in two stages."""
 
+_OF_ATTENTION = ("C8", "FAQuant")
 _SCHEMES = {
     "W8A16": Scheme(8),
     "W8A8_DYNAMIC": Scheme(8, activations="dynamic"),
@@ -46,7 +47,13 @@ def described_in(
         if kind not in TYPES:
             raise _unread(file, weight, kind)
         kinds[module] = kind
-    return schemes_of(checkpoint, weights, kinds), attention_of(file, checkpoint, description)
+    attention = attention_of(file, checkpoint, description)
+    own = "" if attention is None else "FAQuant" if attention.heads else "C8"
+    for name, kind in description.items():
+        if "." in name and kind in _OF_ATTENTION and kind != own:
+            raise ModelError(f"{file}: {name} has the type {kind}, which no entry says of the model.",
+                             "Have kv_cache_type or fa_quant_type in the file.")  # fmt: skip
+    return schemes_of(checkpoint, weights, kinds), attention
 
 
 def _refuse_unread(file: Path, description: Mapping[str, Any]) -> None:
@@ -56,7 +63,7 @@ def _refuse_unread(file: Path, description: Mapping[str, Any]) -> None:
         if name.endswith(".quant_type") and kind != "FLOAT":
             raise ModelError(f"{file}: {name} is {kind!r}, and quantcli does not read attention that is quantized so.",
                              "Quantize again without; FAQuant and C8 are read.")  # fmt: skip
-        if "." in name and isinstance(kind, str) and kind not in (*TYPES, "C8", "FAQuant"):
+        if "." in name and isinstance(kind, str) and kind not in (*TYPES, *_OF_ATTENTION):
             raise _unread(file, name, kind)
     if kind := description.get("reduce_quant_type"):
         raise ModelError(f"{file}: reduce_quant_type is {kind!r}, and quantcli does not read linears that are split "

@@ -110,8 +110,15 @@ class QuantizedCheckpoint:
         return stored
 
     def read_attention(self, module: str) -> dict[str, Tensor]:
-        """The scales of one attention module, by the names of parts that the store has (ATTENTION_PARTS)."""
-        names = {name: part for name, part in self._attention_names(self._attention_paths[module]).items() if part}
+        """The scales of one attention module, by the names of parts that the store has (ATTENTION_PARTS). Raises
+        ModelError for offsets that its scheme does not have."""
+        found = self._attention_names(self._attention_paths[module])
+        names = {name: part for name, part in found.items() if part}
+        zeros = self.raw.read(name for name in found if name not in names and name in self.raw.entries)
+        for name, offset in zeros.items():
+            if bool(offset.any()):
+                raise ModelError(f"{self.directory}: {name} is not zero, and {module} is read as symmetric.",
+                                 "Quantize it again without offsets.")  # fmt: skip
         read = self.raw.read(names)
         return {part: read[name] for name, part in names.items()}
 

@@ -20,7 +20,7 @@ from quantcli.formats.sums import SUMS
 from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.standalone import open_checkpoint, score_recipe
 from quantcli.pipeline.verify import verify_path
-from quantcli.quant.scheme import Scheme
+from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe import load_recipe
 
 Tensors = dict[str, Tensor]
@@ -35,9 +35,10 @@ def made(
     change: Callable[[Tensors], object],
     form: str = "ascend",
     dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Path:
     """An export of a tiny model with other tensors, and without checksums."""
-    folder = export_tiny(place, scheme, dtype=dtype, form=form, with_tokenizer=True).folder
+    folder = export_tiny(place, scheme, dtype=dtype, form=form, with_tokenizer=True, **options).folder
     (folder / SUMS).unlink()
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
@@ -63,12 +64,12 @@ def scored(checkpoint: Path, prose: Path) -> float | None:
     return found
 
 
-def refused_by_all(folder: Path, prose: Path, match: str) -> None:
+def refused_by_all(folder: Path, prose: Path, match: str, form: str = "compressed-tensors") -> None:
     """eval-ppl, convert and verify end with an error of one of their types that says so, and nothing is written."""
     output = folder.parent / "converted"
     for use, kind in [
         (lambda: scored(folder, prose), ModelError),
-        (lambda: convert_checkpoint(folder, "compressed-tensors", output), ModelError),
+        (lambda: convert_checkpoint(folder, form, output), ModelError),
         (lambda: verify_path(folder), VerificationError),
     ]:
         with pytest.raises(QuantcliError, match=match) as caught:
@@ -129,6 +130,13 @@ def test_offsets_that_the_scheme_does_not_have_are_refused(name: str, tmp_path: 
 
     folder = made(tmp_path, W4A8, moved)
     refused_by_all(folder, prose, rf"{Q}: {name} is not zero")
+
+
+def test_offsets_of_heads_are_refused(tmp_path: Path, prose: Path) -> None:
+    name = "model.layers.1.self_attn.fa_k.offset"
+    change = {"attention": AttentionScheme(heads=True)}
+    folder = made(tmp_path, Scheme(8), lambda tensors: tensors[name].fill_(2), **change)
+    refused_by_all(folder, prose, f"{name} is not zero", "dense")
 
 
 # ------------------------------------------------------------------------------------------- one scale a tensor
@@ -258,6 +266,10 @@ UNREAD: dict[str, tuple[dict[str, Any], str]] = {
     "attention": (
         {"model.layers.1.self_attn.quant_type": "INT8_DYNAMIC"},
         r"layers.1.self_attn.quant_type is 'INT8_DYNAMIC', and quantcli does not read attention",
+    ),
+    "attention that no entry names": (
+        {"model.layers.1.self_attn.fa_q.scale": "FAQuant"},
+        "fa_q.scale has the type FAQuant, which no entry says of the model",
     ),
     "sums between devices": ({"reduce_quant_type": "per_channel"}, "does not read linears that are split among"),
     "4-bit inputs": ({f"{UP}.weight": "W4A4_DYNAMIC"}, "'W4A4_DYNAMIC', which quantcli does not read. Types that"),
