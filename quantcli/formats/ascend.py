@@ -16,6 +16,10 @@ linear X with weight [n, k]:
 and of an attention module A: for C8 A.k_proj.kv_cache_scale and .kv_cache_offset, and A.v_proj's, float32 [kv_heads ·
 head_size]; for FAQuant A.fa_q.scale float32 [heads, 1] and .offset int8, and A.fa_k's and A.fa_v's [kv_heads, 1].
 
+msModelSlim also writes, and only `reading` knows: with mm_tensor one scale a tensor, weight_scale, weight_offset and
+deq_scale [1]; and W4A8_DYNAMIC with groups, whose weight_scale [n, 1] is multiplied by X.weight_scale_second
+[n, groups] beside X.weight_offset_second, zeros.
+
     W ≈ (weight − weight_offset) · weight_scale
     static:  q = clamp(round(x / input_scale + input_offset), −128, 127);  y = (q · weightᵀ + quant_bias) · deq_scale
              deq_scale = input_scale · weight_scale;  quant_bias = round(bias / deq_scale − input_offset · Σ_k weight)
@@ -31,13 +35,13 @@ evaluated is what is served. The weight_scale of static inputs is not rounded, s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
-from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.formats.ascend_description import SECOND, TYPES, described_in
+from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
@@ -59,22 +63,10 @@ SPARE_BIASES = True
 DESCRIPTION = "quant_model_description.json"
 ONE_GROUP_SIZE = True
 """The description names one for all linears that have groups."""
-TYPES = (
-    "FLOAT", "W4A16", "W8A16", "W8A8_DYNAMIC", "W8A8_MIX", "W8A8", "W8A8S", "WFP8AFP8_DYNAMIC", "W4A8_DYNAMIC"
-)  # fmt: skip
-"""Types of linears in ascending order: model_quant_type is the last that occurs."""
 PARTS = 16
 """Into how many devices a linear of 4 bits can be split along its input, each with sums in scale_bias of its own."""
 
-_SCHEMES = {
-    "W8A16": Scheme(8),
-    "W8A8_DYNAMIC": Scheme(8, activations="dynamic"),
-    "W8A8_MIX": Scheme(8, activations="mix"),
-    "W8A8": Scheme(8, activations="static"),
-    "W8A8S": Scheme(8, activations="static", sparse=True),
-    "WFP8AFP8_DYNAMIC": Scheme(8, activations="dynamic", type="float"),
-    "W4A8_DYNAMIC": Scheme(4, activations="dynamic"),
-}
+_WHOLE = ("weight_scale", "weight_offset", "deq_scale")
 _CACHE = {"k_scale": "k_proj.kv_cache_scale", "k_offset": "k_proj.kv_cache_offset",
           "v_scale": "v_proj.kv_cache_scale", "v_offset": "v_proj.kv_cache_offset"}  # fmt: skip
 _HEADS = {"fa_q_scale": "fa_q.scale", "fa_k_scale": "fa_k.scale", "fa_v_scale": "fa_v.scale"}
@@ -216,6 +208,25 @@ def _paired(codes: Tensor, axis: int) -> Tensor:
     return ((first & 15) | (second << 4)).contiguous()
 
 
+def reading(
+    config: Mapping[str, Any], has: Callable[[str], bool]
+) -> tuple[Callable[..., dict[str, tuple[str, tuple[int, ...]]]], Callable[..., StoredLinear]]:
+    """`layout` and `decode` for a linear as msModelSlim may have written it, too, which its scheme tells."""
+    return layout_of_others, decode
+
+
+def layout_of_others(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """`layout`, but for what only msModelSlim writes: one scale a tensor as [1], and groups of W4A8 in two stages."""
+    tensors = layout(linear, scheme, dtype)
+    if scheme.granularity == "tensor":
+        tensors |= {name: (tensors[name][0], (1,)) for name in _WHOLE if name in tensors}
+    if scheme.granularity == "group" and scheme.activations == "dynamic":
+        groups = scheme.scale_shape(linear.out_features, linear.in_features)
+        tensors |= dict.fromkeys(("weight_scale", "weight_offset"), ("float32", (linear.out_features, 1)))
+        tensors |= {SECOND: ("float32", groups), "weight_offset_second": ("float32", groups)}
+    return tensors
+
+
 def _apart(paired: Tensor, axis: int) -> Tensor:
     """The inverse of `_paired`: int8 codes."""
     import torch
@@ -240,21 +251,55 @@ def _quant_bias(codes: Tensor, offset: int, deq_scale: Tensor, bias: Tensor | No
 
 
 def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
-    """What the file holds of a linear, from tensors by suffix, which have to have the shapes of `layout`."""
-    import torch
+    """What the file holds of a linear, from tensors by suffix, which have to have the shapes of `layout_of_others`.
 
+    The two scales of a group become their product in float32. Raises ModelError for offsets that the scheme does not
+    have or int8 does not hold, and a deq_scale that is not input_scale · weight_scale.
+    """
     from quantcli.formats.store import StoredLinear
     from quantcli.quant.grid import QuantizedWeight
 
-    zero_point = None if scheme.symmetric else tensors["weight_offset"].to(torch.int8)
+    unused = [name for name in ("weight_offset", "weight_offset_second") if scheme.symmetric and name in tensors]
+    if moved := [name for name in unused if bool(tensors[name].any())]:
+        raise ModelError(f"{moved[0]} is not zero, and weights of {scheme.name} are read as symmetric.",
+                         "Quantize it again with symmetric weights.")  # fmt: skip
     codes, scale = tensors["weight"], tensors["weight_scale"]
+    if scheme.granularity == "tensor":
+        scale = scale.view(1, 1)
+    zero_point = None if scheme.symmetric else _zero_point(tensors["weight_offset"], "weight_offset").view(scale.shape)
     if scheme.bits == 4:
         codes = _apart(codes, _packed_axis(scheme, scale.shape[1]))
+    if SECOND in tensors:
+        scale = scale.float() * tensors[SECOND].float()
     weight = QuantizedWeight(codes, scale, zero_point)
     if not scheme.observed:
         return StoredLinear(weight)
-    input_zero = None if scheme.activations_symmetric else tensors["input_offset"].to(torch.int8)
+    _check_served(tensors, scale)
+    input_zero = None if scheme.activations_symmetric else _zero_point(tensors["input_offset"], "input_offset")
     return StoredLinear(weight, tensors["input_scale"], input_zero)
+
+
+def _zero_point(offset: Tensor, name: str) -> Tensor:
+    """An offset as int8, which it has to be a value of."""
+    import torch
+
+    found = offset.clamp(-128, 127).to(torch.int8)
+    if not torch.equal(found.double(), offset.double()):
+        raise ModelError(f"{name} is no integer from -128 to 127.", "Quantize it again.")
+    return found
+
+
+def _check_served(tensors: Mapping[str, Tensor], scale: Tensor) -> None:
+    """deq_scale, by which engines multiply, is the product that it stands for, as exactly as 16 bits hold it."""
+    import torch
+
+    served = tensors["deq_scale"]
+    if served.dtype == torch.int64:  # the bits of a float32
+        served = served.to(torch.int32).view(torch.float32)
+    product = tensors["input_scale"].double() * scale.double().view(-1)
+    # what float16 holds below 2^-14 has steps of 2^-24
+    if not torch.allclose(served.double(), product, rtol=2**-6, atol=2**-25, equal_nan=True):
+        raise ModelError("deq_scale is not input_scale · weight_scale.", "Quantize it again.")
 
 
 def attention_names(path: str, attention: AttentionScheme) -> dict[str, str]:
@@ -339,70 +384,3 @@ def described(
     and is read so. Raises ModelError for a type that is not understood, or a linear that has none.
     """
     return described_in(checkpoint.directory / DESCRIPTION, checkpoint, weights)
-
-
-def described_in(
-    file: Path, checkpoint: Checkpoint, weights: Mapping[str, str]
-) -> tuple[dict[str, Scheme], AttentionScheme | None]:
-    """`described` by the description of another name."""
-    description = read_json(file)
-    kinds: dict[str, str] = {}
-    for module, weight in weights.items():
-        kind = description.get(weight)
-        if kind not in TYPES:
-            raise ModelError(f"{file}: {weight} has the type {kind!r}.", f"Known types: {', '.join(TYPES)}.")
-        kinds[module] = kind
-    return schemes_of(checkpoint, weights, kinds), attention_of(file, checkpoint, description)
-
-
-def schemes_of(checkpoint: Checkpoint, weights: Mapping[str, str], kinds: Mapping[str, str]) -> dict[str, Scheme]:
-    """Scheme of each linear that is not FLOAT, from its type and its offsets."""
-    quantized = {}
-    for module, kind in kinds.items():
-        weight = weights[module]
-        if kind == "W4A16":
-            quantized[module] = _of_four_bits(checkpoint, weight)
-        elif kind != "FLOAT":
-            quantized[module] = _SCHEMES[kind]
-    offsets = {
-        module: f"{weights[module].removesuffix('.weight')}.{'input' if scheme.observed else 'weight'}_offset"
-        for module, scheme in quantized.items()
-        if scheme.observed or scheme.activations == "none"
-    }
-    values = checkpoint.read(offsets.values())
-    moved = {module for module, name in offsets.items() if bool(values[name].any())}
-    # a zero point may happen to be 0, so that inputs are symmetric only if they are in the whole model
-    asymmetric = any(quantized[module].observed for module in moved)
-    return {
-        module: replace(
-            scheme,
-            symmetric=scheme.activations != "none" or module not in moved,
-            activations_symmetric=not (scheme.observed and asymmetric),
-        )
-        for module, scheme in quantized.items()
-    }
-
-
-def _of_four_bits(checkpoint: Checkpoint, weight: str) -> Scheme:
-    """W4A16 with the groups that the shapes of codes and scales tell."""
-    scale = checkpoint.entries.get(f"{weight.removesuffix('.weight')}.weight_scale")
-    if weight not in checkpoint.entries or scale is None or len(scale.shape) != 2:
-        raise ModelError(f"{checkpoint.directory}: {weight} has no codes or no weight_scale.", "Export it again.")
-    groups = scale.shape[1]
-    if groups == 1:
-        return Scheme(4)
-    return Scheme(4, granularity="group", group_size=checkpoint.entries[weight].shape[-1] // max(1, groups))
-
-
-def attention_of(file: Path, checkpoint: Checkpoint, description: Mapping[str, Any]) -> AttentionScheme | None:
-    """The scheme of attention by what the description says and the offsets of the cache."""
-    kind = description.get("fa_quant_type"), description.get("kv_cache_type", description.get("kv_quant_type"))
-    if kind == (None, None):
-        return None
-    if kind == ("FAQuant", None):
-        return AttentionScheme(heads=True)
-    if kind != (None, "C8"):
-        raise ModelError(f"{file}: attention of type {' and '.join(map(str, kind))} is "
-                         "not supported.", "Known types: C8, FAQuant.")  # fmt: skip
-    offsets = checkpoint.read(name for name in checkpoint.entries if name.endswith(".kv_cache_offset"))
-    return AttentionScheme(kv="int8", kv_symmetric=not any(bool(offset.any()) for offset in offsets.values()))

@@ -20,6 +20,7 @@ from torch import Tensor
 from quantcli.errors import ModelError
 from quantcli.formats.store import Store
 from quantcli.formats.sums import write_sums
+from quantcli.model import npy_names
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, file_digest, read_json, replacing
 from quantcli.model.folding import added_tensors
 from quantcli.model.names import checkpoint_prefix
@@ -47,6 +48,7 @@ _NOT_COPIED = {
     "README.md",
     "quantization.json",
     "quantize_config.json",
+    npy_names.ROUNDED,
 }
 
 

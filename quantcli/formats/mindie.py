@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
 from quantcli.formats import ascend
+from quantcli.formats.ascend_description import described_in
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -35,6 +36,7 @@ SPARE_BIASES = True
 type_name = ascend.type_name
 layout = ascend.layout
 encode = ascend.encode
+reading = ascend.reading
 decode = ascend.decode
 attention_refusal = ascend.attention_refusal
 attention_names = ascend.attention_names
@@ -84,4 +86,4 @@ def described(
     found = sorted(checkpoint.directory.glob(DESCRIPTIONS))
     if len(found) != 1:
         raise ModelError(f"{checkpoint.directory} holds {len(found)} files {DESCRIPTIONS}.", "Leave one there.")
-    return ascend.described_in(found[0], checkpoint, weights)
+    return described_in(found[0], checkpoint, weights)

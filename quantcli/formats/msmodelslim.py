@@ -3,6 +3,8 @@
 Those of static W8A8 (its v1) and W8A8S have no weight_scale and weight_offset, since engines multiply by deq_scale:
 
     weight_scale = deq_scale / input_scale        weight_offset = 0
+
+With mm_tensor, the default of its v0, a tensor has one scale, and weight_scale, weight_offset and deq_scale are [1].
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 class MsModelSlimCheckpoint(Checkpoint):
     """A checkpoint of AscendV1 or its older layout, whoever wrote it, with weight_scale and weight_offset, float32
-    [n, 1], of every linear that has deq_scale."""
+    [n, 1], or [1] with one scale a tensor, of every linear that has deq_scale."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
@@ -29,9 +31,12 @@ class MsModelSlimCheckpoint(Checkpoint):
             linear = name.removesuffix(".deq_scale")
             if linear == name or f"{linear}.input_scale" not in self.entries or len(entry.shape) != 1:
                 continue
+            channels, codes = entry.shape[0], self.entries.get(f"{linear}.weight")
+            whole = channels == 1 and codes is not None and codes.shape[:1] != (1,)
+            shape = (1,) if whole else (channels, 1)
             for missing in (f"{linear}.weight_scale", f"{linear}.weight_offset"):
                 if missing not in self.entries:
-                    self.entries[missing] = TensorEntry(missing, entry.file, (entry.shape[0], 1), "F32")
+                    self.entries[missing] = TensorEntry(missing, entry.file, shape, "F32")
                     self._derived[missing] = linear
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
@@ -47,7 +52,9 @@ class MsModelSlimCheckpoint(Checkpoint):
             if name in self._derived:
                 scale = name.endswith("scale")
                 found[name] = (
-                    self._weight_scale(self._derived[name]) if scale else torch.zeros(self.entries[name].shape)
+                    self._weight_scale(self._derived[name]).view(self.entries[name].shape)
+                    if scale
+                    else torch.zeros(self.entries[name].shape)
                 )
         return found
 
@@ -63,4 +70,4 @@ class MsModelSlimCheckpoint(Checkpoint):
             raise ModelError(f"{self.directory}: {linear}.weight_scale is missing, and does not follow from deq_scale "
                              f"{deq_scale.dtype} and input_scale {tuple(input_scale.shape)}.",
                              "Export it again.")  # fmt: skip
-        return (deq_scale.double() / input_scale.double()).float().view(-1, 1)
+        return (deq_scale.double() / input_scale.double()).float()

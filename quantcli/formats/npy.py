@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import ascend, common
+from quantcli.formats import ascend, ascend_description, common
 from quantcli.model import npy_names
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure import Linear
@@ -61,6 +61,18 @@ def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, t
     """As `ascend.layout`, with float32 for the scales that are bfloat16 there."""
     tensors = ascend.layout(linear, scheme, dtype)
     return {suffix: (_in_numpy(kind), shape) for suffix, (kind, shape) in tensors.items()}
+
+
+def reading(
+    config: Mapping[str, Any], has: Callable[[str], bool]
+) -> tuple[Callable[..., dict[str, tuple[str, tuple[int, ...]]]], Callable[..., StoredLinear]]:
+    """`layout` and `decode` for a linear as msModelSlim may have written it, too: one scale a tensor as [1]."""
+
+    def found(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+        tensors = ascend.layout_of_others(linear, scheme, dtype)
+        return {suffix: (_in_numpy(kind), shape) for suffix, (kind, shape) in tensors.items()}
+
+    return found, decode
 
 
 def _in_numpy(dtype: str) -> str:
@@ -123,8 +135,8 @@ def described(
             types["kv_cache_type"] = "C8"
         if any(name.endswith(".fa_q.scale") for name in checkpoint.entries):
             types["fa_quant_type"] = "FAQuant"
-        inferred = ascend.attention_of(checkpoint.directory, checkpoint, types)
-        return ascend.schemes_of(checkpoint, weights, kinds), inferred
+        inferred = ascend_description.attention_of(checkpoint.directory, checkpoint, types)
+        return ascend_description.schemes_of(checkpoint, weights, kinds), inferred
     said = read_json(path)
     linears, attention = said.get("linears"), said.get("attention")
     try:

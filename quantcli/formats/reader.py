@@ -27,6 +27,8 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 """Dtypes that scales may have; those of other tools' checkpoints are not always the ones written here."""
+_NUMBERS = _FLOATS | {torch.int8, torch.int32, torch.int64}
+"""Dtypes that offsets may have, likewise."""
 
 
 class QuantizedCheckpoint:
@@ -89,7 +91,8 @@ class QuantizedCheckpoint:
             if entry is None:
                 continue  # named below
             found, wanted = _TORCH_DTYPES.get(entry.dtype), getattr(torch, dtype)
-            if found != wanted and not {found, wanted} <= _FLOATS:
+            alike = _NUMBERS if "_offset" in suffix else _FLOATS
+            if found != wanted and not {found, wanted} <= alike:
                 raise self._damaged(module, suffix, f"is {entry.dtype}, not {dtype}")
             if entry.shape != shape:
                 raise self._damaged(module, suffix, f"has shape {entry.shape}, not {shape}")
@@ -107,8 +110,15 @@ class QuantizedCheckpoint:
         return stored
 
     def read_attention(self, module: str) -> dict[str, Tensor]:
-        """The scales of one attention module, by the names of parts that the store has (ATTENTION_PARTS)."""
-        names = {name: part for name, part in self._attention_names(self._attention_paths[module]).items() if part}
+        """The scales of one attention module, by the names of parts that the store has (ATTENTION_PARTS). Raises
+        ModelError for offsets that its scheme does not have."""
+        found = self._attention_names(self._attention_paths[module])
+        names = {name: part for name, part in found.items() if part}
+        zeros = self.raw.read(name for name in found if name not in names and name in self.raw.entries)
+        for name, offset in zeros.items():
+            if bool(offset.any()):
+                raise ModelError(f"{self.directory}: {name} is not zero, and {module} is read as symmetric.",
+                                 "Quantize it again without offsets.")  # fmt: skip
         read = self.raw.read(names)
         return {part: read[name] for name, part in names.items()}
 

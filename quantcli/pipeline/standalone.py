@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +31,8 @@ def open_checkpoint(
 ) -> tuple[Structure, QuantizedCheckpoint, dict[str, str]]:
     """The structure of the model, its checkpoint, and the name of each linear's weight in it; a tied head has none.
 
-    Raises ModelError for a format that is not known, and for biases that the model has no place for.
+    Raises ModelError for a format that is not known, for biases that the model has no place for, and for a tensor below
+    a linear that its scheme does not have.
     """
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.formats.table import open_weights
@@ -44,6 +45,8 @@ def open_checkpoint(
     checkpoint = QuantizedCheckpoint(directory, linears, weights)
     if getattr(checkpoint.form, "SPARE_BIASES", False):
         _drop_zero_biases(structure, checkpoint)
+    if checkpoint.form is not None:
+        _refuse_left_over(structure, checkpoint, weights, trust_remote_code)
     return structure, checkpoint, weights
 
 
@@ -61,6 +64,33 @@ def _drop_zero_biases(structure: Structure, checkpoint: QuantizedCheckpoint) -> 
             raise ModelError(f"{checkpoint.directory}: {name} is not zero, and the model has no such bias.",
                              "Quantize again without a shift of channels.")  # fmt: skip
         del checkpoint.entries[name]
+
+
+def _refuse_left_over(
+    structure: Structure, checkpoint: QuantizedCheckpoint, weights: Mapping[str, str], trust_remote_code: bool
+) -> None:
+    """Raise ModelError for a tensor below a linear that neither its scheme nor the model has: a further scale, a shift
+    or a part of its own there changes what the linear computes."""
+    from quantcli.model.skeleton import Skeleton
+
+    modules = {weights.get(name, name).removesuffix(".weight"): name for name in checkpoint.linears}
+    left = {}
+    for name in checkpoint.entries:
+        above = name
+        while (above := above.rpartition(".")[0]) and above not in modules:
+            pass
+        if above in modules and name not in (f"{above}.weight", f"{above}.bias"):
+            left[name] = modules[above]
+    unknown = [name for name, module in left.items() if module not in weights]
+    if left and not unknown:  # some gates have further parameters, which only the model knows
+        directory = checkpoint.directory
+        skeleton = Skeleton(directory, structure, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
+        unknown = [name for name in skeleton.unused_tensors if name in left]
+    if unknown:
+        name, module = unknown[0], left[unknown[0]]
+        kind = checkpoint.schemes[module].name if module in checkpoint.schemes else "a linear in float"
+        raise ModelError(f"{checkpoint.directory}: {name} is no tensor of {kind}, as which {module} is read.",
+                         "What it stands for is not read; quantize again without.")  # fmt: skip
 
 
 def _float_name(name: str) -> str:

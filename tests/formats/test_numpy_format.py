@@ -24,6 +24,7 @@ from quantcli.errors import ModelError, VerificationError
 from quantcli.formats import npy
 from quantcli.formats.ascend import type_name
 from quantcli.formats.npy import refusal
+from quantcli.model import npy_names
 from quantcli.model.npy_dictionary import DictionaryWriter, read_places
 from quantcli.model.npy_file import NpyCheckpoint
 from quantcli.model.npy_names import FILES, name_of, place_of
@@ -136,6 +137,8 @@ def test_conversions_keep_codes_and_dtypes(tmp_path: Path) -> None:
     one, other = (load_file(folder / "model.safetensors") for folder in (made.folder, tmp_path / "back"))
     assert one.keys() == other.keys()
     assert all(one[n].dtype == other[n].dtype and torch.equal(one[n], other[n]) for n in one)
+    assert (tmp_path / "numpy" / npy_names.ROUNDED).is_file()
+    assert not (tmp_path / "back" / npy_names.ROUNDED).exists()
     # another checkpoint in its place, and back
     convert_checkpoint(made.folder, "ascend", tmp_path / "numpy", overwrite=True)
     assert not list((tmp_path / "numpy").glob("*.npy"))

@@ -97,8 +97,8 @@ def test_scales_of_attention_are_read(
 def test_tensors_of_no_parameter_are_reported(tmp_path: Path) -> None:
     folder = alone(export_tiny(tmp_path, W8, form="compressed-tensors").folder)
     assert "of no parameter" not in verify_path(folder)
-    rewritten(folder, load_file(weights_file(folder)) | {"model.layers.0.self_attn.q_proj.azp": torch.ones(3)})
-    assert verify_path(folder)["of no parameter"] == "1 tensors, such as model.layers.0.self_attn.q_proj.azp"
+    rewritten(folder, load_file(weights_file(folder)) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)})
+    assert verify_path(folder)["of no parameter"] == "1 tensors, such as model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 @pytest.mark.parametrize("form", ["ascend", "mindie"])
