@@ -202,6 +202,8 @@ def windows_scored(
     """Per-window scores of the models `float` and, if it is there, `quantized`, from the hidden states that left their
     last blocks."""
     from quantcli.evaluation.scores import score_windows
+    from quantcli.model.heap import large_blocks_kept
+    from quantcli.model.stream import HEAD_BYTES
 
     def logits(name: str) -> Pieces:
         return lambda batch, sample, first: streams[name].logits(
@@ -209,6 +211,7 @@ def windows_scored(
         )
 
     with ExitStack() as heads:
+        heads.enter_context(large_blocks_kept(2 * HEAD_BYTES))
         for stream in streams.values():
             heads.enter_context(stream.head())
         quantized = logits("quantized") if "quantized" in streams else None
