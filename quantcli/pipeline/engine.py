@@ -257,7 +257,9 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str) -> None:
         if recorded.get("fingerprint") != fingerprint:  # killed between the stage's record and the run's
             recorded = _stage_record(fingerprint, folder, None, None)
             _record(context, stage.name, recorded)
-        context.results[stage.name] = {**recorded, "reused": True}
+        # what readers are up to date with is what the files hold, not what was once written
+        files = {**recorded["files"], **folder.changed()}
+        context.results[stage.name] = {**recorded, "files": files, "reused": True}
         return
     started = time.perf_counter()
     # what this one has no events of, an interrupted run before it has

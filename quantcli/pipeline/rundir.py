@@ -148,6 +148,12 @@ class StageFolder:
         self.fingerprint, self.files, self.sizes = fingerprint, record["files"], record["sizes"]
         return all(_size(self.path / name) == self.sizes.get(name, -1) for name in self.files)
 
+    def changed(self) -> dict[str, str]:
+        """What files of a complete stage hold now, as sha256, that were written to after its record was."""
+        recorded = (self.path / STAGE_RECORD).stat().st_mtime_ns
+        later = [name for name in self.files if (self.path / name).stat().st_mtime_ns > recorded]
+        return {name: file_digest(self.path / name) for name in later}
+
     def finish(self) -> None:
         """Record that the stage is complete."""
         self._write(complete=True)

@@ -29,3 +29,34 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_tensors_that_come_again_find_their_pages() -> None:
     found = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     assert int(found.stdout) < 1000  # new pages for all would be 115,200
+
+
+LOGITS = """
+import resource, torch
+from pathlib import Path
+from quantcli.model.heap import keep_freed_memory, large_blocks_kept
+
+def faults(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        [torch.ones(12 << 20) for _ in range(2)]  # two tensors of 48 MiB, above what the heap serves otherwise
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+keep_freed_memory()
+before = resident()
+with large_blocks_kept(256 << 20):
+    faults(5)
+    print(faults(5))
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_large_blocks_find_their_pages_until_they_are_given_back() -> None:
+    found = subprocess.run([sys.executable, "-c", LOGITS], capture_output=True, text=True, check=True)
+    faults, left = map(int, found.stdout.split())
+    assert faults < 1000  # new pages for all would be 122,880
+    assert left < 40 << 20  # of 96 MiB

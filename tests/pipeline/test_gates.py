@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -210,6 +211,22 @@ def test_a_run_keeps_its_gates_until_codes_are_flipped(
     assert suite.get("failures") == "0"
     kept = (out / "gates" / "summary.md").read_text()
     assert "all 6 gates kept" in kept
+
+    files = sorted((out / "export" / "compressed-tensors").iterdir())
+    for path in files:  # as a copy does
+        os.utime(path)
+    status, content, err, suite = ran()
+    assert status == 0
+    assert all(stage["reused"] for stage in content["stages"].values())
+
+    weights = out / "export" / "compressed-tensors" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-64] + bytes(64))
+    status = run_command(["run", str(file), "--quiet"])
+    assert status == 5, "an export that was damaged since it was scored is found before its old scores count"
+    assert "model.safetensors" in capsys.readouterr().err
+    weights.write_bytes(whole)
+    assert ran()[0] == 0
 
     before = (out / "quantize" / "block-00001.safetensors").stat().st_size
     flip_codes(out / "quantize" / "block-00001.safetensors")
