@@ -202,17 +202,21 @@ def described(
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
     """Scheme of each quantized linear, and of attention, that config.json says. `weights` names the model's linears.
 
-    Raises ModelError where the tensors of a linear are of another layout than its group says.
+    Raises ModelError where the tensors of a linear are of another layout than its group says, and for what
+    config.json says that is not supported.
     """
     content = config["quantization_config"]
-    groups = _groups_of(content, weights)
+    try:
+        groups, attention = _groups_of(content, weights), parse_attention(content)
+    except ModelError as error:
+        raise ModelError(f"{checkpoint.directory / 'config.json'}: {error.message}", error.remedy) from error
     for name, (scheme, form) in groups.items():
         if form != layout_name(scheme):
             prefix = weights[name].removesuffix(".weight")
             if f"{prefix}.weight_packed" in checkpoint.entries or f"{prefix}.weight" not in checkpoint.entries:
                 raise ModelError(f"{checkpoint.directory}: quantization_config says that {name} is {form}, but its "
                                  "tensors are not.", "Export it again.")  # fmt: skip
-    return {name: scheme for name, (scheme, _) in groups.items()}, parse_attention(content)
+    return {name: scheme for name, (scheme, _) in groups.items()}, attention
 
 
 def configuration(
@@ -371,6 +375,7 @@ def _validated(content: Mapping[str, Any]) -> Any:
     from compressed_tensors.quantization import QuantizationConfig
     from pydantic import ValidationError
 
+    _refuse_beside_codes(content)
     try:
         config = QuantizationConfig.model_validate(dict(content))
     except (ValidationError, ValueError, TypeError) as error:
@@ -382,6 +387,20 @@ def _validated(content: Mapping[str, Any]) -> Any:
         raise ModelError("quantization_config: of caches only fp8 ones with a scale for keys and one for values are "
                          "supported.")  # fmt: skip
     return config
+
+
+def _refuse_beside_codes(content: Mapping[str, Any]) -> None:
+    """Raise ModelError for what the format's own library has no field for any more, and would pass over: transforms
+    that engines apply while the model runs, without which it computes something else, and sparse weights."""
+    if content.get("transform_config") not in (None, {}, {"config_groups": {}}):
+        raise ModelError("quantization_config.transform_config: rotations that engines apply while the model runs "
+                         "(of SpinQuant and QuIP) are not supported.",
+                         "Quantize again without them, or use an engine that has them.")  # fmt: skip
+    sparsity = content.get("sparsity_config") or {"format": "dense"}
+    form = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
+    if form != "dense":
+        raise ModelError(f"quantization_config.sparsity_config: weights of format {str(form)[:100]!r} are not "
+                         "supported.", "Save it again without sparse compression.")  # fmt: skip
 
 
 def _scheme(group: Any, form: str) -> tuple[Scheme, str]:
