@@ -66,6 +66,7 @@ TYPES = (
 PARTS = 16
 """Into how many devices a linear of 4 bits can be split along its input, each with sums in scale_bias of its own."""
 
+_REMEDY = "Take the description that belongs to these weights, or export it again."
 _SCHEMES = {
     "W8A16": Scheme(8),
     "W8A8_DYNAMIC": Scheme(8, activations="dynamic"),
@@ -352,7 +353,22 @@ def described_in(
         if kind not in TYPES:
             raise ModelError(f"{file}: {weight} has the type {kind!r}.", f"Known types: {', '.join(TYPES)}.")
         kinds[module] = kind
-    return schemes_of(checkpoint, weights, kinds), attention_of(file, checkpoint, description)
+    schemes = schemes_of(checkpoint, weights, kinds)
+    whole = description.get("model_quant_type")
+    quantized = sorted({*kinds.values()} - {"FLOAT"})
+    # msModelSlim calls models of some types FLOAT
+    if quantized and whole in TYPES and whole not in ("FLOAT", *quantized):
+        raise ModelError(f"{file}: model_quant_type is {whole}, and linears are {', '.join(quantized)}.", _REMEDY)
+    check_group_size(file, description.get("group_size"), schemes)
+    return schemes, attention_of(file, checkpoint, description)
+
+
+def check_group_size(file: Path, said: object, schemes: Mapping[str, Scheme]) -> None:
+    """Raise ModelError where `file` says another size of groups than linears have, if it says one."""
+    for module, scheme in schemes.items():
+        if said is not None and scheme.group_size not in (None, said):
+            raise ModelError(f"{file}: group_size is {said!r}, and {module} has groups of {scheme.group_size}.",
+                             _REMEDY)  # fmt: skip
 
 
 def schemes_of(checkpoint: Checkpoint, weights: Mapping[str, str], kinds: Mapping[str, str]) -> dict[str, Scheme]:

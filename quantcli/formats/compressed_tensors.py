@@ -19,8 +19,6 @@ expressions; earlier versions take a class before such parts. Its output head is
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -334,36 +332,8 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
 
     exact = {pattern for pattern in patterns if not pattern.startswith("re:")}
     others = sorted({pattern for pattern in patterns if pattern.startswith("re:")})
-    _check_expressions(others)
+    common.check_expressions([pattern.removeprefix("re:") for pattern in others])
     return lambda name: name in exact or any(match_name(name, pattern) for pattern in others)
-
-
-_EXPRESSIONS, _STEPS = 1000, 1e9
-
-
-def _check_expressions(patterns: list[str]) -> None:
-    """Refuse regular expressions that cannot be read, or that may take for ever to match a name. Raises ModelError."""
-    if len(patterns) > _EXPRESSIONS:
-        raise ModelError(f"quantization_config has {len(patterns)} regular expressions.", "Name the linears.")
-    for pattern in patterns:
-        if _steps(pattern) > _STEPS:
-            raise ModelError(f"quantization_config: {pattern[:200]!r} may take for ever to match.", "Name the linears.")
-        try:
-            re.compile(pattern.removeprefix("re:"))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ModelError(f"quantization_config: {pattern[:200]!r} is no regular expression: {error}.") from error
-
-
-def _steps(pattern: str) -> float:
-    """A bound of the ways in which an expression can be tried on a name of 60 characters: each repetition may end at
-    each of them, each optional part be there or not, each group be any of its alternatives."""
-    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)
-    if re.search(r"\)[*+{]", bare) or len(bare) > 10_000:  # repeated groups multiply without end
-        return math.inf
-    repeated, optional = len(re.findall(r"[*+{]", bare)), len(re.findall(r"(?<![(*+?}])\?", bare))
-    groups = bare.count("(") + 1
-    exponent = repeated * math.log(60) + optional * math.log(2) + groups * math.log(bare.count("|") / groups + 1)
-    return math.exp(min(exponent, 500))
 
 
 def parse_attention(content: Mapping[str, Any]) -> AttentionScheme | None:

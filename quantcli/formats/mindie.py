@@ -80,8 +80,12 @@ def recognizes(directory: Path, config: Mapping[str, Any]) -> bool:
 def described(
     checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, str]
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
-    """As `ascend.described`. Raises ModelError, too, for several descriptions."""
+    """As `ascend.described`; the size of groups stands in config.json. Raises ModelError, too, for several
+    descriptions."""
     found = sorted(checkpoint.directory.glob(DESCRIPTIONS))
     if len(found) != 1:
         raise ModelError(f"{checkpoint.directory} holds {len(found)} files {DESCRIPTIONS}.", "Leave one there.")
-    return ascend.described_in(found[0], checkpoint, weights)
+    schemes, attention = ascend.described_in(found[0], checkpoint, weights)
+    said = config.get("quantization_config") or {}
+    ascend.check_group_size(checkpoint.directory / "config.json", said.get("group_size"), schemes)
+    return schemes, attention

@@ -132,6 +132,7 @@ def check_planned(found: Mapping[str, Scheme], planned: Mapping[str, Scheme]) ->
 
 def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     from quantcli.formats.verify_ascend import FORMS, check_description_alone
+    from quantcli.formats.verify_gptq import check_configuration_alone
     from quantcli.model.skeleton import Skeleton
     from quantcli.pipeline.standalone import open_checkpoint
 
@@ -153,6 +154,8 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
                 raise VerificationError(f"{path}: {linear.name} has no weight.", "Export it again.")
         if checkpoint.form.NAME in FORMS[:2]:
             check_description_alone(checkpoint, structure, weights)
+        elif checkpoint.form.NAME in ("gptq", "awq"):
+            check_configuration_alone(checkpoint, read_json(path / "config.json"), structure, weights)
     except ModelError as error:
         raise VerificationError(str(error)) from error
     sums = "it has no checksums" if files is None else f"and the checksums of its {files} files"

@@ -69,3 +69,129 @@ def test_what_changes_nothing_is_read(tmp_path: Path) -> None:
         for sparsity in ({}, None, {"format": "dense", "global_sparsity": 0.1}):
             say(folder, transform_config=transforms, sparsity_config=sparsity)
             assert len(open_checkpoint(folder)[1].schemes) == 14
+
+
+UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
+
+
+def refused(folder: Path, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason) as caught:
+        open_checkpoint(folder)
+    assert str(folder / "config.json") in caught.value.message
+    with pytest.raises(VerificationError, match=reason):
+        verify_path(folder)
+
+
+@pytest.mark.parametrize(
+    ("form", "said", "reason"),
+    [
+        ("gptq", {"bits": 8}, r"\.bits is 8 for .*q_proj, and its tensors have 4 bits"),
+        ("gptq", {"group_size": 64}, r"\.group_size is 64 for .*q_proj, and its tensors have groups of 32"),
+        ("gptq", {"group_size": -1}, r"\.group_size is -1 for .*, and its tensors have groups of 32"),
+        ("gptq", {"group_size": 0}, r"\.group_size is 0 for "),
+        ("gptq", {"dynamic": {"+:.*down_proj": {"bits": 8}}}, r"\.bits is 8 for .*down_proj, and .* 4 bits"),
+        ("gptq", {"dynamic": {r"-:.*\.mlp\..*": {}}}, r"\.dynamic leaves .*gate_proj in float"),
+        ("gptq", {"modules_in_block_to_quantize": [["mlp.up_proj"]]}, r"modules_in_block.* leaves .*q_proj in float"),
+        ("gptq", {"dynamic": {"(a+)+": {"bits": 8}}}, "may take for ever to match"),
+        ("awq", {"group_size": 64}, r"\.group_size is 64 for .*q_proj, and its tensors have groups of 32"),
+        ("awq", {"modules_to_not_convert": ["down_proj"]}, r"\.modules_to_not_convert leaves .*down_proj in float"),
+        ("awq", {"modules_to_not_convert": [UP]}, rf"\.modules_to_not_convert leaves {UP} in float"),
+    ],
+)
+def test_bits_and_groups_are_those_of_the_tensors(form: str, said: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    folder = made(tmp_path, form).folder
+    assert verify_path(folder)["linears"] == 14
+    say(folder, **said)
+    refused(folder, reason)
+
+
+def test_one_scale_a_channel_is_no_group(tmp_path: Path) -> None:
+    folder = made(tmp_path, "gptq", Scheme(4, float16_scales=True)).folder
+    for size in (-1, 128):  # 128 inputs have one scale in either case, as have 64
+        say(folder, group_size=size)
+        assert len(open_checkpoint(folder)[1].schemes) == 14
+    say(folder, group_size=32)
+    refused(folder, r"\.group_size is 32 for .*, and its tensors have one scale a channel")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"bits": 8, "dynamic": {r".*\.(?:0|1)\..*": {"bits": 4}}},
+        {"bits": 8, "dynamic": {r"+:model\.layers\.\d\.mlp": {"bits": 4}, ".*": {"bits": 4, "sym": True}}},
+        {"dynamic": {r"+:.*down_proj": {}, "-:.*down_proj": {}, r"-:^lm_head$": {}}},  # the first rule holds
+        {"group_size": 64, "dynamic": {".*": {"group_size": 32}}},
+        {"modules_in_block_to_quantize": [["self_attn"], ["gate_proj", "up_proj"], ["mlp.down_proj"]]},
+        {"desc_act": True, "damp_percent": 0.1, "static_groups": False, "true_sequential": True},
+    ],
+)
+def test_modules_may_have_settings_of_their_own(said: dict[str, Any], tmp_path: Path) -> None:
+    folder = made(tmp_path, "gptq").folder
+    say(folder, **said)
+    assert verify_path(folder)["linears"] == 14
+
+
+@pytest.mark.parametrize("left", [["gate"], ["lm_head"], None, [DOWN]])
+def test_parts_of_names_are_whole_ones(left: list[str] | None, tmp_path: Path) -> None:
+    kept = left if left == [DOWN] else []
+    folder = made(tmp_path, "awq", kept=kept or ()).folder
+    say(folder, modules_to_not_convert=left)
+    assert verify_path(folder)["linears"] == 14 - len(kept or ())
+
+
+def test_autoround_names_linears_of_their_own(tmp_path: Path) -> None:
+    folder = made(tmp_path, "gptq").folder
+    of_autoround = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "data_type": "int"}
+    say(
+        folder, **of_autoround, bits=8, extra_config={UP: {"bits": 8}, r".*_proj": {"bits": 4}, "lm_head": {"bits": 16}}
+    )
+    refused(folder, rf"\.bits is 8 for {UP}, and its tensors have 4 bits")
+    say(folder, extra_config={r"layers\.\d+\.": {"bits": 4, "group_size": 32}})
+    assert len(open_checkpoint(folder)[1].schemes) == 14
+    say(folder, bits=4, extra_config={DOWN: {"bits": 16}})
+    refused(folder, rf"\.extra_config leaves {DOWN} in float")
+
+
+@pytest.mark.parametrize(("form", "key"), [("gptq", "dynamic"), ("awq", "modules_to_not_convert")])
+def test_what_is_in_float_is_said_to_be(form: str, key: str, tmp_path: Path) -> None:
+    folder = made(tmp_path, form, kept=[DOWN]).folder
+    assert verify_path(folder)["linears"] == 13
+    say(folder, **{key: None, "modules_in_block_to_quantize": None})
+    assert len(open_checkpoint(folder)[1].schemes) == 13
+    with pytest.raises(VerificationError, match=rf"does not leave {DOWN} in float, and its tensors are not quantized"):
+        verify_path(folder)
+
+
+@pytest.mark.parametrize(
+    ("form", "said", "reason"),
+    [
+        ("ascend", {"model_quant_type": "W8A8"}, "model_quant_type is W8A8, and linears are W4A16"),
+        ("mindie", {"model_quant_type": "W8A8"}, "model_quant_type is W8A8, and linears are W4A16"),
+        ("ascend", {"group_size": 64}, r"group_size is 64, and .*q_proj has groups of 32"),
+        ("ascend", {"group_size": 0}, r"group_size is 0, and .*q_proj has groups of 32"),
+        ("ascend", {"model_quant_type": "FLOAT"}, ""),  # as msModelSlim says of some types
+        ("ascend", {"group_size": None}, ""),
+    ],
+)
+def test_a_description_says_of_the_whole_what_its_linears_are(
+    form: str, said: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    folder = made(tmp_path, form, Scheme(4, granularity="group", group_size=32)).folder
+    (file,) = folder.glob("quant_model_description*.json")
+    file.chmod(0o600)
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    if not reason:
+        assert verify_path(folder)["linears"] == 14
+        return
+    with pytest.raises(ModelError, match=reason) as caught:
+        open_checkpoint(folder)
+    assert str(file) in caught.value.message
+    with pytest.raises(VerificationError, match=reason):
+        verify_path(folder)
+
+
+def test_mindie_says_the_size_of_groups_in_config_json(tmp_path: Path) -> None:
+    folder = made(tmp_path, "mindie", Scheme(4, granularity="group", group_size=32)).folder
+    assert verify_path(folder)["linears"] == 14
+    say(folder, group_size=64)
+    refused(folder, r"group_size is 64, and .*q_proj has groups of 32")
