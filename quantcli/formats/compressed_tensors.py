@@ -348,7 +348,14 @@ def _validated(content: Mapping[str, Any]) -> Any:
     _refuse_beside_codes(content)
     try:
         config = QuantizationConfig.model_validate(dict(content))
-    except (ValidationError, ValueError, TypeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        # between the names of fields stand those of the library's own functions
+        place = ".".join(str(part) for part in ("quantization_config", *first["loc"]) if "[" not in str(part))
+        raise ModelError(
+            f"{place}: {first['msg'].removeprefix('Value error, ')}.", "Correct it, or download the file again."
+        ) from error
+    except (ValueError, TypeError) as error:
         raise ModelError(f"quantization_config is not valid: {str(error).splitlines()[0]}.") from error
     if config.quantization_status != "compressed":
         raise ModelError("quantization_config: only compressed weights are supported.")

@@ -63,6 +63,21 @@ def test_what_would_change_the_function_is_refused(
         verify_path(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"group_size": 0}, r"quantization_config\.config_groups\.group_0\.weights: .*group_size .*positive"),
+        ({"num_bits": "many"}, r"quantization_config\.config_groups\.group_0\.weights\.num_bits: .*integer"),
+    ],
+)
+def test_a_value_that_is_not_valid_is_named(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    folder = made(tmp_path, "compressed-tensors").folder
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    groups["group_0"]["weights"] |= changes
+    say(folder, config_groups=groups)
+    refused(folder, reason)
+
+
 def test_what_changes_nothing_is_read(tmp_path: Path) -> None:
     folder = made(tmp_path, "compressed-tensors").folder
     for transforms in ({}, None, {"config_groups": {}}):
