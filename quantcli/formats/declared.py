@@ -13,14 +13,27 @@ Beside bits and group size of the whole it may name linears that differ, in the 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from quantcli.errors import ModelError
 from quantcli.formats import common
+from quantcli.model.checkpoint import read_json
 
+CONFIG = "quantize_config.json"
+"""Beside config.json, which says the same of GPTQ; older checkpoints have this file alone."""
 _REMEDY = "Take the configuration that belongs to these weights, or quantize again."
+
+
+def read_configuration(directory: Path, tensors: Iterable[str]) -> dict[str, Any]:
+    """config.json of a checkpoint with these tensors. What AutoGPTQ once said of weights that have a qweight, in a file
+    of its own, is its quantization_config."""
+    config = read_json(directory / "config.json")
+    if "quantization_config" not in config and (directory / CONFIG).is_file():
+        if any(name.endswith(".qweight") for name in tensors):
+            config["quantization_config"] = {"quant_method": "gptq"} | read_json(directory / CONFIG)
+    return config
 
 
 class Declared:
@@ -28,6 +41,8 @@ class Declared:
 
     def __init__(self, directory: Path, content: Mapping[str, Any]) -> None:
         self.file = directory / "config.json"
+        if "quantization_config" not in read_json(self.file):
+            self.file = directory / CONFIG
         self._whole = {
             "bits": content.get("bits", content.get("w_bit")),
             "group_size": content.get("group_size", content.get("q_group_size")),

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
 from quantcli.formats import common
-from quantcli.formats.declared import Declared
+from quantcli.formats.declared import CONFIG, Declared
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -54,8 +54,6 @@ attention_names = common.attention_names
 attention_tensors = common.attention_tensors
 
 BITS = (2, 3, 4, 8)
-CONFIG = "quantize_config.json"
-"""Beside config.json, which says the same: older loaders look for it."""
 
 
 def refusal(linear: Linear, scheme: Scheme) -> str:

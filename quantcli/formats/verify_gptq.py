@@ -96,13 +96,13 @@ def check_awq(config: Mapping[str, Any], store: Store, in_float: set[str]) -> No
 
 
 def check_configuration_alone(
-    checkpoint: QuantizedCheckpoint, config: Mapping[str, Any], structure: Structure, weights: Mapping[str, str]
+    checkpoint: QuantizedCheckpoint, structure: Structure, weights: Mapping[str, str]
 ) -> None:
     """Without a store: quantization_config leaves in float what is, of linears that other blocks have quantized.
 
     Which kinds of linears there are to quantize is the tools' own knowledge. Raises VerificationError.
     """
-    declared = Declared(checkpoint.directory, config["quantization_config"])
+    declared = Declared(checkpoint.directory, checkpoint.config["quantization_config"])
     kinds = {re.sub(r"\d+", "", name) for name in checkpoint.schemes}
     for linear in structure.linears():
         if linear.name in checkpoint.schemes or re.sub(r"\d+", "", linear.name) not in kinds:

@@ -155,7 +155,7 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
         if checkpoint.form.NAME in FORMS[:2]:
             check_description_alone(checkpoint, structure, weights)
         elif checkpoint.form.NAME in ("gptq", "awq"):
-            check_configuration_alone(checkpoint, read_json(path / "config.json"), structure, weights)
+            check_configuration_alone(checkpoint, structure, weights)
     except ModelError as error:
         raise VerificationError(str(error)) from error
     sums = "it has no checksums" if files is None else f"and the checksums of its {files} files"

@@ -13,6 +13,7 @@ from tiny_exports import Export, export_tiny
 from quantcli.errors import ModelError, VerificationError
 from quantcli.formats.sums import SUMS
 from quantcli.pipeline.convert import convert_checkpoint
+from quantcli.pipeline.inspect import inspect_path
 from quantcli.pipeline.standalone import open_checkpoint, score_recipe
 from quantcli.pipeline.verify import verify_path
 from quantcli.quant.scheme import Scheme
@@ -210,3 +211,27 @@ def test_mindie_says_the_size_of_groups_in_config_json(tmp_path: Path) -> None:
     assert verify_path(folder)["linears"] == 14
     say(folder, group_size=64)
     refused(folder, r"group_size is 64, and .*q_proj has groups of 32")
+
+
+def test_older_gptq_has_its_settings_in_a_file_of_its_own(tmp_path: Path) -> None:
+    folder = made(tmp_path, "gptq").folder
+    config = json.loads((folder / "config.json").read_text())
+    wanted = {name: scheme.name for name, scheme in open_checkpoint(folder)[1].schemes.items()}
+    said = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    older = {key: said[key] for key in ("bits", "group_size", "sym", "desc_act")} | {"damp_percent": 0.01}
+    file = folder / "quantize_config.json"
+    file.write_text(json.dumps(older))
+    assert {name: scheme.name for name, scheme in open_checkpoint(folder)[1].schemes.items()} == wanted
+    assert verify_path(folder)["linears"] == 14
+    assert inspect_path(folder)["kind"] == "quantized checkpoint (gptq)"
+    assert convert_checkpoint(folder, "compressed-tensors", tmp_path / "out")["linears"] == 14
+    file.write_text(json.dumps(older | {"bits": 8}))
+    with pytest.raises(ModelError, match=r"quantize_config.json: quantization_config.bits is 8 for"):
+        open_checkpoint(folder)
+
+
+def test_such_a_file_beside_a_float_model_says_nothing(tmp_path: Path) -> None:
+    model = made(tmp_path, "gptq").model
+    (model / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 32}))
+    assert open_checkpoint(model)[1].form is None
