@@ -30,9 +30,9 @@ def read_configuration(directory: Path, tensors: Iterable[str]) -> dict[str, Any
     """config.json of a checkpoint with these tensors. What AutoGPTQ once said of weights that have a qweight, in a file
     of its own, is its quantization_config."""
     config = read_json(directory / "config.json")
-    if "quantization_config" not in config and (directory / CONFIG).is_file():
-        if any(name.endswith(".qweight") for name in tensors):
-            config["quantization_config"] = {"quant_method": "gptq"} | read_json(directory / CONFIG)
+    alone = "quantization_config" not in config and (directory / CONFIG).is_file()
+    if alone and any(name.endswith(".qweight") for name in tensors):
+        config["quantization_config"] = {"quant_method": "gptq"} | read_json(directory / CONFIG)
     return config
 
 

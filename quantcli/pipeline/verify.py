@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError, RecipeError, VerificationError
-from quantcli.formats.sums import check_digests, check_strangers, check_sums
+from quantcli.formats.sums import SUMS, check_digests, check_strangers, check_sums
 from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.rundir import RECIPE, RECORD, STAGE_RECORD, is_run
+from quantcli.pipeline.source import where_checkpoints_are
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,8 @@ def verify_path(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any
     run = resolved.parent.parent
     if resolved.parent.name == "export" and is_run(run):
         return _verify_run(run, resolved.name)
-    if not (path / "config.json").is_file():
-        raise RecipeError(f"{path} is neither a run directory nor a checkpoint.", "Name one of them.")
+    if not any((path / name).is_file() for name in ("config.json", SUMS)):
+        raise RecipeError(f"{path} is neither a run directory nor a checkpoint.", where_checkpoints_are(path))
     return _verify_alone(path, trust_remote_code)
 
 
