@@ -89,7 +89,10 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     if "export" not in record:
         raise VerificationError(f"{run} holds no finished export.", f"Run it: quantcli export {run / RECIPE}")
     recipe = load_recipe(run / RECIPE)
-    formats = [only] if only else list(recipe.export.formats if recipe.export else ())
+    named = list(recipe.export.formats if recipe.export else ())
+    files = record["export"].get("files", {})
+    # the recipe's first, then those of earlier ones, which came from the same store
+    formats = [only] if only else list(dict.fromkeys([*named, *(name.partition("/")[0] for name in files)]))
     for name in formats:  # before anything is computed
         check_digests(run / "export" / name, export_digests(run, name))
     files = read_json(run / "export" / STAGE_RECORD)["files"]
