@@ -209,8 +209,12 @@ def eval_ppl(
         _run("eval-ppl", recipe, overrides, model, output, device, as_json, quiet, verbose)
         return
     from quantcli import console
+    from quantcli.pipeline.source import require_checkpoint
     from quantcli.recipe import load_recipe
 
+    require_checkpoint(checkpoint, scored=True)
+    if model is not None:
+        require_checkpoint(Path(model))
     section: dict[str, Any] = {"perplexity": {}}
     source: Any = recipe or {"model": {"path": "."}, "quantize": {}, "evaluate": section, "output": "runs"}
     loaded = load_recipe(source, overrides or (), model=str(checkpoint), output=output or "runs", device=device)

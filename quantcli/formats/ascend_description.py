@@ -20,6 +20,7 @@ SECOND = "weight_scale_second"
 """The scales of groups, whole numbers, of W4A8 in two stages."""
 
 _OF_ATTENTION = ("C8", "FAQuant")
+_REMEDY = "Take the description that belongs to these weights, or export it again."
 _SCHEMES = {
     "W8A16": Scheme(8),
     "W8A8_DYNAMIC": Scheme(8, activations="dynamic"),
@@ -53,7 +54,21 @@ def described_in(
         if "." in name and kind in _OF_ATTENTION and kind != own:
             raise ModelError(f"{file}: {name} has the type {kind}, which no entry says of the model.",
                              "Have kv_cache_type or fa_quant_type in the file.")  # fmt: skip
-    return schemes_of(checkpoint, weights, kinds), attention
+    schemes, whole = schemes_of(checkpoint, weights, kinds), description.get("model_quant_type")
+    quantized = sorted({*kinds.values()} - {"FLOAT"})
+    # msModelSlim calls models of some types FLOAT
+    if quantized and whole in TYPES and whole not in ("FLOAT", *quantized):
+        raise ModelError(f"{file}: model_quant_type is {whole}, and linears are {', '.join(quantized)}.", _REMEDY)
+    check_group_size(file, description.get("group_size"), schemes)
+    return schemes, attention
+
+
+def check_group_size(file: Path, said: object, schemes: Mapping[str, Scheme]) -> None:
+    """Raise ModelError where `file` says another size of groups than linears have, if it says one."""
+    for module, scheme in schemes.items():
+        if said is not None and scheme.group_size not in (None, said):
+            raise ModelError(f"{file}: group_size is {said!r}, and {module} has groups of {scheme.group_size}.",
+                             _REMEDY)  # fmt: skip
 
 
 def _refuse_unread(file: Path, description: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
 from quantcli.formats import common, gptq
+from quantcli.formats.declared import Declared
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -143,7 +144,7 @@ def described(
     """The scheme of each linear that has a qweight: groups by the shapes of its tensors.
 
     Zero points of 8 in the whole model are those of symmetric weights. Raises ModelError for another version than GEMM,
-    other bits than 4, or tensors that are missing.
+    other bits than 4, or tensors that are missing or of other groups than config.json says.
     """
     content = config["quantization_config"]
     common.check_autoround(checkpoint.directory, content)
@@ -151,19 +152,20 @@ def described(
     if str(version).lower() != "gemm" or bits != BITS or content.get("zero_point") is False:
         raise ModelError(f"{checkpoint.directory}: AWQ weights of version {version!r}, {bits} bits and zero_point "
                          f"{content.get('zero_point')} are not supported.", "Known: gemm, 4, true.")  # fmt: skip
-    groups: dict[str, tuple[int, int]] = {}
+    declared = Declared(checkpoint.directory, content)
+    groups: dict[str, tuple[int, int, object]] = {}
     zeros = []
     for module, weight in weights.items():
-        parts = [f"{weight.removesuffix('.weight')}.{part}" for part in ("qweight", "scales", "qzeros")]
+        prefix = weight.removesuffix(".weight")
+        parts = [f"{prefix}.{part}" for part in ("qweight", "scales", "qzeros")]
         packed, scales, qzeros = map(checkpoint.entries.get, parts)
         if packed is not None:
             if scales is None or qzeros is None:
                 raise ModelError(f"{checkpoint.directory}: {parts[0]} stands without scales or qzeros.")
-            groups[module] = packed.shape[0], scales.shape[0]
+            inner, count = packed.shape[0], scales.shape[0]
+            said = declared.checked((module, prefix), BITS, inner, count)
+            groups[module] = inner, count, said["group_size"]
             zeros.append(parts[2])
     middle = int.from_bytes(b"\x88" * 4, "little", signed=True)
     symmetric = all(bool((checkpoint.read([name])[name] == middle).all()) for name in zeros)
-    size = content.get("group_size", content.get("q_group_size"))
-    return {
-        module: gptq.grouped(BITS, symmetric, inner, count, size) for module, (inner, count) in groups.items()
-    }, None
+    return {module: gptq.grouped(BITS, symmetric, *shape) for module, shape in groups.items()}, None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +60,34 @@ def check_autoround(directory: Path, content: Mapping[str, Any]) -> None:
             raise ModelError(f"{directory}: AutoRound's data_type {kind!r} with inputs of {inputs} bits and sym "
                              f"{each.get('sym')} is not supported.",
                              "Known: integer weights, all symmetric or all not, with inputs in float.")  # fmt: skip
+
+
+_EXPRESSIONS, _STEPS = 1000, 1e9
+
+
+def check_expressions(patterns: list[str]) -> None:
+    """Refuse regular expressions that cannot be read, or that may take for ever to match a name. Raises ModelError."""
+    if len(patterns) > _EXPRESSIONS:
+        raise ModelError(f"quantization_config has {len(patterns)} regular expressions.", "Name the linears.")
+    for pattern in patterns:
+        if _steps(pattern) > _STEPS:
+            raise ModelError(f"quantization_config: {pattern[:200]!r} may take for ever to match.", "Name the linears.")
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ModelError(f"quantization_config: {pattern[:200]!r} is no regular expression: {error}.") from error
+
+
+def _steps(pattern: str) -> float:
+    """A bound of the ways in which an expression can be tried on a name of 60 characters: each repetition may end at
+    each of them, each optional part be there or not, each group be any of its alternatives."""
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)
+    if re.search(r"\)[*+{]", bare) or len(bare) > 10_000:  # repeated groups multiply without end
+        return math.inf
+    repeated, optional = len(re.findall(r"[*+{]", bare)), len(re.findall(r"(?<![(*+?}])\?", bare))
+    groups = bare.count("(") + 1
+    exponent = repeated * math.log(60) + optional * math.log(2) + groups * math.log(bare.count("|") / groups + 1)
+    return math.exp(min(exponent, 500))
 
 
 def recorded_schemes(store: Store) -> dict[str, Any]:

@@ -19,8 +19,6 @@ expressions; earlier versions take a class before such parts. Its output head is
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -202,17 +200,21 @@ def described(
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
     """Scheme of each quantized linear, and of attention, that config.json says. `weights` names the model's linears.
 
-    Raises ModelError where the tensors of a linear are of another layout than its group says.
+    Raises ModelError where the tensors of a linear are of another layout than its group says, and for what
+    config.json says that is not supported.
     """
     content = config["quantization_config"]
-    groups = _groups_of(content, weights)
+    try:
+        groups, attention = _groups_of(content, weights), parse_attention(content)
+    except ModelError as error:
+        raise ModelError(f"{checkpoint.directory / 'config.json'}: {error.message}", error.remedy) from error
     for name, (scheme, form) in groups.items():
         if form != layout_name(scheme):
             prefix = weights[name].removesuffix(".weight")
             if f"{prefix}.weight_packed" in checkpoint.entries or f"{prefix}.weight" not in checkpoint.entries:
                 raise ModelError(f"{checkpoint.directory}: quantization_config says that {name} is {form}, but its "
                                  "tensors are not.", "Export it again.")  # fmt: skip
-    return {name: scheme for name, (scheme, _) in groups.items()}, parse_attention(content)
+    return {name: scheme for name, (scheme, _) in groups.items()}, attention
 
 
 def configuration(
@@ -330,36 +332,8 @@ def _matcher(patterns: Iterable[str]) -> Callable[[str], bool]:
 
     exact = {pattern for pattern in patterns if not pattern.startswith("re:")}
     others = sorted({pattern for pattern in patterns if pattern.startswith("re:")})
-    _check_expressions(others)
+    common.check_expressions([pattern.removeprefix("re:") for pattern in others])
     return lambda name: name in exact or any(match_name(name, pattern) for pattern in others)
-
-
-_EXPRESSIONS, _STEPS = 1000, 1e9
-
-
-def _check_expressions(patterns: list[str]) -> None:
-    """Refuse regular expressions that cannot be read, or that may take for ever to match a name. Raises ModelError."""
-    if len(patterns) > _EXPRESSIONS:
-        raise ModelError(f"quantization_config has {len(patterns)} regular expressions.", "Name the linears.")
-    for pattern in patterns:
-        if _steps(pattern) > _STEPS:
-            raise ModelError(f"quantization_config: {pattern[:200]!r} may take for ever to match.", "Name the linears.")
-        try:
-            re.compile(pattern.removeprefix("re:"))
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ModelError(f"quantization_config: {pattern[:200]!r} is no regular expression: {error}.") from error
-
-
-def _steps(pattern: str) -> float:
-    """A bound of the ways in which an expression can be tried on a name of 60 characters: each repetition may end at
-    each of them, each optional part be there or not, each group be any of its alternatives."""
-    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)
-    if re.search(r"\)[*+{]", bare) or len(bare) > 10_000:  # repeated groups multiply without end
-        return math.inf
-    repeated, optional = len(re.findall(r"[*+{]", bare)), len(re.findall(r"(?<![(*+?}])\?", bare))
-    groups = bare.count("(") + 1
-    exponent = repeated * math.log(60) + optional * math.log(2) + groups * math.log(bare.count("|") / groups + 1)
-    return math.exp(min(exponent, 500))
 
 
 def parse_attention(content: Mapping[str, Any]) -> AttentionScheme | None:
@@ -371,9 +345,17 @@ def _validated(content: Mapping[str, Any]) -> Any:
     from compressed_tensors.quantization import QuantizationConfig
     from pydantic import ValidationError
 
+    _refuse_beside_codes(content)
     try:
         config = QuantizationConfig.model_validate(dict(content))
-    except (ValidationError, ValueError, TypeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        # between the names of fields stand those of the library's own functions
+        place = ".".join(str(part) for part in ("quantization_config", *first["loc"]) if "[" not in str(part))
+        raise ModelError(
+            f"{place}: {first['msg'].removeprefix('Value error, ')}.", "Correct it, or download the file again."
+        ) from error
+    except (ValueError, TypeError) as error:
         raise ModelError(f"quantization_config is not valid: {str(error).splitlines()[0]}.") from error
     if config.quantization_status != "compressed":
         raise ModelError("quantization_config: only compressed weights are supported.")
@@ -382,6 +364,20 @@ def _validated(content: Mapping[str, Any]) -> Any:
         raise ModelError("quantization_config: of caches only fp8 ones with a scale for keys and one for values are "
                          "supported.")  # fmt: skip
     return config
+
+
+def _refuse_beside_codes(content: Mapping[str, Any]) -> None:
+    """Raise ModelError for what the format's own library has no field for any more, and would pass over: transforms
+    that engines apply while the model runs, without which it computes something else, and sparse weights."""
+    if content.get("transform_config") not in (None, {}, {"config_groups": {}}):
+        raise ModelError("quantization_config.transform_config: rotations that engines apply while the model runs "
+                         "(of SpinQuant and QuIP) are not supported.",
+                         "Quantize again without them, or use an engine that has them.")  # fmt: skip
+    sparsity = content.get("sparsity_config") or {"format": "dense"}
+    form = sparsity.get("format") if isinstance(sparsity, dict) else sparsity
+    if form != "dense":
+        raise ModelError(f"quantization_config.sparsity_config: weights of format {str(form)[:100]!r} are not "
+                         "supported.", "Save it again without sparse compression.")  # fmt: skip
 
 
 def _scheme(group: Any, form: str) -> tuple[Scheme, str]:

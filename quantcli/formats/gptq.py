@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
 from quantcli.formats import common
+from quantcli.formats.declared import CONFIG, Declared
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -53,8 +54,6 @@ attention_names = common.attention_names
 attention_tensors = common.attention_tensors
 
 BITS = (2, 3, 4, 8)
-CONFIG = "quantize_config.json"
-"""Beside config.json, which says the same: older loaders look for it."""
 
 
 def refusal(linear: Linear, scheme: Scheme) -> str:
@@ -200,11 +199,11 @@ def described(
     checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, str]
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
     """The scheme of each linear that has a qweight: bits and groups by the shapes of its tensors, the rest from
-    config.json. Raises ModelError for packed words that are not int32, tensors that are missing, and what AutoRound
-    quantizes besides weights."""
+    config.json. Raises ModelError for packed words that are not int32, tensors that are missing or of other bits or
+    groups than config.json says, and what AutoRound quantizes besides weights."""
     content = config["quantization_config"]
     common.check_autoround(checkpoint.directory, content)
-    symmetric = content.get("sym", True) is not False
+    declared = Declared(checkpoint.directory, content)
     version = _version(content)
     if version not in ("gptq", "gptq_v2") or content.get("pack_dtype", "int32") != "int32":
         raise ModelError(f"{checkpoint.directory}: checkpoint_format {version!r} with words of "
@@ -222,7 +221,9 @@ def described(
                 raise ModelError(f"{checkpoint.directory}: {prefix} has a qweight without scales, qzeros or g_idx.")
             groups, out = scales.shape
             bits = qzeros.shape[1] * 32 // out
-            schemes[module] = grouped(bits, symmetric, packed.shape[0] * 32 // bits, groups, content.get("group_size"))
+            inner = packed.shape[0] * 32 // bits
+            said = declared.checked((module, prefix), bits, inner, groups)
+            schemes[module] = grouped(bits, said["sym"] is not False, inner, groups, said["group_size"])
     return schemes, None
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
 from quantcli.formats import ascend
-from quantcli.formats.ascend_description import described_in
+from quantcli.formats.ascend_description import check_group_size, described_in
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -82,8 +82,12 @@ def recognizes(directory: Path, config: Mapping[str, Any]) -> bool:
 def described(
     checkpoint: Checkpoint, config: Mapping[str, Any], weights: Mapping[str, str]
 ) -> tuple[dict[str, Scheme], AttentionScheme | None]:
-    """As `ascend.described`. Raises ModelError, too, for several descriptions."""
+    """As `ascend.described`; the size of groups stands in config.json. Raises ModelError, too, for several
+    descriptions."""
     found = sorted(checkpoint.directory.glob(DESCRIPTIONS))
     if len(found) != 1:
         raise ModelError(f"{checkpoint.directory} holds {len(found)} files {DESCRIPTIONS}.", "Leave one there.")
-    return described_in(found[0], checkpoint, weights)
+    schemes, attention = described_in(found[0], checkpoint, weights)
+    said = config.get("quantization_config") or {}
+    check_group_size(checkpoint.directory / "config.json", said.get("group_size"), schemes)
+    return schemes, attention

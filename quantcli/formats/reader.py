@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError, QuantcliError
+from quantcli.formats.declared import read_configuration
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.formats.table import find_format, open_weights
-from quantcli.model.checkpoint import TensorEntry, read_json
+from quantcli.model.checkpoint import TensorEntry
 from quantcli.model.skeleton import DTYPES
 from quantcli.model.structure import Linear
 from quantcli.model.writer import DTYPE_NAMES
@@ -35,15 +36,15 @@ class QuantizedCheckpoint:
     """A quantized checkpoint that reads like a float one: X.weight is dequantized when it is asked for.
 
     (q − z)·s is computed in float32 and rounded to the model's dtype, as engines do that unpack weights. `linears` are
-    the model's linears by name, `weights` the float checkpoint's name of each one's weight. A checkpoint in which
-    nothing is quantized has neither schemes nor attention. Raises ModelError for a format that is not known.
+    the model's linears by name, `weights` the float checkpoint's name of each one's weight, `config` what config.json
+    says. A checkpoint in which nothing is quantized has neither schemes nor attention. Raises ModelError for a format
+    that is not known.
     """
 
     def __init__(self, directory: Path, linears: Mapping[str, Linear], weights: Mapping[str, str]) -> None:
         self.directory = directory
         self.raw = open_weights(directory)
-        config = read_json(directory / "config.json")
-        self._config = config
+        self.config = config = read_configuration(directory, self.raw.entries)
         self.form = find_format(directory, config)
         self.dtype = _declared_dtype(directory, config)
         self.linears = linears
@@ -142,7 +143,7 @@ class QuantizedCheckpoint:
         if not hasattr(self.form, "reading"):
             return self.form.layout, self.form.decode
         found: tuple[Callable[..., Layout], Callable[..., StoredLinear]] = self.form.reading(
-            self._config, lambda suffix: self.tensor_name(module, suffix) in self.raw.entries
+            self.config, lambda suffix: self.tensor_name(module, suffix) in self.raw.entries
         )
         return found
 

@@ -37,19 +37,22 @@ def check_sums(folder: Path) -> int | None:
     digests = {match[2]: match[1] for match in found if match is not None}
     if len(digests) != len(lines) or not digests:
         raise VerificationError(f"{folder / SUMS} is damaged.", "Export it again.")
-    check_digests(folder, digests)
+    check_digests(folder, digests, "Copy it again from where it was exported.")
     check_strangers(folder, {*digests, SUMS})
     return len(digests)
 
 
-def check_digests(folder: Path, digests: Mapping[str, str]) -> None:
-    """Raise VerificationError unless every file, by its name relative to the folder, has its recorded sha256."""
+def check_digests(folder: Path, digests: Mapping[str, str], remedy: str = "") -> None:
+    """Raise VerificationError unless every file, by its name relative to the folder, has its recorded sha256. Without
+    `remedy` the folder is one of a run, which can export it again."""
     for name, digest in digests.items():
         file = folder / name
         if not file.is_file():
-            raise VerificationError(f"{file} is missing.", "Run the recipe again to export it.")
+            raise VerificationError(f"{file} is missing.", remedy or "Run the recipe again to export it.")
         if file_digest(file) != digest:
-            raise VerificationError(f"{file} is not what was exported.", "Delete it and run the recipe again.")
+            raise VerificationError(
+                f"{file} is not what was exported.", remedy or "Delete it and run the recipe again."
+            )
 
 
 def check_strangers(folder: Path, names: Collection[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,8 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from quantcli.errors import VerificationError
+from quantcli.formats.declared import Declared
 from quantcli.formats.store import Store, StoredLinear
+from quantcli.model.structure import Structure
 from quantcli.quant.scheme import Scheme
+
+if TYPE_CHECKING:
+    from quantcli.formats.reader import QuantizedCheckpoint
 
 _CHUNK = 1 << 20
 """Values whose bits, a byte each, are laid out at a time."""
@@ -88,6 +93,24 @@ def check_awq(config: Mapping[str, Any], store: Store, in_float: set[str]) -> No
         "modules_to_not_convert": sorted(in_float),
     }
     _check_entries(found, wanted, set())
+
+
+def check_configuration_alone(
+    checkpoint: QuantizedCheckpoint, structure: Structure, weights: Mapping[str, str]
+) -> None:
+    """Without a store: quantization_config leaves in float what is, of linears that other blocks have quantized.
+
+    Which kinds of linears there are to quantize is the tools' own knowledge. Raises VerificationError.
+    """
+    declared = Declared(checkpoint.directory, checkpoint.config["quantization_config"])
+    kinds = {re.sub(r"\d+", "", name) for name in checkpoint.schemes}
+    for linear in structure.linears():
+        if linear.name in checkpoint.schemes or re.sub(r"\d+", "", linear.name) not in kinds:
+            continue
+        prefix = weights.get(linear.name, linear.name).removesuffix(".weight")
+        if not isinstance(declared.settings(linear.name, prefix), str):
+            raise VerificationError(f"{declared.file}: quantization_config does not leave {linear.name} in float, and "
+                                    "its tensors are not quantized.", "Name it there, or quantize again.")  # fmt: skip
 
 
 def _check_entries(found: Mapping[str, Any], wanted: Mapping[str, Any], apart: set[str]) -> None:

@@ -17,6 +17,7 @@ from quantcli.formats.sums import SUMS
 from quantcli.formats.table import FORMATS
 from quantcli.pipeline.held import model_unheld, split_siblings, unheld
 from quantcli.pipeline.rundir import is_run, removal_rank, room_errors
+from quantcli.pipeline.source import require_checkpoint
 from quantcli.pipeline.stages.export import DESCRIPTIONS, weight_files
 from quantcli.pipeline.standalone import open_checkpoint
 
@@ -48,6 +49,7 @@ def convert_checkpoint(
     """
     if form not in FORMATS:
         raise RecipeError(f"--to: there is no format {form!r}.", f"Known formats: {', '.join(FORMATS)}.")
+    require_checkpoint(source)
     structure, checkpoint, weights = open_checkpoint(source, trust_remote_code=trust_remote_code)
     if checkpoint.form is None or checkpoint.form is dense:
         raise ModelError(f"{source} holds no codes.", "Name a quantized checkpoint.")

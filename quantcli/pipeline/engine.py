@@ -9,9 +9,10 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -236,11 +237,19 @@ def _bring_up_to_date(context: Context, until: str | None) -> None:
             context.stage = stage.name
             # by content, not by their fingerprints: files that come out the same need no new work behind them
             before = {name: context.results[name]["files"] for name in stage.reads if name in context.results}
-            identity = [base, stage.name, stage.identity(context), before]
-            fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-            _run_stage(context, stage, fingerprint)
+            fingerprint = _fingerprint([base, stage.name, stage.identity(context), before])
+            _run_stage(context, stage, fingerprint, partial(_part, context, stage, [base, before]))
             if stage.settle is not None:
                 stage.settle(context)
+
+
+def _fingerprint(identity: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _part(context: Context, stage: Stage, reads: list[Any], name: str) -> str:
+    """The fingerprint of a folder of the stage by its name; empty where its folders have none."""
+    return "" if stage.part is None else _fingerprint([*reads, stage.name, name, stage.part(context, name)])
 
 
 def _asked(context: Context) -> set[str]:
@@ -248,7 +257,7 @@ def _asked(context: Context) -> set[str]:
     return {calibrate.STAGE.name, sensitivity.STAGE.name} if context.ranking else set()
 
 
-def _run_stage(context: Context, stage: Stage, fingerprint: str) -> None:
+def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[[str], str]) -> None:
     folder = context.run.stage(stage.name)
     records = context.run.record["stages"]
     recorded = records.get(stage.name, {})
@@ -267,7 +276,11 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str) -> None:
     for name in _readers(stage.name) & records.keys():
         del records[name]  # what a change has made out of date is no result of this run any more
     context.run.write_record()
-    folder.begin(fingerprint, stage.writes(context))
+    if gone := folder.begin(fingerprint, stage.writes(context), part):
+        text = (
+            f"{folder.path}: {', '.join(gone)} came from what has changed and are not in the recipe: they are removed."
+        )
+        context.emit("note", text=text)
     context.results[stage.name] = {}
     stage.run(context, folder)
     folder.finish()

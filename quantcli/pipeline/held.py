@@ -75,12 +75,35 @@ def refuse_unheld(
     quantized: Sequence[tuple[Linear, Scheme]],
     attention: AttentionScheme | None,
 ) -> None:
-    """Raise RecipeError for what a format of the recipe cannot hold."""
+    """Raise RecipeError for what a format of the recipe cannot hold, and for linears apart that its engines join."""
     section = recipe.quantize.rollback
     further = [section.to] if section.ranks and section.to != "float" else []
+    schemes = {linear.name: scheme for linear, scheme in quantized}
     for name in recipe.export.formats if recipe.export else ():
         if reason := unheld(name, quantized, attention, further) or model_unheld(name, model, structure):
             raise RecipeError(f"export.formats: {reason}", "Choose another format or scheme, or export: null.")
+        if section.siblings == "apart":
+            reason = split_siblings(name, structure, schemes)
+            # a search is free to part them, and takes long; what a rank parts is known before anything is quantized
+            if not reason and _typed(name) and (section.target or recipe.quantize.target):
+                reason = f"engines that load {name} join linears that a search may part."
+            if reason:
+                raise RecipeError(f"export.formats: {reason}", "Leave out quantize.rollback.siblings: apart, or choose "
+                                  "another format.")  # fmt: skip
+
+
+def siblings_note(recipe: Recipe) -> list[str]:
+    """What linears that a rank parts mean to the formats of the recipe, as notes of the plan."""
+    section = recipe.quantize.rollback
+    typed = [name for name in (recipe.export.formats if recipe.export else ()) if _typed(name)]
+    if not typed or section.siblings != "apart" or not section.level:
+        return []
+    return [f"If the ranking parts linears that engines of {typed[0]} join, the run ends before it quantizes."]
+
+
+def _typed(form: str) -> bool:
+    """Whether each linear has a type by name in the format."""
+    return hasattr(FORMATS[form], "type_name")
 
 
 def unloaded(

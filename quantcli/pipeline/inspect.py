@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import ModelError
+from quantcli.formats.declared import read_configuration
 from quantcli.formats.table import find_format, open_weights
 from quantcli.model.checkpoint import read_json
 from quantcli.model.structure_cache import find_structure
@@ -40,7 +41,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     if layers := [block.experts for block in structure.blocks if block.experts]:
         count = sum(len(experts.linears) for layer in layers for experts in layer)
         facts["experts"] = f"{count} in {len(layers)} layers"
-    if (form := find_format(directory, read_json(directory / "config.json"))) is not None:
+    if (form := find_format(directory, read_configuration(directory, checkpoint.entries))) is not None:
         from quantcli.pipeline.standalone import open_checkpoint
 
         _, quantized, _ = open_checkpoint(directory)

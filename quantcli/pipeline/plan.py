@@ -16,7 +16,7 @@ from quantcli.formats.engines import Verdict, verdicts
 from quantcli.model.structure import Linear, Structure, heads_obstacles, rotation_obstacles
 from quantcli.pipeline.estimate import Estimate, estimate
 from quantcli.pipeline.fused import refuse_split, rolled_back_along
-from quantcli.pipeline.held import left_out_note, refuse_unheld, refuse_unloaded
+from quantcli.pipeline.held import left_out_note, refuse_unheld, refuse_unloaded, siblings_note
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
@@ -138,6 +138,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         notes.append(
             f"After calibration {section.level} more are rolled back: those of the highest {section.ranked_by}."
         )
+        notes += siblings_note(recipe)
     if ranked is None and section.target:
         notes.append("After calibration the fewest linears that meet rollback.target are rolled back.")
     if section.last_linear is False and structure.head is not None and structure.tied:

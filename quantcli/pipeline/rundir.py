@@ -3,7 +3,8 @@
 Every file appears by rename, complete. run.json is written first and marks the directory as a run's own. A stage's
 folder holds stage.json, which names the fingerprint that its files belong to, their digests and sizes, and, until the
 stage is complete, what it may write: after a kill, files under the same fingerprint are kept and work goes on behind
-them; under another they are removed, and nothing else is.
+them; under another they are removed, and nothing else is. Folders of a stage may have fingerprints of their own, which
+are recorded when they are finished: those stay for as long as theirs is the same.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePath, PurePosixPath
@@ -33,6 +34,7 @@ KIND = "quantcli run"
 _LOCK = ".lock"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+_OF_FILES = ("files", "sizes")
 _LEFTOVER = re.compile(r"\..+\.\d+\.part")  # the temporary names of `replacing`
 
 
@@ -99,27 +101,41 @@ class StageFolder:
         self.sizes: dict[str, int] = {}
         self.fingerprint = ""
         self.writes: tuple[str, ...] = ()
+        self.parts: dict[str, str] = {}
+        self._part: Callable[[str], str] = lambda name: ""
 
-    def begin(self, fingerprint: str, writes: Iterable[str]) -> None:
+    def begin(self, fingerprint: str, writes: Iterable[str], part: Callable[[str], str] = lambda name: "") -> list[str]:
         """Make the folder ready for work under a fingerprint: files of another are removed, its own are kept.
 
         `writes` are glob patterns, relative to the folder, of all that the stage may write. A recorded file that is
-        missing or has another size is forgotten, so that it is made again.
+        missing or has another size is forgotten, so that it is made again. `part` gives the fingerprint of a folder in
+        it, by its name. The names of folders that were removed and that this stage does not write are returned.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        record = self._read()
+        record, writes = self._read(), tuple(writes)
+        before = set(map(_folder, record.get("files", {})))
         if record.get("fingerprint") != fingerprint:
-            self._remove([*record.get("files", {}), *record.get("writes", ())])
-            record = {}
+            kept = {name: found for name, found in record.get("parts", {}).items() if found == part(name)}
+            names = [*record.get("files", {}), *record.get("writes", ())]
+            self._remove([name for name in names if _folder(name) not in kept])
+            own = {key: {n: v for n, v in record.get(key, {}).items() if _folder(n) in kept} for key in _OF_FILES}
+            record = {**own, "parts": kept}
         sizes = record.get("sizes", {})
-        self.files = {n: d for n, d in record.get("files", {}).items() if _size(self.path / n) == sizes.get(n, -1)}
+        files, written = record.get("files", {}), set(map(_folder, writes))
+        lost = {name for name in files if _size(self.path / name) != sizes.get(name, -1)}
+        broken = set(map(_folder, lost))
+        self.parts = {name: found for name, found in record.get("parts", {}).items() if name not in broken}
+        # and what is left of a folder that nobody is going to finish
+        lost |= {name for name in files if _folder(name) not in {"", *self.parts, *written}}
+        self.files = {name: digest for name, digest in files.items() if name not in lost}
         self.sizes = {name: sizes[name] for name in self.files}
-        self._remove(set(record.get("files", {})) - set(self.files))
+        self._remove(lost)
         for leftover in self.path.rglob(".*.part"):
             if _LEFTOVER.fullmatch(leftover.name):
                 leftover.unlink()
-        self.fingerprint, self.writes = fingerprint, tuple(writes)
+        self.fingerprint, self.writes, self._part = fingerprint, writes, part
         self._write(complete=False)
+        return sorted(before - {"", *map(_folder, self.files), *written})
 
     def begun(self, fingerprint: str) -> bool:
         """Whether an interrupted run has left finished files under this fingerprint."""
@@ -146,6 +162,7 @@ class StageFolder:
         if record.get("fingerprint") != fingerprint or record.get("complete") is not True:
             return False
         self.fingerprint, self.files, self.sizes = fingerprint, record["files"], record["sizes"]
+        self.parts = record.get("parts", {})
         return all(_size(self.path / name) == self.sizes.get(name, -1) for name in self.files)
 
     def changed(self) -> dict[str, str]:
@@ -154,13 +171,18 @@ class StageFolder:
         later = [name for name in self.files if (self.path / name).stat().st_mtime_ns > recorded]
         return {name: file_digest(self.path / name) for name in later}
 
+    def finish_part(self, name: str) -> None:
+        """Record that a folder in this one is complete."""
+        self.parts[name] = self._part(name)
+        self._write(complete=False)
+
     def finish(self) -> None:
         """Record that the stage is complete."""
         self._write(complete=True)
 
     def _read(self) -> dict[str, Any]:
         record = _read_object(self.path / STAGE_RECORD)
-        parts = [record.get(key, {}) for key in ("files", "sizes")]
+        parts = [record.get(key, {}) for key in (*_OF_FILES, "parts")]
         return record if all(isinstance(part, dict) for part in parts) else {}
 
     def _remove(self, patterns: Iterable[str]) -> None:
@@ -185,6 +207,8 @@ class StageFolder:
             "files": dict(sorted(self.files.items())),
             "sizes": dict(sorted(self.sizes.items())),
         }
+        if self.parts:
+            content["parts"] = dict(sorted(self.parts.items()))
         if not complete:
             content["writes"] = list(self.writes)
         write_json(self.path / STAGE_RECORD, content)
@@ -316,6 +340,11 @@ def current_events(run: Path, stages: Iterable[str]) -> list[dict[str, Any]]:
             found[stage] = []
         found.setdefault(stage, []).append(event)
     return [event for stage in ("", *stages) for event in found.get(stage, ())]
+
+
+def _folder(name: str) -> str:
+    """The folder in a stage's own that a file or pattern is in; empty if it is in none."""
+    return name.rpartition("/")[0].partition("/")[0]
 
 
 def _size(path: Path) -> int | None:

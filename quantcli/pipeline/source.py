@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import read_json
 from quantcli.model.untrusted import check_texts
-from quantcli.pipeline.rundir import room_errors
+from quantcli.pipeline.rundir import is_run, room_errors
 from quantcli.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -34,9 +34,37 @@ def locate_model(section: ModelSection, *, weights: bool = True, listener: Liste
         raise ModelError(f"{path} is neither a model directory nor a .gguf file.", "Name the directory that it is in.")
     if path.is_absolute() or path.suffix == ".gguf" or section.path.count("/") != 1:
         raise ModelError(
-            f"There is no model at {path}.", "Check model.path; relative paths start at the recipe's file."
+            f"There is no model at {path}.",
+            "Check model.path or --model; in a recipe relative paths start at its file.",
         )
     return _from_hub(section.path, section.revision, weights)
+
+
+def require_checkpoint(path: Path, *, scored: bool = False) -> None:
+    """Raise ModelError unless a path from the command line is a directory with a config.json; what is only to be
+    `scored` may be a file, or a name on the hub."""
+    if path.is_file() and not scored:
+        raise ModelError(f"{path} is a file, not the directory of a checkpoint.", where_checkpoints_are(path))
+    if path.is_dir() and not (path / "config.json").is_file():
+        kind = "a run directory" if is_run(path) else "a directory without a config.json"
+        raise ModelError(f"{path} is {kind}, not a checkpoint.", where_checkpoints_are(path))
+    named = scored and not path.is_absolute() and str(path).count("/") == 1
+    if not path.exists() and not named:
+        raise ModelError(f"There is no checkpoint at {path}.", "Check the path.")
+
+
+def where_checkpoints_are(path: Path) -> str:
+    """What to name in the place of a path that is no checkpoint."""
+    if path.is_file():
+        if (path.parent / "config.json").is_file():
+            return f"Name the directory that it is in: {path.parent}."
+        if path.suffix == ".gguf":
+            return "A .gguf file alone is read as a float model: quantcli eval-ppl --checkpoint scores it."
+        return "Name the directory that it is in, with its config.json."
+    found = sorted({*path.glob("*/config.json"), *path.glob("export/*/config.json")})
+    if found:
+        return f"Name one of its checkpoints: {', '.join(str(file.parent) for file in found[:8])}."
+    return "Name a directory with weights and their config.json."
 
 
 def _converted(file: Path, dtype: str, listener: Listener | None) -> Path:

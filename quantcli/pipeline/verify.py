@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError, RecipeError, VerificationError
-from quantcli.formats.sums import check_digests, check_strangers, check_sums
+from quantcli.formats.sums import SUMS, check_digests, check_strangers, check_sums
 from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.rundir import RECIPE, RECORD, STAGE_RECORD, is_run
+from quantcli.pipeline.source import where_checkpoints_are
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +38,8 @@ def verify_path(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any
     run = resolved.parent.parent
     if resolved.parent.name == "export" and is_run(run):
         return _verify_run(run, resolved.name)
-    if not (path / "config.json").is_file():
-        raise RecipeError(f"{path} is neither a run directory nor a checkpoint.", "Name one of them.")
+    if not any((path / name).is_file() for name in ("config.json", SUMS)):
+        raise RecipeError(f"{path} is neither a run directory nor a checkpoint.", where_checkpoints_are(path))
     return _verify_alone(path, trust_remote_code)
 
 
@@ -88,7 +89,10 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     if "export" not in record:
         raise VerificationError(f"{run} holds no finished export.", f"Run it: quantcli export {run / RECIPE}")
     recipe = load_recipe(run / RECIPE)
-    formats = [only] if only else list(recipe.export.formats if recipe.export else ())
+    named = list(recipe.export.formats if recipe.export else ())
+    files = record["export"].get("files", {})
+    # the recipe's first, then those of earlier ones, which came from the same store
+    formats = [only] if only else list(dict.fromkeys([*named, *(name.partition("/")[0] for name in files)]))
     for name in formats:  # before anything is computed
         check_digests(run / "export" / name, export_digests(run, name))
     files = read_json(run / "export" / STAGE_RECORD)["files"]
@@ -132,6 +136,7 @@ def check_planned(found: Mapping[str, Scheme], planned: Mapping[str, Scheme]) ->
 
 def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     from quantcli.formats.verify_ascend import FORMS, check_description_alone
+    from quantcli.formats.verify_gptq import check_configuration_alone
     from quantcli.model.skeleton import Skeleton
     from quantcli.pipeline.standalone import open_checkpoint
 
@@ -153,6 +158,8 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
                 raise VerificationError(f"{path}: {linear.name} has no weight.", "Export it again.")
         if checkpoint.form.NAME in FORMS[:2]:
             check_description_alone(checkpoint, structure, weights)
+        elif checkpoint.form.NAME in ("gptq", "awq"):
+            check_configuration_alone(checkpoint, structure, weights)
     except ModelError as error:
         raise VerificationError(str(error)) from error
     sums = "it has no checksums" if files is None else f"and the checksums of its {files} files"

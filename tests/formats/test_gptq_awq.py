@@ -392,7 +392,7 @@ AUTOROUND = [
 def test_the_layout_of_autoround_is_read(form: str, name: str, packing: str | None, made: Made, tmp_path: Path) -> None:
     """Which zero points each has is from qlinear_torch_zp.py, qlinear_torch.py and WQLinear_GEMM of auto-round 0.16."""
     export = copy_of(made(form, name), tmp_path)
-    as_autoround(export, packing, GPTQ[name].symmetric)
+    as_autoround(export, packing, GPTQ[name].symmetric, bits=GPTQ[name].bits, extra_config={DOWN: {"bits": 16}})
     reader = export.reader()
     assert reader.form is {"gptq": gptq, "awq": awq}[form]
     assert {scheme.name for scheme in reader.schemes.values()} == {GPTQ[name].name}

@@ -188,6 +188,9 @@ def test_killed_anywhere_weights_that_are_read_without_config_json_are_whole_or_
 def test_killed_while_an_older_export_goes_it_is_whole_or_absent(quantized: Recipe, tmp_path: Path) -> None:
     run = Path(quantized["output"])
     quantcli.run_stage("export", quantized)
+    record = json.loads((run / "export" / "stage.json").read_text())
+    parts = dict.fromkeys(record["parts"], "of another store")
+    (run / "export" / "stage.json").write_text(json.dumps(record | {"parts": parts}))
     (tmp_path / "older").mkdir()
     shutil.copytree(run, tmp_path / "older" / "run")
     changed = {**quantized, "export": {"formats": ["gptq", "compressed-tensors"]}}

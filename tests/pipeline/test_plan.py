@@ -134,6 +134,32 @@ def test_siblings_go_along_unless_they_may_part(named: str, carried: set[str]) -
     assert not any("fuse" in note for note in apart.notes)
 
 
+@pytest.mark.parametrize("form", ["ascend", "mindie"])
+def test_siblings_stay_together_in_formats_whose_engines_join_them(form: str) -> None:
+    apart: dict[str, Any] = {"siblings": "apart"}
+    both = {"formats": ["compressed-tensors", form]}
+    split = rf"export\.formats: .*q_proj is FLOAT and .*k_proj W8A8_DYNAMIC, and engines that load {form} join them"
+    names = {"names": ["*.1.*.q_proj"]}
+    with pytest.raises(RecipeError, match=split) as caught:
+        planned(**TOKEN, rollback=apart | names, export=both)
+    assert "Leave out quantize.rollback.siblings: apart" in caught.value.remedy
+    for other in ("compressed-tensors", "gptq", "numpy"):
+        quantize = {"weights": {"bits": 8}} if other == "gptq" else TOKEN
+        assert kept(planned(**quantize, rollback=apart | names, export={"formats": [other]})) == {"1.self_attn.q_proj"}
+    milder = planned(**STATIC, rollback=apart | {"names": ["*.down_proj"], "to": "W8A8-dynamic"}, export=both)
+    assert schemes(milder)["1.mlp.down_proj"] == "W8A8 dynamic"
+    level = apart | {"level": 1}
+    noted = f"engines of {form} join"
+    assert any(noted in note for note in planned(**STATIC, rollback=level, export=both).notes)
+    assert not any("engines of" in note for note in planned(**STATIC, rollback=level).notes)
+    assert planned(**STATIC, rollback=level, export=both, ranked={"model.layers.1.mlp.down_proj": "rolled back"})
+    with pytest.raises(RecipeError, match="up_proj FLOAT, and engines"):
+        planned(**STATIC, rollback=level, export=both, ranked={"model.layers.1.mlp.up_proj": "rolled back"})
+    searched = apart | {"target": {"kl_divergence": 0.1}}
+    with pytest.raises(RecipeError, match=rf"engines that load {form} join linears that a search may part"):
+        planned(**STATIC, rollback=searched, export=both)
+
+
 def test_what_was_ranked_is_rolled_back_with_its_siblings() -> None:
     name = "model.layers.1.self_attn.k_proj"
     plan = planned(**STATIC, rollback={"level": 1}, ranked={name: "rolled back by range_parm 41.2"})

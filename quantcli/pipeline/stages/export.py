@@ -34,6 +34,16 @@ def _identity(context: Context) -> dict[str, Any]:
     return {"formats": list(section.formats), "dtype": context.recipe.model.dtype, **modes}
 
 
+def _part(context: Context, form: str) -> dict[str, Any]:
+    """What the export in one format depends on, named in the recipe or not."""
+    from quantcli.formats.table import FORMATS
+
+    section = context.recipe.export
+    assert section is not None
+    restricted = form in FORMATS and _is_restricted(section, form)
+    return {"dtype": context.recipe.model.dtype, "restrict_permissions": restricted}
+
+
 def _is_restricted(section: ExportSection, form: str) -> bool:
     """Whether the files of a format get modes of their own."""
     from quantcli.formats.permissions import restricts
@@ -62,7 +72,8 @@ def source_of(recipe: Recipe, structure: Structure, checkpoint: Checkpoint) -> S
 
 
 def run(context: Context, folder: StageFolder) -> None:
-    """Writes one folder a format, each ready to serve."""
+    """Writes one folder a format, each ready to serve. Those that are there from the same store stay as they are, also
+    of formats that the recipe does not name any more."""
     from quantcli.formats.export import export_checkpoint
     from quantcli.formats.permissions import restricted
     from quantcli.formats.table import FORMATS
@@ -71,6 +82,8 @@ def run(context: Context, folder: StageFolder) -> None:
     assert section is not None
     store, source = finished_store(context.recipe, context.run.path), float_source(context)
     for name in section.formats:
+        if name in folder.parts:
+            continue
         stem = FORMATS[name].STEM
         for shard in sorted((folder.path / name).glob(f"{stem}-*-of-*.safetensors")):
             folder.adopt(shard)
@@ -83,6 +96,7 @@ def run(context: Context, folder: StageFolder) -> None:
         for file, digest in restricted(folder.path / name, files) if _is_restricted(section, name) else files:
             folder.add(file, digest)
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
+        folder.finish_part(name)
 
 
 def weight_files(stem: str) -> list[str]:
@@ -113,5 +127,11 @@ def _writes(context: Context) -> tuple[str, ...]:
 
 
 STAGE = Stage(
-    "export", ("smooth", "quantize", "distill"), lambda recipe: recipe.export is not None, _identity, run, _writes
+    "export",
+    ("smooth", "quantize", "distill"),
+    lambda recipe: recipe.export is not None,
+    _identity,
+    run,
+    _writes,
+    part=_part,
 )

@@ -1,0 +1,82 @@
+"""Exports in formats that a recipe no longer names stay for as long as the store is theirs, and go with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quantcli
+from quantcli.pipeline.verify import verify_path
+
+Recipe = dict[str, Any]
+Tree = Callable[[Path], dict[str, str]]
+
+
+@pytest.fixture
+def recipe(static_recipe: Callable[[Path], Recipe], tmp_path: Path) -> Recipe:
+    recipe = static_recipe(tmp_path / "run") | {"quantize": {"weights": {"bits": 8, "granularity": "channel"}}}
+    del recipe["calibration"], recipe["evaluate"]
+    return recipe
+
+
+def exported(recipe: Recipe, *formats: str, **quantize: Any) -> tuple[set[str], list[str]]:
+    """Run it; the formats that are there, and the notes of the export."""
+    events: list[dict[str, Any]] = []
+    changed = recipe | {"export": {"formats": list(formats)}, "quantize": recipe["quantize"] | quantize}
+    result = quantcli.run(changed, listener=events.append)
+    exports = {Path(place).name for place in result.to_json()["exports"]}
+    assert exports == {file.parent.name for file in (result.path / "export").glob("*/config.json")}
+    return exports, [event["text"] for event in events if event["event"] == "note" and event["stage"] == "export"]
+
+
+def written(recipe: Recipe) -> dict[str, int]:
+    return {
+        str(file): file.stat().st_mtime_ns for file in (Path(recipe["output"]) / "export").glob("*/*") if file.is_file()
+    }
+
+
+def test_other_formats_of_the_same_store_stay_as_they_are(recipe: Recipe) -> None:
+    first = exported(recipe, "compressed-tensors", "ascend", "dense")
+    assert first == ({"compressed-tensors", "ascend", "dense"}, [])
+    before = written(recipe)
+    assert exported(recipe, "dense") == first
+    assert written(recipe) == before
+    assert exported(recipe, "mindie", "dense")[0] == {"compressed-tensors", "ascend", "dense", "mindie"}
+    assert before.items() <= written(recipe).items()
+    assert exported(recipe, "mindie", "dense")[1] == []
+    run = Path(recipe["output"])
+    assert len({key.partition(":")[0] for key in verify_path(run)}) == 4
+    assert verify_path(run / "export" / "ascend")["ascend: linears"] == 21
+
+
+def test_those_of_another_store_go_and_it_is_said(recipe: Recipe, tree: Tree, tmp_path: Path) -> None:
+    exported(recipe, "compressed-tensors", "ascend")
+    exports, notes = exported(recipe, "dense", weights={"bits": 8, "granularity": "tensor"})
+    assert exports == {"dense"}
+    (note,) = notes
+    assert "ascend, compressed-tensors came from what has changed and are not in the recipe: they are removed" in note
+    fresh = recipe | {"output": str(tmp_path / "fresh")}
+    exported(fresh, "dense", weights={"bits": 8, "granularity": "tensor"})
+    assert tree(Path(recipe["output"]) / "export") == tree(tmp_path / "fresh" / "export")
+
+
+def test_other_permissions_make_another_export(recipe: Recipe) -> None:
+    exported(recipe, "ascend", "dense")
+    loose = recipe | {"export": {"formats": ["dense"], "restrict_permissions": False}}
+    quantcli.run(loose)
+    assert {file.parent.name for file in (Path(recipe["output"]) / "export").glob("*/config.json")} == {"dense"}
+
+
+def test_half_an_export_and_a_damaged_one_do_not_stay(recipe: Recipe) -> None:
+    exported(recipe, "compressed-tensors", "ascend", "dense")
+    folder = Path(recipe["output"]) / "export"
+    record = json.loads((folder / "stage.json").read_text())
+    del record["parts"]["ascend"]  # as a run that was killed leaves it
+    (folder / "stage.json").write_text(json.dumps(record | {"complete": False}))
+    (folder / "compressed-tensors" / "tokenizer.json").unlink()
+    assert exported(recipe, "dense")[0] == {"dense"}
+    assert not (folder / "ascend").exists()
