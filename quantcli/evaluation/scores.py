@@ -60,7 +60,9 @@ class WindowScores:
             rounded = None if quantized_logits is None else quantized_logits[part]
             columns = _scored(float_logits[part], rounded, labels[part], masked)
             self.tokens += len(columns)
-            sums = dict(zip(COLUMNS, columns.sum(0).tolist(), strict=False))
+            # column by column, so that a model's sum is the same whether another is scored beside it
+            totals = [column.contiguous().sum().item() for column in columns.unbind(1)]
+            sums = dict(zip(COLUMNS, totals, strict=False))
             self.nll_float += sums["nll_float"]
             if quantized_logits is not None:
                 self.nll_quantized += sums["nll_quantized"]

@@ -16,7 +16,7 @@ from quantcli.recipe.smoothing import SmoothSection
 
 # Resident memory of Python with torch and transformers loaded; measured on Linux, CPU build (BENCHMARKS.md).
 BASE_MEMORY = 420 << 20
-HEAD_MEMORY = 5 * (64 << 20)  # logits of both models and their logarithms, model.stream.HEAD_BYTES at a time
+HEAD_MEMORY = 320 << 20  # logits of both models in 16 bits, half of model.stream.HEAD_BYTES each, and their scores
 # Nanoseconds a weight on one core of 2024, by weight method.
 SECONDS_A_WEIGHT = {
     "minmax": 1e-9,

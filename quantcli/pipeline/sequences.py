@@ -86,7 +86,8 @@ def ask(
 
 
 def _padded(sequences: Sequence[Sequence[int]], batch_tokens: int) -> tuple[list[list[int]], list[Tensor]]:
-    """Sequences by length in batches of at most so many tokens, padded with token 0; and which are in each batch."""
+    """Sequences by length in batches of at most so many tokens, or of one that is not padded; and which are in each.
+    The others are padded with token 0."""
     import torch
 
     def width(index: int) -> int:
@@ -99,7 +100,8 @@ def _padded(sequences: Sequence[Sequence[int]], batch_tokens: int) -> tuple[list
         order[-1].append(index)
     batches = []
     for members in order:
-        batch = torch.zeros(len(members), width(members[-1]), dtype=torch.long)
+        columns = width(members[-1]) if len(members) > 1 else len(sequences[members[0]])
+        batch = torch.zeros(len(members), columns, dtype=torch.long)
         for row, index in enumerate(members):
             batch[row, : len(sequences[index])] = torch.tensor(sequences[index])
         batches.append(batch)

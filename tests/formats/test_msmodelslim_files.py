@@ -48,7 +48,10 @@ def made(
     for description in folder.glob("quant_model_description*.json"):
         content = json.loads(description.read_text())
         kinds = {name: content.get(name, content.get(f"{name.rpartition('.')[0]}.weight", "FLOAT")) for name in tensors}
-        description.write_text(json.dumps({key: v for key, v in content.items() if "." not in key} | kinds))
+        facts = {key: value for key, value in content.items() if "." not in key}
+        if any(name.endswith(".weight_scale_second") for name in tensors):
+            facts["group_size"] = 32
+        description.write_text(json.dumps(facts | kinds))
     return folder
 
 

@@ -19,7 +19,7 @@ from quantcli.errors import DataError, RecipeError, RoomError
 from quantcli.evaluation.tasks import boolq_choices
 from quantcli.pipeline import whole
 from quantcli.pipeline.context import Context
-from quantcli.pipeline.sequences import Model
+from quantcli.pipeline.sequences import Model, _padded
 from quantcli.pipeline.stages.eval_ppl import exported_model
 from quantcli.pipeline.tasks import NEW_TOKENS, questions_of, run_task
 from quantcli.recipe import load_recipe
@@ -373,3 +373,10 @@ def test_a_name_alone_is_a_task_with_the_defaults() -> None:
     recipe = load_recipe({"model": {"path": "a/b"}, "quantize": {}, "evaluate": {"tasks": ["boolq"]}, "output": "o"})
     assert recipe.evaluate is not None
     assert recipe.evaluate.tasks == (TaskSection(task="boolq"),)
+
+
+def test_a_sequence_alone_in_its_batch_is_not_padded() -> None:
+    sequences = [[1, 2, 3], [4], [5] * 40]
+    order, batches = _padded(sequences, 1)
+    assert order == [[1], [0], [2]]
+    assert [batch.tolist() for batch in batches] == [[sequences[index]] for (index,) in order]
