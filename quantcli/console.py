@@ -253,12 +253,20 @@ def show_scores(found: Mapping[str, Any]) -> None:
     facts = {"format": found["format"], "schemes": schemes or "none", "perplexity": measured(found["quantized"])}
     if found["float_model"] is not None:
         facts["float model"] = measured(found["float_model"])
-        for key in ("increase", "kl_divergence", "agreement"):
-            value = found[key]
-            facts[key.replace("_", " ")] = "undefined" if value is None else f"{value:.4f}"
+        for key, form in (("increase", "+.2%"), ("kl_divergence", ".4f"), ("agreement", ".1%")):
+            value, error = found[key], found[key.removesuffix("_divergence") + "_error"]
+            facts[key.replace("_", " ")] = " ± ".join(
+                "undefined" if v is None else format(v, f) for v, f in ((value, form), (error, form.removeprefix("+")))
+            )
+        if found["increase_interval"] is not None:
+            ends = ("undefined" if end is None else f"{end:+.2%}" for end in found["increase_interval"])
+            facts["increase"] += f" (95 % interval {' to '.join(ends)})"
+    for name, models in (found["per_text"] or {}).items():
+        facts[name.replace("_", " ")] = measured(models["quantized"])
     facts["protocol"] = (
         f"{found['protocol']}, {found['windows']} windows of {found['sequence_length']}, {found['dtype']}"
     )
+    facts["measured so"] = found["description"].removeprefix(f"Protocol {found['protocol']}: ")
     show_facts(found["checkpoint"], facts)
 
 

@@ -161,7 +161,8 @@ def score_checkpoint(
         }
         for name, stream in streams.items():
             read = checkpoint if stream.skeleton is own else None
-            eval_ppl.advance(name, stream, caches[name], read, section.phase, emit)
+            said = "quantized" if stream.skeleton is own and checkpoint.schemes else name
+            eval_ppl.advance(said, stream, caches[name], read, section.phase, emit)
         scored = streams["quantized" if original is not None else "float"]
         with eval_ppl.head_as_served(scored, checkpoint, section.phase):
             windows = eval_ppl.windows_scored(streams, caches, text, batches)

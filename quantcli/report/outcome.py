@@ -95,6 +95,7 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{scores['protocol']}, {_count(scores['windows'], 'window')} of {scores['sequence_length']}, "
         f"{_count(scores['tokens'], 'token')}",
     )
+    yield "measured so", scores["description"].removeprefix(f"Protocol {scores['protocol']}: ")
 
 
 def _task_rows(task: str, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

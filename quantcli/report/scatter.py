@@ -36,7 +36,9 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
     """Size to the right, `loss` upwards, the front as a line. With few values above zero the scale is linear."""
     logarithmic = logarithmic and all(point.loss > 0 for point in points)
     sizes = _Axis.around([point.size for point in points], False, zero=True)
-    losses = _Axis.around([point.loss for point in points], logarithmic)
+    spans = [0.0 if logarithmic else abs(point.error or 0.0) for point in points]
+    ends = [point.loss + sign * span for point, span in zip(points, spans, strict=True) for sign in (-1, 1)]
+    losses = _Axis.around(ends, logarithmic)
     front = pareto_front(points)
 
     def place(point: Point) -> tuple[float, float]:
@@ -62,7 +64,13 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
             half = abs(point.error) * (_HEIGHT - _TOP - _BOTTOM) / losses.span
             parts.append(
                 element(
-                    "line", x1=x, x2=x, y1=max(y - half, _TOP), y2=min(y + half, _HEIGHT - _BOTTOM), class_="whisker"
+                    "line",
+                    element("title", "± one standard error"),
+                    x1=x,
+                    x2=x,
+                    y1=y - half,
+                    y2=y + half,
+                    class_="whisker",
                 )
             )
         best = " best" if point in front else ""
