@@ -183,6 +183,7 @@ def score_checkpoint(
         "protocol": text.protocol,
         "description": text.description,
         "sequence_length": section.sequence_length,
+        "stride": section.stride,
         **found,
         "per_text": eval_ppl.finite(per_text),
         "float_model": found["float_model"] if original is not None else None,

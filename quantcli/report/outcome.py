@@ -92,10 +92,10 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield name.replace("_", " "), f"{_with_error(pair['float_model'])} → {_with_error(pair['quantized'])}"
     yield (
         "protocol",
-        f"{scores['protocol']}, {_count(scores['windows'], 'window')} of {scores['sequence_length']}, "
+        f"{scores['protocol']}, {_count(scores['windows'], 'window')} of {scores['sequence_length']}"
+        f"{f' every {stride} tokens' if (stride := scores.get('stride')) else ''}, "
         f"{_count(scores['tokens'], 'token')}",
     )
-    yield "measured so", scores["description"].removeprefix(f"Protocol {scores['protocol']}: ")
 
 
 def _task_rows(task: str, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

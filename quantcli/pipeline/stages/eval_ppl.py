@@ -84,6 +84,7 @@ def run(context: Context, folder: StageFolder) -> None:
         "protocol": text.protocol,
         "description": text.description,
         "sequence_length": section.sequence_length,
+        "stride": section.stride,
         "checkpoint": form,
         **{key: finite(value) for key, value in asdict(scores).items()},
         "per_text": finite(text_scores(windows, text, quantized=True)),
