@@ -22,7 +22,7 @@ the float model's first five choices among the other's first five, and whether e
 PERCENTILES = (0.0, 0.1, 1.0, 5.0, 10.0, 25.0, 50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 100.0)
 
 SCORED_BYTES = 8 << 20
-"""Log-probabilities of a model that exist at a time on a CPU. They stay in its cache over the dozen passes that scores
+"""Logits of a model in float32 that exist at a time on a CPU. They stay in its cache over the dozen passes that scores
 make of them (measured: a third of the time that as many positions take at once as the head computes)."""
 
 _FIRST, _GROUP = 5, 64

@@ -84,7 +84,7 @@ STAGES: tuple[Stage, ...] = (
 )
 """In order. A new stage is a file in stages/ and a line here."""
 
-LAYOUT = 1
+LAYOUT = 2
 """Raised when the meaning of a stage's files changes between releases, so that older ones are not taken for current."""
 _VERSIONED = ("quantcli", "torch", "transformers", "compressed-tensors")
 
