@@ -68,8 +68,12 @@ def test_windows_that_overlap_score_each_token_once(tiny_llama: Path, prose: Pat
 def test_the_packaged_model_has_the_perplexity_of_an_independent_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32 to every digit that is printed. In bfloat16 to four digits, of one window: the script runs each alone,
-    and where two share a batch products round otherwise, which few windows do not average out."""
+    """Each window runs alone in both. The script's own sums of logarithms, in float32, are off by 1e-5: they are taken in
+    float64 here."""
+    plain = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        torch.nn.functional, "cross_entropy", lambda logits, *rest, **named: plain(logits.double(), *rest, **named)
+    )
     spec = importlib.util.spec_from_file_location("independent", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -81,7 +85,7 @@ def test_the_packaged_model_has_the_perplexity_of_an_independent_script(
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     ids = tokenizer(text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
     assert ids.shape[1] >= 3 * script.WINDOW
-    for dtype, windows, bound in (("float32", 3, 5e-6), ("bfloat16", 1, 5e-4)):
+    for dtype, windows, bound in (("float32", 3, 1e-6), ("bfloat16", 3, 1e-6)):
         monkeypatch.setattr(script, "WINDOWS", windows)
         loaded = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
         wanted = script.perplexity(loaded, ids)
