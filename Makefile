@@ -57,7 +57,7 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(PARALLEL)
 
 test-slow: $(INSTALLED) $(MODEL)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --durations 15 --timeout 1200 $(PARALLEL) --dist load
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --durations 15 --timeout 1200 $(PARALLEL) --dist loadgroup
 
 # vLLM pins versions of its own. What it brings for pictures and sound is built for another torch, which breaks its import;
 # no text model needs it.

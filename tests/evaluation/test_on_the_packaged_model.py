@@ -33,6 +33,7 @@ ROWS = 12
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
+    pytest.mark.xdist_group("packaged"),  # one process makes the run that they share
     pytest.mark.skipif(not (MODEL.exists() and DATA.exists()), reason="needs models/ and ../shared"),
 ]
 

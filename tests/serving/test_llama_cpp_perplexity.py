@@ -17,7 +17,7 @@ from quantcli.calibration.datasets import load_texts
 from quantcli.evaluation.protocols import evaluation_windows
 
 HERE = Path(__file__).parent
-WINDOWS, LENGTH = 6, 512
+WINDOWS, LENGTH = 4, 512
 
 pytestmark = [
     pytest.mark.serving,

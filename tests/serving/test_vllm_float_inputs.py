@@ -25,7 +25,7 @@ RUNS = {
 def test_vllm_has_the_reported_perplexity(
     name: str, smollm2: Path, run: Callable[..., Path], served: Callable[..., Any]
 ) -> None:
-    output = run("float-inputs", "w4a16", smollm2, (20, 512), *GROUPS, *RUNS[name])
+    output = run("float-inputs", "w4a16", smollm2, (10, 512), *GROUPS, *RUNS[name])
     found = served(output, "The capital of France is")
     assert found.perplexity == pytest.approx(found.reported, rel=0.01)
     assert "Paris" in found.text

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.serving
 
 # What is compared does not depend on how good scales are: few samples, and folds like those of auto without its search
 # of a minute.
-QUICK = ["calibration.samples=8", "smooth={method: iterative}"]
+QUICK = ["calibration.samples=2", "smooth={method: iterative}"]
 RUNS = {
     "W8A8 dynamic": ["w8a8-dynamic"],
     "W8A8 dynamic, fp8 cache": ["w8a8-dynamic", "quantize.kv_cache={type: float}"],
@@ -41,7 +41,7 @@ def test_vllm_has_the_reported_perplexity(
     recipe, *changes = RUNS[name]
     # vLLM's CPU kernel cuts e4m3 towards zero (below), where transformers and the evaluation round to nearest
     script = "cut_cache.py" if "fp8 cache" in name else None
-    output = run("integer-inputs", recipe, smollm2, (20, 512), *QUICK, *changes, script=script)
+    output = run("integer-inputs", recipe, smollm2, (10, 512), *QUICK, *changes, script=script)
     found = served(output, "The capital of France is")
     assert found.perplexity == pytest.approx(found.reported, rel=0.01)
     if name != "W8A8 static":  # whose model goes on with "the capital of France"
