@@ -68,8 +68,8 @@ def test_windows_that_overlap_score_each_token_once(tiny_llama: Path, prose: Pat
 def test_the_packaged_model_has_the_perplexity_of_an_independent_script(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each window runs alone in both. The script's own sums of logarithms, in float32, are off by 1e-5: they are taken in
-    float64 here."""
+    """Each window runs alone in both. The script's own sums of logarithms, in float32, are off by 1e-5: they are
+    taken in float64 here."""
     plain = torch.nn.functional.cross_entropy
     monkeypatch.setattr(
         torch.nn.functional, "cross_entropy", lambda logits, *rest, **named: plain(logits.double(), *rest, **named)

@@ -106,8 +106,8 @@ def kill_at(step: int, recipe: Recipe, tree: Callable[[Path], Tree], run: Path) 
 
 
 class Copies(Moments):
-    """Copies a directory at every moment, into numbered ones: what a kill at that moment would leave, as only the thread
-    that counts changes what is there."""
+    """Copies a directory at every moment, into numbered ones: what a kill at that moment would leave, as only the
+    thread that counts changes what is there."""
 
     def __init__(self, directory: Path, place: Path) -> None:
         super().__init__()
@@ -173,8 +173,8 @@ def test_what_a_kill_at_any_moment_leaves_ends_in_the_same_bytes(
 def test_twenty_kills_of_the_command(
     static_recipe: Callable[[Path], Recipe], tree: Callable[[Path], Tree], tmp_path: Path
 ) -> None:
-    """The command itself, on a model with some work in it, at any time after its directory is there. Another process goes
-    on, which has started up already."""
+    """The command itself, on a model with some work in it, at any time after its directory is there. Another process
+    goes on, which has started up already."""
     from tiny_models import save_tiny_model
 
     run = tmp_path / "run"
