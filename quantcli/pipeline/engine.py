@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.allocation import budgeted
 from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context, Listener, Stage
-from quantcli.pipeline.gates import Gate, judged, message_of, worst_linears, write_reports
+from quantcli.pipeline.gates import Gate, Worst, judged, message_of, worst_linears, write_reports
 from quantcli.pipeline.plan import Plan, make_plan, reads_calibration
 from quantcli.pipeline.report import write_page, write_summary
 from quantcli.pipeline.rundir import (
@@ -105,6 +105,7 @@ class RunResult:
     tasks: dict[str, Any] | None = None
     throughput: dict[str, Any] | None = None
     gates: tuple[Gate, ...] = ()
+    worst: Worst | None = None
 
     def to_json(self) -> dict[str, Any]:
         exported = self.stages.get("export", {}).get("files", {})
@@ -118,7 +119,8 @@ class RunResult:
             "perplexity": self.perplexity,
             "tasks": self.tasks,
             "throughput": self.throughput,
-            "gates": [asdict(gate) | {"passed": gate.passed} for gate in self.gates],
+            "gates": [gate.to_json() for gate in self.gates],
+            "worst_linears": list(self.worst.linears) if self.worst else [],
             "smoothing": self.smoothing,
             "experts": self.experts,
             "allocation": self.allocation,
@@ -472,15 +474,14 @@ def _judged(recipe: Recipe, result: RunResult) -> tuple[RunResult, MissedGate | 
     section = recipe.evaluate.gates if recipe.evaluate else None
     if section is None or export.STAGE.name not in result.stages:
         return result, None
-    found = result.to_json()
     assert recipe.export is not None
-    measured = result.path / export.STAGE.name / recipe.export.formats[0]
+    found, measured = result.to_json(), result.path / export.STAGE.name / recipe.export.formats[0]
     gates = judged(section, found, result.path, measured)
     schemes = {name: treatment.scheme.name for name, treatment in result.plan.treatments.items()}
     worst = worst_linears(result.path, result.stages, schemes)
     with room_errors(result.path):
         write_reports(result.path, gates, found, worst)
-    result = replace(result, gates=tuple(gates))
+    result = replace(result, gates=tuple(gates), worst=worst)
     missed = [gate for gate in gates if not gate.passed]
     remedy = f"The run is complete in {result.path}; try a milder scheme or roll back more."
     return result, MissedGate(message_of(missed, worst), remedy, result) if missed else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,11 +20,17 @@ FOLDER = "gates"
 WORST = 5
 """Linears that a missed gate names."""
 
+PERCENTAGES = {"perplexity_increase", "agreement", "task_drop", "size_ratio"}
+"""Gates whose values are fractions, which recipes and sentences give in percent."""
+
+UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+
 
 @dataclass(frozen=True)
 class Gate:
     """A bound and what was found. `value` is null where it is not defined, `reason` says why if that is known; `least`
-    marks a lower bound; `error` is the standard error of the value, where there is one."""
+    marks a lower bound; `error` is the standard error of the value, where there is one; `parts` are what a sum of
+    fallbacks is made of."""
 
     name: str
     bound: float
@@ -32,6 +38,7 @@ class Gate:
     least: bool = False
     error: float | None = None
     reason: str = ""
+    parts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -39,17 +46,44 @@ class Gate:
             return False
         return self.value >= self.bound if self.least else self.value <= self.bound
 
+    @property
+    def missed_by(self) -> float | None:
+        """How far the value lies beyond its bound; null where it keeps it or is not defined."""
+        return None if self.passed or self.value is None else abs(self.value - self.bound)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed, "missed_by": self.missed_by}
+
     def sentence(self) -> str:
         """What was found, and by how much it misses the bound."""
+        place = f"evaluate.gates.{self.name}:"
         if self.value is None:
-            return f"evaluate.gates.{self.name}: {self.reason or 'the value is undefined'}."
-        shown = f"{self.value:.6g}" + (f" ± {self.error:.2g}" if self.error is not None else "")
-        if self.passed:
-            return f"evaluate.gates.{self.name}: {shown} keeps {self.bound:.6g}."
-        return (
-            f"evaluate.gates.{self.name}: {shown} is {'below' if self.least else 'above'} {self.bound:.6g}, by "
-            f"{abs(self.value - self.bound):.4g}."
-        )
+            return f"{place} {self.reason or 'the value is undefined'}."
+        parts = ", ".join(f"{kind} {count}" for kind, count in self.parts.items())
+        shown, bound = self.shown_value() + (f" ({parts})" if parts else ""), self._amount(self.bound)
+        if self.missed_by is None:
+            return f"{place} {shown} keeps {bound}."
+        beyond = "below" if self.least else "above"
+        return f"{place} {shown} is {beyond} {bound}, by {self._amount(self.missed_by, digits=4)}."
+
+    def shown_value(self) -> str:
+        """The value with its error and unit."""
+        if self.value is None:
+            return "undefined"
+        error = f" ± {self._amount(self.error, digits=2)}" if self.error is not None else ""
+        return self._amount(self.value) + error
+
+    def shown_bound(self) -> str:
+        return f"{'≥' if self.least else '≤'} {self._amount(self.bound)}"
+
+    def _amount(self, value: float, digits: int = 6) -> str:
+        kind = self.name.partition(" ")[0]
+        if kind in PERCENTAGES:
+            return f"{100 * value:.{digits}g}%"
+        if kind == "size":
+            unit, name = next(((u, n) for u, n in UNITS if value >= u), (1, "B"))
+            return f"{value / unit:.{digits}g} {name}"
+        return f"{value:.{digits}g}"
 
 
 def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Path) -> list[Gate]:
@@ -81,7 +115,7 @@ def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Pa
     for kind, bound in gates.fallbacks:
         if bound is not None:
             total = sum(counts.values()) if kind == "all" else counts.get(kind, 0)
-            found.append(Gate(f"fallbacks.{kind}", bound, total))
+            found.append(Gate(f"fallbacks.{kind}", bound, total, parts=counts if kind == "all" else {}))
     return found
 
 
@@ -151,7 +185,7 @@ def write_reports(run: Path, gates: Sequence[Gate], result: Mapping[str, Any], w
     """gates.json, junit.xml and summary.md in the folder `gates` of the run."""
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    rows = [asdict(gate) | {"passed": gate.passed} for gate in gates]
+    rows = [gate.to_json() for gate in gates]
     found = {"worst_linears": worst.linears, "worst_by": worst.measure}
     write_json(folder / "gates.json", {"gates": rows, "fallbacks": fallbacks(run), **found})
     for name, text in (("junit.xml", junit(gates, worst)), ("summary.md", summary(gates, result, worst))):
@@ -169,9 +203,8 @@ def junit(gates: Sequence[Gate], worst: Worst) -> str:
             ElementTree.SubElement(case, "system-out").text = gate.sentence()
         else:
             failure = ElementTree.SubElement(case, "failure", message=gate.sentence())
-            failure.text = "\n".join(
-                [gate.sentence(), *(f"{name}: {worst.measure} {e:.4g}" for name, e in worst.linears)]
-            )
+            linears = worst.linears if hurt_by_error([gate]) else ()
+            failure.text = "\n".join([gate.sentence(), *(f"{name}: {worst.measure} {e:.4g}" for name, e in linears)])
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 
@@ -182,10 +215,8 @@ def summary(gates: Sequence[Gate], result: Mapping[str, Any], worst: Worst) -> s
     verdict = f"{len(missed)} of {len(gates)} gates missed" if missed else f"all {len(gates)} gates kept"
     lines = [f"### Quantization: {verdict}", "", "| gate | bound | found | |", "|---|---:|---:|---|"]
     for gate in gates:
-        value = "undefined" if gate.value is None else f"{gate.value:.6g}"
-        error = f" ± {gate.error:.2g}" if gate.error is not None else ""
-        bound = f"{'≥' if gate.least else '≤'} {gate.bound:.6g}"
-        lines.append(f"| `{gate.name}` | {bound} | {value}{error} | {'kept' if gate.passed else '**missed**'} |")
+        verdict = "kept" if gate.passed else "**missed**"
+        lines.append(f"| `{gate.name}` | {gate.shown_bound()} | {gate.shown_value()} | {verdict} |")
     if (scores := result["perplexity"]) is not None:
         plain, quantized = scores["float_model"]["value"], scores["quantized"]["value"]
         lines += ["", f"Perplexity {_shown(plain)} → {_shown(quantized)}, KL divergence "
@@ -198,7 +229,7 @@ def summary(gates: Sequence[Gate], result: Mapping[str, Any], worst: Worst) -> s
     if rows := gain_rows(result):
         lines += ["", f"| {' | '.join(HEADINGS)} |", "|---|---:|---:|---:|"]
         lines += [f"| {' | '.join(row)} |" for row in rows]
-    if missed and worst.linears:
+    if hurt_by_error(missed) and worst.linears:
         lines += [
             "",
             f"Linears that are hurt most, by {worst.measure}:",
@@ -216,10 +247,17 @@ def _shown(value: float | None) -> str:
 
 def message_of(missed: Sequence[Gate], worst: Worst) -> str:
     """What a missed gate says: each, by how much, and which linears are hurt most."""
-    return " ".join([*(gate.sentence() for gate in missed), *worst_sentences(worst)])
+    return " ".join([*(gate.sentence() for gate in missed), *worst_sentences(missed, worst)])
 
 
-def worst_sentences(worst: Worst) -> list[str]:
-    """The worst linears as a sentence; none if no error is known."""
+def hurt_by_error(gates: Sequence[Gate]) -> bool:
+    """Whether any of the gates has to do with what linears put out: a count of fallbacks has not."""
+    return not all(gate.name.startswith("fallbacks.") for gate in gates)
+
+
+def worst_sentences(missed: Sequence[Gate], worst: Worst) -> list[str]:
+    """The worst linears as a sentence; none if no error is known, or none of the gates has to do with errors."""
+    if not hurt_by_error(missed):
+        return []
     named = ", ".join(f"{name} {error:.3g}" for name, error in worst.linears)
     return [f"Largest {worst.measure}s: {named}."] if named else []

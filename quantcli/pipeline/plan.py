@@ -25,6 +25,8 @@ BYTES = {
     "bfloat16": 2, "float16": 2, "float32": 4, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "int32": 4, "int64": 8,
 }  # fmt: skip
 
+UNREACHED = "no input reaches it"
+
 
 @dataclass(frozen=True)
 class Treatment:
@@ -330,7 +332,7 @@ def unobservable(structure: Structure) -> dict[str, str]:
     """Linears that a forward pass does not reach, so that nothing can be found from their input."""
     reached = {name for block in structure.blocks for shared in block.inputs for name in shared.linears}
     reached |= {name for block in structure.blocks for experts in block.experts for name in experts.names}
-    return {linear.name: "no input reaches it" for linear in structure.linears() if linear.name not in reached}
+    return {linear.name: UNREACHED for linear in structure.linears() if linear.name not in reached}
 
 
 def _treatments(

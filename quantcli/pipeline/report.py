@@ -217,16 +217,16 @@ def _observed_ranges(path: Path, result: Mapping[str, Any], place: Mapping[str, 
 
 
 def _missed(path: Path, result: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    """Gates that the run missed: bound, what was found, by how much; with the last the linears that are hurt most."""
+    """Gates that the run missed: bound, what was found, by how much; then the linears that are hurt most."""
     gates = [Gate(**{key: gate[key] for key in _GATE if key in gate}) for gate in result.get("gates", ())]
     missed = [gate for gate in gates if not gate.passed]
-    sentences = [gate.sentence() for gate in missed]
+    for gate in missed:
+        yield {"kind": "missed gate", "stage": "", "text": gate.sentence()}
     written = _optional(path / FOLDER / "gates.json")
     if missed and written:
         worst = Worst(written.get("worst_by", "error"), tuple((n, e) for n, e in written["worst_linears"]))
-        sentences[-1] = " ".join([sentences[-1], *worst_sentences(worst)])
-    for text in sentences:
-        yield {"kind": "missed gate", "stage": "", "text": text}
+        for text in worst_sentences(missed, worst):
+            yield {"kind": "worst linears", "stage": "", "text": text}
 
 
 def _problems(
@@ -241,9 +241,6 @@ def _problems(
     if data_free:
         shown = ", ".join(data_free[:3]) + (", …" if len(data_free) > 3 else "")
         found["fallback", "quantize", f"{len(data_free)} linears are quantized without calibration: {shown}."] = None
-    for linear in plan["linears"]:
-        if linear["reason"] == "no input reaches it":
-            found["fallback", "quantize", f"{linear['name']} stays in float: no input reaches it."] = None
     for note in plan["notes"]:
         found["note", "", note] = None
     return [{"kind": kind, "stage": stage, "text": text} for kind, stage, text in found]

@@ -76,7 +76,12 @@ class FallbacksSection(Section):
     )
     not_smoothed: _Bound = Field(
         default=None,
-        description="Groups of linears that were not smoothed or not shifted, because it failed its check.",
+        description="Groups of linears that were not smoothed or not shifted, because it failed its check or the model "
+        "has no place for it.",
+    )
+    not_rotated: _Bound = Field(default=None, description="Blocks in which the values of attention were not rotated.")
+    unreached: _Bound = Field(
+        default=None, description="Linears that stay in float because no input reaches them in calibration."
     )
     not_tuned: _Bound = Field(
         default=None, description="Steps that had no effect: asymmetric calibration and distillation."

@@ -19,6 +19,9 @@ PARTS = ("codes", "scales and zero points", "float linears", "output head", "emb
 """Parts of a checkpoint, in the order in which a bar shows them."""
 MISSED = "missed gate"
 """The kind of a problem that a missed gate is."""
+
+WORST = "worst linears"
+"""The kind of what is said of missed gates together: the linears that are hurt most."""
 _SHOWN = 4  # messages of a kind that stand in the open
 _MOST_ROWS = 3000  # linears in the table of all
 _PANELS = 8
@@ -89,7 +92,7 @@ def _counts(linears: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 def problems(found: Sequence[Mapping[str, str]]) -> Markup:
     """Missed gates, then fallbacks and warnings, then notes; many of a stage and kind are folded."""
     missed = [each for each in found if each["kind"] == MISSED]
-    serious = [each for each in found if each["kind"] not in ("note", MISSED)]
+    serious = [each for each in found if each["kind"] not in ("note", MISSED, WORST)]
     notes = [each for each in found if each["kind"] == "note"]
     if not found:
         return element("section", element("h2", "No warnings, no fallbacks"), class_="calm")
@@ -99,6 +102,7 @@ def problems(found: Sequence[Mapping[str, str]]) -> Markup:
     heads = heads or ["No warnings, no fallbacks"]
     heads += [f"{len(notes)} note{'s' * (len(notes) != 1)}"] if notes else []
     content = [element("ul", [element("li", element("b", "Missed gate: "), each["text"]) for each in missed])]
+    content += [element("p", each["text"]) for each in found if each["kind"] == WORST]
     look = "warnings" if missed or serious else None
     return _section(", ".join(heads), content * bool(missed), _messages(serious), _messages(notes), look=look)
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,9 +15,13 @@ from xml.etree import ElementTree
 import pytest
 from run_contexts import changed
 
+import quantcli
 from quantcli.cli import run_command
 from quantcli.errors import RecipeError
+from quantcli.model.structure_cache import find_structure
+from quantcli.pipeline import engine
 from quantcli.pipeline.gates import Gate, Worst, fallbacks, judged, junit, message_of, summary, worst_linears
+from quantcli.pipeline.report import run_facts
 from quantcli.recipe import load_recipe
 from quantcli.recipe.evaluation import GatesSection
 
@@ -122,7 +127,31 @@ def test_fallbacks_are_those_of_each_stages_last_work(run: Path) -> None:
     events(run, {"event": "started", "stage": "calibrate"}, warning("calibrate", "data_free_experts", "e", count=5))
     assert fallbacks(run) == {"not_smoothed": 2, "data_free_experts": 5}
     gates = judged(GatesSection.model_validate({"fallbacks": {"all": 6}}), RESULT, run, run / "export")
-    assert [gate.sentence() for gate in gates] == ["evaluate.gates.fallbacks.all: 7 is above 6, by 1."]
+    assert [gate.sentence() for gate in gates] == [
+        "evaluate.gates.fallbacks.all: 7 (not_smoothed 2, data_free_experts 5) is above 6, by 1."
+    ]
+    worst = Worst("output error", (("model.layers.0.mlp.down_proj", 0.25),))
+    assert message_of(gates, worst) == gates[0].sentence(), "no linear's error has to do with fallbacks"
+    assert "down_proj" not in junit(gates, worst) + summary(gates, RESULT, worst)
+
+
+@pytest.mark.parametrize(
+    ("gate", "sentence"),
+    [
+        (Gate("perplexity_increase", 0.05, 0.0525, error=0.0012), "5.25% ± 0.12% is above 5%, by 0.25%."),
+        (Gate("agreement", 0.95, 0.9123, least=True, error=0.01), "91.23% ± 1% is below 95%, by 3.77%."),
+        (Gate("task_drop (squad, f1)", 0.01, -0.01), "-1% keeps 1%."),
+        (Gate("size", 120_000_000, 162_815_304), "162.815 MB is above 120 MB, by 42.82 MB."),
+        (Gate("size", 1499, 1500), "1.5 kB is above 1.499 kB, by 1 B."),
+        (Gate("size_ratio", 0.55, 0.5), "50% keeps 55%."),
+        (Gate("kl_divergence", 0.02, 0.05, error=0.001), "0.05 ± 0.001 is above 0.02, by 0.03."),
+    ],
+)
+def test_amounts_have_the_units_of_the_recipe(gate: Gate, sentence: str) -> None:
+    assert gate.sentence() == f"evaluate.gates.{gate.name}: {sentence}"
+    found = gate.to_json()
+    assert (found["missed_by"] is None) is found["passed"] is gate.passed
+    assert gate.passed or found["missed_by"] == abs(gate.value - gate.bound)
 
 
 def test_the_worst_linears_are_those_of_the_last_quantization_by_the_plans_schemes(run: Path) -> None:
@@ -168,7 +197,7 @@ def test_reports_say_which_gate_was_missed_by_how_much_and_where() -> None:
     page = summary(gates, RESULT, worst)
     assert page.startswith("### Quantization: 1 of 2 gates missed\n")
     assert "| `kl_divergence` | ≤ 0.02 | 0.05 ± 0.001 | **missed** |" in page
-    assert "| `agreement` | ≥ 0.9 | 0.95 | kept |" in page
+    assert "| `agreement` | ≥ 90% | 95% | kept |" in page
     assert "| `model.layers.0.mlp.down_proj` | 0.25 |" in page
     assert "| squad accuracy, % ↑ | 62.00 | 60.00 | -2.00 |" in page
     assert "down_proj" not in summary(gates[1:], RESULT, worst)
@@ -245,6 +274,8 @@ def test_a_run_keeps_its_gates_until_codes_are_flipped(
     flipped = [name.startswith("model.layers.1.") for name, _ in found["worst_linears"]]
     assert flipped == [True] * 5
     assert content["missed_gate"] in " ".join(err.split())
+    assert content["worst_linears"] == found["worst_linears"]
+    assert all((gate["missed_by"] is None) is gate["passed"] for gate in content["gates"])
     assert int(suite.get("failures") or 0) == len(missed)
     assert "**missed**" in (out / "gates" / "summary.md").read_text()
     status, again, _, _ = ran()
@@ -273,3 +304,17 @@ def test_gates_of_sizes_need_no_measurement() -> None:
     assert loaded.evaluate is not None
     assert loaded.evaluate.gates is not None
     assert loaded.evaluate.gates.size == 1 << 30
+
+
+def test_linears_that_no_input_reaches_are_counted(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(static_recipe(tmp_path / "run"), evaluate=None, model__sanity_check="off")
+    found = find_structure(Path(recipe["model"]["path"]))
+    first = found.blocks[0]
+    blind = replace(found, blocks=(replace(first, inputs=first.inputs[:-1]), *found.blocks[1:]))
+    monkeypatch.setattr(engine, "find_structure", lambda *_, **__: blind)
+    quantcli.run(recipe)
+    assert fallbacks(tmp_path / "run") == {"unreached": 1}
+    texts = [problem["text"] for problem in run_facts(tmp_path / "run")["problems"]]
+    assert "1 linear stays in float: no input reaches model.layers.0.mlp.down_proj." in texts

@@ -24,6 +24,7 @@ from quantcli.model import folding
 from quantcli.model.structure import Producer, SharedInput
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline import engine
+from quantcli.pipeline.gates import fallbacks
 from quantcli.pipeline.stages import smooth
 from quantcli.recipe import load_recipe
 
@@ -249,6 +250,17 @@ def test_an_obstacle_is_told_once_with_its_blocks(
     assert warnings == ["mlp.down_proj of blocks 0 to 1 is not smoothed: up is also read by act."]
     assert [outcome["cause"] for outcome in outcomes if outcome["reason"]] == ["obstacle"] * 2
     assert read(asked, "smooth", "manifest.json")["left"] == {"obstacle": 2}
+    assert fallbacks(Path(asked["output"])) == {"not_smoothed": 2}
+
+
+def test_blocks_whose_values_are_not_rotated_are_counted(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe("llama-tied", {"method": "rotate"})
+    found = smooth.rotatable_heads
+    monkeypatch.setattr(smooth, "rotatable_heads", lambda *arguments: found(*arguments)[:1])
+    smoothed(asked)
+    assert fallbacks(Path(asked["output"])) == {"not_rotated": 1}
 
 
 @pytest.mark.parametrize(

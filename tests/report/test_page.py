@@ -61,7 +61,8 @@ def test_missed_gates_stand_before_all_other_problems_with_bound_amount_and_the_
     first = run["problems"][0]
     assert first["kind"] == "missed gate"
     assert "kl_divergence: 0.0123 ± 0.0002 is above 0.01, by 0.0023." in first["text"]
-    assert f"Largest output errors: {worst} " in first["text"]
+    assert run["problems"][1]["kind"] == "worst linears"
+    assert run["problems"][1]["text"].startswith(f"Largest output errors: {worst} ")
     page = run_page(run)
     assert page.index("is above 0.01") < page.index("is not smoothed") < page.index("A note.")
     kept = run_facts(save_run(tmp_path / "kept", kl=0.002))

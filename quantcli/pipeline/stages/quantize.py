@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.plan import UNREACHED
 from quantcli.pipeline.rundir import StageFolder
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.calibrate import read_observed, read_statistics
@@ -47,6 +48,11 @@ def run(context: Context, folder: StageFolder) -> None:
     from quantcli.formats.store import MANIFEST
     from quantcli.pipeline.propagation import propagates
 
+    if unreached := [name for name, reason in context.plan.kept.items() if reason == UNREACHED]:
+        shown = ", ".join(unreached[:3]) + (", …" if len(unreached) > 3 else "")
+        stay = "1 linear stays" if len(unreached) == 1 else f"{len(unreached)} linears stay"
+        context.emit("warning", fallback="unreached", count=len(unreached),
+                     text=f"{stay} in float: no input reaches {shown}.")  # fmt: skip
     if any(treatment.weights.solves for treatment in context.plan.treatments.values()):
         _run_solved(context, folder)
     elif propagates(context.plan.treatments):

@@ -86,7 +86,8 @@ def _rotated(context: Context, folder: StageFolder) -> tuple[Checkpoint, ModelRo
     if rotation.heads and size is not None:
         turned = len(rotatable_heads(structure, size))
         if turned < context.blocks:
-            context.emit("warning", text=f"The values of attention are rotated in {turned} of {context.blocks} blocks; "
+            context.emit("warning", fallback="not_rotated", count=context.blocks - turned,
+                         text=f"The values of attention are rotated in {turned} of {context.blocks} blocks; "
                          "in the others they do not reach the output projection head by head.")  # fmt: skip
     if ROTATION not in folder.files:
         write_rotation(folder.path, rotation)
@@ -125,8 +126,8 @@ def _go_through_blocks(
         _check_outside(context, exact, embedded, rotation)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     source = GroupSource(context, checkpoint)
-    for text in _obstacles(context.plan.structure, source):
-        context.emit("warning", text=text)
+    for text, count in _obstacles(context.plan.structure, source):
+        context.emit("warning", fallback="not_smoothed", count=count, text=text)
     for index in range(stream.enter(cache, cache.resume(recorded)), context.blocks):
         started = time.perf_counter()
         block = context.plan.structure.blocks[index]
@@ -148,8 +149,9 @@ def _go_through_blocks(
     cache.clear()
 
 
-def _obstacles(structure: Structure, source: GroupSource) -> Iterator[str]:
-    """What keeps groups from being scaled, each once with its blocks: blocks of one make have the same."""
+def _obstacles(structure: Structure, source: GroupSource) -> Iterator[tuple[str, int]]:
+    """What keeps groups from being scaled, each once with its blocks, and of how many: blocks of one make have the
+    same."""
     found: dict[tuple[str, str], list[int]] = {}
     for index, block in enumerate(structure.blocks):
         for shared in filter(source.folds, block.inputs):
@@ -157,7 +159,7 @@ def _obstacles(structure: Structure, source: GroupSource) -> Iterator[str]:
                 name = shared.name.removeprefix(f"{block.name}.")
                 found.setdefault((name, shared.producer.obstacle), []).append(index)
     for (name, obstacle), indices in found.items():
-        yield f"{name} of {_blocks(indices)} is not smoothed: {obstacle}."
+        yield f"{name} of {_blocks(indices)} is not smoothed: {obstacle}.", len(indices)
 
 
 def _blocks(indices: list[int]) -> str:
