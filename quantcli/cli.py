@@ -214,14 +214,14 @@ def eval_ppl(
 
     require_checkpoint(checkpoint, scored=True)
     if model is not None:
-        require_checkpoint(Path(model))
+        require_checkpoint(Path(model), scored=True)
     section: dict[str, Any] = {"perplexity": {}}
     source: Any = recipe or {"model": {"path": "."}, "quantize": {}, "evaluate": section, "output": "runs"}
     loaded = load_recipe(source, overrides or (), model=str(checkpoint), output=output or "runs", device=device)
     with console.progress(quiet=quiet, verbose=verbose) as listener:
         from quantcli.pipeline.standalone import score_recipe
 
-        found = score_recipe(loaded, Path(model) if model else None, listener)
+        found = score_recipe(loaded, model, listener)
     if as_json:
         _print_json(found)
     else:

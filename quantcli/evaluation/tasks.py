@@ -6,7 +6,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,8 +118,9 @@ def token_f1(answer: str, wanted: str) -> float:
 # ------------------------------------------------------------------------------------------------------ statistics
 
 
-def compared(exact: Sequence[Scored], rounded: Sequence[Scored]) -> dict[str, Any]:
-    """For each metric both models' means with errors and 95 % intervals, and the paired change.
+def compared(exact: Sequence[Scored], rounded: Sequence[Scored], lower: Container[str] = ()) -> dict[str, Any]:
+    """For each metric both models' means with errors and 95 % intervals, and the paired change. Of those in `lower`
+    less is better.
 
     Intervals of metrics that are 0 or 1 are Wilson's, others normal and cut off at 0 and 1; the change's is normal,
     from differences question by question. `flips` are the shares of questions that the float model has better
@@ -138,9 +139,10 @@ def compared(exact: Sequence[Scored], rounded: Sequence[Scored]) -> dict[str, An
             "change_error": error,
             "change_interval": [change - Z95 * error, change + Z95 * error],
             "flips": {
-                "lost": sum(d < 0 for d in differences) / len(pairs),
-                "gained": sum(d > 0 for d in differences) / len(pairs),
+                "lost": sum(d > 0 if name in lower else d < 0 for d in differences) / len(pairs),
+                "gained": sum(d < 0 if name in lower else d > 0 for d in differences) / len(pairs),
             },
+            **({"lower_is_better": True} if name in lower else {}),
         }
     found: dict[str, Any] = {"questions": len(exact), "metrics": metrics}
     if all("answer" in each for each in exact):

@@ -106,7 +106,8 @@ def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Pa
                 found.append(Gate(f"task_drop ({task})", gates.task_drop, None, reason=reason))
             for metric, numbers in outcome.get("metrics", {}).items():
                 change = numbers["change"]
-                drop = None if change is None else 0.0 - change  # not −0
+                worse = 1.0 if numbers.get("lower_is_better") else -1.0
+                drop = None if change is None else 0.0 + worse * change  # not −0
                 found.append(
                     Gate(f"task_drop ({task}, {metric})", gates.task_drop, drop, error=numbers["change_error"])
                 )

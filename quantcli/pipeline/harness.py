@@ -74,7 +74,9 @@ def harness_outcome(context: Context, section: TaskSection, model: Model, asked:
     samples = [{key: float(row[key]) for key in names} for row in rows]
     pooled = f", questions of {len(subtasks)} subtasks pooled" if len(subtasks) > 1 else ""
     description = f"Task {name} of lm-evaluation-harness {harness_version()}, {section.shots} shots{pooled}."
-    return {"description": description, "samples": samples, "aggregates": aggregates}
+    directions = [results["higher_is_better"].get(subtask, {}) for subtask in subtasks]
+    lower = [key for key in names if any(better.get(key) is False for better in directions)]
+    return {"description": description, "samples": samples, "aggregates": aggregates, "lower_is_better": lower}
 
 
 @cache

@@ -104,13 +104,15 @@ def _weight_name(module: str, names: Collection[str]) -> str:
     return next((name for i in range(len(parts) - 1) if (name := ".".join(parts[i:])) in names), "")
 
 
-def score_recipe(recipe: Recipe, original: Path | None = None, listener: Listener | None = None) -> dict[str, Any]:
-    """`score_checkpoint` of the checkpoint at the recipe's model.path, on the text of its evaluate.perplexity."""
+def score_recipe(recipe: Recipe, original: str | None = None, listener: Listener | None = None) -> dict[str, Any]:
+    """`score_checkpoint` of the checkpoint at the recipe's model.path, on the text of its evaluate.perplexity. Both it
+    and `original` may be directories, .gguf files or names on the hub."""
     from quantcli.pipeline.engine import choose_device
 
     section = (recipe.evaluate.perplexity if recipe.evaluate else None) or PerplexitySection()
     model = recipe.model.model_copy(update={"path": str(locate_model(recipe.model, listener=listener))})
-    return score_checkpoint(model, section, choose_device(recipe.model.device), original, listener)
+    beside = locate_model(ModelSection(path=original), listener=listener) if original is not None else None
+    return score_checkpoint(model, section, choose_device(recipe.model.device), beside, listener)
 
 
 def score_checkpoint(

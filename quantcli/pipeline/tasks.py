@@ -7,7 +7,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import DataError
+from quantcli.errors import DataError, ModelError
 from quantcli.model.checkpoint import file_digest
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.sequences import Query, ask
@@ -125,7 +125,13 @@ def questions_of(section: TaskSection) -> list[Question]:
     if section.task == "boolq":
         found = [boolq_question(row, place) for row, place in boolq_rows(path, "dev")]
     elif path is not None:
-        found = squad_questions(read_json(path), str(path))
+        try:
+            content = read_json(path)
+        except ModelError as error:
+            raise DataError(
+                error.message, "Name SQuAD 1.1's own JSON, dev-v1.1.json: no table of rows is read."
+            ) from error
+        found = squad_questions(content, str(path))
     else:
         found = [squad_question(row["context"], row["question"], row["answers"]["text"]) for row in squad_rows()]
     if not found:

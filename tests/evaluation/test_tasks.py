@@ -102,6 +102,14 @@ def test_wilson_bounds_are_shares_at_which_what_was_found_is_just_not_rejected(s
     assert (low == 0) == (share == 0)
 
 
+def test_of_a_metric_that_should_be_low_less_is_gained() -> None:
+    exact, rounded = ([{"wrong": value} for value in values] for values in ((0.0, 0.0, 1.0, 1.0), (1.0, 1.0, 0.0, 1.0)))
+    found = compared(exact, rounded, ["wrong"])["metrics"]["wrong"]
+    assert found["change"] == 0.25
+    assert found["flips"] == {"lost": 0.5, "gained": 0.25}
+    assert found["lower_is_better"] is True
+
+
 def test_models_are_compared_question_by_question() -> None:
     exact = [{"answer": "yes", "accuracy": a, "f1": b} for a, b in ((1.0, 0.5), (1.0, 1.0), (0.0, 0.2), (1.0, 0.9))]
     rounded = [{"answer": c, "accuracy": a, "f1": b} for c, a, b in

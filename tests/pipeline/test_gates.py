@@ -92,6 +92,11 @@ def test_every_metric_of_every_task_is_judged_by_its_drop(run: Path) -> None:
         ("task_drop (squad, accuracy)", 0.02, False),
         ("task_drop (squad, f1)", -0.01, True),
     ]
+    errors = {"error_rate": {**METRICS["f1"], "change": 0.02, "lower_is_better": True}}
+    (gate,) = judged(
+        GatesSection(task_drop="1%"), {**RESULT, "tasks": {"tasks": {"x": {"metrics": errors}}}}, run, run / "export"
+    )
+    assert (gate.value, gate.passed) == (0.02, False)
 
 
 def test_a_task_without_a_metric_that_can_be_judged_misses_its_gate(run: Path) -> None:

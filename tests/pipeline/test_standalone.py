@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ FOUR_ASYM = Scheme(4, symmetric=False, granularity="group", group_size=32, float
 DOWN = "model.layers.1.mlp.down_proj"
 
 
-def scored(checkpoint: Path, prose: Path, original: Path | None = None, **model: Any) -> dict[str, Any]:
+def scored(checkpoint: Path, prose: Path, original: Path | str | None = None, **model: Any) -> dict[str, Any]:
     text = {"dataset": "text", "path": str(prose), "sequence_length": 32, "windows": 4}
     recipe = {"model": {"path": str(checkpoint), **model}, "quantize": {}, "evaluate": {"perplexity": text}}
-    return score_recipe(load_recipe(recipe | {"output": "unused"}), original)
+    return score_recipe(load_recipe(recipe | {"output": "unused"}), str(original) if original else None)
 
 
 def made(place: Path, scheme: Scheme, form: str, **changes: Any) -> Export:
@@ -59,6 +60,14 @@ def test_every_export_of_a_run_scores_as_the_run_did(static_recipe: Any, prose: 
     assert alone["float_model"] is None
     assert alone["kl_divergence"] is None
     assert scored(original, prose)["quantized"] == result.perplexity["float_model"]
+
+
+def test_the_float_model_beside_it_may_be_a_file_of_llama_cpp(tmp_path: Path, prose: Path) -> None:
+    export_ = made(tmp_path / "export", FOUR, "gguf")
+    alone = Path(shutil.copy(export_.folder / "model.gguf", tmp_path / "alone.gguf"))
+    found = scored(export_.folder, prose, alone)
+    assert found["float_model"] == scored(alone, prose)["quantized"]
+    assert 0 <= found["kl_divergence"] < 1e-3  # the same weights, rounded to bfloat16 in the file's model
 
 
 def test_ascend_holds_a_float32_model_whose_scales_another_format_has_in_float16(

@@ -247,7 +247,7 @@ def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_pat
     place = harness_task(
         tmp_path / "tasks", "sheep", rows,
         "output_type: multiple_choice\ndoc_to_text: '{{query}}'\ndoc_to_choice: '{{choices}}'\n"
-        "doc_to_target: gold\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n",
+        "doc_to_target: gold\nmetric_list: [{metric: acc}, {metric: acc_norm, higher_is_better: false}]\n",
     )  # fmt: skip
     recipe = changed(recipe, evaluate={"tasks": [{"task": "lm-eval/sheep", "path": str(place)}]})
     run = quantcli.run(recipe).path
@@ -264,6 +264,7 @@ def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_pat
             assert found["lm_eval"][name][f"{metric},none"] == pytest.approx(wanted[f"{metric},none"])
             assert found["metrics"][metric][name]["value"] == pytest.approx(wanted[f"{metric},none"])
     assert found["questions"] == len(rows)
+    assert {name for name, metric in found["metrics"].items() if metric.get("lower_is_better")} == {"acc_norm"}
 
 
 def test_a_task_that_generates_says_how_far_it_is_and_is_what_the_harness_finds(
@@ -380,3 +381,10 @@ def test_a_sequence_alone_in_its_batch_is_not_padded() -> None:
     order, batches = _padded(sequences, 1)
     assert order == [[1], [0], [2]]
     assert [batch.tolist() for batch in batches] == [[sequences[index]] for (index,) in order]
+
+
+def test_a_file_of_another_form_than_squads_says_what_is_read(tmp_path: Path) -> None:
+    rows = tmp_path / "squad.jsonl"
+    rows.write_text('{"context": "a", "question": "b"}\n{"context": "c", "question": "d"}\n')
+    with pytest.raises(DataError, match=r"squad\.jsonl.*dev-v1\.1\.json"):
+        questions_of(TaskSection(task="squad", path=str(rows)))

@@ -41,7 +41,7 @@ def run(context: Context, folder: StageFolder) -> None:
         before, after = read_json(context.folder("reference-tasks") / file.name), read_json(file)
         found: dict[str, Any] = {"description": before["description"]}
         if before["samples"] and before["samples"][0]:
-            found |= compared(before["samples"], after["samples"])
+            found |= compared(before["samples"], after["samples"], before.get("lower_is_better", ()))
         if "aggregates" in before:
             found["lm_eval"] = {"float_model": before["aggregates"], "quantized": after["aggregates"]}
         results[section.task] = finite(found)
