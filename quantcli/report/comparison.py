@@ -10,7 +10,7 @@ from quantcli.report.layers import Grid, grid_of
 from quantcli.report.markup import Markup, element, table
 from quantcli.report.numbers import percent, rate, seconds, short, size
 from quantcli.report.outcome import throughput_setting
-from quantcli.report.page import flat, page
+from quantcli.report.page import MISSED, WORST, flat, page
 from quantcli.report.scatter import Point, pareto_chart, pareto_front
 
 Run = Mapping[str, Any]
@@ -81,7 +81,8 @@ def _row(run: Run, name: str) -> dict[str, Any]:
         **_speeds(result.get("throughput")),
         "seconds": sum(record.get("seconds") or 0.0 for record in result["stages"].values()),
         "peak_memory": result["peak_memory"],
-        "warnings": sum(each["kind"] != "note" for each in run["problems"]),
+        "warnings": sum(each["kind"] not in ("note", MISSED, WORST) for each in run["problems"]),
+        "missed_gates": sum(each["kind"] == MISSED for each in run["problems"]),
         "measured": {f"{stage}.{key}": v for stage, content in run["results"].items() for key, v in flat(content)},
     }
 
@@ -226,7 +227,7 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
 
     best = {name for names in front.values() for name in names}
     headings = ("run", "linears", "size", "bits a weight", "perplexity", "increase", "KL divergence",
-                "same top token", "time", "warnings")  # fmt: skip
+                "same top token", "time", "warnings", "missed gates")  # fmt: skip
     cells = [
         (
             element("b", row["run"]) if row["run"] in best else row["run"],
@@ -239,6 +240,7 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
             (percent(row["agreement"]), row["agreement"]),
             (seconds(row["seconds"]), row["seconds"]),
             row["warnings"],
+            row["missed_gates"],
         )
         for row in rows
     ]

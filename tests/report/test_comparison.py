@@ -57,6 +57,7 @@ def test_the_runs_that_none_beats_are_named(tmp_path: Path) -> None:
     row = found["runs"][1]
     assert (row["size"], row["kl_divergence"], row["schemes"]) == (4 * GB, 0.03, {"W4A16 g128": 20, "float": 2})
     assert row["measured"]["eval-ppl.flips.lost"] == 0.0123
+    assert [(row["warnings"], row["missed_gates"]) for row in found["runs"]] == [(1, 0), (1, 1), (1, 1)]
     json.dumps(found, allow_nan=False)
 
 
