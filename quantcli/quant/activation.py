@@ -24,7 +24,7 @@ _INT32_MAX_IN_FEATURES = (2**31 - 1) // (255 * 128)
 _CUDA_MIN_ROWS, _CUDA_MULTIPLE = 17, 8
 # Values that are quantized and products that are made at once on a CPU: each pass over them finds them in the cache,
 # and calls are few enough that what a call costs by itself does not count.
-_CPU_ELEMENTS = 1 << 19
+_CPU_ELEMENTS = 1 << 18
 # Rows of a product of a prepared weight: its kernel is fast for many, whose float32 outputs have to fit into memory.
 _PREPARED_ROWS = 2048
 
@@ -76,12 +76,15 @@ def quantize_per_token(x: Tensor, bits: int = 8, type: CodeType = "int") -> tupl
     codes = torch.empty(tokens.shape, dtype=torch.int8 if type == "int" else FP8, device=x.device)
     ends = _largest_magnitude(tokens).float()
     scales = (ends / FP8_MAX).clamp(min=SMALLEST_FP8_SCALE) if type == "float" else _usable(ends / largest)
+    room: Tensor | None = None
     for part in _parts(tokens):
-        values = tokens[part].to(torch.float32, copy=True)
         if type == "float":
-            codes[part] = quantize_fp8(values, scales[part])
-        else:
-            codes[part] = values.div_(scales[part]).round_()  # within the codes, since no value exceeds the ends
+            codes[part] = quantize_fp8(tokens[part].float(), scales[part])
+            continue
+        if room is None:
+            room = torch.empty(tokens[part].shape, dtype=torch.float32, device=x.device)
+        values = room[: len(scales[part])].copy_(tokens[part])
+        codes[part] = values.div_(scales[part]).round_()  # within the codes, since no value exceeds the ends
     return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
 
 
@@ -147,9 +150,10 @@ def prepared_int8_linear(x_zero_point: int | None, weight_codes: Tensor, weight_
         )
     packed = torch.ops.onednn.qlinear_prepack(weight_codes, None)
     columns = weight_scale.float().flatten().expand(weight_codes.shape[0]).contiguous()
+    zeros = torch.zeros_like(columns, dtype=torch.int64)
 
     def product(codes: Tensor) -> Tensor:
-        return _onednn_product(codes, x_zero_point or 0, packed, columns)
+        return _onednn_product(codes, x_zero_point or 0, packed, columns, zeros)
 
     return lambda codes, scale, bias, dtype: _in_parts(product, _PREPARED_ROWS, codes, scale, len(columns), bias, dtype)
 
@@ -164,6 +168,9 @@ def _in_parts(
     dtype: torch.dtype,
 ) -> Tensor:
     """product(x_codes) * s_x + bias: [tokens, out] in `dtype`, from float32 products of `rows` tokens at a time."""
+    if x_codes.shape[0] <= rows:
+        y = product(x_codes).mul_(x_scale)
+        return (y if bias is None else y.add_(bias.float())).to(dtype)
     output = torch.empty(x_codes.shape[0], out_features, dtype=dtype, device=x_codes.device)
     for begin in range(0, x_codes.shape[0], max(1, rows)):
         part = slice(begin, begin + rows)
@@ -251,9 +258,8 @@ def _int_mm_is_exact(device: str) -> bool:
     return True
 
 
-def _onednn_product(x_codes: Tensor, x_zero_point: int, packed: Tensor, columns: Tensor) -> Tensor:
-    """(Xq Wq^T - z_x rowsum(Wq)) * s_w in float32, of a weight that qlinear_prepack returned."""
-    zeros = torch.zeros_like(columns, dtype=torch.int64)
+def _onednn_product(x_codes: Tensor, x_zero_point: int, packed: Tensor, columns: Tensor, zeros: Tensor) -> Tensor:
+    """(Xq Wq^T - z_x rowsum(Wq)) * s_w in float32, of a weight that qlinear_prepack returned; its zero points are 0."""
     product: Tensor = torch.ops.onednn.qlinear_pointwise(
         x_codes, 1.0, x_zero_point, packed, columns, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
@@ -266,7 +272,8 @@ def _onednn_is_exact() -> bool:
     for value in (QMIN, QMAX):
         codes = torch.full((32, 256), value, dtype=torch.int8)
         try:
-            product = _onednn_product(codes, -1 - value, torch.ops.onednn.qlinear_prepack(codes, None), torch.ones(32))
+            packed = torch.ops.onednn.qlinear_prepack(codes, None)
+            product = _onednn_product(codes, -1 - value, packed, torch.ones(32), torch.zeros(32, dtype=torch.int64))
         except (AttributeError, RuntimeError, NotImplementedError):
             return False
         if not bool((product == 256 * (2 * value + 1) * value).all()):
