@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import GateError, ModelError, RecipeError, RoomError
+from quantcli.formats.table import quantized_as
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.allocation import budgeted
@@ -146,9 +147,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
 
 
 def _plan(recipe: Recipe, model: Path) -> Plan:
-    config = model / "config.json"
-    if config.is_file() and (already := read_json(config).get("quantization_config")) is not None:
-        method = already.get("quant_method", "some method") if isinstance(already, dict) else "some method"
+    if (method := quantized_as(model)) is not None:
         raise ModelError(f"{model} is already quantized ({method}).", "Start from the float model.")
     section = recipe.model
     structure = find_structure(model, dtype=section.dtype, trust_remote_code=section.trust_remote_code)

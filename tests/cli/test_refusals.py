@@ -94,6 +94,21 @@ def be_quantized_already(model: Path) -> None:
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
 
 
+def be_quantized_by_its_tensors(model: Path) -> None:
+    """As AutoGPTQ's older checkpoints, whose config.json says nothing of it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.qweight"] = torch.zeros(8, 96, dtype=torch.int32)
+    save_file(tensors, model / "model.safetensors")
+    (model / "quantize_config.json").write_text('{"bits": 4, "group_size": 32}')
+
+
+def be_quantized_for_ascend(model: Path) -> None:
+    (model / "quant_model_description.json").write_text('{"model_quant_type": "W8A8"}')
+
+
 @pytest.mark.parametrize(
     ("spoil", "patterns"),
     [
@@ -107,6 +122,8 @@ def be_quantized_already(model: Path) -> None:
         (bring_code, ["needs code from the checkpoint", "trust_remote_code: true"]),
         (break_the_configuration, [r"config\.json cannot be read as JSON"]),
         (be_quantized_already, [r"already quantized \(gptq\)", "float model"]),
+        (be_quantized_by_its_tensors, [r"already quantized \(gptq\)", "float model"]),
+        (be_quantized_for_ascend, [r"already quantized \(ascend\)", "float model"]),
     ],
 )
 def test_a_model_that_cannot_be_used(
