@@ -226,8 +226,10 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
         return short(value, digits) if error is None or value is None else f"{short(value, digits)} ± {short(error, 2)}"
 
     best = {name for names in front.values() for name in names}
-    headings = ("run", "linears", "size", "bits a weight", "perplexity", "increase", "KL divergence",
-                "same top token", "time", "warnings", "missed gates")  # fmt: skip
+    headings = ["run", "linears", "size", "bits a weight", "perplexity", "increase", "KL divergence",
+                "same top token", "time", "warnings"]  # fmt: skip
+    missed = any(row["missed_gates"] for row in rows)
+    headings += ["missed gates"] * missed
     cells = [
         (
             element("b", row["run"]) if row["run"] in best else row["run"],
@@ -240,7 +242,7 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
             (percent(row["agreement"]), row["agreement"]),
             (seconds(row["seconds"]), row["seconds"]),
             row["warnings"],
-            row["missed_gates"],
+            *([row["missed_gates"]] * missed),
         )
         for row in rows
     ]
