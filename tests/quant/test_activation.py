@@ -218,3 +218,18 @@ def test_parts_have_the_codes_of_the_whole(type: CodeType, dtype: torch.dtype, m
         assert torch.equal(again_scale, scale)
         assert torch.equal(quantize_static(x, step, zero, type).float(), static.float())
     assert [part.shape for part in quantize_per_token(x[:, :0], type=type)] == [(3, 0, 10), (3, 0, 1)]
+
+
+@pytest.mark.parametrize("zero_point", [None, 3])
+def test_no_tokens_give_no_outputs(zero_point: int | None) -> None:
+    """As an expert sees that no token was sent to."""
+    codes, scales = quantize_per_token(torch.empty(0, 64, dtype=torch.bfloat16))
+    weight, columns, bias = torch.ones(32, 64, dtype=torch.int8), torch.ones(32, 1), torch.ones(32)
+    product = prepared_int8_linear(zero_point, weight, columns)
+    for scale in (scales, torch.ones(1)):
+        for found in (
+            product(codes, scale, bias, torch.bfloat16),
+            int8_linear(codes, scale, zero_point, weight, columns, bias, torch.bfloat16),
+        ):
+            assert found.shape == (0, 32)
+            assert found.dtype == torch.bfloat16
