@@ -10,7 +10,7 @@ from typing import Any
 from quantcli.errors import ModelError
 from quantcli.formats import ascend, awq, common, compressed_tensors, declared, dense, gguf, gptq, mindie, npy
 from quantcli.formats.msmodelslim import MsModelSlimCheckpoint
-from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.model.checkpoint import Checkpoint
 
 FORMATS: dict[str, ModuleType] = {
     form.NAME: form for form in (compressed_tensors, ascend, mindie, npy, gptq, awq, gguf, dense)
@@ -49,14 +49,13 @@ def open_weights(directory: Path) -> Checkpoint:
 def quantized_as(directory: Path) -> str | None:
     """What has quantized the weights of a model directory, by its files; None for a float model. A file of settings
     that AutoGPTQ once wrote counts where a tensor is one of its codes."""
-    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    has_weights = any(directory.glob("*.safetensors"))  # a plan is made without
+    told = has_weights and (directory / declared.CONFIG).is_file()
+    tensors = Checkpoint(directory).entries if told else ()
+    config = declared.read_configuration(directory, tensors) if (directory / "config.json").is_file() else {}
     if (content := config.get("quantization_config")) is not None:
         method = content.get("quant_method") if isinstance(content, dict) else None
         return str(method or "some method")
-    has_weights = any(directory.glob("*.safetensors"))  # a plan is made without
-    alone = has_weights and (directory / declared.CONFIG).is_file()
-    if alone and any(name.endswith(".qweight") for name in Checkpoint(directory).entries):
-        return gptq.NAME
     return next((form.NAME for form in (ascend, mindie, npy) if form.recognizes(directory, config)), None)
 
 

@@ -168,14 +168,17 @@ def _in_parts(
     dtype: torch.dtype,
 ) -> Tensor:
     """product(x_codes) * s_x + bias: [tokens, out] in `dtype`, from float32 products of `rows` tokens at a time."""
+
+    def scaled(codes: Tensor, scale: Tensor) -> Tensor:
+        y = product(codes).mul_(scale)
+        return y if bias is None else y.add_(bias.float())
+
     if x_codes.shape[0] <= rows:
-        y = product(x_codes).mul_(x_scale)
-        return (y if bias is None else y.add_(bias.float())).to(dtype)
+        return scaled(x_codes, x_scale).to(dtype)
     output = torch.empty(x_codes.shape[0], out_features, dtype=dtype, device=x_codes.device)
     for begin in range(0, x_codes.shape[0], max(1, rows)):
         part = slice(begin, begin + rows)
-        y = product(x_codes[part]).mul_(x_scale if x_scale.numel() == 1 else x_scale[part])
-        output[part] = y if bias is None else y.add_(bias.float())
+        output[part] = scaled(x_codes[part], x_scale if x_scale.numel() == 1 else x_scale[part])
     return output
 
 
