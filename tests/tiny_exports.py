@@ -7,6 +7,7 @@ The steps are those of the pipeline, without its run directory: structure, codes
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model, token_batches
 from torch import Tensor, nn
 
@@ -115,6 +117,22 @@ def flip_bit(file: Path, place: float, bit: int) -> None:
     begin = 8 + struct.unpack("<Q", data[:8])[0]
     data[begin + int(place * (len(data) - begin))] ^= 1 << bit
     file.write_bytes(data)
+
+
+def shuffle_groups(folder: Path, **said: Any) -> None:
+    """Make of an export in `gptq` one whose groups are not of neighbouring inputs, as tools write it that round in an
+    order: the codes stay and belong to the scales of other groups. `said`: what quantization_config says of it.
+    """
+    file, generator = folder / "model.safetensors", torch.Generator().manual_seed(5)
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith(".g_idx")]:
+        tensors[name] = tensors[name][torch.randperm(len(tensors[name]), generator=generator)]
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= said
+    (folder / "config.json").write_text(json.dumps(config))
+    for beside in ("quantize_config.json", "SHA256SUMS"):
+        (folder / beside).unlink(missing_ok=True)
 
 
 def export_tiny(

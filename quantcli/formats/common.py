@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantcli.formats.store import Store
+    from quantcli.quant.grid import QuantizedWeight
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".npy")
 """Of the files that hold weights, in any format."""
@@ -88,6 +89,22 @@ def _steps(pattern: str) -> float:
     groups = bare.count("(") + 1
     exponent = repeated * math.log(60) + optional * math.log(2) + groups * math.log(bare.count("|") / groups + 1)
     return math.exp(min(exponent, 500))
+
+
+def ungrouped(weight: QuantizedWeight, group_of: Tensor) -> QuantizedWeight:
+    """The same weight with the scale and zero point of its group for each input: [out, groups] becomes [out, in].
+
+    group_of: integers [in], the group of each input (g_idx). Raises ModelError for one that is of no group.
+    """
+    from quantcli.quant.grid import QuantizedWeight
+
+    codes, scale, zero_point = weight
+    index, groups = group_of.long(), scale.shape[1]
+    low, high = index.aminmax()
+    if low < 0 or high >= groups:
+        raise ModelError(f"g_idx puts inputs in groups {int(low)} to {int(high)}, and there are {groups}.",
+                         "Download the checkpoint again.")  # fmt: skip
+    return QuantizedWeight(codes, scale[:, index], None if zero_point is None else zero_point[:, index])
 
 
 def recorded_schemes(store: Store) -> dict[str, Any]:

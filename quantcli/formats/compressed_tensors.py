@@ -353,7 +353,8 @@ def _validated(content: Mapping[str, Any]) -> Any:
         # between the names of fields stand those of the library's own functions
         place = ".".join(str(part) for part in ("quantization_config", *first["loc"]) if "[" not in str(part))
         raise ModelError(
-            f"{place}: {first['msg'].removeprefix('Value error, ')}.", "Correct it, or download the file again."
+            f"{place}: {first['msg'].removeprefix('Value error, ').rstrip('.')}.",
+            "Correct it, or download the file again.",
         ) from error
     except (ValueError, TypeError) as error:
         raise ModelError(f"quantization_config is not valid: {str(error).splitlines()[0]}.") from error

@@ -47,6 +47,7 @@ class Declared:
             "bits": content.get("bits", content.get("w_bit")),
             "group_size": content.get("group_size", content.get("q_group_size")),
             "sym": content.get("sym", True),
+            "desc_act": content.get("desc_act", False),
         }
         self._dynamic: Mapping[str, Any] = content.get("dynamic") or {}
         self._extra: Mapping[str, Any] = content.get("extra_config") or {}
@@ -61,8 +62,8 @@ class Declared:
             raise ModelError(f"{self.file}: {error.message}", error.remedy) from error
 
     def settings(self, *names: str) -> dict[str, Any] | str:
-        """Entries bits, group_size and sym of a linear by its names, in the model and in the checkpoint; None where
-        they are not said. For one that stays in float, the key that says so."""
+        """Entries bits, group_size, sym and desc_act of a linear by its names, in the model and in the checkpoint; None
+        where they are not said. For one that stays in float, the key that says so."""
         rule = next(filter(None, map(self._rule, names)), None)
         if rule is not None and rule.startswith("-:"):
             return "dynamic"

@@ -5,7 +5,7 @@ Of a linear X [out, in] with b-bit codes q, groups of g inputs (or one, of all) 
     X.qweight  int32 [in·b/32, out]         u packed along the input, from the lowest bit on, without gaps
     X.qzeros   int32 [in/g, out·b/32]       z packed along the output likewise; v1 holds z − 1
     X.scales   float16 [in/g, out]          s, negative where the grid's full range is used: kernels multiply by it
-    X.g_idx    int32 [in]                   the group of each input: i // g
+    X.g_idx    int32 [in]                   the group of each input: i // g; of others' with desc_act, in any order
     X.bias                                  as in the float model
 
     W[o, i] = (u − z)·s
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -128,8 +129,8 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, *, less_one: bool = Fa
     """The inverse of `encode`, from tensors by suffix, which have to have the shapes of `layout`; without g_idx inputs
     are grouped in their order. `less_one`: zero points of asymmetric weights are those of v1.
 
-    Raises ModelError if inputs are grouped out of their order, symmetric weights have zero points, or zero points of v1
-    may stand for 0.
+    Raises ModelError if inputs are grouped out of their order under a scheme that is not `ordered`, symmetric weights
+    have zero points, or zero points of v1 may stand for 0.
     """
     import torch
 
@@ -139,9 +140,12 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, *, less_one: bool = Fa
 
     groups, out = tensors["scales"].shape
     inner = tensors["qweight"].shape[0] * 32 // scheme.bits
-    if "g_idx" in tensors and not torch.equal(tensors["g_idx"].long(), torch.arange(inner) // (inner // groups)):
-        raise ModelError("g_idx groups inputs out of their order (desc_act), which is not supported.",
-                         "Quantize with desc_act: false, or with static groups.")  # fmt: skip
+    order = tensors.get("g_idx")
+    if order is not None and not scheme.ordered:
+        if not torch.equal(order.long(), torch.arange(inner) // (inner // groups)):
+            raise ModelError("g_idx groups inputs out of their order, and quantization_config has no desc_act: true.",
+                             "Take the configuration that belongs to these weights.")  # fmt: skip
+        order = None
     codes = unpack_int32(tensors["qweight"].t().contiguous(), scheme.bits, inner)
     zero_point: Tensor | None = unpack_int32(tensors["qzeros"], scheme.bits, out).t().contiguous()
     if scheme.symmetric:
@@ -155,7 +159,8 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme, *, less_one: bool = Fa
             raise ModelError(f"qzeros holds {(1 << scheme.bits) - 1}, the zero point less one of 0, which some loaders "
                              f"take for {1 << scheme.bits}.", "Save it as gptq_v2.")  # fmt: skip
         zero_point += 1
-    return StoredLinear(QuantizedWeight(codes, tensors["scales"].t().contiguous(), zero_point))
+    weight = QuantizedWeight(codes, tensors["scales"].t().contiguous(), zero_point)
+    return StoredLinear(weight if order is None else common.ungrouped(weight, order))
 
 
 def documents(
@@ -223,7 +228,9 @@ def described(
             bits = qzeros.shape[1] * 32 // out
             inner = packed.shape[0] * 32 // bits
             said = declared.checked((module, prefix), bits, inner, groups)
-            schemes[module] = grouped(bits, said["sym"] is not False, inner, groups, said["group_size"])
+            scheme = grouped(bits, said["sym"] is not False, inner, groups, said["group_size"])
+            ordered = said["desc_act"] is True and f"{prefix}.g_idx" in checkpoint.entries and groups > 1
+            schemes[module] = replace(scheme, ordered=ordered)
     return schemes, None
 
 

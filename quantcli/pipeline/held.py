@@ -27,6 +27,8 @@ def unheld(
     `further` are names of schemes that linears may get yet.
     """
     for linear, scheme in quantized:
+        if scheme.ordered and form != dense.NAME:
+            return f"{form} is not written with inputs in groups out of their order, as those of {linear.name} are."
         if refusal := FORMATS[form].refusal(linear, scheme):
             return f"{form} cannot hold {linear.name} as {scheme.name}: it {refusal}."
     names = list(dict.fromkeys([*(scheme.name for _, scheme in quantized), *further]))

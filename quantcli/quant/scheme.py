@@ -19,6 +19,8 @@ class Scheme:
     activation_bits: 8, or 4 for dynamic inputs; without meaning for inputs in float.
     sparse: most codes are zero or small, for engines that compress them (W8A8S of Ascend); the arithmetic is the same.
     float16_scales: scales are values that float16 holds, for formats that store them so; the arithmetic is the same.
+    ordered: inputs were put in groups in an order that the solver chose (desc_act of GPTQ checkpoints, with
+    g_idx). Such checkpoints are read, not written; a read scale is [out, in], repeated for each input.
     """
 
     bits: int
@@ -31,6 +33,7 @@ class Scheme:
     activation_bits: int = 8
     float16_scales: bool = False
     type: CodeType = "int"
+    ordered: bool = False
 
     @property
     def observed(self) -> bool:
@@ -57,6 +60,8 @@ class Scheme:
             parts.append(f"g{self.group_size}")
         if not self.symmetric:
             parts.append("asym")
+        if self.ordered:
+            parts.append("ordered")
         return " ".join(parts)
 
     def scale_dtype(self, model_dtype: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_exports import Export, export_tiny, flip_bit
+from tiny_exports import Export, export_tiny, flip_bit, shuffle_groups
 from tiny_models import save_tiny_model
 from torch import Tensor
 
@@ -459,11 +459,39 @@ def test_what_is_not_understood_is_refused(form: str, change: dict[str, Any], me
         export.reader()
 
 
-def test_groups_out_of_order_are_refused(made: Made, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["W4 g32", "W3 g32", "W8 g32 asym"])
+def test_groups_of_inputs_in_any_order_are_read(name: str, made: Made, tmp_path: Path) -> None:
+    export = copy_of(made("gptq", name), tmp_path)
+    shuffle_groups(export.folder, desc_act=True)
+    reader, tensors = export.reader(), tensors_of(export)
+    weight = f"{UP}.weight"
+    found = reader.read([weight])[weight]
+    codes, scale, zero_point = export.store.read(UP).weight
+    for row, column in ((0, 0), (5, 1), (17, 63), (127, 40), (64, 33)):
+        group = int(tensors[f"{UP}.g_idx"][column])
+        zero = 0 if zero_point is None else float(zero_point[row, group])
+        exact = (float(codes[row, column]) - zero) * float(scale[row, group])
+        assert float(found[row, column]) == torch.tensor(exact).to(found.dtype)
+    assert {scheme.name for scheme in reader.schemes.values()} == {f"{GPTQ[name].name} ordered"}
+    assert verify_path(export.folder)["linears"] == 13
+    with pytest.raises(
+        RecipeError, match=r"compressed-tensors is not written with inputs in groups out of their order"
+    ):
+        convert_checkpoint(export.folder, "compressed-tensors", tmp_path / "converted")
+    convert_checkpoint(export.folder, "dense", tmp_path / "dense")
+    assert torch.equal(load_file(tmp_path / "dense" / "model.safetensors")[weight], found)
+
+
+def test_an_order_that_is_none_is_refused(made: Made, tmp_path: Path) -> None:
     export = copy_of(made("gptq", "W4 g32"), tmp_path)
-    change_tensors(export, lambda t: t.update({f"{UP}.g_idx": t[f"{UP}.g_idx"].flip(0).contiguous()}))
-    with pytest.raises(ModelError, match=r"up_proj.*desc_act"):
+    shuffle_groups(export.folder)
+    with pytest.raises(ModelError, match=r"up_proj.*has no desc_act: true"):
         export.reader().read_linear(UP)
+    shuffle_groups(export.folder, desc_act=True)
+    for group in (-2, 2):
+        change_tensors(export, lambda t, group=group: t[f"{UP}.g_idx"][3:4].fill_(group))  # type: ignore[misc]
+        with pytest.raises(ModelError, match=r"up_proj.*there are 2"):
+            export.reader().read_linear(UP)
 
 
 def test_zero_points_of_weights_that_are_called_symmetric_are_refused(made: Made, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_exports import Export, export_tiny
+from tiny_exports import Export, export_tiny, shuffle_groups
 
 from quantcli.calibration.datasets import load_texts
 from quantcli.evaluation.protocols import evaluation_windows
@@ -75,11 +75,12 @@ def in_float16(export: Export) -> dict[str, Any]:
 
 @torch.no_grad()
 def logits_of_codes(export: Export) -> list[torch.Tensor]:
-    """The logits of the float model with the weights that the store's codes stand for."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(export.model, dtype=torch.float32).eval()
-    for name in export.store.schemes:
-        model.get_submodule(name).weight.copy_(dequantize(export.store.read(name).weight, torch.float32))
-    return [model(torch.tensor([window])).logits[0] for window in TOKENS]
+    """The logits of the float model with the weights that the export's codes stand for."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(export.model, dtype=torch.float32)
+    reader = export.reader()
+    for name in reader.schemes:
+        model.get_submodule(name).weight.copy_(dequantize(reader.read_linear(name).weight, torch.float32))
+    return [model.eval()(torch.tensor([window])).logits[0] for window in TOKENS]
 
 
 def test_logits_are_those_of_the_codes(tmp_path: Path) -> None:
@@ -87,6 +88,9 @@ def test_logits_are_those_of_the_codes(tmp_path: Path) -> None:
         name: export_tiny(tmp_path / name, scheme, dtype=torch.float16, form=name.split()[0], kept=[DOWN])
         for name, scheme in TINY.items()
     }
+    other = exports["gptq W4 g32 desc_act"] = export_tiny(tmp_path / "order", weights(4), dtype=torch.float16,
+                                                          form="gptq", kept=[DOWN])  # fmt: skip
+    shuffle_groups(other.folder, desc_act=True)
     asked = [in_float16(export) for export in exports.values()]
     for (name, export), found in zip(exports.items(), ask(asked, tmp_path), strict=True):
         assert (found["missing"], found["linears"]) == ([], 2), name  # DOWN and the head
