@@ -137,6 +137,36 @@ def check_description_alone(checkpoint: QuantizedCheckpoint, structure: Structur
                                             "Quantize both alike.")  # fmt: skip
 
 
+def check_added_alone(checkpoint: QuantizedCheckpoint, module: str, stored: StoredLinear) -> None:
+    """Without a store: what engines add to the products of a linear belongs to its codes, scales and bias, which the
+    evaluation reads instead. Raises VerificationError.
+
+    Tools compute these from scales of more or fewer bits than they store: quant_bias may be one off, and 2^-8 of the
+    bias, and scale_bias 2^-6 of the largest sum of its linear.
+    """
+    parts = {name.rpartition(".")[2]: name for name in checkpoint.tensor_names(module)}
+    codes = stored.weight.codes.double().numpy()
+    if "quant_bias" in parts and stored.input_scale is not None:
+        name = parts["quant_bias"]
+        prefix = name.removesuffix("quant_bias")
+        bias = checkpoint.raw.read([f"{prefix}bias"])[f"{prefix}bias"] if f"{prefix}bias" in checkpoint.raw else None
+        scale = stored.input_scale.double() * stored.weight.scale.double().view(-1)
+        added = np.zeros(len(codes)) if bias is None else (bias.double() / scale).numpy()
+        offset = 0 if stored.input_zero_point is None else int(stored.input_zero_point)
+        wanted, room = added - offset * codes.sum(1), 1 + np.abs(added) / 256
+    elif "scale_bias" in parts:
+        name = parts["scale_bias"]
+        count = checkpoint.raw.entries[name].shape[1]
+        values = codes.reshape(*stored.weight.scale.shape, -1) * stored.weight.scale.double().numpy()[..., None]
+        wanted = 8 * values.reshape(len(codes), count, -1).sum(2)
+        room = np.abs(wanted).max() / 64
+    else:
+        return
+    if not bool((np.abs(checkpoint.raw.read([name])[name].double().numpy() - wanted) <= room).all()):
+        raise VerificationError(f"{checkpoint.directory}: {name} is not that of the codes, scales and bias.",
+                                "Quantize it again.")  # fmt: skip
+
+
 def _check_record(record: Mapping[str, Any], store: Store) -> None:
     attention = store.attention
     wanted = {

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from quantcli.formats.export import Source
     from quantcli.formats.reader import QuantizedCheckpoint
-    from quantcli.formats.store import Store
+    from quantcli.formats.store import Store, StoredLinear
     from quantcli.model.structure import Structure
     from quantcli.quant.scheme import Scheme
     from quantcli.recipe.schema import Recipe
@@ -135,7 +135,7 @@ def check_planned(found: Mapping[str, Scheme], planned: Mapping[str, Scheme]) ->
 
 
 def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
-    from quantcli.formats.verify_ascend import FORMS, check_description_alone
+    from quantcli.formats.verify_ascend import FORMS, check_added_alone, check_description_alone
     from quantcli.formats.verify_gptq import check_configuration_alone
     from quantcli.model.skeleton import Skeleton
     from quantcli.pipeline.standalone import open_checkpoint
@@ -146,7 +146,9 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
         if checkpoint.form is None:
             raise VerificationError(f"{path} is not a quantized checkpoint.", "Name a run, or one of its exports.")
         for name in checkpoint.schemes:
-            _check_linear(checkpoint, name)
+            stored = _check_linear(checkpoint, name)
+            if checkpoint.form.NAME in FORMS:
+                check_added_alone(checkpoint, name, stored)
         for module in checkpoint.attention_modules:
             parts = checkpoint.read_attention(module)
             for part, scale in parts.items():
@@ -171,13 +173,14 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     return found
 
 
-def _check_linear(checkpoint: QuantizedCheckpoint, name: str) -> None:
+def _check_linear(checkpoint: QuantizedCheckpoint, name: str) -> StoredLinear:
     stored, linear = checkpoint.read_linear(name), checkpoint.linears[name]
     if tuple(stored.weight.codes.shape) != (linear.out_features, linear.in_features):
         raise VerificationError(f"{name}: codes have shape {tuple(stored.weight.codes.shape)}.", "Export it again.")
     for scale in (stored.weight.scale, stored.input_scale):
         if scale is not None:
             _check_usable(name, "a scale", scale)
+    return stored
 
 
 def _check_usable(module: str, part: str, values: Tensor, *, zeros: bool = False) -> None:

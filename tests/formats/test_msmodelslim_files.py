@@ -85,6 +85,13 @@ def refused_by_all(folder: Path, prose: Path, match: str, form: str = "compresse
 # ------------------------------------------------------------------------------------------- W4A8 in two stages
 
 
+def unpacked(packed: Tensor) -> Tensor:
+    """Codes of 4 bits, of which two outputs share a byte, float64."""
+    byte = packed.int() & 255
+    nibbles = torch.stack((byte & 15, byte >> 4), 1).flatten(0, 1)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles).double()
+
+
 def in_two_stages(tensors: Tensors) -> None:
     """A scale a row in float, and for each of its groups of 32 a whole number."""
     generator = torch.Generator().manual_seed(0)
@@ -93,6 +100,9 @@ def in_two_stages(tensors: Tensors) -> None:
         shape = (2 * codes.shape[0], codes.shape[1] // 32)
         tensors[f"{name}_second"] = torch.randint(1, 18, shape, generator=generator).float()
         tensors[name.replace("_scale", "_offset_second")] = torch.zeros(shape, dtype=torch.int64)
+        values = unpacked(codes).unflatten(1, (-1, 32)) * (tensors[name] * tensors[f"{name}_second"])[..., None]
+        sums = tensors[name.replace("weight_scale", "scale_bias")]
+        sums.copy_(8 * values.flatten(1).unflatten(1, (sums.shape[1], -1)).sum(2))
 
 
 def test_two_scales_of_a_group_are_their_product(tmp_path: Path, prose: Path) -> None:
@@ -102,9 +112,7 @@ def test_two_scales_of_a_group_are_their_product(tmp_path: Path, prose: Path) ->
     _, checkpoint, _ = open_checkpoint(folder)
     scheme = Scheme(4, granularity="group", group_size=32, activations="dynamic")
     assert set(checkpoint.schemes.values()) == {scheme}
-    packed = tensors[f"{UP}.weight"].int() & 255
-    nibbles = torch.stack((packed & 15, packed >> 4), 1).flatten(0, 1)
-    codes = torch.where(nibbles > 7, nibbles - 16, nibbles).double()
+    codes = unpacked(tensors[f"{UP}.weight"])
     second = tensors[f"{UP}.weight_scale_second"].double().repeat_interleave(32, 1)
     wanted = codes * second * tensors[f"{UP}.weight_scale"].double()
     found = checkpoint.read([f"{UP}.weight"])[f"{UP}.weight"].double()
@@ -114,6 +122,29 @@ def test_two_scales_of_a_group_are_their_product(tmp_path: Path, prose: Path) ->
     assert scored(folder, prose) == scored(tmp_path / "converted", prose)
     with pytest.raises(RecipeError, match="not a group"):
         convert_checkpoint(folder, "ascend", tmp_path / "again")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize(("scheme", "part", "moves"), [
+    (STATIC, "quant_bias", {1: True, 3: False}),
+    (W4A8, "scale_bias", {0.001: True, 0.05: False}),
+])  # fmt: skip
+def test_what_is_added_to_products_has_to_be_of_the_codes(
+    scheme: Scheme, part: str, moves: dict[float, bool], family: str, tmp_path: Path
+) -> None:
+    """The evaluation does not read it, and engines do: quant_bias has the bias of Qwen's q_proj in it."""
+    for move, right in moves.items():
+
+        def moved(tensors: Tensors, move: float = move) -> None:
+            values = tensors[f"{Q}.{part}"]
+            values.view(-1)[3] += move if part == "quant_bias" else move * values.abs().max()
+
+        folder = made(tmp_path / str(move), scheme, moved, family=family)
+        if right:
+            assert verify_path(folder)["linears"] == 14
+        else:
+            with pytest.raises(VerificationError, match=rf"q_proj\.{part} is not that of the codes"):
+                verify_path(folder)
 
 
 def test_products_of_scales_that_another_format_does_not_hold_are_not_written(tmp_path: Path) -> None:
