@@ -100,10 +100,16 @@ class _Piece:
 
 
 def export_checkpoint(
-    folder: Path, form: ModuleType, store: Store, source: Source, linears: Mapping[str, Linear]
+    folder: Path,
+    form: ModuleType,
+    store: Store,
+    source: Source,
+    linears: Mapping[str, Linear],
+    shard_bytes: int | None = None,
 ) -> Iterator[tuple[Path, str]]:
     """Write a checkpoint into `folder`, yielding (file, sha256) as files are finished.
 
+    `shard_bytes`: of tensors in a file at most, SHARD_BYTES if it is None; a larger tensor has a file for itself.
     Shards that are there already are kept (the caller clears the folder when anything changed); config.json comes last,
     so an engine never loads half a checkpoint. Raises ModelError for what the format cannot hold.
     """
@@ -115,7 +121,7 @@ def export_checkpoint(
             weights = _own_files(folder, pieces, form, store.schemes, origin, json.loads(documents["config.json"]))
         else:
             stem = form.stem(store.schemes.values()) if hasattr(form, "stem") else form.STEM
-            weights = _shards(folder, pieces, stem)
+            weights = _shards(folder, pieces, stem, shard_bytes)
         yield from _write(folder, weights, documents, origin)
 
 
@@ -140,9 +146,11 @@ def _write(
     yield _write_text(folder / name, config), digests[name]
 
 
-def _shards(folder: Path, pieces: Mapping[str, _Piece], stem: str) -> Iterator[tuple[Path, str]]:
+def _shards(
+    folder: Path, pieces: Mapping[str, _Piece], stem: str, shard_bytes: int | None = None
+) -> Iterator[tuple[Path, str]]:
     """Files of the weights and their index; those that are there are kept."""
-    shards = split_shards([piece.planned for piece in pieces.values()], SHARD_BYTES)
+    shards = split_shards([piece.planned for piece in pieces.values()], shard_bytes or SHARD_BYTES)
     for file, shard in zip(shard_names(len(shards), stem), shards, strict=True):
         digest = ""
         if not (folder / file).exists():

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_serializer
+from pydantic import Field
 
-from quantcli.recipe.fields import Count, Length, Section, Text, as_size, size_of
+from quantcli.recipe.fields import Count, Length, Section, Size, Text
 
 
 class OutputErrorSection(Section):
@@ -28,16 +28,12 @@ class GenerateSection(Section):
         description="What to answer or go on with; as a user's message where the tokenizer has a chat template.",
     )
     max_new_tokens: Count = Field(default=24, description="At most this many tokens are written to a prompt.")
-    memory: Annotated[int, BeforeValidator(size_of, json_schema_input_type=str)] = Field(
+    memory: Size = Field(
         default=1 << 30,
         description="A model whose weights, with keys and values of the longest text, take more than this writes "
         "nothing, since all of them have to be in memory.",
         json_schema_extra={"default": "1GiB"},
     )
-
-    @field_serializer("memory")
-    def _size(self, value: int) -> str:
-        return as_size(value)
 
 
 class ThroughputSection(Section):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_serializer, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from quantcli.recipe.fields import Count, Length, Section, Text, as_percent, fraction_of, refusal
+from quantcli.recipe.fields import Count, Fraction, Length, Section, Text, refusal
 
 NAMED_DATASETS = ("builtin", "wikitext2", "boolq", "text", "jsonl", "parquet")
 
@@ -93,9 +93,7 @@ class CalibrationSection(_CalibrationSource):
     route_all_experts: bool = Field(
         default=False, description="Observe every token at every expert, not only at those that the router chooses."
     )
-    drop_outliers: Annotated[
-        float, BeforeValidator(fraction_of, json_schema_input_type=float | str), Field(ge=0, lt=1)
-    ] = Field(
+    drop_outliers: Annotated[Fraction, Field(ge=0, lt=1)] = Field(
         default=0.0,
         description="Share of sequences to drop, as 10% or 0.1: those whose output quantization changes most.",
     )
@@ -113,10 +111,6 @@ class CalibrationSection(_CalibrationSource):
             if source in named[:index]:
                 raise refusal(f"mix.{index}", "names the same text as an item before it", "Keep one, with both shares.")
         return self
-
-    @field_serializer("drop_outliers")
-    def _percent(self, value: float) -> str | None:
-        return as_percent(value)
 
 
 class PerplexitySection(Section):

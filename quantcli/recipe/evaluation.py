@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, Field, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from quantcli.recipe.comparison import GenerateSection, OutputErrorSection, ThroughputSection
 from quantcli.recipe.data import PerplexitySection
-from quantcli.recipe.fields import (
-    Count,
-    Section,
-    Text,
-    as_percent,
-    as_size,
-    fraction_of,
-    null_is_default,
-    refusal,
-    size_of,
-)
+from quantcli.recipe.fields import Count, Fraction, Section, Size, Text, null_is_default, refusal
 
 HARNESS = "lm-eval/"
 """What names of lm-evaluation-harness's tasks begin with."""
@@ -50,11 +40,6 @@ class TaskSection(Section):
 
 
 _Bound = Annotated[int, Field(ge=0)] | None
-_Fraction = Annotated[float | None, BeforeValidator(fraction_of, json_schema_input_type=float | str | None)]
-
-
-def _size_or_none(value: object) -> object:
-    return None if value is None else size_of(value)
 
 
 def _tasks(value: object) -> object:
@@ -97,39 +82,29 @@ class FallbacksSection(Section):
 class GatesSection(Section):
     """Bounds that the quantized model must keep, or the run fails."""
 
-    perplexity_increase: Annotated[
-        float | None, BeforeValidator(fraction_of, json_schema_input_type=float | str | None)
-    ] = Field(default=None, description="Largest relative increase of perplexity over the float model, as 2% or 0.02.")
+    perplexity_increase: Fraction | None = Field(
+        default=None, description="Largest relative increase of perplexity over the float model, as 2% or 0.02."
+    )
     kl_divergence: Annotated[float, Field(ge=0)] | None = Field(
         default=None, description="Largest mean Kullback-Leibler divergence from the float model, in nats a token."
     )
 
-    agreement: _Fraction = Field(
+    agreement: Fraction | None = Field(
         default=None, description="Least share of tokens where both models have the same first choice, as 95% or 0.95."
     )
-    task_drop: _Fraction = Field(
+    task_drop: Fraction | None = Field(
         default=None, description="Largest drop of any metric of any task, in points, as 1% or 0.01."
     )
     bits_per_weight: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Largest mean number of bits of a quantized weight, scales and zero points included."
     )
-    size: Annotated[int | None, BeforeValidator(_size_or_none, json_schema_input_type=str | None)] = Field(
-        default=None, description="Largest size of the checkpoint's weights, as 500MB or 4GiB."
-    )
-    size_ratio: _Fraction = Field(
+    size: Size | None = Field(default=None, description="Largest size of the checkpoint's weights, as 500MB or 4GiB.")
+    size_ratio: Fraction | None = Field(
         default=None, description="Largest size of the checkpoint's weights as a part of the float model's, as 55%."
     )
     fallbacks: Annotated[FallbacksSection, BeforeValidator(null_is_default)] = Field(
         default=FallbacksSection(), description="Fallbacks that the run may take at most, by kind."
     )
-
-    @field_serializer("perplexity_increase", "agreement", "task_drop", "size_ratio")
-    def _percent(self, value: float | None) -> str | None:
-        return as_percent(value)
-
-    @field_serializer("size")
-    def _size(self, value: int | None) -> str | None:
-        return None if value is None else as_size(value)
 
 
 class EvaluateSection(Section):
@@ -144,7 +119,7 @@ class EvaluateSection(Section):
         description="A run directory whose results of the float model are taken over where they fit; null looks at the "
         "directories beside the output.",
     )
-    reference_size: Annotated[int, BeforeValidator(size_of, json_schema_input_type=str)] = Field(
+    reference_size: Size = Field(
         default=8 << 30,
         description="Hidden states of the float model that are kept in the run directory at most, as 8GiB.",
         json_schema_extra={"default": "8GiB"},
@@ -161,10 +136,6 @@ class EvaluateSection(Section):
     gates: GatesSection | None = Field(
         default=None, description="Quality bounds; a miss ends the run with exit status 4."
     )
-
-    @field_serializer("reference_size")
-    def _size(self, value: int) -> str:
-        return as_size(value)
 
     @model_validator(mode="after")
     def _check(self) -> EvaluateSection:

@@ -7,7 +7,7 @@ import re
 from decimal import Decimal
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 
@@ -23,8 +23,6 @@ def null_is_default(value: object) -> object:
 
 def fraction_of(value: object) -> object:
     """'2%' or 0.02 as the fraction 0.02."""
-    if value is None:
-        return None
     fraction, remedy = math.nan, "Write it as 2% or 0.02."
     if isinstance(value, str):
         percent = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*%\s*", value)
@@ -40,10 +38,8 @@ def fraction_of(value: object) -> object:
     return float(fraction)
 
 
-def as_percent(value: float | None) -> str | None:
+def as_percent(value: float) -> str:
     """A fraction as a recipe writes it: a percentage, because a bare number of 1 or more is refused on reading."""
-    if value is None:
-        return None
     digits = format(Decimal(repr(value)) * 100, "f")
     return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + "%"
 
@@ -70,6 +66,14 @@ def as_size(value: int) -> str:
         ((n, u) for n, u in _UNITS.items() if value and value % u == 0), key=lambda n: n[1], default=("B", 1)
     )
     return f"{value // unit}{name}"
+
+
+Fraction = Annotated[
+    float, BeforeValidator(fraction_of, json_schema_input_type=float | str), PlainSerializer(as_percent)
+]
+"""A share, which may be written as a percentage."""
+Size = Annotated[int, BeforeValidator(size_of, json_schema_input_type=str), PlainSerializer(as_size)]
+"""Bytes, written with their unit."""
 
 
 def whole(value: object) -> object:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from quantcli.recipe.aliases import with_aliases
-from quantcli.recipe.fields import Count, Pattern, SchemeName, Section, as_percent, fraction_of, refusal
+from quantcli.recipe.fields import Count, Fraction, Pattern, SchemeName, Section, refusal
 
 
 class TargetSection(Section):
     """What an automatic rollback has to reach; one of the three bounds."""
 
-    perplexity_increase: Annotated[
-        float | None, BeforeValidator(fraction_of, json_schema_input_type=float | str | None)
-    ] = Field(default=None, description="Largest relative increase of perplexity over the float model, as 1% or 0.01.")
+    perplexity_increase: Fraction | None = Field(
+        default=None, description="Largest relative increase of perplexity over the float model, as 1% or 0.01."
+    )
     kl_divergence: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Largest mean Kullback-Leibler divergence from the float model, in nats a token."
     )
@@ -33,10 +33,6 @@ class TargetSection(Section):
             wrong = f"has {' and '.join(given)}" if given else "has no bound"
             raise refusal("", wrong, "Give one of perplexity_increase, kl_divergence and size.")
         return self
-
-    @field_serializer("perplexity_increase")
-    def _percent(self, value: float | None) -> str | None:
-        return as_percent(value)
 
 
 def _level(value: object) -> object:

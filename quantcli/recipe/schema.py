@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_serializer, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from quantcli.recipe.data import CalibrationSection
 from quantcli.recipe.evaluation import EvaluateSection
-from quantcli.recipe.fields import Section, Text, as_size, refusal, size_of, whole
+from quantcli.recipe.fields import Section, Size, Text, refusal, whole
 from quantcli.recipe.quantization import QuantizeSection, named_scheme
 from quantcli.recipe.smoothing import SmoothSection, check_smoothing
 
@@ -31,7 +31,7 @@ class ModelSection(Section):
         default="stop",
         description="What to do when the float model predicts no better than chance: stop, warn, or off.",
     )
-    cache_memory: Annotated[int, BeforeValidator(size_of, json_schema_input_type=str)] = Field(
+    cache_memory: Size = Field(
         default=1 << 30,
         description="Hidden states between two blocks that are kept in memory, as 1GiB or 500MB; more go to disk.",
         json_schema_extra={"default": "1GiB"},
@@ -42,10 +42,6 @@ class ModelSection(Section):
         if self.revision is not None and (self.path.startswith("/") or self.path.endswith(".gguf")):
             raise refusal("revision", f"there are no revisions of the local model {self.path}", "Remove the key.")
         return self
-
-    @field_serializer("cache_memory")
-    def _size(self, value: int) -> str:
-        return as_size(value)
 
 
 class ExportSection(Section):
@@ -64,6 +60,11 @@ class ExportSection(Section):
         default=True,
         description="Whether exports in ascend, mindie and numpy are for their owner alone: folder 750, weights 400, "
         "other files 600. Otherwise, and in other formats, the umask decides.",
+    )
+    shard_size: Annotated[Size, Field(gt=0)] | None = Field(
+        default=None,
+        description="Largest size of a file of weights, as 5GB or 500MB; null takes 2GiB. A tensor that is larger has "
+        "a file for itself. gguf is one file, and numpy one a kind of tensor.",
     )
 
     engines: Annotated[

@@ -21,7 +21,6 @@ from tiny_exports import export_tiny
 import quantcli
 from quantcli.cli import run_command
 from quantcli.errors import OutputError
-from quantcli.formats import export
 from quantcli.formats.sums import SUMS, check_sums
 from quantcli.model import writer
 from quantcli.model.npy_dictionary import DictionaryWriter
@@ -73,10 +72,9 @@ def whole_or_nothing(folder: Path) -> bool:
 @pytest.fixture
 def quantized(static_recipe: Callable[[Path], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """A recipe with two exports of several shards, run up to the codes; `before` holds that state."""
-    monkeypatch.setattr(export, "SHARD_BYTES", 40_000)
     recipe = static_recipe(tmp_path / "run")
     weights = {"bits": 4, "granularity": "group", "group_size": 32}
-    recipe |= {"quantize": {"weights": weights}, "export": {"formats": FORMATS}, "evaluate": None}
+    recipe |= {"quantize": {"weights": weights}, "export": {"formats": FORMATS, "shard_size": "40kB"}, "evaluate": None}
     del recipe["calibration"], recipe["evaluate"]
     quantcli.run_stage("quantize", recipe)
     shutil.copytree(tmp_path / "run", tmp_path / "before")

@@ -71,6 +71,21 @@ def test_other_permissions_make_another_export(recipe: Recipe) -> None:
     assert {file.parent.name for file in (Path(recipe["output"]) / "export").glob("*/config.json")} == {"dense"}
 
 
+def test_another_size_of_shards_makes_another_export_of_formats_that_have_them(recipe: Recipe) -> None:
+    formats = ["compressed-tensors", "ascend", "numpy"]
+    exported(recipe, *formats)
+    folder = Path(recipe["output"]) / "export"
+    one = {file: file.stat().st_mtime_ns for file in (folder / "numpy").iterdir()}
+    assert len([*(folder / "ascend").glob("*.safetensors")]) == 1
+    quantcli.run(recipe | {"export": {"formats": formats, "shard_size": "135kB"}})
+    for form in formats[:2]:
+        sizes = [file.stat().st_size for file in (folder / form).glob("*.safetensors")]
+        assert len(sizes) > 1
+        assert max(sizes) < 140_000  # with its header
+        assert verify_path(folder / form)
+    assert {file: file.stat().st_mtime_ns for file in (folder / "numpy").iterdir()} == one
+
+
 def test_half_an_export_and_a_damaged_one_do_not_stay(recipe: Recipe) -> None:
     exported(recipe, "compressed-tensors", "ascend", "dense")
     folder = Path(recipe["output"]) / "export"

@@ -31,7 +31,8 @@ def _identity(context: Context) -> dict[str, Any]:
     section = context.recipe.export
     # named only where it matters, so that exports of other formats stay as they are
     modes = {"restrict_permissions": True} if any(_is_restricted(section, form) for form in section.formats) else {}
-    return {"formats": list(section.formats), "dtype": context.recipe.model.dtype, **modes}
+    sizes = {"shard_size": section.shard_size} if any(_is_cut(section, form) for form in section.formats) else {}
+    return {"formats": list(section.formats), "dtype": context.recipe.model.dtype, **modes, **sizes}
 
 
 def _part(context: Context, form: str) -> dict[str, Any]:
@@ -41,7 +42,8 @@ def _part(context: Context, form: str) -> dict[str, Any]:
     section = context.recipe.export
     assert section is not None
     restricted = form in FORMATS and _is_restricted(section, form)
-    return {"dtype": context.recipe.model.dtype, "restrict_permissions": restricted}
+    size = {"shard_size": section.shard_size} if form in FORMATS and _is_cut(section, form) else {}
+    return {"dtype": context.recipe.model.dtype, "restrict_permissions": restricted, **size}
 
 
 def _is_restricted(section: ExportSection, form: str) -> bool:
@@ -50,6 +52,13 @@ def _is_restricted(section: ExportSection, form: str) -> bool:
     from quantcli.formats.table import FORMATS
 
     return section.restrict_permissions and restricts(FORMATS[form])
+
+
+def _is_cut(section: ExportSection, form: str) -> bool:
+    """Whether the weights of a format are cut into files of a size that the recipe names."""
+    from quantcli.formats.table import FORMATS
+
+    return section.shard_size is not None and not hasattr(FORMATS[form], "write_weights")
 
 
 def float_source(context: Context) -> Source:
@@ -92,7 +101,8 @@ def run(context: Context, folder: StageFolder) -> None:
                 folder.adopt(file)
         for own in getattr(FORMATS[name], "FILES", ()):
             folder.adopt(folder.path / name / own)
-        files = export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears)
+        size = section.shard_size
+        files = export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears, size)
         for file, digest in restricted(folder.path / name, files) if _is_restricted(section, name) else files:
             folder.add(file, digest)
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
