@@ -50,6 +50,17 @@ def large_blocks_kept(size: int) -> Iterator[None]:
         trim(0)
 
 
+def release_freed_memory() -> None:
+    """Give free memory back wherever it lies in the heap, also between blocks that are in use.
+
+    Behind passes whose activations were kept for a while, what is free lies in pieces that the next large matrix does
+    not fit into.
+    """
+    trim = _function("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
 def _function(name: str) -> Callable[..., int] | None:
     """A function of glibc, where that is what the process uses."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

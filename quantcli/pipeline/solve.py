@@ -14,6 +14,7 @@ from quantcli.calibration.hessian import Hessian
 from quantcli.errors import ModelError
 from quantcli.evaluation.simulate import QuantizedProduct, forward_of, simulated
 from quantcli.formats.store import StoredLinear
+from quantcli.model.heap import release_freed_memory
 from quantcli.model.hidden import HiddenCache
 from quantcli.model.lockstep import Lockstep, stopping
 from quantcli.model.stream import BlockStream
@@ -98,7 +99,11 @@ def solve_block(
                 beside = walking(passes.beside, enters=passes.plain.get, replaced={})
             for position, shared in enumerate(block.inputs):
                 solving = [n for n in shared.linears if n in treatments and treatments[n].weights.solves]
-                hessian = Hessian(shared.width, device) if solving else None
+                hessian = None
+                if solving:
+                    direct = beside is not None and solver.asymmetric and _narrows(source, solving)
+                    weight = source.weight(solving[0]).to(device, dtype) if direct else None
+                    hessian = Hessian(shared.width, device, weight)
                 others = beside.advance(position) if beside is not None else iter(())
                 writes = all(name in writers for name in solving)
                 for batch, value in enumerate(walk.advance(position)):
@@ -138,6 +143,12 @@ def solve_block(
                 for batch in range(len(passes.stream.batches)):
                     passes.quantized.put(batch, passes.stream.run(index, batch, passes.quantized.get(batch)))
     return found
+
+
+def _narrows(source: WeightSource, solving: Sequence[str]) -> bool:
+    """Whether one linear is solved that has half as many outputs as inputs, or fewer."""
+    linears = [source.context.linears[name] for name in solving]
+    return len(linears) == 1 and 2 * linears[0].out_features <= linears[0].in_features
 
 
 def _shares(values: Tensor) -> Tensor:
@@ -214,38 +225,29 @@ def _solve_input(
 ) -> Results:
     """The linears that read one input, those of one treatment at once. What was aimed at by those to be tuned
     is added to `aims`."""
-    moments, drifts, lacking = hessian.moments(), hessian.drifts(), hessian.lacks()
-    compared = hessian.compared_moments()
+    release_freed_memory()
+    moments = hessian.moments()
     if not bool(torch.isfinite(moments.diagonal()).all()):
         raise ModelError(f"{names[0]}: input values are not finite during calibration.",
                          "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
+    context = source.context
+    groups = _alike(names, context.plan.treatments, source.one_scale)
+    compared = hessian.compared_moments()
+    aimed = [_aimed(source, members, hessian, moments if compared is None else compared) for members in groups]
+    del compared
+    hessian.forget_compared()
     try:
         curvature = factored(moments, section.damping)
     except ValueError as error:
         raise ModelError(f"{names[0]}: {error}.", "Use more calibration text, or roll it back.") from error
-    context = source.context
     if curvature.damping > section.damping:
         context.emit("warning", fallback="extra_damping",
                      text=f"The Hessian of {names[0]} factors only with {curvature.damping:.0%} of its "
                      f"diagonal added, not {section.damping:.0%}.")  # fmt: skip
     found: Results = {}
-    for members in _alike(names, context.plan.treatments, source.one_scale):
+    for members, (target, rows, zero_rows, facts) in zip(groups, aimed, strict=True):
         treatment = context.plan.treatments[members[0]]
-        weights = [source.weight(name).float() for name in members]
-        rows = [len(weight) for weight in weights]
-        zero_rows = [int((torch.count_nonzero(weight, dim=1) == 0).sum()) for weight in weights]
-        whole = torch.cat(weights) if len(weights) > 1 else weights[0]
-        del weights  # as large as the whole
-        facts: Facts = {"damping": curvature.damping, "tokens": hessian.tokens}
-        target = whole
-        if drifts is not None:
-            pulls = [drift @ whole.t() for drift in drifts]
-            if lacking is not None:
-                pulls = [pull + more for pull, more in zip(pulls, lacking, strict=True)]
-            target, damping, share = compensation(
-                whole, moments if compared is None else compared, pulls[0], pulls[1], hessian.held_out_share
-            )
-            facts |= {"asymmetric": round(share, 3), "asymmetric_damping": damping}
+        facts = {"damping": curvature.damping, "tokens": hessian.tokens} | facts
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)
         facts["error"] = float(f"{lost:.6g}")
@@ -259,6 +261,23 @@ def _solve_input(
         if treatment.weights.method == "signround":
             aims |= dict(zip(members, target.split(rows), strict=True))
     return found
+
+
+def _aimed(
+    source: WeightSource, members: Sequence[str], hessian: Hessian, compared: Tensor
+) -> tuple[Tensor, list[int], list[int], Facts]:
+    """What linears of one treatment are rounded from, float32 [out of all, in]; how many outputs each has, and how many
+    of them are zero throughout; facts of asymmetric calibration."""
+    weights = [source.weight(name).float() for name in members]
+    rows = [len(weight) for weight in weights]
+    zero_rows = [int((torch.count_nonzero(weight, dim=1) == 0).sum()) for weight in weights]
+    whole = torch.cat(weights) if len(weights) > 1 else weights[0]
+    del weights  # as large as the whole
+    pulls = hessian.pulls(whole)
+    if pulls is None:
+        return whole, rows, zero_rows, {}
+    target, damping, share = compensation(whole, compared, *pulls, hessian.held_out_share)
+    return target, rows, zero_rows, {"asymmetric": round(share, 3), "asymmetric_damping": damping}
 
 
 def _alike(

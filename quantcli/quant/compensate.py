@@ -27,9 +27,10 @@ def compensated(weight: Tensor, hessian: Tensor, pull: Tensor, damping: float) -
 def _step(hessian: Tensor, pull: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-    normal = hessian * unit * unit[:, None]
+    normal = (hessian * unit).mul_(unit[:, None])
     normal.diagonal().copy_(torch.full_like(unit, 1.0 + damping))
     lower, info = torch.linalg.cholesky_ex(normal)
+    del normal  # three of them would be the most that solving a block holds
     if info:
         raise ValueError(f"the Hessian does not factor with {damping:.0%} of its diagonal added")
     # the inverse, for one matrix product in the place of two triangular solves
