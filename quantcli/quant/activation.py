@@ -139,7 +139,7 @@ Int8Linear = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 def prepared_int8_linear(x_zero_point: int | None, weight_codes: Tensor, weight_scale: Tensor) -> Int8Linear:
     """`int8_linear` for one weight and many inputs: the same numbers.
 
-    Where oneDNN's kernel is exact it is given the weight once, in the order that it reads, and puts out
+    Where oneDNN has a kernel that is exact it is given the weight once, in the order that it reads, and puts out
     (Xq Wq^T - z_x rowsum(Wq)) * s_w: a third of the time of a product that sorts its weight at each call and is scaled
     behind it.
     """
@@ -271,7 +271,13 @@ def _onednn_product(x_codes: Tensor, x_zero_point: int, packed: Tensor, columns:
 
 @cache
 def _onednn_is_exact() -> bool:
-    """Whether oneDNN's product of integers is available here and keeps all bits, tried as `_int_mm_is_exact` does."""
+    """Whether oneDNN has a kernel for products of signed integers here, and it keeps all bits, tried as
+    `_int_mm_is_exact` does.
+
+    Without AMX it has none: its reference code would take a thousand times as long as `torch._int_mm`.
+    """
+    if not torch.cpu._is_amx_tile_supported():
+        return False
     for value in (QMIN, QMAX):
         codes = torch.full((32, 256), value, dtype=torch.int8)
         try:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -233,3 +236,22 @@ def test_no_tokens_give_no_outputs(zero_point: int | None) -> None:
         ):
             assert found.shape == (0, 32)
             assert found.dtype == torch.bfloat16
+
+
+PRODUCTS = """
+import torch
+from quantcli.quant.activation import prepared_int8_linear
+codes, scale = torch.ones(64, 96, dtype=torch.int8), torch.ones(64, 1)
+for zero_point in (None, 3):
+    prepared_int8_linear(zero_point, codes, scale)(codes, scale, None, torch.float32)
+"""
+
+
+def test_no_product_runs_in_reference_code() -> None:
+    """oneDNN's, for what it has no kernel for on a CPU, takes a thousand times as long. It says what it runs."""
+    environment = os.environ | {"ONEDNN_VERBOSE": "1", "DNNL_VERBOSE": "1"}
+    ran = subprocess.run([sys.executable, "-c", PRODUCTS], capture_output=True, text=True, check=True, env=environment)
+    products = [line for line in ran.stdout.splitlines() if ",exec," in line and "reorder" not in line]
+    small = [line for line in products if "32x256" in line]  # of the check whether a kernel is exact
+    assert not [line for line in products if ",ref" in line and line not in small]
+    assert len(products) > len(small)
