@@ -77,6 +77,12 @@ WITH_ACTIVATIONS |= {name: scheme for name, scheme in FLOAT8.items() if scheme.a
 SCHEMES = WEIGHT_ONLY | WITH_ACTIVATIONS
 
 
+def weights(bits: int, symmetric: bool = True, group_size: int | None = 32) -> Scheme:
+    """The scheme of weights for gptq and awq, whose scales are float16."""
+    granularity = "group" if group_size else "channel"
+    return Scheme(bits, symmetric, granularity, group_size, float16_scales=True)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class Export:
     """An exported checkpoint and what it was made from."""

@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_exports import Export, export_tiny, flip_bit, shuffle_groups
+from tiny_exports import Export, export_tiny, flip_bit, shuffle_groups, weights
 from tiny_models import save_tiny_model
 from torch import Tensor
 
@@ -30,12 +30,6 @@ from quantcli.quant.grid import WeightGrid, dequantize
 from quantcli.quant.methods import WEIGHT_METHODS
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.schema import Recipe
-
-
-def weights(bits: int, symmetric: bool = True, group_size: int | None = 32) -> Scheme:
-    granularity = "group" if group_size else "channel"
-    return Scheme(bits, symmetric, granularity, group_size, float16_scales=True)  # type: ignore[arg-type]
-
 
 GPTQ = {
     "W4 g32": weights(4),

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_exports import Export, export_tiny, shuffle_groups
+from tiny_exports import Export, export_tiny, shuffle_groups, weights
 
 from quantcli.calibration.datasets import load_texts
 from quantcli.evaluation.protocols import evaluation_windows
 from quantcli.quant.grid import dequantize
-from quantcli.quant.scheme import Scheme
 
 pytestmark = pytest.mark.serving
 
@@ -29,11 +28,6 @@ HERE = Path(__file__).parent
 GPTQMODEL_PYTHON = os.environ.get("GPTQMODEL_PYTHON") and os.path.abspath(os.environ["GPTQMODEL_PYTHON"])
 TOKENS = [list(range(3, 35)), [7, 80, 1, 95, 41, 0, 2, 77]]
 DOWN = "model.layers.1.mlp.down_proj"
-
-
-def weights(bits: int, symmetric: bool = True, group_size: int | None = 32) -> Scheme:
-    granularity = "group" if group_size else "channel"
-    return Scheme(bits, symmetric, granularity, group_size, float16_scales=True)  # type: ignore[arg-type]
 
 
 TINY = {
