@@ -2,8 +2,8 @@
 
     python benchmarks/foreign_checkpoint.py CHECKPOINT… --text wiki.test.tokens [--windows 40] [--length 1024]
 
-Both in the checkpoint's own dtype, and both in float32, where what is left is how inputs are quantized: transformers
-divides a token by 127.5 (compressed-tensors), engines and quantcli by 127. Results go to BENCHMARKS.md by hand.
+Both in the checkpoint's own dtype, and both in float32, by quantcli with the arithmetic of engines and with that of
+transformers. Results go to BENCHMARKS.md by hand.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ def by_transformers(checkpoint: Path, text: str, windows: int, length: int) -> f
     return math.exp(lost / (windows * (length - 1)))
 
 
-def by_quantcli(checkpoint: Path, text: Path, windows: int, length: int) -> float:
+def by_quantcli(checkpoint: Path, text: Path, windows: int, length: int, arithmetic: str) -> float:
     section = {"dataset": "text", "path": str(text.absolute()), "sequence_length": length, "windows": windows}
+    section["arithmetic"] = arithmetic
     command = [sys.executable, "-m", "quantcli", "eval-ppl", "--checkpoint", str(checkpoint), "--json", "--quiet"]
     command += ["--set", f"evaluate.perplexity={json.dumps(section)}"]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
@@ -50,7 +51,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     arguments = parser.parse_args()
     text = arguments.text.read_text(encoding="utf-8")
-    print("| checkpoint | dtype | transformers | quantcli | difference |\n|---|---|---:|---:|---:|", flush=True)
+    print("| checkpoint | dtype | transformers | quantcli, as engines | | as transformers | |")
+    print("|---|---|---:|---:|---:|---:|---:|", flush=True)
     with tempfile.TemporaryDirectory() as place:
         for checkpoint in arguments.checkpoints:
             for dtype in (None, "float32"):
@@ -62,14 +64,10 @@ def main() -> None:
                     key = "dtype" if "dtype" in config else "torch_dtype"
                     (source / "config.json").write_text(json.dumps(config | {key: dtype}), encoding="utf-8")
                 theirs = by_transformers(source, text, arguments.windows, arguments.length)
-                ours = by_quantcli(source, arguments.text, arguments.windows, arguments.length)
-                cells = [
-                    checkpoint.name,
-                    dtype or "its own",
-                    f"{theirs:.4f}",
-                    f"{ours:.4f}",
-                    f"{ours / theirs - 1:+.3%}",
-                ]
+                cells = [checkpoint.name, dtype or "its own", f"{theirs:.4f}"]
+                for arithmetic in ("engine", "transformers"):
+                    ours = by_quantcli(source, arguments.text, arguments.windows, arguments.length, arithmetic)
+                    cells += [f"{ours:.4f}", f"{ours / theirs - 1:+.3%}"]
                 print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from quantcli.pipeline.context import Listener
-    from quantcli.pipeline.engine import RunResult
     from quantcli.pipeline.plan import Plan
+    from quantcli.pipeline.result import RunResult
 
 __version__ = "0.1.0"
 __all__ = ["plan", "run", "run_stage"]

@@ -130,7 +130,8 @@ def _run(
     loaded = load_recipe(recipe, overrides or (), model=model, output=output, device=device)
     missed = None
     with console.progress(quiet=quiet, verbose=verbose) as listener:
-        from quantcli.pipeline.engine import MissedGate, run_recipe
+        from quantcli.pipeline.engine import run_recipe
+        from quantcli.pipeline.result import MissedGate
 
         try:
             command = _as_typed(stage or "run", recipe, overrides, model, output, device)

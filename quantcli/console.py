@@ -16,8 +16,8 @@ from quantcli.report.outcome import outcome_rows, scheme_rows
 
 if TYPE_CHECKING:
     from quantcli.pipeline.context import Listener
-    from quantcli.pipeline.engine import RunResult
     from quantcli.pipeline.plan import Plan
+    from quantcli.pipeline.result import RunResult
 
 _TITLES = {
     "check": "Checking that the float model is sane",
@@ -265,6 +265,7 @@ def show_scores(found: Mapping[str, Any]) -> None:
         facts[name.replace("_", " ")] = measured(models["quantized"])
     facts["protocol"] = (
         f"{found['protocol']}, {found['windows']} windows of {found['sequence_length']}, {found['dtype']}"
+        f"{', inputs rounded as by transformers' if found['arithmetic'] == 'transformers' else ''}"
     )
     facts["measured so"] = found["description"].removeprefix(f"Protocol {found['protocol']}: ")
     show_facts(found["checkpoint"], facts)

@@ -47,7 +47,9 @@ class Hessian:
 
         share [...]: how much each token counts in what is compared, 1 without it.
         """
-        tokens = x.reshape(-1, x.shape[-1])
+        # sums of products of float16 values leave its range where a channel is six in size
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        tokens = x.reshape(-1, x.shape[-1]).to(dtype)
         turned = tokens.t().contiguous()
         self._add(self._sum, turned, turned)
         self.tokens += len(tokens)
@@ -61,13 +63,13 @@ class Hessian:
                 self._add(self._compared_sum, counted, turned)
                 turned = counted
             self._compared[kept_apart] += len(tokens)
-            moved = y.reshape(tokens.shape) - tokens
-            other = None if lack is None else lack.reshape(len(tokens), -1)
+            moved = y.reshape(tokens.shape).to(dtype) - tokens
+            other = None if lack is None else lack.reshape(len(tokens), -1).to(dtype)
             if self._weight is None:
                 self._drifts = self._drifts or [torch.zeros_like(self._sum) for _ in range(2)]
                 self._drifts[kept_apart] += turned @ moved
             else:
-                missed = linear(moved, self._weight)
+                missed = linear(moved, self._weight.to(dtype))
                 other = missed if other is None else missed.add_(other)
             if other is not None:
                 self._lacks = self._lacks or [self._sum.new_zeros(len(self._sum), other.shape[1]) for _ in range(2)]

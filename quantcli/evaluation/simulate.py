@@ -35,12 +35,12 @@ class QuantizedProduct:
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
 """(linear, input [..., in]) to its output [..., out]."""
+Replacement = QuantizedProduct | Tensor | Forward
+"""What takes the place of a linear, as `simulated` has it."""
 
 
 @contextmanager
-def simulated(
-    block: nn.Module, linears: Mapping[str, QuantizedProduct | Tensor | Forward], experts: Iterable[Experts] = ()
-) -> Iterator[None]:
+def simulated(block: nn.Module, linears: Mapping[str, Replacement], experts: Iterable[Experts] = ()) -> Iterator[None]:
     """While the body runs, the named linears of `block` compute otherwise.
 
     QuantizedProduct: y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b, as `quant.activation.int8_linear` or `float8_linear` has it. A
@@ -88,9 +88,7 @@ class _Codes:
     found: tuple[Tensor, Tensor] | None = None
 
 
-def forward_of(
-    module: nn.Module, how: QuantizedProduct | Tensor | Forward, shared: _Codes | None = None
-) -> Callable[[Tensor], Tensor]:
+def forward_of(module: nn.Module, how: Replacement, shared: _Codes | None = None) -> Callable[[Tensor], Tensor]:
     """The forward that `simulated` gives a linear; those of one `shared` quantize an input that they share once."""
     if isinstance(how, QuantizedProduct):
         return _forward(module, how, shared or _Codes())

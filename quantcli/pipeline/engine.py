@@ -5,27 +5,23 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import resource
 import shutil
-import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from quantcli.errors import GateError, ModelError, RecipeError, RoomError
+from quantcli.errors import ModelError, QuantcliError, RecipeError, RoomError
 from quantcli.formats.table import quantized_as
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.allocation import budgeted
 from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context, Listener, Stage
-from quantcli.pipeline.gates import Gate, Worst, judged, message_of, worst_linears, write_reports
 from quantcli.pipeline.plan import Plan, make_plan, reads_calibration
 from quantcli.pipeline.report import write_page, write_summary
+from quantcli.pipeline.result import RunResult, process_peak, run_result, with_gates
 from quantcli.pipeline.rundir import (
     EDITED_RECIPE,
     RECIPE,
@@ -90,54 +86,6 @@ LAYOUT = 2
 _VERSIONED = ("quantcli", "torch", "transformers", "compressed-tensors")
 
 
-@dataclass(frozen=True)
-class RunResult:
-    """What a run did: directory, plan, records of the stages (fingerprint, files, seconds, reused), scores, memory."""
-
-    path: Path
-    plan: Plan
-    stages: dict[str, dict[str, Any]]
-    perplexity: dict[str, Any] | None
-    peak_memory: int
-    smoothing: dict[str, Any] | None = None
-    experts: dict[str, Any] | None = None
-    allocation: dict[str, Any] | None = None
-    sizes: dict[str, Any] | None = None
-    tasks: dict[str, Any] | None = None
-    throughput: dict[str, Any] | None = None
-    gates: tuple[Gate, ...] = ()
-    worst: Worst | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        exported = self.stages.get("export", {}).get("files", {})
-        return {
-            "output": str(self.path),
-            "stages": {name: {k: v for k, v in r.items() if k != "files"} for name, r in self.stages.items()},
-            "size_before": self.plan.size_before,
-            "size_after": self.plan.size_after,
-            "bits_per_weight": round(self.plan.bits_per_weight, 3),
-            "exports": sorted({str(self.path / "export" / Path(file).parts[0]) for file in exported}),
-            "perplexity": self.perplexity,
-            "tasks": self.tasks,
-            "throughput": self.throughput,
-            "gates": [gate.to_json() for gate in self.gates],
-            "worst_linears": list(self.worst.linears) if self.worst else [],
-            "smoothing": self.smoothing,
-            "experts": self.experts,
-            "allocation": self.allocation,
-            "sizes": self.sizes,
-            "peak_memory": self.peak_memory,
-        }
-
-
-class MissedGate(GateError):
-    """A quality gate that was missed. The run is complete all the same: `result` holds it."""
-
-    def __init__(self, message: str, remedy: str, result: RunResult) -> None:
-        super().__init__(message, remedy)
-        self.result = result
-
-
 def plan_recipe(recipe: Recipe) -> Plan:
     """What the recipe would do, from configuration files alone."""
     plan = _plan(recipe, locate_model(recipe.model, weights=False))
@@ -176,7 +124,7 @@ def run_recipe(
     with room_errors(path):
         check_place(path, model)
         _require_disk(path, plan)
-    _require_readable(recipe, plan)
+    _require_readable(recipe, plan, until)
     _require_positions(recipe, model, until)
     if throughput.STAGE.wanted(recipe) and (until is None or throughput.STAGE.name in _needed(until)):
         require_engine(recipe, plan)
@@ -193,15 +141,10 @@ def run_recipe(
         }
         context.emit("plan", linears=len(plan.schemes), kept=len(plan.kept), notes=list(plan.notes))
         _bring_up_to_date(context, until)
-        scores, smoothing = _perplexity(context), _smoothing(context)
-        found = _experts(context), _allocation(context)
-        peak = _peak_of(context)
-        measured = _sizes(context), _tasks(context), _throughput(context)
-        result = RunResult(path, context.plan, context.results, scores, peak, smoothing, *found, *measured)
-        result, missed = _judged(recipe, result)
+        result, missed = with_gates(recipe, run_result(context))
         write_summary(path, context.plan.to_json(), result.to_json(), command)
         write_page(path)
-    if missed is not None:
+    if missed is not None and (until is None or export.STAGE.name in _needed(until)):
         raise missed
     return result
 
@@ -232,14 +175,28 @@ def rank_linears(recipe: Recipe, *, listener: Listener | None = None) -> dict[st
 
 def _bring_up_to_date(context: Context, until: str | None) -> None:
     base = {"layout": LAYOUT, "model": model_identity(context.model), "versions": _versions()}
+    """Run what `until` needs. Of the stages that it does not need those count as well that are up to date."""
     for stage in STAGES:
-        wanted = stage.wanted(context.recipe) or stage.name in _asked(context)
-        if wanted and (until is None or stage.name in _needed(until)):
+        asked = stage.wanted(context.recipe) or stage.name in _asked(context)
+        needed = asked and (until is None or stage.name in _needed(until))
+        if needed or (asked and stage.name in context.run.record["stages"]):
             context.stage = stage.name
             # by content, not by their fingerprints: files that come out the same need no new work behind them
-            before = {name: context.results[name]["files"] for name in stage.reads if name in context.results}
-            fingerprint = _fingerprint([base, stage.name, stage.identity(context), before])
-            _run_stage(context, stage, fingerprint, partial(_part, context, stage, [base, before]))
+            before: dict[str, Any] = {
+                name: context.results[name]["files"] for name in stage.reads if name in context.results
+            }
+            if export.STAGE.name in before and context.recipe.export is not None:
+                before["formats"] = list(context.recipe.export.formats)  # the first of them is measured
+            try:
+                fingerprint = _fingerprint([base, stage.name, stage.identity(context), before])
+            except QuantcliError:
+                if needed:
+                    raise
+                continue  # its text or its engine is gone
+            if needed:
+                _run_stage(context, stage, fingerprint, partial(_part, context, stage, [base, before]))
+            elif not _reused(context, stage, fingerprint):
+                continue
             if stage.settle is not None:
                 stage.settle(context)
 
@@ -258,19 +215,27 @@ def _asked(context: Context) -> set[str]:
     return {calibrate.STAGE.name, sensitivity.STAGE.name} if context.ranking else set()
 
 
+def _reused(context: Context, stage: Stage, fingerprint: str) -> bool:
+    """Whether the stage is up to date. Then its record is among the results."""
+    folder = context.run.stage(stage.name)
+    recorded = context.run.record["stages"].get(stage.name, {})
+    if not folder.complete(fingerprint):
+        return False
+    if recorded.get("fingerprint") != fingerprint:  # killed between the stage's record and the run's
+        recorded = _stage_record(fingerprint, folder, None, None)
+        _record(context, stage.name, recorded)
+    # what readers are up to date with is what the files hold, not what was once written
+    files = {**recorded["files"], **folder.changed()}
+    context.results[stage.name] = {**recorded, "files": files, "reused": True}
+    return True
+
+
 def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[[str], str]) -> None:
+    if _reused(context, stage, fingerprint):
+        context.emit("reused")
+        return
     folder = context.run.stage(stage.name)
     records = context.run.record["stages"]
-    recorded = records.get(stage.name, {})
-    if folder.complete(fingerprint):
-        context.emit("reused")
-        if recorded.get("fingerprint") != fingerprint:  # killed between the stage's record and the run's
-            recorded = _stage_record(fingerprint, folder, None, None)
-            _record(context, stage.name, recorded)
-        # what readers are up to date with is what the files hold, not what was once written
-        files = {**recorded["files"], **folder.changed()}
-        context.results[stage.name] = {**recorded, "files": files, "reused": True}
-        return
     started = time.perf_counter()
     # what this one has no events of, an interrupted run before it has
     context.emit("started", resumed=folder.begun(fingerprint))
@@ -285,7 +250,7 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[
     context.results[stage.name] = {}
     stage.run(context, folder)
     folder.finish()
-    record = _stage_record(fingerprint, folder, round(time.perf_counter() - started, 2), _peak_memory())
+    record = _stage_record(fingerprint, folder, round(time.perf_counter() - started, 2), process_peak())
     _record(context, stage.name, record)
     context.results[stage.name] = {**record, "reused": False}
     context.emit("finished", seconds=record["seconds"], peak_memory=record["peak_memory"])
@@ -362,8 +327,9 @@ def _require_disk(path: Path, plan: Plan) -> None:
                         "Free some, or choose another output.")  # fmt: skip
 
 
-def _require_readable(recipe: Recipe, plan: Plan) -> None:
-    """Refuse damaged weights, as far as headers tell, links that are not copied, and text that is not there."""
+def _require_readable(recipe: Recipe, plan: Plan, until: str | None) -> None:
+    """Refuse damaged weights, as far as headers tell, links that are not copied, and text that is not there, of what
+    stage `until` needs."""
     from quantcli.formats.export import companions
     from quantcli.model.names import weight_tensors
 
@@ -373,10 +339,18 @@ def _require_readable(recipe: Recipe, plan: Plan) -> None:
         companions(plan.model)
     if recipe.calibration is not None and reads_calibration(recipe):
         texts_of(recipe.calibration)
-    if recipe.evaluate is not None and recipe.evaluate.perplexity is not None:
-        texts_of(recipe.evaluate.perplexity)
-    for section in recipe.evaluate.tasks if recipe.evaluate is not None else ():
-        require_readable(section)
+    if (section := _measured_on(recipe, until)) is not None:
+        texts_of(section)
+    asked = until is None or {reference_tasks.STAGE.name, eval_tasks.STAGE.name} & _needed(until)
+    for task in recipe.evaluate.tasks if recipe.evaluate is not None and asked else ():
+        require_readable(task)
+
+
+def _measured_on(recipe: Recipe, until: str | None) -> PerplexitySection | None:
+    """The text that stage `until` measures on, if it does."""
+    readers = {stage.name for stage in (search.STAGE, reference.STAGE, layers.STAGE) if stage.wanted(recipe)}
+    measures = until is None or bool(readers & _needed(until))
+    return recipe.evaluate.perplexity if recipe.evaluate is not None and measures else None
 
 
 def _require_positions(recipe: Recipe, model: Path, until: str | None) -> None:
@@ -385,9 +359,7 @@ def _require_positions(recipe: Recipe, model: Path, until: str | None) -> None:
     if longest is None:
         return
     calibration = recipe.calibration if reads_calibration(recipe) else None
-    measures = until is None or {reference.STAGE.name, search.STAGE.name} & _needed(until)
-    perplexity = recipe.evaluate.perplexity if recipe.evaluate and measures else None
-    for key, section in (("calibration", calibration), ("evaluate.perplexity", perplexity)):
+    for key, section in (("calibration", calibration), ("evaluate.perplexity", _measured_on(recipe, until))):
         # windows of protocol lm-eval hold one token more: the last that is predicted
         extra = int(isinstance(section, PerplexitySection) and section.protocol == "lm-eval")
         if section is not None and section.sequence_length > longest - extra:
@@ -410,90 +382,3 @@ def choose_device(wanted: str) -> str:
     if module is None or not module.is_available() or int(index or 0) >= module.device_count():
         raise RecipeError(f"model.device: there is no {wanted} on this machine.", "Use --device cpu.")
     return wanted
-
-
-def _perplexity(context: Context) -> dict[str, Any] | None:
-    file = context.folder(eval_ppl.STAGE.name) / eval_ppl.RESULTS
-    if eval_ppl.STAGE.name not in context.results or not file.is_file():
-        return None
-    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    content.pop("per_window", None)
-    return content
-
-
-def _smoothing(context: Context) -> dict[str, Any] | None:
-    """What stage smooth did: groups scaled by method, groups left by cause, what is rotated."""
-    if smooth.STAGE.name not in context.results:
-        return None
-    return read_json(context.folder(smooth.STAGE.name) / smooth.MANIFEST)
-
-
-def _experts(context: Context) -> dict[str, Any] | None:
-    """How many experts were observed, and which saw fewer than the least number of tokens."""
-    if calibrate.STAGE.name not in context.results:
-        return None
-    found: dict[str, Any] | None = read_json(context.folder(calibrate.STAGE.name) / calibrate.MANIFEST).get("experts")
-    return found
-
-
-def _allocation(context: Context) -> dict[str, Any] | None:
-    """What stage allocate chose: linears by scheme, bits a weight, and the budget."""
-    if allocate.STAGE.name not in context.results:
-        return None
-    found: dict[str, Any] = read_json(context.folder(allocate.STAGE.name) / allocate.RESULT)
-    return {key: found[key] for key in ("target", "bits_per_weight", "size", "error", "linears")}
-
-
-def _sizes(context: Context) -> dict[str, Any] | None:
-    """Bytes of the float checkpoint and the exports, by part."""
-    if export.STAGE.name not in context.results:
-        return None
-    from quantcli.pipeline.sizes import checkpoint_sizes
-
-    return checkpoint_sizes(context)
-
-
-def _tasks(context: Context) -> dict[str, Any] | None:
-    """What came of each task: both models' metrics, and their difference."""
-    if eval_tasks.STAGE.name not in context.results:
-        return None
-    return read_json(context.folder(eval_tasks.STAGE.name) / eval_tasks.RESULTS)
-
-
-def _throughput(context: Context) -> dict[str, Any] | None:
-    """Speed and memory of both models in a serving engine."""
-    if throughput.STAGE.name not in context.results:
-        return None
-    return read_json(context.folder(throughput.STAGE.name) / throughput.RESULTS)
-
-
-def _judged(recipe: Recipe, result: RunResult) -> tuple[RunResult, MissedGate | None]:
-    """The result with its gates, which are also written, and what is to be raised if one is missed. Nothing is judged
-    before there is an export."""
-    section = recipe.evaluate.gates if recipe.evaluate else None
-    if section is None or export.STAGE.name not in result.stages:
-        return result, None
-    assert recipe.export is not None
-    found, measured = result.to_json(), result.path / export.STAGE.name / recipe.export.formats[0]
-    gates = judged(section, found, result.path, measured)
-    schemes = {name: treatment.scheme.name for name, treatment in result.plan.treatments.items()}
-    worst = worst_linears(result.path, result.stages, schemes)
-    with room_errors(result.path):
-        write_reports(result.path, gates, found, worst)
-    result = replace(result, gates=tuple(gates), worst=worst)
-    missed = [gate for gate in gates if not gate.passed]
-    remedy = f"The run is complete in {result.path}; try a milder scheme or roll back more."
-    return result, MissedGate(message_of(missed, worst), remedy, result) if missed else None
-
-
-def _peak_of(context: Context) -> int:
-    """The most memory that any of the stages took, whenever it ran."""
-    return max([_peak_memory(), *(record["peak_memory"] or 0 for record in context.results.values())])
-
-
-def _peak_memory() -> int:
-    """Bytes. What getrusage says is, on Linux, not less than what the process that started this one had."""
-    with suppress(OSError, IndexError, ValueError):
-        return int(Path("/proc/self/status").read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 from quantcli.formats.common import WEIGHT_SUFFIXES
 from quantcli.model.checkpoint import read_json, replacing
-from quantcli.pipeline.rundir import EVENTS, current_events, read_lines, write_json
+from quantcli.pipeline.rundir import current_events, write_json
 from quantcli.pipeline.stages import layers, quantize
 from quantcli.recipe.evaluation import GatesSection
 from quantcli.report.gains import HEADINGS, gain_rows
@@ -112,7 +112,7 @@ def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Pa
                     Gate(f"task_drop ({task}, {metric})", gates.task_drop, drop, error=numbers["change_error"])
                 )
     found += _of_size(gates, result, export)
-    counts = fallbacks(run)
+    counts = fallbacks(run, result["stages"])
     for kind, bound in gates.fallbacks:
         if bound is not None:
             total = sum(counts.values()) if kind == "all" else counts.get(kind, 0)
@@ -131,14 +131,14 @@ def _of_size(gates: GatesSection, result: Mapping[str, Any], export: Path) -> It
         yield Gate("size_ratio", gates.size_ratio, size / result["size_before"])
 
 
-def fallbacks(run: Path) -> dict[str, int]:
-    """How often the stages of a run, as they last ran, took each kind of fallback, from its events.
+def fallbacks(run: Path, stages: Iterable[str]) -> dict[str, int]:
+    """How often `stages`, those of the run, took each kind of fallback as they last ran, from its events.
 
     A stage that was interrupted and went on counts from its first beginning; the same warning counts once.
     """
     warnings: dict[str, dict[str, tuple[str, int]]] = {}
     finished: set[str] = set()
-    for event in read_lines(run / EVENTS):
+    for event in current_events(run, stages):
         stage, kind = event.get("stage", ""), event.get("event")
         if kind == "started" and stage in finished:
             warnings.pop(stage, None)
@@ -188,7 +188,7 @@ def write_reports(run: Path, gates: Sequence[Gate], result: Mapping[str, Any], w
     folder.mkdir(exist_ok=True)
     rows = [gate.to_json() for gate in gates]
     found = {"worst_linears": worst.linears, "worst_by": worst.measure}
-    write_json(folder / "gates.json", {"gates": rows, "fallbacks": fallbacks(run), **found})
+    write_json(folder / "gates.json", {"gates": rows, "fallbacks": fallbacks(run, result["stages"]), **found})
     for name, text in (("junit.xml", junit(gates, worst)), ("summary.md", summary(gates, result, worst))):
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

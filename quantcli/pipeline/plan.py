@@ -160,7 +160,10 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         refuse_unloaded(recipe, quantized, attention, kept, layers)
     if ranked is None and section.ranks and section.to != "float":  # what any of them may become
         every = _planned(recipe, structure, {linear.name: "" for linear, _ in quantized}, [])
-        refuse_unloaded(recipe, [(p.linear, p.scheme) for p in every if p.scheme is not None], attention, (), layers)
+        _refuse_expert_schemes(recipe, structure, every)
+        changed = [(p.linear, p.scheme) for p in every if p.scheme is not None]
+        refuse_unheld(recipe, model, structure, changed, attention)
+        refuse_unloaded(recipe, changed, attention, (), layers)
     _refuse_size(recipe, after, ranked)
     by_method = [(p.linear, p.treatment.weights) for p in planned if p.treatment is not None]
     return Plan(

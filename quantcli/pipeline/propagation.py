@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from quantcli.calibration.statistics import InputStatistics
 from quantcli.errors import ModelError
-from quantcli.evaluation.simulate import QuantizedProduct, simulated
+from quantcli.evaluation.simulate import Replacement, simulated
 from quantcli.formats.store import StoredLinear
 from quantcli.model.hidden import HiddenCache
 from quantcli.model.stream import BlockStream
@@ -26,8 +26,6 @@ from quantcli.quant.activation import quantize_static, static_parameters
 
 if TYPE_CHECKING:
     from quantcli.recipe.quantization import ActivationsSection
-
-Replacement = QuantizedProduct | Tensor | Callable[[nn.Module, Tensor], Tensor]
 
 
 def propagates(treatments: Mapping[str, Treatment]) -> bool:
@@ -117,7 +115,7 @@ def propagate_block(
                 continue
             section = treatment.activations
             if section not in quantizers:
-                seeded = (seed * 1_000_003 + index) * 1_009 + position
+                seeded = ((seed * 1_000_003 + index) * 1_009 + position) % 2**63
                 quantizers[section] = RunningInput(shared.width, section, device, seeded)
             running[name] = quantizers[section]
 

@@ -86,7 +86,7 @@ def run_facts(path: Path) -> dict[str, Any]:
                           f"Finish it: quantcli run {path / RECIPE}.")  # fmt: skip
     record, summary = read_json(path / RECORD), read_json(path / SUMMARY)
     plan, result = summary["plan"], dict(summary["result"])
-    events = current_events(path, record.get("stages", {}))
+    events = current_events(path, result["stages"])
     place = {linear["name"]: linear["block"] for linear in plan["linears"]}
     schemes = {linear["name"]: linear["scheme"] for linear in plan["linears"]}
     linear_facts = {

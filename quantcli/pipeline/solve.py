@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quantcli.calibration.hessian import Hessian
 from quantcli.errors import ModelError
-from quantcli.evaluation.simulate import QuantizedProduct, forward_of, simulated
+from quantcli.evaluation.simulate import Replacement, forward_of, simulated
 from quantcli.formats.store import StoredLinear
 from quantcli.model.heap import release_freed_memory
 from quantcli.model.hidden import HiddenCache
@@ -26,6 +26,7 @@ from quantcli.pipeline.treatment import (
     input_parameters,
     observed_of,
     replacement,
+    require_finite_weight,
     weight_grid,
     with_input,
 )
@@ -55,6 +56,8 @@ class Passes:
     plain: HiddenCache | None = None
     beside: BlockStream | None = None
     again: bool = False
+    adds_up: bool | None = None
+    """Whether blocks add to the residual stream what their writers put out; None before it is known."""
 
     def waiting_bytes(self) -> int:
         """What all batches hold while they wait inside a block: what entered it, and the widest input of a linear."""
@@ -77,7 +80,7 @@ def solve_block(
     treatments, solver = source.context.plan.treatments, section.gptq
     found: Results = {}
     aims: dict[str, Tensor] = {}
-    hows: dict[str, QuantizedProduct | Tensor] = {}
+    hows: dict[str, Replacement] = {}
     replaced: dict[str, Callable[[Tensor], Tensor]] = {}
     every = [name for shared in block.inputs for name in shared.linears]
     device, dtype = passes.stream.skeleton.device, passes.stream.skeleton.dtype
@@ -90,8 +93,7 @@ def solve_block(
     with passes.stream.block(index) as module:
         with stopping(module, block.name, every, layers):
             prefix = replaced if solver.prefix == "quantized" else {}
-            known = solver.asymmetric and block.residual is not None and not block.residual.obstacle
-            writers = block.residual.writers if known and block.residual is not None else ()
+            writers = _writers(passes, index, block) if solver.asymmetric else ()
             walking = partial(Lockstep, index=index, inputs=block.inputs, again=passes.again, writers=writers)
             walk = walking(passes.stream, enters=passes.quantized.get, replaced=prefix)
             beside = None
@@ -143,6 +145,32 @@ def solve_block(
                 for batch in range(len(passes.stream.batches)):
                     passes.quantized.put(batch, passes.stream.run(index, batch, passes.quantized.get(batch)))
     return found
+
+
+def _writers(passes: Passes, index: int, block: Block) -> tuple[str, ...]:
+    """The linears whose outputs the resident block adds to the residual stream as they are.
+
+    None where a model scales them first, as Granite does by its residual_multiplier: by the median over tokens t of
+    ⟨d_t, w_t⟩ / ‖w_t‖², with d what the first block that is solved adds and w the sum of those outputs. It is 1, and
+    near 1 where experts, which are no linears, add to the stream too.
+    """
+    if passes.plain is None or passes.beside is None or block.residual is None or block.residual.obstacle:
+        return ()
+    writers = block.residual.writers
+    if passes.adds_up is None and writers:
+        put_out: list[Tensor] = []
+        module, entering = passes.beside.skeleton.module(block.name), passes.plain.get(0).clone()
+        linears = [module.get_submodule(name.removeprefix(f"{block.name}.")) for name in writers]
+        hooks = [linear.register_forward_hook(lambda *call: put_out.append(call[2].float())) for linear in linears]
+        try:
+            left = passes.beside.run(index, 0, entering)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        added, whole = left.float() - entering.to(left.device).float(), torch.stack(put_out).sum(0)
+        share = ((added * whole).sum(-1) / whole.square().sum(-1)).median()
+        passes.adds_up = bool((share > 0.8) & (share < 1.25))
+    return writers if passes.adds_up else ()
 
 
 def _narrows(source: WeightSource, solving: Sequence[str]) -> bool:
@@ -269,6 +297,8 @@ def _aimed(
     """What linears of one treatment are rounded from, float32 [out of all, in]; how many outputs each has, and how many
     of them are zero throughout; facts of asymmetric calibration."""
     weights = [source.weight(name).float() for name in members]
+    for name, weight in zip(members, weights, strict=True):
+        require_finite_weight(name, weight)
     rows = [len(weight) for weight in weights]
     zero_rows = [int((torch.count_nonzero(weight, dim=1) == 0).sum()) for weight in weights]
     whole = torch.cat(weights) if len(weights) > 1 else weights[0]

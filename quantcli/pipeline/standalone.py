@@ -164,9 +164,9 @@ def score_checkpoint(
         for name, stream in streams.items():
             read = checkpoint if stream.skeleton is own else None
             said = "quantized" if stream.skeleton is own and checkpoint.schemes else name
-            eval_ppl.advance(said, stream, caches[name], read, section.phase, emit)
+            eval_ppl.advance(said, stream, caches[name], read, section.phase, emit, section.arithmetic)
         scored = streams["quantized" if original is not None else "float"]
-        with eval_ppl.head_as_served(scored, checkpoint, section.phase):
+        with eval_ppl.head_as_served(scored, checkpoint, section.phase, section.arithmetic):
             windows = eval_ppl.windows_scored(streams, caches, text, batches)
     scores = summarize(windows, original is not None, text.batch)
     per_text = text_scores(windows, text, original is not None)
@@ -182,6 +182,7 @@ def score_checkpoint(
         "format": checkpoint.form.NAME if checkpoint.form is not None else "float",
         "schemes": dict(counts),
         "dtype": checkpoint.dtype,
+        "arithmetic": section.arithmetic,
         "protocol": text.protocol,
         "description": text.description,
         "sequence_length": section.sequence_length,

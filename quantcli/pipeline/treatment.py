@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantcli.evaluation.simulate import QuantizedProduct
+    from quantcli.evaluation.simulate import Replacement
     from quantcli.formats.store import StoredLinear
     from quantcli.quant.grid import WeightGrid
     from quantcli.quant.observers import Observed
@@ -94,9 +94,7 @@ class WeightSource:
         jobs = {name: workers.submit(self.quantize, name, statistics, with_inputs) for name in names}
         return {name: jobs[name] for name in self.by_block.get(index, [])}
 
-    def replacements(
-        self, index: int, statistics: StatisticsOf, dtype: torch.dtype
-    ) -> dict[str, QuantizedProduct | Tensor]:
+    def replacements(self, index: int, statistics: StatisticsOf, dtype: torch.dtype) -> dict[str, Replacement]:
         """What takes the place of each planned linear of a block, by its full name; a `mix` has its static scales."""
         from quantcli.model.workers import linear_workers
 
@@ -149,9 +147,7 @@ def quantize_weight(
     from quantcli.quant.methods import WEIGHT_METHODS, weight_error
     from quantcli.recipe.quantization import SPARSE_METHODS
 
-    low, high = torch.aminmax(weight)
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ModelError(f"{name}.weight holds values that are not finite.", "The checkpoint is damaged; get it again.")
+    require_finite_weight(name, weight)
     section = treatment.weights
     importance = None
     if section.importance == "second_moment":
@@ -203,6 +199,15 @@ def observed_of(statistics: Statistics) -> Observed:
     )
 
 
+def require_finite_weight(name: str, weight: Tensor) -> None:
+    """Raise ModelError, with the linear, for a weight that holds NaN or infinity."""
+    import torch
+
+    low, high = torch.aminmax(weight)
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ModelError(f"{name}.weight holds values that are not finite.", "The checkpoint is damaged; get it again.")
+
+
 def with_input(stored: StoredLinear, scale: Tensor, zero_point: Tensor | None) -> StoredLinear:
     from quantcli.formats.store import StoredLinear
 
@@ -210,15 +215,23 @@ def with_input(stored: StoredLinear, scale: Tensor, zero_point: Tensor | None) -
 
 
 Phase = Literal["prefill", "decode"]
+Arithmetic = Literal["engine", "transformers"]
 
 
 def replacement(
-    stored: StoredLinear, scheme: Scheme, dtype: torch.dtype, device: torch.device | str, phase: Phase
-) -> QuantizedProduct | Tensor:
-    """What `evaluation.simulate.simulated` puts in the place of a linear: products of codes, or the dequantized weight.
+    stored: StoredLinear,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    phase: Phase,
+    arithmetic: Arithmetic = "engine",
+) -> Replacement:
+    """What `evaluation.simulate.simulated` puts in the place of a linear: products of codes, the dequantized weight, or
+    with the arithmetic of transformers a product of floats that were rounded.
 
     Of inputs with activations `mix`, prompts (`prefill`) have dynamic scales, decoding static ones.
     """
+    from quantcli.evaluation.fake_quantized import fake_quantized
     from quantcli.evaluation.simulate import QuantizedProduct
 
     if scheme.activations == "none":
@@ -226,6 +239,8 @@ def replacement(
     static = scheme.activations == "static" or (scheme.activations == "mix" and phase == "decode")
     parts = (stored.input_scale, stored.input_zero_point) if static else (None, None)
     scale, zero_point = (None if part is None else part.to(device) for part in parts)
+    if arithmetic == "transformers":
+        return fake_quantized(stored.weight.to(device), dtype, scale, zero_point, scheme.activation_bits)
     codes, weight_scale = stored.weight.codes.to(device), stored.weight.scale.float().to(device)
     return QuantizedProduct(codes, weight_scale, scale, zero_point, scheme.activation_bits)
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from quantcli.evaluation.protocols import EvaluationText
 from quantcli.evaluation.scores import Scores, score_windows, summarize
-from quantcli.evaluation.simulate import QuantizedProduct, not_read, simulated
+from quantcli.evaluation.simulate import Replacement, not_read, simulated
 from quantcli.formats.store import Store
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.attention import attention_as_stored
 from quantcli.pipeline.batches import evaluation_batches
 from quantcli.pipeline.context import Context
-from quantcli.pipeline.treatment import Phase, replacement
+from quantcli.pipeline.treatment import Arithmetic, Phase, replacement
 
 PATHS_BYTES = 1 << 30
 """Bound on the kept hidden states of earlier trials, by which a trial begins at the first block that differs."""
@@ -38,9 +38,17 @@ class TrialModel:
     float model, block by block, as an engine computes them.
     """
 
-    def __init__(self, context: Context, base: Store, other: Store | None, text: EvaluationText, phase: Phase) -> None:
+    def __init__(
+        self,
+        context: Context,
+        base: Store,
+        other: Store | None,
+        text: EvaluationText,
+        phase: Phase,
+        arithmetic: Arithmetic = "engine",
+    ) -> None:
         self.context = context
-        self.base, self.other, self.text, self.phase = base, other, text, phase
+        self.base, self.other, self.text, self.phase, self.arithmetic = base, other, text, phase, arithmetic
         self.batches = evaluation_batches(text.windows)
         self.stream = BlockStream(context.skeleton(), self.batches)
         self.entered = list(self.stream.start())
@@ -64,11 +72,9 @@ class TrialModel:
         """`BlockStream.logits` with the output head as an engine computes it, if it is quantized."""
         head = self.context.plan.structure.head
         store = self.other if head in rolled_back else self.base
-        replaced: dict[str, QuantizedProduct | Tensor] = {}
+        replaced: dict[str, Replacement] = {}
         if head is not None and store is not None and head in store.schemes:
-            skeleton = self.stream.skeleton
-            scheme = store.schemes[head]
-            replaced[head] = replacement(store.read(head), scheme, skeleton.dtype, skeleton.device, self.phase)
+            replaced[head] = self._replacement(store, head)
         pieces = self.stream.logits(hidden, None)
         while True:
             with simulated(self.stream.skeleton.model, replaced):
@@ -113,17 +119,20 @@ class TrialModel:
         self.paths = [p for p in self.paths if p.rolled_back != path.rolled_back]
         self.paths = [path, *self.paths][:room]
 
+    def _replacement(self, store: Store, name: str) -> Replacement:
+        skeleton = self.stream.skeleton
+        how = skeleton.dtype, skeleton.device, self.phase, self.arithmetic
+        return replacement(store.read(name), store.schemes[name], *how)
+
     @contextmanager
     def _block(self, index: int, rolled_back: frozenset[str]) -> Iterator[nn.Module]:
         skeleton = self.stream.skeleton
         path = skeleton.blocks[index]
-        replaced: dict[str, QuantizedProduct | Tensor] = {}
+        replaced: dict[str, Replacement] = {}
         for name, block in self.base.blocks.items():
             store = self.other if name in rolled_back else self.base
             if block == index and store is not None:
-                scheme = store.schemes[name]
-                how = replacement(store.read(name), scheme, skeleton.dtype, skeleton.device, self.phase)
-                replaced[name.removeprefix(f"{path}.")] = how
+                replaced[name.removeprefix(f"{path}.")] = self._replacement(store, name)
         experts = self.context.plan.structure.blocks[index].local_experts
         left_out = {f"{path}.{name}" for name in not_read(replaced, experts)}
         modules = [module for module, block in self.base.attention_modules.items() if block == index]

@@ -13,7 +13,7 @@ from quantcli.errors import RoomError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from quantcli.evaluation.simulate import Forward, QuantizedProduct
+    from quantcli.evaluation.simulate import Replacement
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.skeleton import Skeleton
     from quantcli.pipeline.sequences import Model
@@ -73,14 +73,12 @@ def _as_served(skeleton: Skeleton, exported: QuantizedCheckpoint) -> Iterator[se
         yield left_out
 
 
-def _integer_linears(
-    skeleton: Skeleton, exported: QuantizedCheckpoint, prefix: str
-) -> dict[str, QuantizedProduct | Tensor | Forward]:
+def _integer_linears(skeleton: Skeleton, exported: QuantizedCheckpoint, prefix: str) -> dict[str, Replacement]:
     """What takes the place of linears with quantized inputs whose names begin so, by the rest of their names."""
     from quantcli.evaluation.simulate import forward_of
     from quantcli.pipeline.treatment import replacement
 
-    found: dict[str, QuantizedProduct | Tensor | Forward] = {}
+    found: dict[str, Replacement] = {}
     for name, scheme in exported.schemes.items():
         if scheme.activations == "none" or not name.startswith(prefix):
             continue

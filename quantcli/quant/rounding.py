@@ -24,7 +24,7 @@ class LearnedRounding:
         self.grid, self.limit, self.zero_point = grid, limit, zero_point
         self.scale = scale.float()
         self._zero = None if zero_point is None else zero_point.float().unsqueeze(-1)
-        self._shape = (*weight.shape[:1], scale.shape[1], -1) if scale.shape[0] > 1 else (1, 1, -1)
+        self._shape = (*weight.shape[:1], scale.shape[1], -1) if scale.numel() > 1 else (1, 1, -1)
         start = codes.float().view(self._shape)
         wanted = weight.float().view(self._shape) / self.scale.unsqueeze(-1)
         if self._zero is not None:

@@ -84,9 +84,10 @@ def graded_linear(
         codes, step = token_codes(x, input_bits, type)
     else:
         codes, step = static_codes(x, input_scale, input_zero_point, type), input_scale
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # whose range sums of products of codes leave
     if scale.shape[1] == 1:
-        weight, columns = quantized.codes.to(x.dtype), scale.float().view(1, -1)
+        weight, columns = quantized.codes.to(dtype), scale.float().view(1, -1)
     else:
-        weight, columns = graded_weight(quantized, scale, x.dtype), torch.ones((), device=x.device)
-    y = (linear(codes.to(x.dtype), weight).float() * (step * columns)).to(x.dtype)
+        weight, columns = graded_weight(quantized, scale, dtype), torch.ones((), device=x.device)
+    y = (linear(codes.to(dtype), weight).float() * (step * columns)).to(x.dtype)
     return y if bias is None else y + bias

@@ -141,6 +141,10 @@ class PerplexitySection(Section):
     phase: Literal["prefill", "decode"] = Field(
         default="prefill", description="What of activations with scope mix is measured: their dynamic or static scales."
     )
+    arithmetic: Literal["engine", "transformers"] = Field(
+        default="engine",
+        description="How quantized inputs are rounded: as serving engines do, or as transformers does.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> PerplexitySection:

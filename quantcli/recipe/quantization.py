@@ -390,6 +390,8 @@ def _overridden(
             kept.pop("group_size", None)
         if keys.get("method", "mse") != "mse":
             kept.pop("importance", None)
+        if kind is ActivationsSection and kept.get("symmetric") == _default_symmetric(kept):
+            kept.pop("symmetric", None)  # written or not, it is the default, which follows the override's scope
         try:
             changed.append(kind.model_validate(kept | keys))
         except ValidationError as error:

@@ -64,6 +64,7 @@ def _row(run: Run, name: str) -> dict[str, Any]:
     protocol = None
     if scores:
         protocol = [scores.get(key) for key in ("protocol", "sequence_length", "windows", "tokens")]
+        protocol.append(scores.get("arithmetic", "engine"))
     return {
         "run": name,
         "path": run["path"],

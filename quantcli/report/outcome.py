@@ -94,7 +94,8 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "protocol",
         f"{scores['protocol']}, {_count(scores['windows'], 'window')} of {scores['sequence_length']}"
         f"{f' every {stride} tokens' if (stride := scores.get('stride')) else ''}, "
-        f"{_count(scores['tokens'], 'token')}",
+        f"{_count(scores['tokens'], 'token')}"
+        f"{', inputs rounded as by transformers' if scores.get('arithmetic') == 'transformers' else ''}",
     )
 
 

@@ -9,8 +9,8 @@ model's dtype, dequantizes weights once, and quantizes inputs only to dequantize
     float8    s = max|x| / 448 a token, q = x / s to nearest, all in the model's dtype (engines: float32)
     product   (q − z)·s times Wᵀ in the model's dtype (engines: exact integers, scaled in float32, rounded once)
 
-The evaluation follows the engines, which tests/serving proves. Here the same streamed evaluation, with those rules in
-the place of its own, has to give the very logits of transformers. In float32 only the divisor remains.
+The evaluation follows the engines, which tests/serving proves. With `arithmetic: transformers` it follows these rules,
+and has to give the very logits of transformers. In float32 only the divisor remains between the two.
 """
 
 from __future__ import annotations
@@ -23,29 +23,27 @@ import torch
 import transformers
 from tiny_exports import FLOAT8, SCHEMES, WEIGHT_ONLY, WITH_ACTIVATIONS, Export, export_tiny
 from tiny_models import token_batches
-from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch import Tensor
 
 from quantcli.evaluation import simulate
-from quantcli.evaluation.simulate import QuantizedProduct
 from quantcli.formats.engines import verdicts
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.stages.eval_ppl import block_as_served
-from quantcli.quant.float8 import FP8
+from quantcli.pipeline.treatment import Arithmetic
 from quantcli.quant.scheme import CodeType
 
 Exported = Callable[..., Export]
 (TOKENS,) = token_batches((3, 24))
 
 
-def of_evaluation(made: Export) -> Tensor:
+def of_evaluation(made: Export, arithmetic: Arithmetic = "engine") -> Tensor:
     """Logits of the export as eval-ppl computes them, float32 [samples, tokens, vocabulary]."""
     reader = made.reader()
     stream = BlockStream(Skeleton(made.model, made.structure, dtype=reader.dtype, checkpoint=reader), [TOKENS])
     (hidden,) = stream.start()
     for index in range(len(made.structure.blocks)):
-        with block_as_served(stream, index, reader, "prefill"):
+        with block_as_served(stream, index, reader, "prefill", arithmetic):
             hidden = stream.run(index, 0, hidden)
     with stream.head():
         return torch.cat([logits for _, logits in stream.logits(hidden)], 1)
@@ -55,30 +53,6 @@ def of_transformers(folder: Path) -> Tensor:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     with torch.inference_mode():
         return model(TOKENS).logits.float()
-
-
-def by_the_rules_of_transformers(
-    module: nn.Module, weights: QuantizedProduct, _shared: object
-) -> Callable[[Tensor], Tensor]:
-    """The table above as code, in the place of `simulate._forward`."""
-
-    def forward(x: Tensor) -> Tensor:
-        scale = weights.scale.repeat_interleave(weights.codes.shape[1] // weights.scale.shape[1], 1)
-        weight = weights.codes.to(x.dtype) * scale.to(x.dtype)
-        if weights.codes.dtype == FP8:
-            scale = x.abs().amax(-1, keepdim=True) / 448 if weights.input_scale is None else weights.input_scale
-            codes = (x / scale.to(x.dtype)).clamp(-448, 448).to(FP8).to(x.dtype)
-            return linear(codes * scale.to(x.dtype), weight, module.bias)
-        half = 2 ** (weights.input_bits - 1)
-        zero = 0 if weights.input_zero_point is None else weights.input_zero_point.to(x.dtype)
-        if weights.input_scale is None:
-            scale = x.abs().amax(-1, keepdim=True) / (half - 0.5)
-        else:
-            scale = weights.input_scale.to(x.dtype)
-        codes = (x / scale + zero).round().clamp(-half, half - 1)
-        return linear((codes - zero) * scale, weight, module.bias)
-
-    return forward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -99,13 +73,12 @@ def test_weights_alone_give_the_same_logits_to_the_bit(name: str, dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", WITH_ACTIVATIONS)
 def test_activations_by_the_rules_of_transformers_give_its_logits_to_the_bit(
-    name: str, dtype: torch.dtype, exported: Exported, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, exported: Exported
 ) -> None:
     made = exported(name, dtype)
     theirs = of_transformers(made.folder)
     by_engine = of_evaluation(made)
-    monkeypatch.setattr(simulate, "_forward", by_the_rules_of_transformers)
-    assert torch.equal(of_evaluation(made), theirs)
+    assert torch.equal(of_evaluation(made, "transformers"), theirs)
     # by either rule it is the same model: what is left is rounding, far below the logits' own spread with 8-bit inputs
     share = 0.1 if SCHEMES[name].activation_bits == 8 else 0.6
     assert (by_engine - theirs).std() < share * theirs.std()
@@ -142,9 +115,8 @@ def share_of_equal_tokens(one: Tensor, other: Tensor) -> float:
 
 # Falcon is left out: transformers stops at packed weights in its own kind of linear.
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma3", "phi3", "opt", "gpt-neox", "cohere"])
-def test_every_family_loads(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_family_loads(family: str, tmp_path: Path) -> None:
     """Biases, tied heads, joined projections, linears outside the blocks, norms of every kind."""
     for name in ("W4A16 g32", "W8A8 static asym"):
         made = export_tiny(tmp_path / name, SCHEMES[name], family)
-        monkeypatch.setattr(simulate, "_forward", by_the_rules_of_transformers)
-        assert torch.equal(of_evaluation(made), of_transformers(made.folder))
+        assert torch.equal(of_evaluation(made, "transformers"), of_transformers(made.folder))

@@ -42,6 +42,7 @@ RESULT = {
     "size_before": 4000,
     "size_after": 1000,
     "bits_per_weight": 4.25,
+    "stages": {name: {} for name in ("smooth", "calibrate", "export")},
 }
 
 
@@ -124,13 +125,20 @@ def test_fallbacks_are_those_of_each_stages_last_work(run: Path) -> None:
     started, finished = ({"event": kind, "stage": "smooth"} for kind in ("started", "finished"))
     events(run, started, warning("smooth", "not_smoothed", "a"), warning("smooth", "not_smoothed", "b"), finished)
     events(run, {"event": "warning", "stage": "smooth", "text": "no fallback"})
-    assert fallbacks(run) == {"not_smoothed": 2}
+    stages = RESULT["stages"]
+    assert fallbacks(run, stages) == {"not_smoothed": 2}
     # interrupted, and gone on with: both parts count, what is said twice once
     events(run, started, warning("smooth", "not_smoothed", "c"))
+    resumed = {**started, "resumed": True}
+    events(run, resumed, warning("smooth", "not_smoothed", "c"), warning("smooth", "not_smoothed", "d"), finished)
+    assert fallbacks(run, stages) == {"not_smoothed": 2}
+    # interrupted, and begun anew under other settings: the first part is no work of this run
+    events(run, started, warning("smooth", "not_smoothed", "x"), warning("smooth", "not_smoothed", "y"))
     events(run, started, warning("smooth", "not_smoothed", "c"), warning("smooth", "not_smoothed", "d"), finished)
-    assert fallbacks(run) == {"not_smoothed": 2}
+    assert fallbacks(run, stages) == {"not_smoothed": 2}
     events(run, {"event": "started", "stage": "calibrate"}, warning("calibrate", "data_free_experts", "e", count=5))
-    assert fallbacks(run) == {"not_smoothed": 2, "data_free_experts": 5}
+    assert fallbacks(run, stages) == {"not_smoothed": 2, "data_free_experts": 5}
+    assert fallbacks(run, ("calibrate", "export")) == {"data_free_experts": 5}, "smooth is in the recipe no more"
     gates = judged(GatesSection.model_validate({"fallbacks": {"all": 6}}), RESULT, run, run / "export")
     assert [gate.sentence() for gate in gates] == [
         "evaluate.gates.fallbacks.all: 7 (not_smoothed 2, data_free_experts 5) is above 6, by 1."
@@ -320,6 +328,6 @@ def test_linears_that_no_input_reaches_are_counted(
     blind = replace(found, blocks=(replace(first, inputs=first.inputs[:-1]), *found.blocks[1:]))
     monkeypatch.setattr(engine, "find_structure", lambda *_, **__: blind)
     quantcli.run(recipe)
-    assert fallbacks(tmp_path / "run") == {"unreached": 1}
+    assert fallbacks(tmp_path / "run", ("quantize",)) == {"unreached": 1}
     texts = [problem["text"] for problem in run_facts(tmp_path / "run")["problems"]]
     assert "1 linear stays in float: no input reaches model.layers.0.mlp.down_proj." in texts

@@ -52,6 +52,7 @@ def test_variants_cost_one_pass_of_the_float_model(recipe: Recipe, tmp_path: Pat
     assert models == ["quantized"]
     assert str(tmp_path / "runs" / "one") in note
     assert results(beside) == results(eight)
+    assert ran(changed(beside, evaluate__perplexity__arithmetic="transformers")) == (["quantized"], [])
     own, other = (Path(each["output"]) / STATES for each in (beside, eight))
     assert own.stat().st_ino == other.stat().st_ino  # a second name, not a second copy
 

@@ -250,7 +250,7 @@ def test_an_obstacle_is_told_once_with_its_blocks(
     assert warnings == ["mlp.down_proj of blocks 0 to 1 is not smoothed: up is also read by act."]
     assert [outcome["cause"] for outcome in outcomes if outcome["reason"]] == ["obstacle"] * 2
     assert read(asked, "smooth", "manifest.json")["left"] == {"obstacle": 2}
-    assert fallbacks(Path(asked["output"])) == {"not_smoothed": 2}
+    assert fallbacks(Path(asked["output"]), ("smooth",)) == {"not_smoothed": 2}
 
 
 def test_blocks_whose_values_are_not_rotated_are_counted(
@@ -260,7 +260,7 @@ def test_blocks_whose_values_are_not_rotated_are_counted(
     found = smooth.rotatable_heads
     monkeypatch.setattr(smooth, "rotatable_heads", lambda *arguments: found(*arguments)[:1])
     smoothed(asked)
-    assert fallbacks(Path(asked["output"])) == {"not_rotated": 1}
+    assert fallbacks(Path(asked["output"]), ("smooth",)) == {"not_rotated": 1}
 
 
 @pytest.mark.parametrize(

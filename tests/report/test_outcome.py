@@ -78,6 +78,12 @@ def test_numbers_that_json_cannot_hold_are_undefined_and_not_zero() -> None:
     assert rows["protocol"].startswith("standard, 1 window of 1024, ")
 
 
+def test_the_arithmetic_of_transformers_is_said() -> None:
+    scores = {**RESULT["perplexity"], "arithmetic": "transformers"}  # type: ignore[dict-item]
+    rows = dict(outcome_rows(PLAN, {**RESULT, "perplexity": scores}))
+    assert rows["protocol"].endswith("40920 tokens, inputs rounded as by transformers")
+
+
 def test_a_run_without_evaluation_says_nothing_of_perplexity() -> None:
     labels = [label for label, _ in outcome_rows(PLAN, {**RESULT, "perplexity": None})]
     assert labels == ["schemes", "note", "size", "time", "peak memory", "checkpoint"]

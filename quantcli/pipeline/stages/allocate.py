@@ -202,7 +202,10 @@ def _observing(stack: ExitStack, context: Context, module: Any, block: Block) ->
     from quantcli.calibration.statistics import inputs_observed
 
     shared = stack.enter_context(inputs_observed(module, block, context.device, counts=False))
-    experts = stack.enter_context(experts_observed(module, block.local_experts, context.device))
+    section = context.recipe.calibration
+    every_token = section is not None and section.route_all_experts
+    observed = experts_observed(module, block.local_experts, context.device, every_token=every_token)
+    experts = stack.enter_context(observed)
     return {**shared, **{f"{block.name}.{name}": gathered for name, gathered in experts.items()}}
 
 

@@ -15,6 +15,7 @@ from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import needs_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import calibration_samples, spread
+from quantcli.recipe.quantization import named_scheme
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -71,7 +72,13 @@ def _moments(context: Context) -> bool:
 
 def _observes_head(context: Context) -> bool:
     treatment = context.plan.treatments.get(context.plan.structure.head or "")
-    return treatment is not None and (treatment.scheme.observed or treatment.weights.importance != "none")
+    if treatment is None:
+        return False
+    parts = [(treatment.weights, treatment.activations)]
+    section = context.recipe.quantize.rollback
+    if section.ranks and (other := named_scheme(section.to)) is not None:  # what the ranking may make of it
+        parts.append(other)
+    return any(activations.observed or weights.importance != "none" for weights, activations in parts)
 
 
 def _observes_experts(context: Context) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.skeleton import Skeleton
     from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.treatment import Phase
+    from quantcli.pipeline.treatment import Arithmetic, Phase
 
 RESULTS = "results.json"
 TOKENS = "tokens.safetensors"
@@ -71,9 +71,9 @@ def run(context: Context, folder: StageFolder) -> None:
     caches = {name: context.hidden_cache(folder.path / HIDDEN[name], streams[name]) for name in own}
     for name, cache in caches.items():
         read = exported if name == "quantized" else None
-        advance(name, streams[name], cache, read, section.phase, context.emit)
+        advance(name, streams[name], cache, read, section.phase, context.emit, section.arithmetic)
     states = caches if kept is None else {"float": kept, **caches}
-    with head_as_served(streams["quantized"], exported, section.phase):
+    with head_as_served(streams["quantized"], exported, section.phase, section.arithmetic):
         windows = windows_scored(streams, states, text, batches)
     scores = with_distributions(summarize(windows, quantized=True, batch=text.batch), windows)
     columns = {name: values.contiguous() for name, values in zip(COLUMNS, per_token(windows).unbind(1), strict=True)}
@@ -85,6 +85,7 @@ def run(context: Context, folder: StageFolder) -> None:
         "description": text.description,
         "sequence_length": section.sequence_length,
         "stride": section.stride,
+        "arithmetic": section.arithmetic,
         "checkpoint": form,
         **{key: finite(value) for key, value in asdict(scores).items()},
         "per_text": finite(text_scores(windows, text, quantized=True)),
@@ -130,6 +131,7 @@ def advance(
     exported: QuantizedCheckpoint | None,
     phase: Phase,
     emit: Callable[..., None],
+    arithmetic: Arithmetic = "engine",
 ) -> None:
     """Carry the hidden states of one model through all its blocks, going on where an interrupted run stopped.
 
@@ -138,7 +140,7 @@ def advance(
     blocks = len(stream.skeleton.blocks)
     for index in range(stream.enter(cache, cache.resume()), blocks):
         started = time.perf_counter()
-        with block_as_served(stream, index, exported, phase):
+        with block_as_served(stream, index, exported, phase, arithmetic):
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
         cache.commit(index + 1)
@@ -148,7 +150,11 @@ def advance(
 
 @contextmanager
 def block_as_served(
-    stream: BlockStream, index: int, exported: QuantizedCheckpoint | None, phase: Phase
+    stream: BlockStream,
+    index: int,
+    exported: QuantizedCheckpoint | None,
+    phase: Phase,
+    arithmetic: Arithmetic = "engine",
 ) -> Iterator[None]:
     """A resident block; of a quantized model, with linears and attention computing as an engine does."""
     from quantcli.evaluation.simulate import not_read, simulated
@@ -159,38 +165,43 @@ def block_as_served(
         with stream.block(index):
             yield
         return
-    int8 = _int8(stream, exported, f"{path}.", phase)
+    replaced = _replaced(stream, exported, f"{path}.", phase, arithmetic)
     experts = stream.skeleton.structure.blocks[index].local_experts
-    left_out = {f"{path}.{name}" for name in not_read(int8, experts)}
+    left_out = {f"{path}.{name}" for name in not_read(replaced, experts)}
     modules = [module for module in exported.attention_modules if module.startswith(f"{path}.")]
     attention = {module: exported.read_attention(module) for module in modules}
     with (
         stream.block(index, left_out=left_out) as module,
-        simulated(module, int8, experts),
+        simulated(module, replaced, experts),
         attention_as_stored(module, path, exported.attention, attention),
     ):
         yield
 
 
 @contextmanager
-def head_as_served(stream: BlockStream, exported: QuantizedCheckpoint, phase: Phase) -> Iterator[None]:
+def head_as_served(
+    stream: BlockStream, exported: QuantizedCheckpoint, phase: Phase, arithmetic: Arithmetic = "engine"
+) -> Iterator[None]:
     """While the body runs, the quantized model's output head computes as an engine does, if it is quantized."""
     from quantcli.evaluation.simulate import simulated
 
     head = stream.skeleton.structure.head
-    int8 = _int8(stream, exported, head, phase) if head is not None and head in exported.schemes else {}
-    with simulated(stream.skeleton.model, int8):
+    quantized = head is not None and head in exported.schemes
+    replaced = _replaced(stream, exported, head, phase, arithmetic) if head is not None and quantized else {}
+    with simulated(stream.skeleton.model, replaced):
         yield
 
 
-def _int8(stream: BlockStream, exported: QuantizedCheckpoint, prefix: str, phase: Phase) -> dict[str, Any]:
-    """What takes the place of linears with integer inputs whose names begin so, by the rest of their names."""
+def _replaced(
+    stream: BlockStream, exported: QuantizedCheckpoint, prefix: str, phase: Phase, arithmetic: Arithmetic
+) -> dict[str, Any]:
+    """What takes the place of linears with quantized inputs whose names begin so, by the rest of their names."""
     from quantcli.pipeline.treatment import replacement
 
     short = prefix if prefix.endswith(".") else ""
     return {
         name.removeprefix(short): replacement(
-            exported.read_linear(name), scheme, stream.skeleton.dtype, stream.skeleton.device, phase
+            exported.read_linear(name), scheme, stream.skeleton.dtype, stream.skeleton.device, phase, arithmetic
         )
         for name, scheme in exported.schemes.items()
         if scheme.activations != "none" and (name == prefix or (short and name.startswith(prefix)))

@@ -14,9 +14,7 @@ from quantcli.recipe.data import PerplexitySection
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from quantcli.evaluation.simulate import QuantizedProduct
+    from quantcli.evaluation.simulate import Replacement
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.stream import BlockStream
 
@@ -83,7 +81,7 @@ def _exported(
     name: str,
     stream: BlockStream,
     section: PerplexitySection,
-) -> QuantizedProduct | Tensor:
+) -> Replacement:
     """A linear as an engine computes it: integer products, or the weight [out, in] that its codes stand for."""
     from quantcli.pipeline.treatment import replacement
 

@@ -27,7 +27,10 @@ HIDDEN_FLOAT = "hidden-float"
 
 
 def _identity(context: Context) -> dict[str, Any]:
+    from quantcli.pipeline.propagation import propagates
+
     recipe = context.recipe
+    drawn = recipe.calibration is not None and propagates(context.plan.treatments)  # which values are quantized
     return {
         "quantize": recipe.quantize.model_dump(mode="json", exclude={"distill"}),
         "schemes": {name: scheme.to_json() for name, (_, scheme) in context.plan.schemes.items()},
@@ -35,6 +38,7 @@ def _identity(context: Context) -> dict[str, Any]:
         "trust_remote_code": recipe.model.trust_remote_code,
         "device": context.device,
         "samples": data_identity(recipe.calibration) if recipe.calibration and recipe.quantize.solves else None,
+        "seed": recipe.calibration.seed if recipe.calibration and drawn else None,
     }
 
 

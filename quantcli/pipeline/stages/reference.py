@@ -35,8 +35,10 @@ def _identity(context: Context) -> dict[str, Any]:
     evaluate = context.recipe.evaluate
     assert evaluate is not None
     assert evaluate.perplexity is not None
+    quantized_alone = ("phase", "arithmetic")
+    text = {key: value for key, value in data_identity(evaluate.perplexity).items() if key not in quantized_alone}
     return {
-        "perplexity": data_identity(evaluate.perplexity),
+        "perplexity": text,
         "dtype": context.recipe.model.dtype,
         "device": context.device,
         "limit": evaluate.reference_size,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from quantcli.evaluation.protocols import EvaluationText
     from quantcli.evaluation.scores import Scores
     from quantcli.formats.store import Store
-    from quantcli.pipeline.treatment import Phase
+    from quantcli.pipeline.treatment import Arithmetic, Phase
     from quantcli.pipeline.trial import TrialModel
 
 RESULT = "found.json"
@@ -216,7 +216,7 @@ class _Trials:
 
         if len(text.windows) not in self.models:
             base, other = _stores(self.context, self.folder)
-            self.models = {len(text.windows): TrialModel(self.context, base, other, text, _phase(self.context))}
+            self.models = {len(text.windows): TrialModel(self.context, base, other, text, *_served(self.context))}
         return self.models[len(text.windows)]
 
     @staticmethod
@@ -242,10 +242,11 @@ def _stores(context: Context, folder: StageFolder) -> tuple[Store, Store | None]
     return base, trial_store(replace(context, plan=plan), folder.path / STORES[1])
 
 
-def _phase(context: Context) -> Phase:
+def _served(context: Context) -> tuple[Phase, Arithmetic]:
     assert context.recipe.evaluate is not None
-    assert context.recipe.evaluate.perplexity is not None
-    return context.recipe.evaluate.perplexity.phase
+    section = context.recipe.evaluate.perplexity
+    assert section is not None
+    return section.phase, section.arithmetic
 
 
 def _shown(target: TargetSection) -> str:

@@ -23,9 +23,11 @@ def _wanted(recipe: Recipe) -> bool:
 
 
 def _identity(context: Context) -> dict[str, Any]:
-    assert context.recipe.calibration is not None
+    section = context.recipe.calibration
+    assert section is not None
     return {
-        "calibration": data_identity(context.recipe.calibration),
+        "calibration": data_identity(section),
+        "experts": [section.expert_tokens, section.route_all_experts],
         "quantize": context.recipe.quantize.model_dump(mode="json"),
         "dtype": context.recipe.model.dtype,
         "device": context.device,
@@ -63,6 +65,8 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
     exact = list(stream.start())
     rounded = list(exact)
     source = WeightSource(context, original=True)
+    assert context.recipe.calibration is not None
+    every_token = context.recipe.calibration.route_all_experts
     for index, block in enumerate(context.plan.structure.blocks):
         started = time.perf_counter()
         of = {name: shared.name for shared in block.inputs for name in shared.linears}
@@ -70,7 +74,7 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
         with stream.block(index) as module:
             with (
                 inputs_observed(module, block, context.device) as statistics,
-                experts_observed(module, block.local_experts, context.device) as of_experts,
+                experts_observed(module, block.local_experts, context.device, every_token=every_token) as of_experts,
             ):
                 exact = [stream.run(index, batch, hidden) for batch, hidden in enumerate(exact)]
 

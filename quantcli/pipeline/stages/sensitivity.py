@@ -23,7 +23,7 @@ from quantcli.recipe.schema import Recipe
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from quantcli.evaluation.simulate import QuantizedProduct
+    from quantcli.evaluation.simulate import Replacement
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
     from quantcli.model.structure import Block
@@ -248,7 +248,7 @@ def _block_errors(
 def output_errors(
     module: nn.Module,
     block: Block,
-    replaced: Mapping[str, QuantizedProduct | Tensor],
+    replaced: Mapping[str, Replacement],
     errors: dict[str, Metrics],
 ) -> Iterator[None]:
     """While the body runs the block, compare what each linear puts out with what it would put out quantized.

@@ -1,0 +1,54 @@
+"""Linears that compute as transformers does with quantized inputs: rounded floats, and a product of floats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from quantcli.quant.float8 import FP8, FP8_MAX
+from quantcli.quant.grid import QuantizedWeight, dequantize
+
+if TYPE_CHECKING:
+    from quantcli.evaluation.simulate import Forward
+
+
+def fake_quantized(
+    weight: QuantizedWeight,
+    dtype: torch.dtype,
+    input_scale: Tensor | None,
+    input_zero_point: Tensor | None,
+    input_bits: int = 8,
+) -> Forward:
+    """y = x̂ Ŵᵀ + b in the dtype of x, with x̂ = (clamp(round(x/s + z), −2^(b−1), 2^(b−1) − 1) − z) s, each step
+    rounded to that dtype: the arithmetic of compressed-tensors 0.20, which transformers runs.
+
+    Static inputs have input_scale [1] and, if asymmetric, input_zero_point int8 [1], both taken in the dtype of the
+    model. Without them s = max|x| / ((2^b − 1) / 2) for every token, 127.5 where engines divide by 127, and the
+    dtype's eps for a token of zeros. Codes of float8_e4m3fn: s = max|x| / 448, and no z.
+    """
+    wide = dequantize(QuantizedWeight(weight.codes, weight.scale.to(dtype), weight.zero_point), dtype)
+    is_float = weight.codes.dtype == FP8
+    low, high = (-FP8_MAX, FP8_MAX) if is_float else (-(1 << (input_bits - 1)), (1 << (input_bits - 1)) - 1)
+
+    def rounded(x: Tensor) -> Tensor:
+        if input_scale is None:
+            scale = x.abs().amax(-1, keepdim=True) / ((high - low) / 2)
+            scale = scale.masked_fill(scale == 0, torch.finfo(x.dtype).eps)
+        else:
+            scale = input_scale.to(x.dtype)
+        codes = x / scale
+        if input_zero_point is not None:
+            codes += input_zero_point.to(x.dtype)
+        codes = codes.clamp_(low, high)
+        codes = codes.to(FP8).to(x.dtype) if is_float else codes.round_()
+        if input_zero_point is not None:
+            codes -= input_zero_point.to(x.dtype)
+        return codes * scale
+
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        return linear(rounded(x), wide, getattr(module, "bias", None))
+
+    return forward

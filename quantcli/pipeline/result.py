@@ -1,0 +1,164 @@
+"""What a run found, as its stages left it in their folders, and which gates that keeps."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quantcli.errors import GateError
+from quantcli.model.checkpoint import read_json
+from quantcli.pipeline.context import Context
+from quantcli.pipeline.gates import Gate, Worst, judged, message_of, worst_linears, write_reports
+from quantcli.pipeline.plan import Plan
+from quantcli.pipeline.rundir import room_errors
+from quantcli.pipeline.stages import allocate, calibrate, eval_ppl, eval_tasks, export, smooth, throughput
+from quantcli.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run did: directory, plan, records of the stages (fingerprint, files, seconds, reused), scores, memory."""
+
+    path: Path
+    plan: Plan
+    stages: dict[str, dict[str, Any]]
+    perplexity: dict[str, Any] | None
+    peak_memory: int
+    smoothing: dict[str, Any] | None = None
+    experts: dict[str, Any] | None = None
+    allocation: dict[str, Any] | None = None
+    sizes: dict[str, Any] | None = None
+    tasks: dict[str, Any] | None = None
+    throughput: dict[str, Any] | None = None
+    gates: tuple[Gate, ...] = ()
+    worst: Worst | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        exported = self.stages.get("export", {}).get("files", {})
+        return {
+            "output": str(self.path),
+            "stages": {name: {k: v for k, v in r.items() if k != "files"} for name, r in self.stages.items()},
+            "size_before": self.plan.size_before,
+            "size_after": self.plan.size_after,
+            "bits_per_weight": round(self.plan.bits_per_weight, 3),
+            "exports": sorted({str(self.path / "export" / Path(file).parts[0]) for file in exported}),
+            "perplexity": self.perplexity,
+            "tasks": self.tasks,
+            "throughput": self.throughput,
+            "gates": [gate.to_json() for gate in self.gates],
+            "worst_linears": list(self.worst.linears) if self.worst else [],
+            "smoothing": self.smoothing,
+            "experts": self.experts,
+            "allocation": self.allocation,
+            "sizes": self.sizes,
+            "peak_memory": self.peak_memory,
+        }
+
+
+class MissedGate(GateError):
+    """A quality gate that was missed. The run is complete all the same: `result` holds it."""
+
+    def __init__(self, message: str, remedy: str, result: RunResult) -> None:
+        super().__init__(message, remedy)
+        self.result = result
+
+
+def run_result(context: Context) -> RunResult:
+    """What the stages that are up to date found."""
+    scores, smoothing = _perplexity(context), _smoothing(context)
+    found = _experts(context), _allocation(context)
+    measured = _sizes(context), _tasks(context), _throughput(context)
+    return RunResult(
+        context.run.path, context.plan, context.results, scores, _peak_of(context), smoothing, *found, *measured
+    )
+
+
+def with_gates(recipe: Recipe, result: RunResult) -> tuple[RunResult, MissedGate | None]:
+    """The result with its gates, which are also written, and what is to be raised if one is missed. Nothing is judged
+    before there is an export."""
+    section = recipe.evaluate.gates if recipe.evaluate else None
+    if section is None or export.STAGE.name not in result.stages:
+        return result, None
+    assert recipe.export is not None
+    found, measured = result.to_json(), result.path / export.STAGE.name / recipe.export.formats[0]
+    gates = judged(section, found, result.path, measured)
+    schemes = {name: treatment.scheme.name for name, treatment in result.plan.treatments.items()}
+    worst = worst_linears(result.path, result.stages, schemes)
+    with room_errors(result.path):
+        write_reports(result.path, gates, found, worst)
+    result = replace(result, gates=tuple(gates), worst=worst)
+    missed = [gate for gate in gates if not gate.passed]
+    remedy = f"The run is complete in {result.path}; try a milder scheme or roll back more."
+    return result, MissedGate(message_of(missed, worst), remedy, result) if missed else None
+
+
+def _perplexity(context: Context) -> dict[str, Any] | None:
+    file = context.folder(eval_ppl.STAGE.name) / eval_ppl.RESULTS
+    if eval_ppl.STAGE.name not in context.results or not file.is_file():
+        return None
+    content: dict[str, Any] = read_json(file)
+    content.pop("per_window", None)
+    return content
+
+
+def _smoothing(context: Context) -> dict[str, Any] | None:
+    """What stage smooth did: groups scaled by method, groups left by cause, what is rotated."""
+    if smooth.STAGE.name not in context.results:
+        return None
+    return read_json(context.folder(smooth.STAGE.name) / smooth.MANIFEST)
+
+
+def _experts(context: Context) -> dict[str, Any] | None:
+    """How many experts were observed, and which saw fewer than the least number of tokens."""
+    if calibrate.STAGE.name not in context.results:
+        return None
+    found: dict[str, Any] | None = read_json(context.folder(calibrate.STAGE.name) / calibrate.MANIFEST).get("experts")
+    return found
+
+
+def _allocation(context: Context) -> dict[str, Any] | None:
+    """What stage allocate chose: linears by scheme, bits a weight, and the budget."""
+    if allocate.STAGE.name not in context.results:
+        return None
+    found: dict[str, Any] = read_json(context.folder(allocate.STAGE.name) / allocate.RESULT)
+    return {key: found[key] for key in ("target", "bits_per_weight", "size", "error", "linears")}
+
+
+def _sizes(context: Context) -> dict[str, Any] | None:
+    """Bytes of the float checkpoint and the exports, by part."""
+    if export.STAGE.name not in context.results:
+        return None
+    from quantcli.pipeline.sizes import checkpoint_sizes
+
+    return checkpoint_sizes(context)
+
+
+def _tasks(context: Context) -> dict[str, Any] | None:
+    """What came of each task: both models' metrics, and their difference."""
+    if eval_tasks.STAGE.name not in context.results:
+        return None
+    return read_json(context.folder(eval_tasks.STAGE.name) / eval_tasks.RESULTS)
+
+
+def _throughput(context: Context) -> dict[str, Any] | None:
+    """Speed and memory of both models in a serving engine."""
+    if throughput.STAGE.name not in context.results:
+        return None
+    return read_json(context.folder(throughput.STAGE.name) / throughput.RESULTS)
+
+
+def _peak_of(context: Context) -> int:
+    """The most memory that any of the stages took, whenever it ran."""
+    return max([process_peak(), *(record["peak_memory"] or 0 for record in context.results.values())])
+
+
+def process_peak() -> int:
+    """Bytes. What getrusage says is, on Linux, not less than what the process that started this one had."""
+    with suppress(OSError, IndexError, ValueError):
+        return int(Path("/proc/self/status").read_text(encoding="utf-8").partition("VmHWM:")[2].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
