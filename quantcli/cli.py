@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quantcli.errors import OutputError, QuantcliError, RecipeError, RoomError
+from quantcli.errors import OutputError, QuantcliError, RecipeError, RoomError, refusal_of_the_system
 
 # The base of what a wrong command line raises. Some versions of typer carry a click of their own, under another name.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
@@ -102,6 +102,9 @@ def run_command(arguments: Sequence[str]) -> int:
     except Exception as error:
         if "--verbose" in arguments:
             traceback.print_exc()
+        if (known := refusal_of_the_system(error)) is not None:
+            _complain(str(known))
+            return known.exit_code
         first = next(iter(str(error).splitlines()), "")
         _complain(f"Internal error: {type(error).__name__}: {first} (--verbose shows where.)")
         return 1
@@ -312,7 +315,7 @@ def plan(
     from quantcli.recipe import load_recipe
 
     # a plan writes nothing, so it needs no place to write to
-    loaded = load_recipe(recipe, overrides or (), model=model, output=output or _default_output(recipe), device=device)
+    loaded = load_recipe(recipe, overrides or (), model=model, output=output, device=device, default_output="runs")
     from quantcli.pipeline.engine import plan_recipe
 
     found = plan_recipe(loaded)
@@ -320,10 +323,6 @@ def plan(
         _print_json(found.to_json())
     else:
         console.show_plan(found, verbose=verbose)
-
-
-def _default_output(recipe: str) -> str | None:
-    return None if Path(recipe).is_file() else "runs"
 
 
 @app.command()

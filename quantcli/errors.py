@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
+
 
 class QuantcliError(Exception):
     """Base of every error that a user can cause and mend.
@@ -58,3 +63,16 @@ class RoomError(QuantcliError):
     """Disk or memory is too small."""
 
     exit_code = 6
+
+
+def refusal_of_the_system(error: Exception) -> QuantcliError | None:
+    """What an error of the system or of torch amounts to where nobody said it better: no room, no memory, or a file
+    that this user may not read or write. None for any other."""
+    text = str(error)
+    if (isinstance(error, OSError) and error.errno in NO_ROOM) or "No space left" in text:
+        return RoomError(f"No room is left on the disk: {text}.", "Free some, also for temporary files (TMPDIR).")
+    if isinstance(error, OSError) and error.errno in NO_ACCESS:
+        return ModelError(f"{error.filename}: {error.strerror}.", "Check who may read it and enter its directory.")
+    if isinstance(error, RuntimeError) and ("out of memory" in text.lower() or "can't allocate memory" in text.lower()):
+        return RoomError(f"The memory is too small: {text.splitlines()[0]}.", "Use --device cpu or a larger machine.")
+    return None

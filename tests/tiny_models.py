@@ -105,11 +105,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Name → (model_type of transformers, configuration keys)."""
+_FURTHER: dict[str, tuple[str, dict[str, Any]]] = {"granite": ("granite", _COMMON)}
+"""Models that single tests ask for."""
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
     """The configuration of a family, with changed keys."""
-    model_type, keys = FAMILIES[family]
+    model_type, keys = (FAMILIES | _FURTHER)[family]
     return transformers.AutoConfig.for_model(model_type, **{**keys, **changes})
 
 

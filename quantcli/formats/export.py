@@ -296,9 +296,12 @@ def _documents(form: ModuleType, store: Store, source: Source, owners: Mapping[s
 def _float_config(source: Source, dtype: str) -> dict[str, Any]:
     """config.json of the float model as it is read, in the dtype that it is stored in."""
     config = read_json(source.checkpoint.directory / "config.json")
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = dtype
+    inner = config.get("text_config")
+    for part in (config, inner) if isinstance(inner, dict) else (config,):
+        part |= dict.fromkeys({"dtype", "torch_dtype"} & part.keys(), dtype)
+    if not {"dtype", "torch_dtype"} & config.keys():
+        config["dtype"] = dtype  # without it readers would take float32
+    config.pop("quantize", None)  # MindIE's, of a source in its format
     if added_tensors(source.checkpoint):  # a head that was tied has a weight of its own
         config["tie_word_embeddings"] = False
     return config

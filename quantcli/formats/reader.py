@@ -187,7 +187,9 @@ def _understood(config: Path) -> Iterator[None]:
 
 
 def _declared_dtype(directory: Path, config: Mapping[str, Any]) -> str:
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    inner = config.get("text_config")
+    parts = (config, inner if isinstance(inner, dict) else {})
+    dtype = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), "float32")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelError(f"{directory / 'config.json'}: the dtype {repr(dtype)[:100]} is not known.",
                          f"Known: {', '.join(DTYPES)}.")  # fmt: skip

@@ -141,7 +141,10 @@ def _check_model(config: Mapping[str, Any], source: Checkpoint, store: Store, ad
     """What config.json says of the model is what the float one says, in the dtype that is stored, and the `additions`
     of the format. quantization_config is compared elsewhere."""
     wanted = _unquantized(read_json(source.directory / "config.json"))
-    wanted |= {key: store.dtype for key in ("dtype", "torch_dtype") if key in wanted}
+    wanted.pop("quantize", None)  # a source in MindIE's format has it; that format adds its own
+    wanted |= {key: store.dtype for key in ("dtype", "torch_dtype") if key in wanted} or {"dtype": store.dtype}
+    if isinstance(inner := wanted.get("text_config"), dict):
+        wanted["text_config"] = inner | {key: store.dtype for key in ("dtype", "torch_dtype") if key in inner}
     if added_tensors(source):
         wanted["tie_word_embeddings"] = False
     wanted |= additions

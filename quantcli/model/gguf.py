@@ -24,6 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from quantcli.errors import ModelError, OutputError, QuantcliError, RoomError
+from quantcli.model.checkpoint import clear_leftovers
 from quantcli.model.gguf_header import check_header
 from quantcli.model.skeleton import check_size
 from quantcli.model.writer import PlannedTensor, shard_names, split_shards, write_index, write_safetensors
@@ -50,6 +51,7 @@ def convert_gguf(path: Path, destination: Path, dtype: torch.dtype = torch.bfloa
     if destination.exists():
         raise OutputError(f"{destination} already exists.", "Remove it or name another place for the converted model.")
     destination.parent.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(destination)
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -57,7 +59,11 @@ def convert_gguf(path: Path, destination: Path, dtype: torch.dtype = torch.bfloa
         model = _write_configuration(path, partial, dtype)
         _write_tokenizer(path, partial)
         _write_weights(path, reader, model, partial, dtype)
-        partial.rename(destination)
+        try:
+            partial.rename(destination)
+        except OSError:
+            if not destination.is_dir():  # another process was first: what it wrote is the same
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -164,7 +164,10 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
         # what the weights are stored as is the readers' business; the architecture is the float model's
         del config.quantization_config
     try:
-        config = config.get_text_config(decoder=True) if not _is_causal(config) else config
+        if not _is_causal(config):
+            declared, config = getattr(config, "dtype", None), config.get_text_config(decoder=True)
+            if getattr(config, "dtype", None) is None:
+                config.dtype = declared
     except Exception as error:  # likewise
         raise ModelError(f"{path}: {_one_line(error)}.", "Check that value, or download the file again.") from error
     check_size(path, config)
@@ -194,7 +197,8 @@ def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
     """The dtype to compute in: what the recipe says, else what the checkpoint declares, else float32."""
     if dtype != "auto":
         return DTYPES[dtype]
-    declared = getattr(config, "dtype", None)
+    inner = getattr(config, "text_config", None)  # of a model of several parts
+    declared = getattr(config, "dtype", None) or getattr(inner, "dtype", None)
     declared = DTYPES.get(declared) if isinstance(declared, str) else declared
     return declared if isinstance(declared, torch.dtype) else torch.float32
 

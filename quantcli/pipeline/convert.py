@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +14,7 @@ from quantcli.formats.common import WEIGHT_SUFFIXES
 from quantcli.formats.permissions import FOLDER
 from quantcli.formats.sums import SUMS
 from quantcli.formats.table import FORMATS
+from quantcli.model.checkpoint import clear_leftovers
 from quantcli.pipeline.held import model_unheld, split_siblings, unheld
 from quantcli.pipeline.rundir import is_run, removal_rank, room_errors
 from quantcli.pipeline.source import require_checkpoint
@@ -63,7 +63,7 @@ def convert_checkpoint(
     temporary = output.parent / f".{output.name}.{os.getpid()}.part"
     with room_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(output)
+        clear_leftovers(output)
         try:
             found, score = _written(
                 temporary, form, structure, checkpoint, weights, restrict_permissions, trust_remote_code
@@ -136,24 +136,6 @@ def _written(
     split = [name for name, linear in checkpoint.linears.items() if linear.splits_input]
     found = verify_checkpoint(folder, store, read_as_float, weights, None, form, tied, split)
     return found, check_prompt(folder, form, store, source, structure, trust_remote_code=trust_remote_code)
-
-
-def _clear_leftovers(output: Path) -> None:
-    """Remove what conversions to this place left that were killed."""
-    for folder in output.parent.glob(f".{escape(output.name)}.*.part"):
-        number = folder.name.removesuffix(".part").rpartition(".")[2]
-        if number.isdecimal() and not _alive(int(number)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        pass
-    return True
 
 
 def _move(temporary: Path, output: Path) -> None:

@@ -32,7 +32,7 @@ from quantcli.pipeline.rundir import (
     open_run,
     room_errors,
 )
-from quantcli.pipeline.source import known_positions, locate_model, model_identity
+from quantcli.pipeline.source import known_positions, locate_model, model_identity, require_positions
 from quantcli.pipeline.stages import (
     allocate,
     calibrate,
@@ -355,18 +355,10 @@ def _measured_on(recipe: Recipe, until: str | None) -> PerplexitySection | None:
 
 def _require_positions(recipe: Recipe, model: Path, until: str | None) -> None:
     """Refuse sequences that are longer than the model has positions for, of the sections that stage `until` needs."""
-    longest = known_positions(model)
-    if longest is None:
-        return
     calibration = recipe.calibration if reads_calibration(recipe) else None
     for key, section in (("calibration", calibration), ("evaluate.perplexity", _measured_on(recipe, until))):
-        # windows of protocol lm-eval hold one token more: the last that is predicted
-        extra = int(isinstance(section, PerplexitySection) and section.protocol == "lm-eval")
-        if section is not None and section.sequence_length > longest - extra:
-            raise RecipeError(
-                f"{key}.sequence_length: is {section.sequence_length}, and the model has {longest} positions.",
-                f"Set it to {longest - extra} or less.",
-            )
+        if section is not None:
+            require_positions(model, key, section)
 
 
 def choose_device(wanted: str) -> str:

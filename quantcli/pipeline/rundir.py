@@ -9,7 +9,6 @@ are recorded when they are finished: those stay for as long as theirs is the sam
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -20,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
-from quantcli.errors import OutputError, QuantcliError, RoomError
+from quantcli.errors import NO_ACCESS, NO_ROOM, OutputError, QuantcliError, RoomError
 from quantcli.model.checkpoint import file_digest, replacing
 from quantcli.model.npy_names import WEIGHTS
 
@@ -32,8 +31,6 @@ STAGE_RECORD = "stage.json"
 KIND = "quantcli run"
 # Where a directory itself cannot be locked: network file systems want a file that is open for writing.
 _LOCK = ".lock"
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
 _OF_FILES = ("files", "sizes")
 _LEFTOVER = re.compile(r"\..+\.\d+\.part")  # the temporary names of `replacing`
 
@@ -225,7 +222,7 @@ def open_run(path: Path, model: Path) -> Iterator[RunDirectory]:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            if error.errno in _NO_ROOM:
+            if error.errno in NO_ROOM:
                 raise
             raise OutputError(f"{path} cannot be made: {error.strerror}.", "Choose another output.") from error
         with _locked(path):
@@ -288,11 +285,11 @@ def room_errors(path: Path) -> Iterator[None]:
         raise RoomError("The memory is too small for one decoder block.", "Use a machine with more memory.") from error
     except OSError as error:
         place = error.filename or path
-        if error.errno in _NO_ROOM:
+        if error.errno in NO_ROOM:
             raise RoomError(
                 f"No room is left to write {place}.", "Free some and run again; finished work is kept."
             ) from error
-        if error.errno in _NO_ACCESS:
+        if error.errno in NO_ACCESS:
             raise OutputError(f"{place}: {error.strerror}.", "Choose another output.") from error
         raise
     except RuntimeError as error:

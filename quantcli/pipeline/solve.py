@@ -91,9 +91,9 @@ def solve_block(
         hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
         replaced[name] = forward_of(nn.Module(), hows[name])
     with passes.stream.block(index) as module:
+        writers = _writers(passes, index, block) if solver.asymmetric else ()
         with stopping(module, block.name, every, layers):
             prefix = replaced if solver.prefix == "quantized" else {}
-            writers = _writers(passes, index, block) if solver.asymmetric else ()
             walking = partial(Lockstep, index=index, inputs=block.inputs, again=passes.again, writers=writers)
             walk = walking(passes.stream, enters=passes.quantized.get, replaced=prefix)
             beside = None

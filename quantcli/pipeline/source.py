@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError
+from quantcli.errors import ModelError, RecipeError
 from quantcli.model.checkpoint import read_json
 from quantcli.model.untrusted import check_texts
 from quantcli.pipeline.rundir import is_run, room_errors
+from quantcli.recipe.data import CalibrationSection, PerplexitySection
 from quantcli.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
@@ -26,13 +28,14 @@ def locate_model(section: ModelSection, *, weights: bool = True, listener: Liste
     Raises ModelError when there is no such model.
     """
     path = Path(section.path)
-    if path.is_dir():
+    local = path.is_absolute()  # a relative path that a recipe still has is a name on the hub
+    if local and path.is_dir():
         return path
-    if path.is_file():
+    if local and path.is_file():
         if path.suffix == ".gguf":
             return _converted(path, "bfloat16" if section.dtype == "auto" else section.dtype, listener)
         raise ModelError(f"{path} is neither a model directory nor a .gguf file.", "Name the directory that it is in.")
-    if path.is_absolute() or path.suffix == ".gguf" or section.path.count("/") != 1:
+    if local or path.suffix == ".gguf" or section.path.count("/") != 1:
         raise ModelError(
             f"There is no model at {path}.",
             "Check model.path or --model; in a recipe relative paths start at its file.",
@@ -130,3 +133,23 @@ def known_positions(model: Path) -> int | None:
             if isinstance(section, dict) and type(section.get(key)) is int and section[key] > 0:
                 return int(section[key])
     return None
+
+
+def require_positions(model: Path, key: str, section: CalibrationSection | PerplexitySection) -> None:
+    """Raise RecipeError for sequences that are longer than the model has positions for."""
+    longest = known_positions(model)
+    # windows of protocol lm-eval hold one token more: the last that is predicted
+    extra = int(isinstance(section, PerplexitySection) and section.protocol == "lm-eval")
+    if longest is not None and section.sequence_length > longest - extra:
+        raise RecipeError(
+            f"{key}.sequence_length: is {section.sequence_length}, and the model has {longest} positions.",
+            f"Set it to {longest - extra} or less.",
+        )
+
+
+def require_known_tokens(samples: Sequence[Sequence[int]], vocabulary: int) -> None:
+    """Raise ModelError for token ids that the model has no embedding for."""
+    highest = max(max(sample) for sample in samples)
+    if highest >= vocabulary:
+        raise ModelError(f"The tokenizer gives token {highest}, and the model knows {vocabulary}.",
+                         "The tokenizer belongs to another model.")  # fmt: skip

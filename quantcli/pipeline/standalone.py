@@ -14,7 +14,7 @@ from quantcli.model.structure import Structure
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.batches import evaluation_batches
 from quantcli.pipeline.samples import windows_of
-from quantcli.pipeline.source import load_tokenizer, locate_model
+from quantcli.pipeline.source import load_tokenizer, locate_model, require_known_tokens, require_positions
 from quantcli.recipe.data import PerplexitySection
 from quantcli.recipe.schema import ModelSection, Recipe
 
@@ -111,6 +111,8 @@ def score_recipe(recipe: Recipe, original: str | None = None, listener: Listener
 
     section = (recipe.evaluate.perplexity if recipe.evaluate else None) or PerplexitySection()
     model = recipe.model.model_copy(update={"path": str(locate_model(recipe.model, listener=listener))})
+    if original is not None and Path(original).exists():
+        original = str(Path(original).absolute())
     beside = locate_model(ModelSection(path=original), listener=listener) if original is not None else None
     return score_checkpoint(model, section, choose_device(recipe.model.device), beside, listener)
 
@@ -144,8 +146,10 @@ def score_checkpoint(
     directory, trust = Path(model.path), model.trust_remote_code
     emit("started")
     structure, checkpoint, _ = open_checkpoint(directory, trust_remote_code=trust)
+    require_positions(directory, "evaluate.perplexity", section)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust)
     text = windows_of(section, tokenizer)
+    require_known_tokens(text.windows, structure.vocabulary)
     emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=section.protocol)
     batches = evaluation_batches(text.windows)
     own = Skeleton(
@@ -154,6 +158,9 @@ def score_checkpoint(
     skeletons = {"float": own}  # the one that is scored; beside a float model it is the other
     if original is not None:
         other = find_structure(original, trust_remote_code=trust)
+        if other.vocabulary != structure.vocabulary:
+            sizes = f"{other.vocabulary} tokens, and {directory} {structure.vocabulary}"
+            raise ModelError(f"{original} knows {sizes}.", "Name the model that the checkpoint was made from.")
         skeletons = {"float": Skeleton(original, other, device=device, trust_remote_code=trust), "quantized": own}
     with TemporaryDirectory(prefix="quantcli-") as place:
         streams = {name: BlockStream(skeleton, batches) for name, skeleton in skeletons.items()}

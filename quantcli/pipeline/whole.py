@@ -157,7 +157,10 @@ def free_memory(device: str) -> int | None:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()
         if limit != "max":
-            found.append(int(limit) - int((group / "memory.current").read_text()))
+            # pages of files that were read or written count as used there, and make room when it is asked for
+            cached = re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+            used = int((group / "memory.current").read_text()) - int(cached[1] if cached else 0)
+            found.append(int(limit) - used)
     except (OSError, ValueError):
         pass
     return min(found) if found else None

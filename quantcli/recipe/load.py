@@ -31,11 +31,13 @@ def load_recipe(
     model: str | None = None,
     output: str | None = None,
     device: str | None = None,
+    default_output: str | None = None,
 ) -> Recipe:
     """Read, override and validate a recipe.
 
     `source` is a file, the name of a shipped recipe, or a mapping. `overrides` are `a.b.c=VALUE` with VALUE in YAML;
-    `model`, `output` and `device` then set model.path, output and model.device. Relative paths in a user's file are
+    `model`, `output` and `device` then set model.path, output and model.device; `default_output` stands where the
+    recipe has no output. Relative paths in a user's file are
     taken from its directory; those in options, shipped recipes and mappings from the current directory. The recipe
     holds absolute paths, except that a model.path which is no local path stays a hub name.
 
@@ -51,6 +53,8 @@ def load_recipe(
     ):
         if value is not None:
             document.set(keys, value, option)
+    if document.data.get("output") is None and default_output is not None:
+        document.set(("output",), default_output, "--output")
     if document.data.get("model") is None:
         document.data["model"] = {}  # so that what is missing is model.path
     if document.data.get("quantize", ...) is None:
@@ -71,8 +75,11 @@ def _open(source: str | Path | Mapping[str, object]) -> Document:
     if isinstance(source, Mapping):
         return mapping_document(source, Path.cwd())
     path = expanded(source)
-    if path.is_file():
-        return read_document(path, path.absolute().parent)
+    try:
+        if path.is_file():
+            return read_document(path, path.absolute().parent)
+    except PermissionError as error:
+        raise RecipeError(f"{path}: {error.strerror}.", "Check who may read it and enter its directory.") from error
     name = str(source)
     if isinstance(source, Path) or os.sep in name or path.suffix in (".yaml", ".yml"):
         raise RecipeError(
@@ -109,7 +116,7 @@ def _resolve_paths(document: Document) -> None:
 
 
 def _is_local_model(text: str, path: str) -> bool:
-    # A hub name is "name" or "org/name"; with more slashes it can only be a path, even one that does not exist.
+    # A hub name is "org/name"; with more slashes it can only be a path, even one that does not exist.
     looks_local = text.startswith(("/", "./", "../", "~")) or text in (".", "..") or text.endswith(".gguf")
     return looks_local or text.rstrip("/").count("/") > 1 or Path(path).exists()
 

@@ -36,7 +36,8 @@ def _scores(result: Mapping[str, Any]) -> Iterator[Row]:
     for task, found in ((result.get("tasks") or {}).get("tasks") or {}).items():
         for name, metric in found.get("metrics", {}).items():
             before, after = (_times(metric[model]["value"], 100) for model in ("float_model", "quantized"))
-            yield _row(f"{task} {name}, % ↑".replace("_", " "), before, after, "{:.2f}".format, relative=False)
+            arrow = "↓" if metric.get("lower_is_better") else "↑"
+            yield _row(f"{task} {name}, % {arrow}".replace("_", " "), before, after, "{:.2f}".format, relative=False)
 
 
 def _speeds(result: Mapping[str, Any]) -> Iterator[Row]:

@@ -147,3 +147,18 @@ def test_shares_weigh_what_is_compared_and_nothing_else(direct: bool) -> None:
     assert plain.compared_moments() is None
     hessian.forget_compared()
     assert hessian.compared_moments() is None
+
+
+def test_sums_of_float16_inputs_do_not_leave_its_range() -> None:
+    inputs = [(32 * batch / batch.abs().max()).half() for batch in batches(24, (2, 700), (1, 1500))]
+    inputs[0][0, 0, 3] = 400.0  # a massive activation, whose square is beyond 65504
+    others = [batch + 1 for batch in inputs]
+    weight = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
+    for given in (None, weight.half()):
+        hessian = Hessian(24, "cpu", given)
+        for batch, other in zip(inputs, others, strict=True):
+            hessian.update(batch, other, torch.ones(*batch.shape[:-1], 7).half())
+        pulls = hessian.pulls(weight)
+        assert pulls is not None
+        assert all(bool(torch.isfinite(pull).all()) for pull in pulls)
+        assert relative(hessian.moments(), slow_moments(inputs), inputs) < 1e-5

@@ -95,6 +95,12 @@ def test_a_plan_of_a_shipped_recipe_needs_no_output(quantcli: Any, tiny_llama: P
         assert "Llama" in quantcli("plan", name, "--model", tiny_llama).out
 
 
+def test_a_plan_of_a_copied_recipe_needs_no_output(quantcli: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    assert quantcli("recipes", "copy", "w8a16", tmp_path).status == 0
+    assert quantcli("plan", tmp_path / "w8a16.yaml", "--model", tiny_llama).status == 0
+    assert quantcli("run", tmp_path / "w8a16.yaml", "--model", tiny_llama).status == 2
+
+
 def test_the_plan_foretells_the_size(finished: Path) -> None:
     """Exactly, but for the headers of the files."""
     plan = api.plan(finished / "recipe.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from tiny_models import save_tiny_model
 
+from quantcli.cli import run_command
 from quantcli.pipeline.rundir import open_run
 
 Tree = dict[str, str]
@@ -396,3 +398,23 @@ def test_a_disk_that_runs_full(recipe_file: RecipeFile, tmp_path: Path) -> None:
     assert done.returncode == 6, done.stderr
     assert re.search(r"GB free, and the run needs|No room is left", done.stderr)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "/m/config.json"), 3, "/m/config.json: Permission denied"),
+        (OSError(errno.ENOSPC, "No space left on device"), 6, "No room is left"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 6, "The memory is too small"),
+        (RuntimeError("shapes differ"), 1, "Internal error: RuntimeError: shapes differ"),
+    ],
+)
+def test_what_the_system_refuses_has_the_status_of_its_kind(
+    error: Exception, status: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("quantcli.pipeline.inspect.inspect_path", fails)
+    assert run_command(["inspect", "."]) == status
+    assert words in capsys.readouterr().err

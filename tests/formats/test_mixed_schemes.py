@@ -14,13 +14,12 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_transformers import TOKENS, by_the_rules_of_transformers, of_evaluation, of_transformers
+from test_transformers import TOKENS, of_evaluation, of_transformers
 from tiny_exports import SCHEMES, Export, export_tiny
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from quantcli.errors import ModelError, VerificationError
-from quantcli.evaluation import simulate
 from quantcli.formats import compressed_tensors
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -198,12 +197,9 @@ def test_what_the_format_has_no_place_for_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_transformers_gives_the_logits_of_the_evaluation_to_the_bit(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transformers_gives_the_logits_of_the_evaluation_to_the_bit(name: str, tmp_path: Path) -> None:
     made = mixed(tmp_path, MIXTURES[name], dtype=torch.bfloat16)
-    monkeypatch.setattr(simulate, "_forward", by_the_rules_of_transformers)
-    assert torch.equal(of_evaluation(made), of_transformers(made.folder))
+    assert torch.equal(of_evaluation(made, "transformers"), of_transformers(made.folder))
 
 
 class Fp8Cache(transformers.DynamicCache):

@@ -272,3 +272,22 @@ def test_real_model_is_what_transformers_reads(tmp_path: Path) -> None:
     assert ours.decode(ours(text, add_special_tokens=False)["input_ids"]) == text
     chat = [{"role": "user", "content": "Hello"}]
     assert ours.apply_chat_template(chat, tokenize=False) == theirs.apply_chat_template(chat, tokenize=False)
+
+
+def test_a_conversion_that_another_process_ended_first_is_as_good(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "cache"
+    destination, dead = place / "converted", place / ".converted.99999999.part"
+    dead.mkdir(parents=True)
+    write_weights = converter._write_weights
+
+    def overtaken(*arguments: object) -> None:
+        write_weights(*arguments)  # type: ignore[arg-type]
+        destination.mkdir()
+        (destination / "config.json").write_text("theirs")
+
+    monkeypatch.setattr(converter, "_write_weights", overtaken)
+    convert_gguf(tiny, destination)
+    assert [path.name for path in place.iterdir()] == ["converted"]
+    assert (destination / "config.json").read_text() == "theirs"

@@ -13,7 +13,7 @@ import pytest
 from tiny_models import save_tiny_model
 
 import quantcli
-from quantcli.errors import RecipeError, VerificationError
+from quantcli.errors import DataError, GateError, RecipeError, VerificationError
 from quantcli.pipeline.verify import verify_path
 
 Recipe = dict[str, Any]
@@ -117,6 +117,41 @@ def test_a_stage_of_its_own_brings_only_what_it_needs(static_recipe: Callable[[P
     assert worked(recipe, "eval-ppl") == ["export", "verify", "reference", "eval-ppl"]
     assert worked(recipe) == ["layers", "generate"]
     assert worked(recipe) == []
+
+
+def test_a_stage_of_its_own_leaves_what_is_up_to_date_in_the_results(done: Recipe) -> None:
+    bounded = changed(done, "evaluate.gates", {"kl_divergence": 100.0, "size_ratio": "1%"})
+    result = quantcli.run_stage("quantize", bounded)  # has nothing to do with what the gate is missed by
+    assert list(result.stages) == ALL
+    assert result.perplexity is not None
+    summary = json.loads((Path(done["output"]) / "summary.json").read_text())
+    assert summary["result"]["perplexity"] == result.perplexity
+    assert [gate["name"] for gate in summary["result"]["gates"]] == ["kl_divergence", "size_ratio"]
+    with pytest.raises(GateError, match="size_ratio"):
+        quantcli.run_stage("export", bounded)
+    other = quantcli.run_stage("quantize", changed(done, "quantize.weights.method", "mse"))
+    assert (list(other.stages), other.perplexity) == (["check", "calibrate", "quantize", "reference"], None)
+
+
+def test_a_stage_of_its_own_asks_for_no_text_that_it_does_not_read(done: Recipe, tmp_path: Path) -> None:
+    gone = changed(done, "evaluate.perplexity.path", str(tmp_path / "gone.txt"))
+    assert worked(gone, "export") == []
+    with pytest.raises(DataError, match=r"gone\.txt"):
+        worked(gone, "eval-ppl")
+    with pytest.raises(DataError, match=r"gone\.txt"):
+        worked(gone)
+
+
+def test_what_is_measured_is_the_first_format(static_recipe: Callable[[Path], Recipe], tmp_path: Path) -> None:
+    both = ["compressed-tensors", "ascend"]
+    recipe = changed(static_recipe(tmp_path / "run"), "export", {"formats": both})
+    worked(recipe)
+    again = ["export", "verify", "eval-ppl", "layers", "generate"]
+    for formats in (both[::-1], both):
+        result = quantcli.run(changed(recipe, "export", {"formats": formats}))
+        assert [name for name, record in result.stages.items() if not record["reused"]] == again
+        assert result.perplexity is not None
+        assert result.perplexity["checkpoint"] == formats[0]
 
 
 @pytest.mark.parametrize("damage", ["remove", "truncate", "lengthen"])

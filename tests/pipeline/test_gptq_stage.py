@@ -21,6 +21,7 @@ from quantcli.errors import ModelError, RecipeError
 from quantcli.evaluation.simulate import simulated
 from quantcli.formats.store import Store
 from quantcli.model.structure import Experts
+from quantcli.pipeline import solve
 from quantcli.pipeline.batches import batched
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.treatment import replacement, weight_grid
@@ -360,3 +361,28 @@ def test_inputs_that_are_not_finite_are_named(recipe: Recipe, tmp_path: Path) ->
     recipe = changed(recipe, model__path=str(model), export=None, evaluate=None)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.self_attn\.q_proj: input values are not finite"):
         quantcli.run(recipe)
+
+
+def test_weights_that_are_not_finite_are_named(recipe: Recipe, tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", with_tokenizer=True)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    recipe = changed(recipe, model__path=str(model), export=None, evaluate=None)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds values that are not finite"):
+        quantcli.run(recipe)
+
+
+@pytest.mark.parametrize(("multiplier", "adds_up"), [(0.22, False), (1.0, True)])
+def test_outputs_that_a_model_scales_are_not_taken_for_what_they_add(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, multiplier: float, adds_up: bool
+) -> None:
+    model = save_tiny_model("granite", tmp_path / "model", with_tokenizer=True, residual_multiplier=multiplier)
+    compensated: list[bool] = []
+    lacking = solve._lacking
+    monkeypatch.setattr(solve, "_lacking", lambda *a: compensated.append(True) or lacking(*a))
+    asked = changed(
+        recipe, model__path=str(model), quantize__gptq={"asymmetric": True}, export=None, evaluate=None
+    )  # fmt: skip
+    quantcli.run(asked)
+    assert bool(compensated) == adds_up

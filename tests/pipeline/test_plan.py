@@ -535,6 +535,10 @@ def test_what_linears_are_rolled_back_to_is_asked_before_they_are_ranked() -> No
     assert planned(**TOKEN, rollback={"level": 2}, export=export).schemes
     with pytest.raises(RecipeError, match="vLLM on a CPU does not load this export"):
         planned(**TOKEN, rollback={"level": 2, "to": "W8A16"}, export=export)
+    mindie = {"formats": ["mindie"]}
+    assert planned(**TOKEN, rollback={"level": 2, "to": "W8A16"}, export=mindie).schemes
+    with pytest.raises(RecipeError, match=r"export\.formats: mindie"):
+        planned(**TOKEN, rollback={"level": 2, "to": "W8A8-fp8"}, export=mindie)
 
 
 def test_the_plan_says_how_engines_compute_inputs_of_few_bits() -> None:

@@ -11,9 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_exports import Export, export_tiny
+from tiny_models import save_tiny_model
 
 from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.formats import export
+from quantcli.formats.reader import _declared_dtype
+from quantcli.model.skeleton import load_config, resolve_dtype
 from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.engine import run_recipe
 from quantcli.pipeline.standalone import open_checkpoint, score_recipe
@@ -205,3 +208,56 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, monkeypatch: pytest.Monk
         with pytest.raises(OutputError, match=reason):
             convert_checkpoint(first.folder, "awq", place, overwrite=True)
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_sequences_longer_than_the_positions_are_refused(tmp_path: Path, prose: Path) -> None:
+    export_ = made(tmp_path, Scheme(8), "compressed-tensors", family="opt")
+    text = {"dataset": "text", "path": str(prose), "sequence_length": 257}
+    recipe = {"model": {"path": str(export_.folder)}, "quantize": {}, "evaluate": {"perplexity": text}, "output": "o"}
+    with pytest.raises(RecipeError, match=r"evaluate\.perplexity\.sequence_length: is 257, .* 256 positions"):
+        score_recipe(load_recipe(recipe))
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(tmp_path: Path, prose: Path) -> None:
+    export_ = made(tmp_path, Scheme(8), "compressed-tensors", vocab_size=64)
+    with pytest.raises(ModelError, match=r"The tokenizer gives token .* the model knows 64"):
+        scored(export_.folder, prose)
+
+
+def test_a_float_model_of_another_vocabulary_is_refused(tmp_path: Path, prose: Path) -> None:
+    export_ = made(tmp_path / "a", Scheme(8), "compressed-tensors")
+    other = save_tiny_model("llama", tmp_path / "b", with_tokenizer=True, vocab_size=1024)
+    with pytest.raises(ModelError, match=r"knows 1024 tokens, and .* 512"):
+        scored(export_.folder, prose, other)
+
+
+def test_a_conversion_from_mindie_leaves_nothing_of_it_in_the_configuration(tmp_path: Path) -> None:
+    export_ = made(tmp_path / "export", Scheme(8, activations="dynamic"), "mindie")
+    assert "quantize" in json.loads((export_.folder / "config.json").read_text())
+    for form in ("compressed-tensors", "ascend"):
+        convert_checkpoint(export_.folder, form, tmp_path / form)
+        assert "quantize" not in json.loads((tmp_path / form / "config.json").read_text())
+
+
+def test_an_export_says_its_dtype_where_the_model_does_not(static_recipe: Any, tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", dtype=torch.bfloat16, with_tokenizer=True)
+    config = json.loads((model / "config.json").read_text())
+    assert {config.pop(key) for key in ("dtype", "torch_dtype") if key in config} == {"bfloat16"}
+    (model / "config.json").write_text(json.dumps(config))
+    recipe = static_recipe(tmp_path / "run") | {"quantize": {"weights": {"bits": 8}}}
+    recipe["model"] = {**recipe["model"], "path": str(model), "dtype": "bfloat16"}
+    del recipe["calibration"]
+    result = run_recipe(load_recipe(recipe))
+    exported = result.path / "export" / "compressed-tensors"
+    assert json.loads((exported / "config.json").read_text())["dtype"] == "bfloat16"
+    assert result.perplexity is not None
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_the_dtype_of_a_model_of_several_parts(tmp_path: Path, kind: str, inside: bool) -> None:
+    text = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512} | ({"dtype": "bfloat16"} if inside else {})
+    config = {"model_type": kind, "text_config": text} | ({} if inside else {"dtype": "bfloat16"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert resolve_dtype(load_config(tmp_path), "auto") == torch.bfloat16
+    assert _declared_dtype(tmp_path, config) == "bfloat16"

@@ -9,6 +9,7 @@ from torch import Tensor
 from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_static
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize
 from quantcli.quant.minmax import minmax
+from quantcli.quant.scheme import CodeType
 from quantcli.quant.straight_through import graded_linear, graded_weight, rounded, static_codes, token_codes
 
 
@@ -82,3 +83,14 @@ def test_a_token_of_zeros_stays_zero() -> None:
     codes, scale = token_codes(torch.zeros(1, 4), 8)
     assert codes.tolist() == [[0, 0, 0, 0]]
     assert scale.tolist() == [[1]]
+
+
+@pytest.mark.parametrize("type", ["int", "float"])
+def test_sums_of_codes_do_not_leave_float16(type: CodeType) -> None:
+    grid = WeightGrid(8, True, "channel", type=type)
+    quantized, x = minmax(random(16, 512), grid), random(3, 512, seed=1)
+    wanted = graded_linear(x, quantized, quantized.scale.float(), None, input_bits=8)
+    found = graded_linear(x.half(), quantized, quantized.scale.float(), None, input_bits=8)
+    assert found.dtype == torch.float16
+    assert torch.isfinite(found).all()
+    assert (found.float() - wanted).norm() < 0.01 * wanted.norm()

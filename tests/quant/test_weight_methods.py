@@ -12,6 +12,7 @@ from torch import Tensor
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, quantize_codes
 from quantcli.quant.methods import WEIGHT_METHODS, weight_error
 from quantcli.quant.minmax import minmax
+from quantcli.quant.rounding import LearnedRounding
 from quantcli.quant.search import mse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -238,3 +239,13 @@ def test_importance_that_does_not_fit_is_refused() -> None:
     for importance in (torch.ones(15), -torch.ones(16), torch.full((16,), math.nan)):
         with pytest.raises(ValueError, match="importance"):
             mse(torch.ones(2, 16), WeightGrid(4), importance)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
+def test_learned_rounding_starts_at_the_codes_that_it_is_given(outputs: int, granularity: Granularity) -> None:
+    weight = torch.randn(outputs, 64, generator=torch.Generator().manual_seed(0))
+    grid = WeightGrid(4, True, granularity, 16 if granularity == "group" else None)
+    quantized = minmax(weight, grid)
+    learned = LearnedRounding(weight, quantized, grid)
+    torch.testing.assert_close(learned.weight().detach(), dequantize(quantized))

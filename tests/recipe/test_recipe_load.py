@@ -14,7 +14,8 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from quantcli.errors import RecipeError
+from quantcli.errors import ModelError, RecipeError
+from quantcli.pipeline.source import locate_model
 from quantcli.recipe import load_recipe, resolved_yaml
 from quantcli.recipe.aliases import ALIASES
 from quantcli.recipe.document import dump_yaml, parse_yaml
@@ -515,6 +516,16 @@ def test_a_model_is_a_path_where_it_exists_or_looks_like_one(
     (home / "org" / "name").mkdir(parents=True)
     file = write(home, PATHS.replace("MODEL", text))
     assert load_recipe(file).model.path == expected.format(home=home, root=tmp_path, user=tmp_path / "user")
+
+
+def test_a_name_on_the_hub_is_not_looked_for_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of a recipe in another directory is relative to that, wherever the command is typed."""
+    (tmp_path / "here" / "org" / "name").mkdir(parents=True)
+    (tmp_path / "recipes").mkdir()
+    file = write(tmp_path / "recipes", PATHS.replace("MODEL", "org/name"))
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ModelError, match="There is no directory org/name"):
+        locate_model(load_recipe(file).model)
 
 
 def test_paths_of_a_mix_start_where_those_of_other_sections_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

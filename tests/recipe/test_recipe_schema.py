@@ -12,7 +12,7 @@ from quantcli.errors import RecipeError
 from quantcli.recipe import json_schema, load_recipe, shipped_names, shipped_path
 from quantcli.recipe.aliases import ALIASES
 from quantcli.recipe.explain import known_keys
-from quantcli.recipe.quantization import named_scheme
+from quantcli.recipe.quantization import QuantizeSection, named_scheme
 
 # One key a line, so that every refusal has a line of its own.
 FULL = """\
@@ -602,6 +602,27 @@ def test_an_override_changes_a_named_scheme_or_that_of_the_recipe() -> None:
     assert (d[1].bits, d[1].scope, d[1].symmetric) == (8, "token", True)
     assert (e, f) == (None, None)
     assert section.treatment(None) == (section.weights, section.activations)
+
+
+@pytest.mark.parametrize(
+    ("base", "override"),
+    [
+        ("{}", "{bits: 8, scope: token}"),
+        ("{bits: 8}", "{scope: token}"),
+        ("{bits: 8, scope: token}", "{scope: tensor}"),
+        ("{bits: 8, scope: token}", "{scope: tensor, symmetric: true}"),
+        ("{bits: 8, symmetric: true}", "{method: mse}"),
+    ],
+)
+def test_an_override_means_the_same_in_the_resolved_recipe(base: str, override: str) -> None:
+    """What a default follows from is the override's, whether the default was written out or not."""
+    section = quantize_of(f"  activations: {base}\n  overrides: [{{match: a, activations: {override}}}]\n")
+    again = QuantizeSection.model_validate(section.model_dump())
+    (one,), (other,) = section.overrides, again.overrides
+    assert section.treatment(one) == again.treatment(other)
+    treatment = section.treatment(one)
+    assert treatment is not None
+    assert treatment[1].symmetric == (treatment[1].scope == "token" or "symmetric: true" in base + override)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,12 @@ def test_rows_are_those_of_golden_sticks_table() -> None:
     ]
 
 
+def test_the_arrow_is_that_of_the_metric() -> None:
+    error = {"float_model": {"value": 0.2}, "quantized": {"value": 0.25}, "lower_is_better": True}
+    rows = gain_rows({"tasks": {"tasks": {"x": {"metrics": {"error_rate": error}}}}})
+    assert rows == [("x error rate, % ↓", "20.00", "25.00", "+5.00")]
+
+
 def test_what_was_not_measured_has_no_row_and_what_is_undefined_a_dash() -> None:
     assert gain_rows({}) == []
     served = {"prefill": {"median": 5.0}, "decode": {"median": None}, "peak_memory": None}

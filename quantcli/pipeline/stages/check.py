@@ -10,7 +10,7 @@ from quantcli.pipeline.batches import batched, data_identity, texts_of
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import reads_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
-from quantcli.pipeline.source import known_positions
+from quantcli.pipeline.source import known_positions, require_known_tokens
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
 from quantcli.recipe.schema import Recipe
 
@@ -49,11 +49,7 @@ def run(context: Context, folder: StageFolder) -> None:
     tokenizer = context.tokenizer()
     length = min(TOKENS, known_positions(context.model) or TOKENS)
     found = tokenize(tokenizer, texts_of(section), samples=1, sequence_length=length, packing="packed", seed=0)
-    vocabulary = context.plan.structure.vocabulary
-    highest = max(max(sample) for sample in found.samples)
-    if highest >= vocabulary:
-        raise ModelError(f"The tokenizer gives token {highest}, and the model knows {vocabulary}.",
-                         "The tokenizer belongs to another model.")  # fmt: skip
+    require_known_tokens(found.samples, context.plan.structure.vocabulary)
     if found.tokens_per_word > MOST_TOKENS_A_WORD:
         _report(context, f"The tokenizer cuts this text into {found.tokens_per_word:.1f} tokens a word; sane ones need "
                 "1 to 2. It was probably converted wrongly.")  # fmt: skip
