@@ -91,12 +91,13 @@ def propagate_block(
     treatments: Mapping[str, Treatment],
     statistics: Callable[[str], Mapping[str, Tensor]],
     seed: int,
+    anew: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, StoredLinear], dict[str, dict[str, float]]]:
     """Run one block quantized over all batches of `cache`, find its static scales, and put what leaves it.
 
     `stored` has the codes of the block's quantized linears; `statistics` gives what the float pass observed of one, for
     those whose scale is found there. Returns the linears with their input scales, and facts about the ranges. Where the
-    range is more than running extremes, the block runs a second time with the final scales.
+    range is more than running extremes, the block runs a second time with the final scales; `anew` is called before.
     """
     device = str(stream.skeleton.device)
     dtype = stream.skeleton.dtype
@@ -139,6 +140,7 @@ def propagate_block(
             scale, zero, facts[name] = input_parameters(observed, treatments[name])
             found[name] = with_input(stored[name], scale, zero)
         if any(quantizer.section.method != "minmax" for quantizer in running.values()):
+            anew()
             with simulated(module, replacements(final=True), block.local_experts):
                 for batch in range(len(stream.batches)):
                     cache.put(batch, stream.run(index, batch, cache.get(batch)))

@@ -346,3 +346,14 @@ def test_an_interrupted_stage_ends_in_the_same_bytes(
     assert files[0] == files[1]
     went_on = [e["index"] for e in events if e["event"] == "block" and e["stage"] == "quantize"]
     assert went_on[0] > 0
+
+
+@pytest.mark.parametrize(("method", "passes"), [("minmax", 0), ("histogram", 1)])
+def test_who_observes_the_block_is_told_when_it_runs_again(recipe: Recipe, method: str, passes: int) -> None:
+    told: list[None] = []
+    with prepared(changed(recipe, quantize__activations__method=method)) as (context, stream, cache):
+        block, weights = context.plan.structure.blocks[0], weights_of(context, 0)
+        observed = partial(read_statistics, context)
+        treatments, largest_seed = context.plan.treatments, 2**63 - 1
+        propagate_block(stream, 0, block, cache, weights, treatments, observed, largest_seed, lambda: told.append(None))
+    assert len(told) == passes

@@ -153,8 +153,9 @@ def _run_propagated(context: Context, folder: StageFolder) -> None:
             if index < context.blocks:
                 block = context.plan.structure.blocks[index]
                 with observing_heads(context, stream, block) as seen:
+                    treatments, seed = context.plan.treatments, section.seed
                     stored, ranges = propagate_block(
-                        stream, index, block, cache, stored, context.plan.treatments, statistics_of, section.seed
+                        stream, index, block, cache, stored, treatments, statistics_of, seed, seen.clear
                     )
                 attention = {module: found.to_tensors() for module, found in seen.items()}
             else:
