@@ -90,7 +90,7 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
         return f"is written with 8-bit activations only, not {scheme.activation_bits}-bit ones"
     if scheme.granularity == "group":
         kind = "8-bit weights" if scheme.bits == 8 else "4-bit weights beside 8-bit inputs"
-        return f"holds {kind} with one scale a channel or tensor, not a group"
+        return f"holds {kind} with one scale a channel or tensor, not a group: set weights.granularity to channel"
     if scheme.activations != "none" and not scheme.symmetric:
         return "holds int8 activations with symmetric weights"
     if scheme.activations == "dynamic" and not scheme.activations_symmetric:

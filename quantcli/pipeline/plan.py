@@ -208,7 +208,7 @@ def needs_calibration(recipe: Recipe) -> bool:
     treatments = [section.treatment(None), *map(section.treatment, section.overrides)]
     if section.rollback.to != "float":
         treatments.append(named_scheme(section.rollback.to))
-    observed = any(t and (t[1].observed or t[0].importance != "none") for t in treatments)
+    observed = any(t and (t[1].observed or t[0].weighed(recipe.calibration is not None)) for t in treatments)
     return observed or section.rollback.ranks or section.kv_cache is not None or section.attention is not None
 
 
@@ -347,6 +347,8 @@ def _treatments(
     """Sections of the recipe as treatments; linears of one treatment get one group size, which divides all of them."""
     from quantcli.formats.table import FORMATS
 
+    calibrated = recipe.calibration is not None
+    pairs = {name: (_settled(weights, calibrated), activations) for name, (weights, activations) in pairs.items()}
     halves = any(FORMATS[name].FLOAT16_SCALES for name in (recipe.export.formats if recipe.export else ()))
     widths: dict[int, set[int]] = {}
     for name, (weights, _) in pairs.items():
@@ -363,6 +365,11 @@ def _treatments(
             group = sizes[pair[0].group_size] if pair[0].group_size is not None else None
             made[pair] = Treatment(_scheme(*pair, group, halves), *pair)
     return {name: made[pair] for name, pair in pairs.items()}
+
+
+def _settled(weights: WeightsSection, calibrated: bool) -> WeightsSection:
+    """With the importance that `auto` stands for."""
+    return weights.model_copy(update={"importance": "second_moment" if weights.weighed(calibrated) else "none"})
 
 
 _MODES = {"tensor": "static", "token": "dynamic", "mix": "mix"}
@@ -415,6 +422,11 @@ def _refuse_experts(structure: Structure) -> None:
                              "Models whose experts transformers saves one by one are supported.")  # fmt: skip
 
 
+_OTHER_FOR_EXPERTS = (
+    "Give experts another method by an override: quantize.overrides: [{match: '*.experts.*', weights: {method: mse}}]."
+)
+
+
 def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequence[PlannedLinear]) -> None:
     names = {name for block in structure.blocks for experts in block.experts for name in experts.names}
     rollback = recipe.quantize.rollback
@@ -429,8 +441,7 @@ def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequen
                               "Give experts activations.scope: token, by an override that matches them.")  # fmt: skip
         if treatment is not None and treatment.weights.solves:
             raise RecipeError(f"quantize: {p.linear.name} is of an expert, which weights.method "
-                              f"{treatment.weights.method} does not reach.",
-                              "Give experts another method, by an override that matches them.")  # fmt: skip
+                              f"{treatment.weights.method} does not reach.", _OTHER_FOR_EXPERTS)  # fmt: skip
 
 
 def stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:

@@ -63,9 +63,10 @@ class WeightsSection(Section):
             "engines that compress them (W8A8S).",
         )
     )
-    importance: Literal["none", "second_moment"] = Field(
-        default="none",
-        description="Weight of an error in method mse: none, or second_moment of the calibrated input channel.",
+    importance: Literal["auto", "none", "second_moment"] = Field(
+        default="auto",
+        description="Weight of an error in method mse: none, or second_moment of the calibrated input channel; auto is "
+        "second_moment where the recipe has a calibration section.",
     )
 
     full_range: bool = Field(
@@ -111,6 +112,10 @@ class WeightsSection(Section):
                           "Set it to channel or tensor, or type: int.")  # fmt: skip
         if self.method not in FLOAT_METHODS:
             raise refusal("method", f"{self.method} finds integers", "Set method: minmax, mse or gptq, or type: int.")
+
+    def weighed(self, calibrated: bool) -> bool:
+        """Whether errors are weighed by the second moments of inputs, in a recipe with or without calibration."""
+        return self.importance == "second_moment" or (self.importance == "auto" and self.method == "mse" and calibrated)
 
     @property
     def solves(self) -> bool:

@@ -74,7 +74,7 @@ def test_a_second_run_writes_nothing(done: Recipe, tree: Callable[[Path], Tree])
         ("evaluate.output_error", None, []),
         ("evaluate.generate", {"max_new_tokens": 3}, ["generate"]),
         ("quantize.rollback.names", ["*.down_proj"], ["quantize", "export", "verify", *MEASURED]),
-        ("quantize.weights.method", "mse", ["quantize", "export", "verify", *MEASURED]),
+        ("quantize.weights.method", "mse", ["calibrate", "quantize", "export", "verify", *MEASURED]),
         ("calibration.samples", 3, ["calibrate", "quantize", "export", "verify", *MEASURED]),
         ("model.sanity_check", "off", []),
         ("model.dtype", "bfloat16", ALL),

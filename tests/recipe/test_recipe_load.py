@@ -250,7 +250,7 @@ _weight_only = _optional(
     {"bits": st.sampled_from([8, 4, 3, 2]), "symmetric": st.booleans(), "method": st.sampled_from(["minmax", "mse"])}
 ) | st.fixed_dictionaries(
     {"granularity": st.just("group"), "method": st.just("mse")},
-    optional={"group_size": st.none() | _counts, "importance": st.sampled_from(["none", "second_moment"])},
+    optional={"group_size": st.none() | _counts, "importance": st.sampled_from(["auto", "none", "second_moment"])},
 )
 _sparse = st.fixed_dictionaries(
     {"method": st.sampled_from(["co_sparse", "low_bit"])}, optional={"fraction": st.floats(0.01, 0.1)}

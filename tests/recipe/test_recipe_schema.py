@@ -12,7 +12,7 @@ from quantcli.errors import RecipeError
 from quantcli.recipe import json_schema, load_recipe, shipped_names, shipped_path
 from quantcli.recipe.aliases import ALIASES
 from quantcli.recipe.explain import known_keys
-from quantcli.recipe.quantization import QuantizeSection, named_scheme
+from quantcli.recipe.quantization import QuantizeSection, WeightsSection, named_scheme
 
 # One key a line, so that every refusal has a line of its own.
 FULL = """\
@@ -596,9 +596,9 @@ def test_an_override_changes_a_named_scheme_or_that_of_the_recipe() -> None:
     a, b, c, d, e, f = map(section.treatment, section.overrides)
     assert (a[0].bits, a[0].granularity, a[0].method) == (8, "channel", "minmax")
     assert (a[1].bits, a[1].scope, a[1].symmetric, a[1].method) == (8, "tensor", False, "histogram")
-    assert (b[0].bits, b[0].group_size, b[0].method, b[0].importance) == (4, 32, "mse", "none")
+    assert (b[0].bits, b[0].group_size, b[0].method, b[0].importance) == (4, 32, "mse", "auto")
     assert (c[0].bits, c[0].group_size, c[0].method, c[0].importance) == (3, 64, "mse", "second_moment")
-    assert (d[0].bits, d[0].group_size, d[0].method, d[0].importance) == (8, None, "minmax", "none")
+    assert (d[0].bits, d[0].group_size, d[0].method, d[0].importance) == (8, None, "minmax", "auto")
     assert (d[1].bits, d[1].scope, d[1].symmetric) == (8, "token", True)
     assert (e, f) == (None, None)
     assert section.treatment(None) == (section.weights, section.activations)
@@ -642,6 +642,21 @@ def test_names_of_schemes(name: str, weights: tuple[Any, ...], activations: tupl
     assert pair is not None
     assert (pair[0].bits, pair[0].granularity, pair[0].method) == weights
     assert (pair[1].bits, pair[1].scope, pair[1].symmetric) == activations
+
+
+@pytest.mark.parametrize(
+    ("keys", "without", "with_"),
+    [
+        ({"method": "mse"}, False, True),
+        ({"method": "mse", "importance": "none"}, False, False),
+        ({"method": "mse", "importance": "second_moment"}, True, True),
+        ({"method": "minmax"}, False, False),
+        ({"method": "gptq"}, False, False),
+    ],
+)
+def test_errors_are_weighed_where_inputs_are_seen(keys: dict[str, str], without: bool, with_: bool) -> None:
+    weights = WeightsSection.model_validate({"bits": 4, **keys})
+    assert [weights.weighed(calibrated) for calibrated in (False, True)] == [without, with_]
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -78,7 +78,7 @@ def _observes_head(context: Context) -> bool:
     section = context.recipe.quantize.rollback
     if section.ranks and (other := named_scheme(section.to)) is not None:  # what the ranking may make of it
         parts.append(other)
-    return any(activations.observed or weights.importance != "none" for weights, activations in parts)
+    return any(activations.observed or weights.weighed(calibrated=True) for weights, activations in parts)
 
 
 def _observes_experts(context: Context) -> bool:
