@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -34,28 +36,36 @@ def tune_block(
 ) -> dict[str, float]:
     """Tune `linears` (by name) of the resident block, in place. `wanted`: what the float model puts out, by batch.
 
-    Steps go over all batches but the first, whose error decides which step is kept. Returns that error before and
-    after, relative to the energy of the output that the block adds.
+    Steps go over all batches but the first, whose error decides which step is kept. They shrink to nothing over the
+    block's part of the iterations or of the time, whichever ends first. Returns that error before and after, relative
+    to the energy of the output that the block adds, and the number of steps.
     """
     batches = sorted(wanted)
     held_out, taught = batches[0], batches[1:] or batches
-    rates = [1 - step / section.iterations for step in range(section.iterations)]
     first = best = _error(stream, index, held_out, enters, wanted, linears)
     kept = _state(linears)
     rate = 1.0 / section.iterations
-    for step, share in enumerate(rates):
-        batch = taught[step % len(taught)]
+    seconds = section.minutes * 60 / len(stream.skeleton.blocks) if section.minutes is not None else math.inf
+    steps = unimproved = 0
+    started, done = time.perf_counter(), 0.0
+    while done < 1:
+        batch, share = taught[steps % len(taught)], 1 - done
         with torch.enable_grad():
             loss = _loss(stream, index, batch, enters, wanted, linears)
             loss.backward()
         for linear, _ in linears.values():
             linear.step(rate * share, STRETCH_RATE * rate * share)
-        if (step + 1) % section.check_every == 0 or step + 1 == section.iterations:
+        steps += 1
+        done = max(steps / section.iterations, (time.perf_counter() - started) / seconds)
+        if steps % section.check_every == 0 or done >= 1:
             error = _error(stream, index, held_out, enters, wanted, linears)
+            unimproved += 1
             if error < best:
-                best, kept = error, _state(linears)
+                best, kept, unimproved = error, _state(linears), 0
+            if unimproved == section.patience:
+                break
     _restore(linears, kept)
-    return {"tuned_from": first, "tuned_to": best}
+    return {"tuned_from": first, "tuned_to": best, "tuned_steps": steps}
 
 
 def _loss(

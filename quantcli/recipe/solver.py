@@ -48,6 +48,12 @@ class SignroundSection(Section):
     check_every: Annotated[int, BeforeValidator(whole, json_schema_input_type=int), Field(ge=1, le=100_000)] = Field(
         default=5, description="Steps from one check on samples kept apart to the next; the best of them is kept."
     )
+    patience: Count | None = Field(
+        default=None, description="Checks in a row without a gain after which a block is done; null makes every step."
+    )
+    minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Time for all blocks together, an equal part for each; null for as long as it takes."
+    )
 
 
 class DistillSection(Section):

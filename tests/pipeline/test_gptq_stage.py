@@ -386,3 +386,21 @@ def test_outputs_that_a_model_scales_are_not_taken_for_what_they_add(
     )  # fmt: skip
     quantcli.run(asked)
     assert bool(compensated) == adds_up
+
+
+@pytest.mark.parametrize(
+    ("section", "least", "most"),
+    [({"iterations": 12, "check_every": 2}, 12, 12), ({"iterations": 60, "check_every": 1, "patience": 1}, 1, 59),
+     ({"iterations": 60, "minutes": 1e-5}, 1, 1)],
+)  # fmt: skip
+def test_learned_rounding_ends_with_its_steps_its_patience_or_its_time(
+    recipe: Recipe, section: Recipe, least: int, most: int
+) -> None:
+    asked = changed(
+        recipe, quantize__weights__method="signround", quantize__signround=section, export=None, evaluate=None
+    )
+    quantcli.run(asked)
+    linears = events(asked, "linear")
+    assert linears
+    assert all(least <= event["tuned_steps"] <= most for event in linears)
+    assert all(event["tuned_to"] <= event["tuned_from"] for event in linears)

@@ -12,7 +12,7 @@ from torch import Tensor
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, quantize_codes
 from quantcli.quant.methods import WEIGHT_METHODS, weight_error
 from quantcli.quant.minmax import minmax
-from quantcli.quant.rounding import LearnedRounding
+from quantcli.quant.rounding import DRAW, LearnedRounding
 from quantcli.quant.search import mse
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -249,3 +249,32 @@ def test_learned_rounding_starts_at_the_codes_that_it_is_given(outputs: int, gra
     quantized = minmax(weight, grid)
     learned = LearnedRounding(weight, quantized, grid)
     torch.testing.assert_close(learned.weight().detach(), dequantize(quantized))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_learned_rounding_is_what_its_formula_says(symmetric: bool) -> None:
+    """clamp(round(c + v)), times s exp(b), element by element in float64, before and after steps against gradients."""
+    generator = torch.Generator().manual_seed(1)
+    weight, target = (torch.randn(4, 32, generator=generator) for _ in range(2))
+    grid = WeightGrid(3, symmetric, "group", 16)
+    quantized = minmax(weight, grid)
+    learned = LearnedRounding(weight, quantized, grid)
+    codes, scale = quantized.codes.double(), quantized.scale.double().repeat_interleave(16, 1)
+    zero = 0 if quantized.zero_point is None else quantized.zero_point.double().repeat_interleave(16, 1)
+    centre = codes + (weight.double() / scale + zero - codes).clamp(-0.5, 0.5) * DRAW
+    v, b = torch.zeros(4, 32, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64)
+    for _ in range(4):
+        (learned.weight() - target).square().sum().backward()
+        wide = b.repeat_interleave(16, 1)
+        unclamped = (centre + v).round()
+        rounded = unclamped.clamp(grid.qmin, grid.qmax)
+        lost = 2 * ((rounded - zero) * scale * wide.exp() - target.double())
+        inside = (unclamped >= grid.qmin) & (unclamped <= grid.qmax)
+        toward_v = lost * scale * wide.exp() * inside
+        toward_b = (lost * (rounded - zero) * scale * wide.exp()).view(4, 2, 16).sum(2)
+        learned.step(0.2, 0.02)
+        v, b = (v - 0.2 * toward_v.sign()).clamp(-0.5, 0.5), (b - 0.02 * toward_b.sign()).clamp(-0.1, 0.1)
+        found = ((centre + v).round().clamp(grid.qmin, grid.qmax) - zero) * scale * b.repeat_interleave(16, 1).exp()
+        torch.testing.assert_close(learned.weight().detach().double(), found, rtol=1e-6, atol=1e-6)
+    stored = learned.quantized()
+    torch.testing.assert_close(dequantize(stored).double(), found, rtol=1e-6, atol=1e-6)
