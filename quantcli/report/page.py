@@ -227,15 +227,25 @@ def _group_name(linears: Sequence[str], block: int, blocks: int) -> str:
     return ", ".join([kinds[0], *others]) + (", …" if len(kinds) > 4 else "")
 
 
+_STRENGTHS = ("alpha", "beta", "ratio", "threshold")
+_MEASURES = {"largest": "largest", "ratio": "of the median", "error": "error"}
+"""Of a group's input: the largest magnitude, its ratio to the median channel's, and the error of the outputs."""
+
+
 def _smoothing_table(outcomes: Sequence[Mapping[str, Any]], blocks: int) -> Markup:
     rows = []
     for outcome in outcomes:
-        what = outcome.get("chosen", "") if outcome["kept"] else f"as found: {outcome['cause']}"
-        numbers = [outcome.get(f"{key}_{when}") for key in ("largest", "error") for when in ("before", "after")]
+        if not outcome["kept"]:
+            what = f"as found: {outcome['cause']}"
+        else:
+            found = [f"{key} {short(outcome[key])}" for key in _STRENGTHS if outcome.get(key) is not None]
+            what = ", ".join(part for part in (outcome.get("chosen", ""), *found) if part)
+        numbers = [outcome.get(f"{key}_{when}") for key in _MEASURES for when in ("before", "after")]
         name = element("code", _group_name(outcome["linears"], outcome["block"], blocks))
         rows.append((outcome["block"], name, outcome["fold"], what, *[(short(n), n) for n in numbers]))
-    headings = ("block", "linears", "fold", "scale", "largest before", "after", "error before", "after")
-    inner = table(headings, rows[:_MOST_ROWS], numbers=[0, 4, 5, 6, 7], sortable=True)
+    measures = [heading for key in _MEASURES.values() for heading in (f"{key} before", "after")]
+    headings = ("block", "linears", "fold", "scale", *measures)
+    inner = table(headings, rows[:_MOST_ROWS], numbers=[0, *range(4, len(headings))], sortable=True)
     return folded(f"All {len(outcomes)} groups of linears", inner)
 
 

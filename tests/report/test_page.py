@@ -13,7 +13,7 @@ from quantcli.errors import OutputError, RecipeError
 from quantcli.pipeline.report import report_paths, run_facts
 from quantcli.report.charts import heat_step
 from quantcli.report.layers import grid_of, kind_of
-from quantcli.report.page import flat, run_page
+from quantcli.report.page import _smoothing_table, flat, run_page
 
 LIMIT = 2_000_000
 
@@ -187,3 +187,15 @@ def test_nested_numbers_have_dotted_names() -> None:
         "b.c": None,
         "b.d.e": "x",
     }
+
+
+def test_groups_show_the_strength_that_was_found_and_what_it_did() -> None:
+    outcome = {
+        "linears": ["model.layers.0.mlp.down_proj"], "block": 0, "fold": "mlp", "kept": True, "chosen": "flex",
+        "alpha": 0.55, "beta": 0.2, "ratio": None, "largest_before": 90.0, "largest_after": 9.0, "ratio_before": 41.5,
+        "ratio_after": 3.25, "error_before": 0.25, "error_after": 0.125,
+    }  # fmt: skip
+    found = str(_smoothing_table([outcome, {**outcome, "kept": False, "cause": "no gain"}], 1))
+    assert "flex, alpha 0.55, beta 0.2<" in found
+    assert "as found: no gain<" in found
+    assert [each in found for each in ("of the median before", "41.5", "3.25", "0.125")] == [True] * 4
