@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from os.path import commonprefix
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from quantcli.report.outcome import outcome_rows, scheme_rows
 
@@ -154,24 +156,26 @@ def _sentence(event: dict[str, Any]) -> str | None:
 def show_result(result: RunResult) -> None:
     """The outcome table of a run, and the next step."""
     console = Console()
-    table = Table(title=f"{result.path}", title_justify="left", show_header=False)
+    table = Table(title=Text(str(result.path)), title_justify="left", show_header=False)
     for label, value in outcome_rows(result.plan.to_json(), result.to_json()):
-        table.add_row(label, value)
+        _add(table, label, value)
     console.print(table)
     console.print(f"Report: {result.path / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    loading = {verdict.engine for verdict in result.plan.engines if verdict.loads}
     for export in result.to_json()["exports"]:
-        if command := _serving_command(export):
+        if command := _serving_command(export, loading):
             console.print(f"Serve it: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _serving_command(export: str) -> str:
-    """What serves an export; empty where its engine has no command that is known."""
-    form = Path(export).name
-    if form in ("mindie", "numpy"):
-        return ""
+def _serving_command(export: str, loading: Collection[str]) -> str:
+    """What serves an export; empty where no such command is known, or its engine is not among those that load it."""
+    form, place = Path(export).name, shlex.quote(export)
     if form == "gguf":
-        return f"llama-server -m {export}/model.gguf"
-    return f"vllm serve {export}" + (" --quantization ascend" if form == "ascend" else "")
+        return f"llama-server -m {shlex.quote(f'{export}/model.gguf')}"
+    if form == "ascend":
+        return f"vllm serve {place} --quantization ascend"
+    serves = form not in ("mindie", "numpy") and any(engine.startswith("vLLM on") for engine in loading)
+    return f"vllm serve {place}" if serves else ""
 
 
 def show_plan(plan: Plan, *, verbose: bool) -> None:
@@ -187,7 +191,7 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
         table.add_column(heading, no_wrap=True)
     table.add_column("why", overflow="fold")
     for row in rows if verbose else _joined(rows, prefix):
-        table.add_row(*row)
+        _add(table, *row)
     console.print(table)
     for note in plan.notes:
         console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -227,16 +231,16 @@ def show_sensitivity(found: Mapping[str, Any], top: int) -> None:
     """The ranking of `quantcli sensitivity`, and a rollback block to paste."""
     console = Console()
     metric, rows = found["metric"], found["linears"]
-    columns = list(dict.fromkeys(key for row in rows for key in row if key != "name"))
+    columns = [metric, *dict.fromkeys(key for row in rows for key in row if key not in ("name", metric))]
     prefix = commonprefix([row["name"] for row in rows]).rpartition(".")[0]  # noqa: RUF071 (cut at a dot)
     title = f"{min(top, len(rows))} of {len(rows)} linears, by {metric}" + (f"; … is {prefix}" if prefix else "")
-    table = Table(title=title, title_justify="left")
-    table.add_column("linear", overflow="fold")
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("linear", no_wrap=True)  # a name is what the table is for: others give way
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows[:top]:
         name = f"…{row['name'].removeprefix(prefix)}" if prefix else row["name"]
-        table.add_row(name, *(f"{row[c]:.4g}" if row.get(c) is not None else "" for c in columns))
+        _add(table, name, *(f"{row[c]:.4g}" if row.get(c) is not None else "" for c in columns))
     console.print(table)
     lines = ["quantize:", "  rollback:", "    names:", *(f"      - {row['name']}" for row in rows[:top])]
     for line in lines:
@@ -282,7 +286,7 @@ def show_report(found: Mapping[str, Any]) -> None:
         for row in found["runs"]:
             forms = {"perplexity": ".3f", "increase": "+.2%", "kl_divergence": ".4f", "agreement": ".1%"}
             numbers = ["" if row[key] is None else format(row[key], form) for key, form in forms.items()]
-            table.add_row(row["run"], f"{row['size'] / 1e6:.1f} MB", *numbers)
+            _add(table, row["run"], f"{row['size'] / 1e6:.1f} MB", *numbers)
         console.print(table)
         for note in found["notes"]:
             console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -291,9 +295,14 @@ def show_report(found: Mapping[str, Any]) -> None:
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:
     """A two-column table."""
-    table = Table(title=title or None, title_justify="left", show_header=False)
+    table = Table(title=Text(title) if title else None, title_justify="left", show_header=False)
     table.add_column(overflow="fold", no_wrap=False)
     table.add_column(overflow="fold")
     for label, value in facts.items():
-        table.add_row(str(label), str(value))
+        _add(table, str(label), str(value))
     Console().print(table)
+
+
+def _add(table: Table, *cells: str) -> None:
+    """A row of texts as they are: what stands in brackets, in a path or a pattern, is no markup."""
+    table.add_row(*map(Text, cells))

@@ -300,10 +300,22 @@ def inputs_observed(
         shared.name: InputStatistics(shared.width, device, counts=counts, moments=moments) for shared in block.inputs
     }
 
-    def hook(gathered: InputStatistics) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda _module, args, kwargs: gathered.update(args[0] if args else next(iter(kwargs.values())))
+    entered = torch.Size()
 
-    handles = [
+    def enters(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal entered
+        entered = (args[0] if args else kwargs["hidden_states"]).shape[:-1]
+
+    def hook(gathered: InputStatistics) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def reads(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            # OPT hands all tokens of a batch to some linears as one sequence; samples are told apart all the same
+            gathered.update(x.reshape(*entered, -1) if x.ndim == 2 and len(x) == entered.numel() else x)
+
+        return reads
+
+    handles = [module.register_forward_pre_hook(enters, with_kwargs=True)]
+    handles += [
         module.get_submodule(name.removeprefix(f"{block.name}.")).register_forward_pre_hook(
             hook(gathered), with_kwargs=True
         )

@@ -14,7 +14,7 @@ from quantcli.errors import ModelError, QuantcliError
 from quantcli.formats.declared import read_configuration
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.formats.table import find_format, open_weights
-from quantcli.model.checkpoint import TensorEntry
+from quantcli.model.checkpoint import TensorEntry, stored_dtype
 from quantcli.model.skeleton import DTYPES
 from quantcli.model.structure import Linear
 from quantcli.model.writer import DTYPE_NAMES
@@ -189,7 +189,8 @@ def _understood(config: Path) -> Iterator[None]:
 def _declared_dtype(directory: Path, config: Mapping[str, Any]) -> str:
     inner = config.get("text_config")
     parts = (config, inner if isinstance(inner, dict) else {})
-    dtype = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), "float32")
+    named = (part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key))
+    dtype = next(named, None) or stored_dtype(directory) or "float32"
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ModelError(f"{directory / 'config.json'}: the dtype {repr(dtype)[:100]} is not known.",
                          f"Known: {', '.join(DTYPES)}.")  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError
+from quantcli.errors import ModelError, QuantcliError
 from quantcli.model.untrusted import MAXIMUM_JSON_BYTES, parse_object, read_regular
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ DTYPE_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
+
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(read_regular(path, MAXIMUM_JSON_BYTES), str(path))
 
 
+def stored_dtype(directory: Path) -> str | None:
+    """The data type of the first float tensor of a directory's weights, as configurations call it; None without any."""
+    try:
+        entries = Checkpoint(directory).entries.values()
+    except QuantcliError:
+        return None
+    return next((FLOATS[entry.dtype] for entry in entries if entry.dtype in FLOATS), None)
+
+
 def file_digest(path: Path) -> str:
     """sha256 of a file, read in pieces."""
     digest = sha256()
@@ -107,11 +119,13 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def clear_leftovers(output: Path) -> None:
-    """Remove the folders .NAME.PROCESS.part that processes left beside `output` which were killed."""
+def clear_leftovers(output: Path, hours: float = 0) -> None:
+    """Remove the folders .NAME.PROCESS.part that processes left beside `output` which were killed, if nothing was made
+    in them for `hours`: in a place that machines share a process may live on another."""
     for folder in output.parent.glob(f".{escape(output.name)}.*.part"):
         number = folder.name.removesuffix(".part").rpartition(".")[2]
-        if number.isdecimal() and not _alive(int(number)):
+        old = time.time() - folder.stat().st_mtime >= 3600 * hours
+        if old and number.isdecimal() and not _alive(int(number)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

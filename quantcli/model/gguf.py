@@ -51,7 +51,7 @@ def convert_gguf(path: Path, destination: Path, dtype: torch.dtype = torch.bfloa
     if destination.exists():
         raise OutputError(f"{destination} already exists.", "Remove it or name another place for the converted model.")
     destination.parent.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(destination)
+    clear_leftovers(destination, hours=24)
     partial = destination.with_name(f".{destination.name}.{os.getpid()}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

@@ -101,7 +101,8 @@ class Lockstep:
         output: Tensor = type(module).forward(module, value) if how is None else how(value)
         if name in self._writers:
             batch = greenlet.getcurrent().batch
-            self.written[batch] = self.written[batch] + output if batch in self.written else output
+            added = output.reshape(*self._stream.batches[batch].shape, -1)
+            self.written[batch] = self.written[batch] + added if batch in self.written else added
         return output
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import ModelError
-from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json
+from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json, stored_dtype
 from quantcli.model.names import map_parameters
 from quantcli.model.rotation import untied as untied_structure
 from quantcli.model.structure import Structure
@@ -171,6 +171,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:  # likewise
         raise ModelError(f"{path}: {_one_line(error)}.", "Check that value, or download the file again.") from error
     check_size(path, config)
+    if _declared(config) is None and (stored := stored_dtype(directory)) is not None:
+        config.dtype = DTYPES[stored]
     return config
 
 
@@ -194,13 +196,18 @@ def _is_causal(config: Any) -> bool:
 
 
 def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
-    """The dtype to compute in: what the recipe says, else what the checkpoint declares, else float32."""
+    """The dtype to compute in: what the recipe says, else what config.json declares or, where it does not, its weights
+    have (`load_config`), else float32."""
     if dtype != "auto":
         return DTYPES[dtype]
+    return _declared(config) or torch.float32
+
+
+def _declared(config: Any) -> torch.dtype | None:
     inner = getattr(config, "text_config", None)  # of a model of several parts
     declared = getattr(config, "dtype", None) or getattr(inner, "dtype", None)
     declared = DTYPES.get(declared) if isinstance(declared, str) else declared
-    return declared if isinstance(declared, torch.dtype) else torch.float32
+    return declared if isinstance(declared, torch.dtype) else None
 
 
 def build_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+from quantcli.model.checkpoint import stored_dtype
 from quantcli.model.structure import Structure
 from quantcli.model.untrusted import MAXIMUM_JSON_BYTES, read_regular
 
@@ -18,13 +19,16 @@ LAYOUT = 7
 def find_structure(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> Structure:
     """`discovery.discover`, remembered by the content of config.json and the versions of transformers and torch.
 
-    The structure depends on nothing else. It is kept under $XDG_CACHE_HOME/quantcli (a few kB a block; safe to delete).
-    Models that bring code of their own are not remembered, since the code may change.
+    The structure depends on nothing else, but for a dtype that the configuration does not name. It is kept under
+    $XDG_CACHE_HOME/quantcli (a few kB a block; safe to delete). Models that bring code of their own are not
+    remembered, since the code may change.
     """
     config = directory / "config.json"
     cache = None
     if config.exists() and not trust_remote_code:
-        cache = _folder() / f"{_key(read_regular(config, MAXIMUM_JSON_BYTES), dtype)}.json"
+        text = read_regular(config, MAXIMUM_JSON_BYTES)
+        silent = b'dtype"' not in text and dtype == "auto"  # then it is that of the weights
+        cache = _folder() / f"{_key(text, f'{stored_dtype(directory)}' if silent else dtype)}.json"
         try:
             return Structure.from_json(json.loads(cache.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -189,7 +189,7 @@ def _bring_up_to_date(context: Context, until: str | None) -> None:
                 before["formats"] = list(context.recipe.export.formats)  # the first of them is measured
             try:
                 fingerprint = _fingerprint([base, stage.name, stage.identity(context), before])
-            except QuantcliError:
+            except (QuantcliError, OSError):
                 if needed:
                     raise
                 continue  # its text or its engine is gone

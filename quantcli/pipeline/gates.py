@@ -14,7 +14,7 @@ from quantcli.pipeline.rundir import current_events, write_json
 from quantcli.pipeline.stages import layers, quantize
 from quantcli.recipe.evaluation import GatesSection
 from quantcli.report.gains import HEADINGS, gain_rows
-from quantcli.report.outcome import throughput_setting
+from quantcli.report.outcome import stored_sizes, throughput_setting
 
 FOLDER = "gates"
 WORST = 5
@@ -128,7 +128,7 @@ def _of_size(gates: GatesSection, result: Mapping[str, Any], export: Path) -> It
     if gates.size is not None:
         yield Gate("size", gates.size, size)
     if gates.size_ratio is not None:
-        yield Gate("size_ratio", gates.size_ratio, size / result["size_before"])
+        yield Gate("size_ratio", gates.size_ratio, size / stored_sizes(result)[0])
 
 
 def fallbacks(run: Path, stages: Iterable[str]) -> dict[str, int]:
@@ -194,6 +194,11 @@ def write_reports(run: Path, gates: Sequence[Gate], result: Mapping[str, Any], w
             temporary.write_text(text, encoding="utf-8")
 
 
+def remove_reports(run: Path) -> None:
+    for name in ("gates.json", "junit.xml", "summary.md"):
+        (run / FOLDER / name).unlink(missing_ok=True)
+
+
 def junit(gates: Sequence[Gate], worst: Worst) -> str:
     """A JUnit test suite with a case for every gate."""
     missed = sum(not gate.passed for gate in gates)
@@ -223,7 +228,7 @@ def summary(gates: Sequence[Gate], result: Mapping[str, Any], worst: Worst) -> s
         lines += ["", f"Perplexity {_shown(plain)} → {_shown(quantized)}, KL divergence "
                   f"{_shown(scores['kl_divergence'])}, same top token {_shown(scores['agreement'])}. "
                   f"{scores['description']}"]  # fmt: skip
-    before, after = result["size_before"], result["size_after"]
+    before, after = stored_sizes(result)
     lines += ["", f"Size {before / 1e6:.1f} MB → {after / 1e6:.1f} MB."]
     if speed := result.get("throughput"):
         lines += ["", f"Speed and memory: {throughput_setting(speed)}."]

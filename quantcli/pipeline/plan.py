@@ -146,7 +146,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     if section.last_linear is False and structure.head is not None and structure.tied:
         notes.append("The output head is tied to the embedding and stays in float.")
     if recipe.calibration is not None and not reads_calibration(recipe):
-        notes.append("This scheme needs no calibration data; the calibration section only serves the sanity check.")
+        notes.append("This scheme needs no calibration data; the calibration section is not used.")
     before = sum(map(prod, structure.parameters.values())) * BYTES[structure.dtype]
     stored = sum(stored_bytes(recipe, linear, scheme, structure.dtype) for linear, scheme in quantized)
     weights = sum(linear.weights for linear, _ in quantized)

@@ -48,7 +48,7 @@ def report_paths(paths: list[Path], output: Path | None, *, overwrite: bool) -> 
     runs = [path.resolve() for path in paths]
     if len(set(runs)) < len(runs):
         raise RecipeError("A run is named twice.", "Name each once.")
-    own = output is None and len(runs) == 1
+    own = len(runs) == 1 and (output is None or output.resolve() == runs[0] / PAGE)
     target = output or (paths[0] / PAGE if own else Path("comparison.html"))
     if not own and target.exists() and not overwrite:
         raise OutputError(f"{target} exists.", "Name another file by --output, or add --overwrite.")

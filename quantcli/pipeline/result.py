@@ -12,7 +12,7 @@ from typing import Any
 from quantcli.errors import GateError
 from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.context import Context
-from quantcli.pipeline.gates import Gate, Worst, judged, message_of, worst_linears, write_reports
+from quantcli.pipeline.gates import Gate, Worst, judged, message_of, remove_reports, worst_linears, write_reports
 from quantcli.pipeline.plan import Plan
 from quantcli.pipeline.rundir import room_errors
 from quantcli.pipeline.stages import allocate, calibrate, eval_ppl, eval_tasks, export, smooth, throughput
@@ -86,6 +86,9 @@ def with_gates(recipe: Recipe, result: RunResult) -> tuple[RunResult, MissedGate
     assert recipe.export is not None
     found, measured = result.to_json(), result.path / export.STAGE.name / recipe.export.formats[0]
     gates = judged(section, found, result.path, measured)
+    if not gates:  # the files that an earlier run left say nothing of this one
+        remove_reports(result.path)
+        return result, None
     schemes = {name: treatment.scheme.name for name, treatment in result.plan.treatments.items()}
     worst = worst_linears(result.path, result.stages, schemes)
     with room_errors(result.path):

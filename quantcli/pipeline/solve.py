@@ -161,7 +161,11 @@ def _writers(passes: Passes, index: int, block: Block) -> tuple[str, ...]:
         put_out: list[Tensor] = []
         module, entering = passes.beside.skeleton.module(block.name), passes.plain.get(0).clone()
         linears = [module.get_submodule(name.removeprefix(f"{block.name}.")) for name in writers]
-        hooks = [linear.register_forward_hook(lambda *call: put_out.append(call[2].float())) for linear in linears]
+        # OPT hands all tokens of a batch to its last linears as one sequence
+        hooks = [
+            linear.register_forward_hook(lambda *call: put_out.append(call[2].float().reshape(entering.shape)))
+            for linear in linears
+        ]
         try:
             left = passes.beside.run(index, 0, entering)
         finally:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError, RecipeError
+from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.model.checkpoint import read_json
 from quantcli.model.untrusted import check_texts
 from quantcli.pipeline.rundir import is_run, room_errors
@@ -83,8 +83,12 @@ def _converted(file: Path, dtype: str, listener: Listener | None) -> Path:
 
         from quantcli.model.gguf import convert_gguf
 
-        with room_errors(cache):
+        try:
             cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{cache} cannot be made, where .gguf files are converted to: {error.strerror}.",
+                              "Set XDG_CACHE_HOME to a directory that you may write to.") from error  # fmt: skip
+        with room_errors(cache):
             convert_gguf(file, destination, getattr(torch, dtype))
     return destination
 
@@ -97,7 +101,8 @@ def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(f"There is no directory {name}, and the hub gives no such model: {str(error).splitlines()[0]}",
+        raise ModelError(f"There is no directory {name}, and the hub gives no such model: "
+                         f"{str(error).splitlines()[0].rstrip('.')}.",
                          "Check the name, the network, and `hf auth login` for gated models.") from error  # fmt: skip
 
 

@@ -91,7 +91,8 @@ class WeightsSection(Section):
         if self.group_size is not None and self.granularity != "group":
             raise refusal("group_size", f"has no meaning with granularity {self.granularity}", "Remove it.")
         if self.importance == "second_moment" and self.method != "mse":
-            raise refusal("importance", f"second_moment has no effect on method {self.method}", "Set method: mse.")
+            raise refusal("importance", f"second_moment has no effect on method {self.method}", "Set method: mse, or "
+                          "importance: auto.")  # fmt: skip
         if self.type == "float" and self.bits != 16:
             self._check_float()
         if self.sparse and (self.bits != 8 or not self.symmetric or self.granularity == "group"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from quantcli.report.numbers import rate, size
@@ -24,7 +25,7 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
         yield "experts", f"{few} saw fewer than {experts['least']} tokens and are quantized without them"
     for note in plan["notes"]:
         yield "note", note
-    before, after = result["size_before"], result["size_after"]
+    before, after = stored_sizes(result)
     yield "size", f"{size(before)} → {size(after)} ({after / before - 1:+.1%})"
     if scores := result["perplexity"]:
         yield from _score_rows(scores)
@@ -45,6 +46,15 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     yield "peak memory", f"{result['peak_memory'] / 1e9:.2f} GB"
     for export in result["exports"]:
         yield "checkpoint", export
+
+
+def stored_sizes(result: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes of the float checkpoint and of the one that is measured, as stored; as planned before an export."""
+    sizes, planned = result.get("sizes") or {}, (result["size_before"], result["size_after"])
+    measured = Path(result["exports"][0]).name if len(result.get("exports") or ()) == 1 else ""
+    measured = (result.get("perplexity") or {}).get("checkpoint", measured)
+    before, after = (sizes.get(name, {}).get("bytes") for name in ("float", measured))
+    return before or planned[0], after or planned[1]
 
 
 def _allocated(found: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from quantcli.report.gains import HEADINGS, gain_rows
 from quantcli.report.layers import grid_of, kind_of
 from quantcli.report.markup import Markup, element, facts, folded, joined, table
 from quantcli.report.numbers import percent, seconds, short, size
-from quantcli.report.outcome import outcome_rows, scheme_rows, throughput_setting
+from quantcli.report.outcome import outcome_rows, scheme_rows, stored_sizes, throughput_setting
 from quantcli.report.style import SCRIPT, STYLE
 
 PARTS = ("codes", "scales and zero points", "float linears", "output head", "embeddings", "norms, biases and other")
@@ -129,7 +129,8 @@ def _tiles(run: Mapping[str, Any]) -> Markup:
         tiles.append((percent(scores.get("increase"), 2, True), label))
         tiles.append((short(scores.get("kl_divergence")), "KL divergence, nats a token"))
         tiles.append((percent(scores.get("agreement")), "same top token"))
-    tiles.append((f"{result['size_before'] / max(1, result['size_after']):.2f} ×", "smaller checkpoint"))
+    before, after = stored_sizes({**result, "sizes": sizes})
+    tiles.append((f"{before / max(1, after):.2f} ×", "smaller checkpoint"))
     bits = next((entry["bits_per_weight"] for entry in sizes.values() if entry.get("bits_per_weight")), None)
     tiles.append((short(bits or run["plan"].get("bits_per_weight")), "bits a quantized weight"))
     tiles.append((seconds(_whole_time(result)), "time of all stages"))

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantcli.calibration import statistics
-from quantcli.calibration.statistics import InputStatistics, add_compensated
+from quantcli.calibration.statistics import InputStatistics, add_compensated, inputs_observed
 from quantcli.errors import DataError
+from quantcli.model.structure import Block, SharedInput
 from quantcli.quant.observers import activation_range, bin_values, code_errors
 
 MOMENTS = ("second_moment",)
@@ -274,3 +275,24 @@ def test_compensated_sum_keeps_what_float32_alone_loses() -> None:
     expected = addend.double() * 20_000
     torch.testing.assert_close(total.double(), expected, rtol=1.2e-7, atol=0)
     assert ((plain.double() - expected).abs() > 1e-5 * expected).any()
+
+
+def test_samples_are_told_apart_where_a_block_flattens_them() -> None:
+    class Flattening(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            flat = self.first(hidden_states).reshape(-1, 4)
+            return self.second(flat).reshape(hidden_states.shape)
+
+    module, x = Flattening(), torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    inputs = tuple(SharedInput((f"block.{name}",), 4) for name in ("first", "second"))
+    with torch.no_grad(), inputs_observed(module, Block("block", (), inputs, ()), "cpu") as found:
+        module(x)
+        inside = module.first(x)
+    for name, values in (("block.first", x), ("block.second", inside)):
+        seen = found[name].to_tensors()
+        torch.testing.assert_close(seen["sample_minimum"][:3], values.amin((1, 2)))
+        torch.testing.assert_close(seen["sample_maximum"][:3], values.amax((1, 2)))

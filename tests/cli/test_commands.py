@@ -449,3 +449,21 @@ def test_what_is_no_run_is_not_reported(quantcli: Any, tmp_path: Path) -> None:
     outcome = quantcli("report", tmp_path)
     assert outcome.status == 2
     assert "is no run directory. Name the output of `quantcli run`." in " ".join(outcome.err.split())
+
+
+def test_brackets_in_names_are_no_markup(quantcli: Any, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    outcome = quantcli("run", recipe_file(output=str(tmp_path / "w[b]" / "x[/b]")))
+    assert outcome.status == 0
+    assert outcome.out.replace("\n", "").replace("│", "").replace(" ", "").count("w[b]/x[/b]") >= 2
+    assert f"'{tmp_path}/w[b]/x[/b]/export/compressed-tensors'" in outcome.out
+
+
+def test_no_command_serves_what_no_engine_loads(quantcli: Any, recipe_file: RecipeFile, tmp_path: Path) -> None:
+    eight = quantcli("run", recipe_file(), "--output", tmp_path / "8")
+    assert f"Serve it: vllm serve {tmp_path / '8'}" in eight.out
+    three = quantcli(
+        "run", recipe_file(), "--output", tmp_path / "3", "--set", "quantize={weights: {bits: 3}}",
+        "--set", "export.formats=[compressed-tensors]",
+    )  # fmt: skip
+    assert three.status == 0
+    assert "Serve it" not in three.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -280,6 +281,7 @@ def test_a_conversion_that_another_process_ended_first_is_as_good(
     place = tmp_path / "cache"
     destination, dead = place / "converted", place / ".converted.99999999.part"
     dead.mkdir(parents=True)
+    os.utime(dead, (0, 0))  # of a process that has ended, and untouched for long
     write_weights = converter._write_weights
 
     def overtaken(*arguments: object) -> None:

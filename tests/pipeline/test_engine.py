@@ -142,6 +142,17 @@ def test_a_stage_of_its_own_asks_for_no_text_that_it_does_not_read(done: Recipe,
         worked(gone)
 
 
+def test_a_task_whose_file_is_gone_does_not_stop_a_stage_before_it(done: Recipe, tmp_path: Path) -> None:
+    file = tmp_path / "boolq.jsonl"
+    file.write_text(json.dumps({"question": "is it so", "passage": "It is so.", "answer": True}) + "\n")
+    asked = changed(done, "evaluate.tasks", [{"task": "boolq", "path": str(file)}])
+    assert worked(asked) == ["reference-tasks", "eval-tasks"]
+    file.unlink()
+    assert worked(asked, "quantize") == []
+    with pytest.raises(DataError, match=r"boolq\.jsonl"):
+        worked(asked)
+
+
 def test_what_is_measured_is_the_first_format(static_recipe: Callable[[Path], Recipe], tmp_path: Path) -> None:
     both = ["compressed-tensors", "ascend"]
     recipe = changed(static_recipe(tmp_path / "run"), "export", {"formats": both})

@@ -404,3 +404,15 @@ def test_learned_rounding_ends_with_its_steps_its_patience_or_its_time(
     assert linears
     assert all(least <= event["tuned_steps"] <= most for event in linears)
     assert all(event["tuned_to"] <= event["tuned_from"] for event in linears)
+
+
+def test_linears_that_are_handed_all_tokens_at_once_are_compensated_too(recipe: Recipe, tmp_path: Path) -> None:
+    """OPT makes one sequence of a batch before its last linears."""
+    model = save_tiny_model("opt", tmp_path / "model", with_tokenizer=True)
+    asked = changed(recipe, model__path=str(model), quantize__gptq={"asymmetric": True})
+    plain = beside(asked, "plain", quantize__gptq={"asymmetric": False})
+    quantcli.run(asked)
+    quantcli.run(plain)
+    shares = [event["asymmetric"] for event in events(asked, "linear") if event["module"].endswith("fc2")]
+    assert len(shares) == 2
+    assert max(shares) > 0

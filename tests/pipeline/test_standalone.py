@@ -16,6 +16,7 @@ from tiny_models import save_tiny_model
 from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.formats import export
 from quantcli.formats.reader import _declared_dtype
+from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.skeleton import load_config, resolve_dtype
 from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.engine import run_recipe
@@ -261,3 +262,25 @@ def test_the_dtype_of_a_model_of_several_parts(tmp_path: Path, kind: str, inside
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert resolve_dtype(load_config(tmp_path), "auto") == torch.bfloat16
     assert _declared_dtype(tmp_path, config) == "bfloat16"
+
+
+def test_without_a_word_the_dtype_is_that_of_the_weights(static_recipe: Any, tmp_path: Path) -> None:
+    """Two directories of one configuration, which the cache of structures tells apart."""
+    for dtype in (torch.bfloat16, torch.float16):
+        name = str(dtype).removeprefix("torch.")
+        model = save_tiny_model("llama", tmp_path / name, dtype=dtype, with_tokenizer=True)
+        config = json.loads((model / "config.json").read_text())
+        config = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
+        (model / "config.json").write_text(json.dumps(config))
+        recipe = static_recipe(tmp_path / f"run-{name}") | {"quantize": {"weights": {"bits": 8}}}
+        recipe["model"] = {**recipe["model"], "path": str(model)}
+        recipe["evaluate"] = {**recipe["evaluate"], "gates": {"size_ratio": "100%"}}
+        del recipe["calibration"]
+        result = run_recipe(load_recipe(recipe))
+        assert result.plan.structure.dtype == name
+        exported = result.path / "export" / "compressed-tensors"
+        assert json.loads((exported / "config.json").read_text())["dtype"] == name
+        (gate,) = result.gates
+        files = [folder / "model.safetensors" for folder in (exported, model)]
+        stored = [sum(entry.nbytes for entry in Checkpoint(file.parent).entries.values()) for file in files]
+        assert gate.value == pytest.approx(files[0].stat().st_size / stored[1])

@@ -196,6 +196,6 @@ def test_groups_show_the_strength_that_was_found_and_what_it_did() -> None:
         "ratio_after": 3.25, "error_before": 0.25, "error_after": 0.125,
     }  # fmt: skip
     found = str(_smoothing_table([outcome, {**outcome, "kept": False, "cause": "no gain"}], 1))
-    assert "flex, alpha 0.55, beta 0.2<" in found
+    assert "flex, alpha 0.550, beta 0.200<" in found
     assert "as found: no gain<" in found
     assert [each in found for each in ("of the median before", "41.5", "3.25", "0.125")] == [True] * 4
