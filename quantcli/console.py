@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from quantcli.report.outcome import outcome_rows, scheme_rows
+from quantcli.report.outcome import arithmetic_note, outcome_rows, scheme_rows
 
 if TYPE_CHECKING:
     from quantcli.pipeline.context import Listener
@@ -269,7 +269,7 @@ def show_scores(found: Mapping[str, Any]) -> None:
         facts[name.replace("_", " ")] = measured(models["quantized"])
     facts["protocol"] = (
         f"{found['protocol']}, {found['windows']} windows of {found['sequence_length']}, {found['dtype']}"
-        f"{', inputs rounded as by transformers' if found['arithmetic'] == 'transformers' else ''}"
+        f"{arithmetic_note(found)}"
     )
     facts["measured so"] = found["description"].removeprefix(f"Protocol {found['protocol']}: ")
     show_facts(found["checkpoint"], facts)

@@ -65,14 +65,25 @@ class RoomError(QuantcliError):
     exit_code = 6
 
 
+def lacks_room(error: Exception) -> bool:
+    """Whether a disk is full, as the system says it or torch."""
+    return (isinstance(error, OSError) and error.errno in NO_ROOM) or "No space left" in str(error)
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Whether torch says that a device has no memory left."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+
+
 def refusal_of_the_system(error: Exception) -> QuantcliError | None:
     """What an error of the system or of torch amounts to where nobody said it better: no room, no memory, or a file
     that this user may not read or write. None for any other."""
     text = str(error)
-    if (isinstance(error, OSError) and error.errno in NO_ROOM) or "No space left" in text:
+    if lacks_room(error):
         return RoomError(f"No room is left on the disk: {text}.", "Free some, also for temporary files (TMPDIR).")
     if isinstance(error, OSError) and error.errno in NO_ACCESS:
         return ModelError(f"{error.filename}: {error.strerror}.", "Check who may read it and enter its directory.")
-    if isinstance(error, RuntimeError) and ("out of memory" in text.lower() or "can't allocate memory" in text.lower()):
+    if lacks_memory(error):
         return RoomError(f"The memory is too small: {text.splitlines()[0]}.", "Use --device cpu or a larger machine.")
     return None

@@ -69,11 +69,18 @@ class MissedGate(GateError):
 
 def run_result(context: Context) -> RunResult:
     """What the stages that are up to date found."""
-    scores, smoothing = _perplexity(context), _smoothing(context)
-    found = _experts(context), _allocation(context)
-    measured = _sizes(context), _tasks(context), _throughput(context)
     return RunResult(
-        context.run.path, context.plan, context.results, scores, _peak_of(context), smoothing, *found, *measured
+        context.run.path,
+        context.plan,
+        context.results,
+        _perplexity(context),
+        _peak_of(context),
+        smoothing=_found(context, smooth.STAGE.name, smooth.MANIFEST),
+        experts=_experts(context),
+        allocation=_allocation(context),
+        sizes=_sizes(context),
+        tasks=_found(context, eval_tasks.STAGE.name, eval_tasks.RESULTS),
+        throughput=_found(context, throughput.STAGE.name, throughput.RESULTS),
     )
 
 
@@ -108,27 +115,22 @@ def _perplexity(context: Context) -> dict[str, Any] | None:
     return content
 
 
-def _smoothing(context: Context) -> dict[str, Any] | None:
-    """What stage smooth did: groups scaled by method, groups left by cause, what is rotated."""
-    if smooth.STAGE.name not in context.results:
-        return None
-    return read_json(context.folder(smooth.STAGE.name) / smooth.MANIFEST)
+def _found(context: Context, stage: str, file: str) -> dict[str, Any] | None:
+    """What a file of a stage that is up to date holds."""
+    return read_json(context.folder(stage) / file) if stage in context.results else None
 
 
 def _experts(context: Context) -> dict[str, Any] | None:
     """How many experts were observed, and which saw fewer than the least number of tokens."""
-    if calibrate.STAGE.name not in context.results:
-        return None
-    found: dict[str, Any] | None = read_json(context.folder(calibrate.STAGE.name) / calibrate.MANIFEST).get("experts")
-    return found
+    found = _found(context, calibrate.STAGE.name, calibrate.MANIFEST)
+    return None if found is None else found.get("experts")
 
 
 def _allocation(context: Context) -> dict[str, Any] | None:
     """What stage allocate chose: linears by scheme, bits a weight, and the budget."""
-    if allocate.STAGE.name not in context.results:
-        return None
-    found: dict[str, Any] = read_json(context.folder(allocate.STAGE.name) / allocate.RESULT)
-    return {key: found[key] for key in ("target", "bits_per_weight", "size", "error", "linears")}
+    found = _found(context, allocate.STAGE.name, allocate.RESULT)
+    keys = ("target", "bits_per_weight", "size", "error", "linears")
+    return None if found is None else {key: found[key] for key in keys}
 
 
 def _sizes(context: Context) -> dict[str, Any] | None:
@@ -138,20 +140,6 @@ def _sizes(context: Context) -> dict[str, Any] | None:
     from quantcli.pipeline.sizes import checkpoint_sizes
 
     return checkpoint_sizes(context)
-
-
-def _tasks(context: Context) -> dict[str, Any] | None:
-    """What came of each task: both models' metrics, and their difference."""
-    if eval_tasks.STAGE.name not in context.results:
-        return None
-    return read_json(context.folder(eval_tasks.STAGE.name) / eval_tasks.RESULTS)
-
-
-def _throughput(context: Context) -> dict[str, Any] | None:
-    """Speed and memory of both models in a serving engine."""
-    if throughput.STAGE.name not in context.results:
-        return None
-    return read_json(context.folder(throughput.STAGE.name) / throughput.RESULTS)
 
 
 def _peak_of(context: Context) -> int:

@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
-from quantcli.errors import NO_ACCESS, NO_ROOM, OutputError, QuantcliError, RoomError
+from quantcli.errors import NO_ACCESS, NO_ROOM, OutputError, QuantcliError, RoomError, lacks_memory, lacks_room
 from quantcli.model.checkpoint import file_digest, replacing
 from quantcli.model.npy_names import WEIGHTS
 
@@ -285,7 +285,7 @@ def room_errors(path: Path) -> Iterator[None]:
         raise RoomError("The memory is too small for one decoder block.", "Use a machine with more memory.") from error
     except OSError as error:
         place = error.filename or path
-        if error.errno in NO_ROOM:
+        if lacks_room(error):
             raise RoomError(
                 f"No room is left to write {place}.", "Free some and run again; finished work is kept."
             ) from error
@@ -294,12 +294,11 @@ def room_errors(path: Path) -> Iterator[None]:
         raise
     except RuntimeError as error:
         # torch reports a full disk and an exhausted device as RuntimeError
-        text = str(error)
-        if "No space left" in text:
+        if lacks_room(error):
             raise RoomError(f"No room is left to write below {path}.", "Free some and run again.") from error
-        if "out of memory" in text.lower() or "can't allocate memory" in text.lower():
+        if lacks_memory(error):
             raise RoomError(
-                f"The memory is too small: {text.splitlines()[0]}.", "Use --device cpu or a larger machine."
+                f"The memory is too small: {str(error).splitlines()[0]}.", "Use --device cpu or a larger machine."
             ) from error
         raise
 

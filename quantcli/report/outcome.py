@@ -105,8 +105,13 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         f"{scores['protocol']}, {_count(scores['windows'], 'window')} of {scores['sequence_length']}"
         f"{f' every {stride} tokens' if (stride := scores.get('stride')) else ''}, "
         f"{_count(scores['tokens'], 'token')}"
-        f"{', inputs rounded as by transformers' if scores.get('arithmetic') == 'transformers' else ''}",
+        f"{arithmetic_note(scores)}",
     )
+
+
+def arithmetic_note(scores: Mapping[str, Any]) -> str:
+    """What follows a protocol where inputs were not rounded as engines do."""
+    return ", inputs rounded as by transformers" if scores.get("arithmetic") == "transformers" else ""
 
 
 def _task_rows(task: str, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
