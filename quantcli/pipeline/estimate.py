@@ -12,7 +12,7 @@ from quantcli.model.structure import Linear, Structure
 from quantcli.pipeline.batches import BATCH_TOKENS
 from quantcli.recipe.quantization import WeightsSection
 from quantcli.recipe.schema import Recipe
-from quantcli.recipe.smoothing import SmoothSection
+from quantcli.recipe.smoothing import CLIPPING, SmoothSection
 
 # Resident memory of Python with torch and transformers loaded; measured on Linux, CPU build (BENCHMARKS.md).
 BASE_MEMORY = 420 << 20
@@ -29,10 +29,11 @@ SECONDS_A_WEIGHT = {
     "low_bit": 30e-9,
     "low_bit_sigma": 5e-9,
 }
-# Of smoothing, for a plain method; one that clips, which AWQ does for each of 20 scales; auto, which measures few.
-SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 350e-9)
+# Of smoothing, for a plain method; one that clips, which AWQ does for each of 20 scales; auto, which measures few; auto
+# that clips for each of those.
+SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 350e-9, 1000e-9)
 # What it holds of its widest group of linears in float32, in copies of its weights (on a block of 44 M weights).
-SMOOTHING_COPIES = (1.5, 5.5, 11.0)
+SMOOTHING_COPIES = (1.5, 5.5, 11.0, 11.0)
 # Of stage distill, measured on blocks of 3.5 M and 44 M weights in bfloat16, W8A8 and W4A16, within a fifth: bytes of
 # each value that a linear of a block reads or puts out, with float inputs and with quantized ones, whose codes are
 # floats with a gradient; and logits of both models with logarithms and gradients, model.stream.GRADED_BYTES at a time,
@@ -118,10 +119,9 @@ def with_trials(
 
 
 def _smoothing_cost(section: SmoothSection, quantized: Collection[tuple[Linear, WeightsSection]]) -> int:
-    """0 for a plain method, 1 for one that clips, 2 for auto."""
-    if section.method == "auto":
-        return 2
-    return section.method == "awq" and section.clip is not False and any(each.bits < 8 for _, each in quantized)
+    """0 for a plain method, 1 for one that clips, 2 for auto, 3 for auto that clips."""
+    few = section.method in CLIPPING and section.clip is not False and any(each.bits < 8 for _, each in quantized)
+    return 2 * (section.method == "auto") + few
 
 
 def _smoothing_memory(

@@ -24,6 +24,8 @@ NUMBERED: dict[str, SmoothingMethod] = {
 
 DEFAULT_ALPHA: dict[SmoothingMethod, float | None] = {"smoothquant": 0.5, "iterative": 0.9, "flex": None}
 """The methods that have an alpha; flex searches it."""
+CLIPPING: tuple[SmoothingMethod, ...] = ("auto", "awq")
+"""The methods that can search the clip of weights too."""
 AUTO_SAMPLES = 24
 """What method auto looks at of the calibration samples: with all 64 of the default it finds nothing better."""
 
@@ -79,8 +81,8 @@ class SmoothSection(Section):
     shift: bool = Field(default=False, description="Also move the middle of each channel into biases.")
     clip: bool | None = Field(
         default=None,
-        description="Method awq: also search the clip of the weights; null is true where weights alone are quantized, "
-        "below 8 bits.",
+        description="Methods awq and auto: also search the clip of the weights; null is true where weights alone are "
+        "quantized, below 8 bits.",
     )
     rotation: RotationSection | None = Field(
         default=None, validate_default=True, description="Rotate before smoothing; {} for all of it."
@@ -140,8 +142,8 @@ class SmoothSection(Section):
             )
         if self.beta is not None and self.method != "flex":
             raise refusal("beta", f"has no effect on method {self.method}", "Remove it or set method: flex.")
-        if self.clip is not None and self.method != "awq":
-            raise refusal("clip", f"has no effect on method {self.method}", "Remove it or set method: awq.")
+        if self.clip is not None and self.method not in CLIPPING:
+            raise refusal("clip", f"has no effect on method {self.method}", "Remove it or set method: awq or auto.")
         if self.folds is not None and len(set(self.folds)) < len(self.folds):
             raise refusal("folds", "names a kind twice", "Name each once.")
         return self
@@ -164,7 +166,7 @@ class SmoothSection(Section):
 
     def clips(self, weights: WeightsSection, activations: ActivationsSection) -> bool:
         """Whether the clip of weights that are quantized so is searched."""
-        default = self.method == "awq" and activations.bits == 16 and weights.bits < 8
+        default = self.method in CLIPPING and activations.bits == 16 and weights.bits < 8
         return default if self.clip is None else self.clip
 
     def described(self) -> str:

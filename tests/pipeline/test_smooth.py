@@ -449,11 +449,14 @@ def test_the_outcome_of_a_group_tells_what_scales_did_to_its_outliers(recipe: Ca
         assert outcome["error_before"] == without["error_before"] > 0
 
 
-def test_awq_clips_weights_when_they_are_quantized_and_not_in_the_float_model(recipe: Callable[..., Recipe]) -> None:
+@pytest.mark.parametrize("method", ["awq", "auto"])
+def test_weights_are_clipped_when_they_are_quantized_and_not_in_the_float_model(
+    method: str, recipe: Callable[..., Recipe]
+) -> None:
     """Bounds lie beside the scales, the codes come from bounded weights, and the smoothed model is as it was."""
     weights = {"bits": 4, "granularity": "group", "group_size": 16}
     quantize = {"weights": weights, "activations": {"bits": 16}}
-    asked = recipe("llama", {"method": "awq", "save_model": True}, quantize=quantize)
+    asked = recipe("llama", {"method": method, "save_model": True}, quantize=quantize)
     engine.run_recipe(load_recipe(asked), until="quantize")
     assert distance(asked) < EXACT
     clips = {name: bounds for name, bounds in scales(asked).items() if name.endswith(".clip")}
@@ -463,7 +466,7 @@ def test_awq_clips_weights_when_they_are_quantized_and_not_in_the_float_model(re
             linear, _, part = name.rpartition(".")
             if part in ("scale", "weight_scale") and f"{linear}.clip" in clips:
                 assert (scale.abs().float() * 8 <= clips[f"{linear}.clip"] * 1.01).all()
-    plain = recipe("llama", {"method": "awq", "clip": False}, quantize=quantize)
+    plain = recipe("llama", {"method": method, "clip": False}, quantize=quantize)
     smoothed(plain)
     assert not [name for name in scales(plain) if name.endswith(".clip")]
 

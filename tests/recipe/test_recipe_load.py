@@ -346,12 +346,14 @@ _any_method = {
 }
 _exponent = st.none() | st.floats(0, 1)
 _smooth = (
-    st.fixed_dictionaries({"method": st.sampled_from(["auto", "m2", "cbq"])}, optional=_any_method)
+    st.fixed_dictionaries({"method": st.sampled_from(["m2", "cbq"])}, optional=_any_method)
     | st.fixed_dictionaries(
         {"anti_method": st.sampled_from(["m1", "iterative"])}, optional=_any_method | {"alpha": _exponent}
     )
     | st.fixed_dictionaries({"method": st.just("flex")}, optional={"alpha": _exponent, "beta": _exponent})
-    | st.fixed_dictionaries({"method": st.just("awq")}, optional={"clip": st.none() | st.booleans()})
+    | st.fixed_dictionaries(
+        {"method": st.sampled_from(["auto", "awq"])}, optional=_any_method | {"clip": st.none() | st.booleans()}
+    )
     | st.fixed_dictionaries({"method": st.just("rotate")}, optional={"rotation": _rotation})
 )
 _recipes = st.fixed_dictionaries(

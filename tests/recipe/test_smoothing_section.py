@@ -99,7 +99,9 @@ def test_rotation_alone_needs_no_calibration() -> None:
         ("awq", {"bits": 3, "granularity": "group"}, {}, True),
         ("awq", {"bits": 8}, {}, False),
         ("awq", {"bits": 8}, {"bits": 8}, False),
-        ("auto", {"bits": 4}, {}, False),
+        ("auto", {"bits": 4}, {}, True),
+        ("auto", {"bits": 8}, {"bits": 8}, False),
+        ("auto", {"bits": 8}, {}, False),
         ("iterative", {"bits": 4}, {}, False),
     ],
 )
@@ -110,7 +112,7 @@ def test_the_clip_is_searched_where_few_bits_of_weights_are_all_there_is(
     recipe = load_recipe(content | {"smooth": {"method": method}})
     assert recipe.smooth is not None
     assert recipe.smooth.clips(recipe.quantize.weights, recipe.quantize.activations) == by_default
-    for said in (True, False) if method == "awq" else ():
+    for said in (True, False) if method in ("awq", "auto") else ():
         section = load_recipe(content | {"smooth": {"method": method, "clip": said}}).smooth
         assert section is not None
         assert section.clips(recipe.quantize.weights, recipe.quantize.activations) == said
@@ -128,7 +130,7 @@ def test_the_clip_is_searched_where_few_bits_of_weights_are_all_there_is(
         ("{method: m4, alpha: 1.5}", "smooth.alpha: is 1.5", "at most 1"),
         ("{method: m4, alpha: -0.1}", "smooth.alpha: is -0.1", "at least 0"),
         ("{method: m4, beta: 0.1}", "smooth.beta: has no effect on method iterative", "method: flex"),
-        ("{method: m4, clip: true}", "smooth.clip: has no effect on method iterative", "method: awq"),
+        ("{method: m4, clip: true}", "smooth.clip: has no effect on method iterative", "method: awq or auto"),
         ("{method: m4, folds: []}", "smooth.folds: is empty", "remove the key"),
         ("{method: m4, folds: [norm, norm]}", "smooth.folds: names a kind twice", "once"),
         ("{method: m4, folds: [norms]}", "smooth.folds[0]: is 'norms'", "Did you mean norm?"),
