@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantcli import __version__
 from quantcli.errors import OutputError, QuantcliError, RecipeError, RoomError, refusal_of_the_system
 
 # The base of what a wrong command line raises. Some versions of typer carry a click of their own, under another name.
@@ -26,7 +27,6 @@ _BROKEN_PIPE = 141  # as the shell reports a command whose reader has gone
 
 app = typer.Typer(
     name="quantcli",
-    help="Quantize a language model as a recipe says, export it for serving engines, and measure what it cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -44,6 +44,21 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, c
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, no messages; errors only.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Every event, and a traceback for every error.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Quantize a language model as a recipe says, export it for serving engines, and measure what it cost."""
 
 
 class _Interrupted(BaseException):

@@ -197,6 +197,12 @@ def test_the_schema_holds_for_the_shipped_recipes(quantcli: Any) -> None:
         jsonschema.validate(yaml.safe_load(quantcli("recipes", "show", name).out), schema)
 
 
+def test_the_version(quantcli: Any) -> None:
+    assert quantcli("--version") == (0, f"quantcli {api.__version__}\n", "")
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{api.__version__}"' in project
+
+
 def test_help_names_every_command(quantcli: Any) -> None:
     out = quantcli("--help").out
     commands = ["run", "plan", "smooth", "calibrate", "sensitivity", "search", "quantize", "export", "eval-ppl"]
