@@ -281,7 +281,7 @@ def convert(
     if as_json:
         _print_json(found)
     else:
-        console.show_facts(f"{output} is in order", {key: value for key, value in found.items() if value is not None})
+        console.show_facts(f"{output} is in order", found)
 
 
 @app.command()

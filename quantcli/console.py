@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from quantcli.report.numbers import size
 from quantcli.report.outcome import arithmetic_note, outcome_rows, scheme_rows
 
 if TYPE_CHECKING:
@@ -294,13 +295,25 @@ def show_report(found: Mapping[str, Any]) -> None:
 
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """A two-column table."""
+    """A two-column table, in words; what is None is left out."""
     table = Table(title=Text(title) if title else None, title_justify="left", show_header=False)
     table.add_column(overflow="fold", no_wrap=False)
     table.add_column(overflow="fold")
-    for label, value in facts.items():
-        _add(table, str(label), str(value))
+    for key, value in facts.items():
+        if value is not None:
+            _add(table, *_in_words(key, value))
     Console().print(table)
+
+
+def _in_words(key: str, value: Any) -> tuple[str, str]:
+    """A fact of a JSON document as a person reads it; its name may stand behind that of a format."""
+    before, _, name = key.rpartition(": ")
+    text = ", ".join(f"{count} × {what}" for what, count in value.items()) if isinstance(value, Mapping) else str(value)
+    if name in ("bytes", "nbytes"):
+        name, text = "size", size(value)
+    elif name == "prompt":
+        name, text = "fixed prompt", f"log-likelihood {value:.4f} a token"
+    return f"{before}: " * bool(before) + name.replace("_", " "), text
 
 
 def _add(table: Table, *cells: str) -> None:

@@ -243,15 +243,29 @@ def test_a_checkpoint_is_scored_without_a_run(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_convert_says_what_it_wrote(quantcli: Any, finished: Path, tmp_path: Path) -> None:
+def test_convert_says_what_it_wrote(
+    quantcli: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["convert", finished / "export" / "compressed-tensors", "--to", "ascend", "--output", tmp_path / "new"]
     content = json.loads(quantcli(*words, "--json").out)
     assert (content["format"], content["linears"]) == ("compressed-tensors → ascend", 21)
     assert content["schemes"] == {"W8A8 static": 21}
     assert quantcli("verify", tmp_path / "new").status == 0
-    shown = quantcli(*words, "--overwrite").out
-    assert "is in order" in " ".join(shown.split())  # the table wraps a long path
-    assert "left_out" not in shown
+    monkeypatch.setenv("COLUMNS", "300")
+    title, *lines = quantcli(*words, "--overwrite").out.splitlines()
+    assert title.strip() == f"{tmp_path / 'new'} is in order"
+    rows = dict([cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│"))
+    assert rows == {
+        "output": str(tmp_path / "new"),
+        "format": "compressed-tensors → ascend",
+        "schemes": "21 × W8A8 static",
+        "linears": "21",
+        "other tensors": str(content["other_tensors"]),
+        "fixed prompt": f"log-likelihood {content['prompt']:.4f} a token",
+        "size": f"{content['bytes'] / 1e3:.1f} kB",
+    }
+    to_dense = ["convert", tmp_path / "new", "--to", "dense", "--output", tmp_path / "dense"]
+    assert "quantized inputs of linears" in quantcli(*to_dense).out
 
 
 METRICS = ["range_parm", "kurtosis", "quantile", "output_error", "block_error"]
