@@ -90,9 +90,12 @@ def _interrupt(number: int, _frame: object) -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run a command, say what goes wrong on standard error, and return the exit status."""
-    # Set before torch or transformers is imported: no process here needs their progress bars or forked tokenizers.
+    # Set before the libraries are imported: none of their progress bars, forked tokenizers, or messages beside ours.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.model.checkpoint import read_json
+from quantcli.model.hub import hub_asked
 from quantcli.model.untrusted import check_texts
 from quantcli.pipeline.rundir import is_run, room_errors
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
@@ -40,7 +41,7 @@ def locate_model(section: ModelSection, *, weights: bool = True, listener: Liste
             f"There is no model at {path}.",
             "Check model.path or --model; in a recipe relative paths start at its file.",
         )
-    return _from_hub(section.path, section.revision, weights)
+    return _from_hub(section.path, section.revision, weights, listener)
 
 
 def require_checkpoint(path: Path, *, scored: bool = False) -> None:
@@ -93,17 +94,22 @@ def _converted(file: Path, dtype: str, listener: Listener | None) -> Path:
     return destination
 
 
-def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
+def _from_hub(name: str, revision: str | None, weights: bool, listener: Listener | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = CONFIGURATION_FILES + (["*.safetensors"] if weights else [])
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(f"There is no directory {name}, and the hub gives no such model: "
-                         f"{str(error).splitlines()[0].rstrip('.')}.",
-                         "Check the name, the network, and `hf auth login` for gated models.") from error  # fmt: skip
+    with hub_asked() as obstacle:
+        if listener is not None and not obstacle:
+            listener({"event": "note", "stage": "", "text": f"What is not there yet of {name} comes from the hub."})
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            said = f"the hub gives no such model: {str(error).splitlines()[0].rstrip('.')}"
+            if obstacle:
+                said = f"{obstacle}, nor is all of it in the hub's cache"
+            remedy = "Check the name, the network, and `hf auth login` for gated models."
+            raise ModelError(f"There is no directory {name}, and {said}.", remedy) from error
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:

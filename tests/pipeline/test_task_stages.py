@@ -17,7 +17,7 @@ from tiny_models import save_tiny_model, tiny_tokenizer
 import quantcli
 from quantcli.errors import DataError, RecipeError, RoomError
 from quantcli.evaluation.tasks import boolq_choices
-from quantcli.pipeline import whole
+from quantcli.pipeline import harness, whole
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.sequences import Model, _padded
 from quantcli.pipeline.stages.eval_ppl import exported_model
@@ -265,6 +265,20 @@ def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_pat
             assert found["metrics"][metric][name]["value"] == pytest.approx(wanted[f"{metric},none"])
     assert found["questions"] == len(rows)
     assert {name for name, metric in found["metrics"].items() if metric.get("lower_is_better")} == {"acc_norm"}
+
+
+def test_questions_that_only_the_hub_has_are_missed_in_our_words(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(harness, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False))
+    place = tmp_path / "tasks"
+    place.mkdir()
+    (place / "far.yaml").write_text("task: far\ndataset_path: some-org/far\noutput_type: multiple_choice\n")
+    with pytest.raises(DataError, match=r"the questions of far cannot be had: HF_HUB_OFFLINE is set\. Check the net"):
+        quantcli.run(changed(recipe, evaluate={"tasks": [{"task": "lm-eval/far", "path": str(place)}]}))
 
 
 def test_a_task_that_generates_says_how_far_it_is_and_is_what_the_harness_finds(
