@@ -194,8 +194,9 @@ class StageFolder:
             for file in named or list(self.path.glob(pattern)):
                 if file.is_file() or file.is_symlink():
                     file.unlink()
-                    if file.parent != self.path and not any(file.parent.iterdir()):
-                        file.parent.rmdir()
+                    for folder in file.parents[: len(file.relative_to(self.path).parts) - 1]:
+                        if not any(folder.iterdir()):
+                            folder.rmdir()
 
     def _write(self, *, complete: bool) -> None:
         content: dict[str, Any] = {

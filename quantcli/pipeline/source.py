@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.model.checkpoint import read_json
 from quantcli.model.hub import hub_asked
-from quantcli.model.untrusted import check_texts
+from quantcli.model.untrusted import check_texts, checkpoint_entries
 from quantcli.pipeline.rundir import is_run, room_errors
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
 from quantcli.recipe.schema import ModelSection
@@ -132,8 +132,8 @@ def model_identity(directory: Path) -> dict[str, object]:
 
     Times stand in for contents, as with make: hashing the weights of a 70B model would cost minutes on every run.
     """
-    files = sorted(file for file in directory.iterdir() if file.is_file() and not file.name.startswith("."))
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    files = [file for file in checkpoint_entries(directory) if file.is_file() and not file.name.startswith(".")]
+    return {file.relative_to(directory).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def known_positions(model: Path) -> int | None:
