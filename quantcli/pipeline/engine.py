@@ -130,8 +130,7 @@ def run_recipe(
         require_engine(recipe, plan)
     with open_run(path, model) as run:
         context = Context(recipe, model, plan, run, device, listener, ranking=until == sensitivity.STAGE.name)
-        if run.write_recipe(resolved_yaml(recipe)):
-            context.emit("note", text=f"{path / RECIPE} was edited since the last run; it is now {EDITED_RECIPE}.")
+        _write_recipe(context, recipe)
         run.record |= {
             "layout": LAYOUT,
             "model": str(model),
@@ -199,6 +198,14 @@ def _bring_up_to_date(context: Context, until: str | None) -> None:
                 continue
             if stage.settle is not None:
                 stage.settle(context)
+            if stage.plain is not None:
+                _write_recipe(context, stage.plain(context), stage.name)
+
+
+def _write_recipe(context: Context, recipe: Recipe, stage: str = "") -> None:
+    if context.run.write_recipe(resolved_yaml(recipe), stage):
+        path = context.folder(stage) / RECIPE
+        context.emit("note", text=f"{path} was edited since the last run; it is now {EDITED_RECIPE}.")
 
 
 def _fingerprint(identity: list[Any]) -> str:
