@@ -142,6 +142,7 @@ class Stage:
     given, says what the files in one of its folders depend on in the place of `identity`: such folders stay when the
     recipe no longer names them, unless what they come from has changed. `plain`, where given, is the recipe that says
     by itself what the stage found; it is written in every run, since sections that the stage does not read may change.
+    `unfinished`, where given, says whether a stage that is up to date left something out that it can do by now.
     """
 
     name: str
@@ -154,3 +155,4 @@ class Stage:
     settle: Callable[[Context], None] | None = None
     part: Callable[[Context, str], dict[str, Any]] | None = None
     plain: Callable[[Context], Recipe] | None = None
+    unfinished: Callable[[Context], bool] | None = None

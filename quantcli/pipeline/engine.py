@@ -238,14 +238,17 @@ def _reused(context: Context, stage: Stage, fingerprint: str) -> bool:
 
 
 def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[[str], str]) -> None:
+    again = False
     if _reused(context, stage, fingerprint):
-        context.emit("reused")
-        return
+        again = stage.unfinished is not None and stage.unfinished(context)
+        if not again:
+            context.emit("reused")
+            return
     folder = context.run.stage(stage.name)
     records = context.run.record["stages"]
     started = time.perf_counter()
     # what this one has no events of, an interrupted run before it has
-    context.emit("started", resumed=folder.begun(fingerprint))
+    context.emit("started", resumed=folder.begun(fingerprint) and not again)
     for name in _readers(stage.name) & records.keys():
         del records[name]  # what a change has made out of date is no result of this run any more
     context.run.write_record()
