@@ -15,11 +15,12 @@ from run_contexts import changed, opened
 from tiny_models import save_tiny_model, tiny_tokenizer
 
 import quantcli
-from quantcli.errors import DataError, RecipeError, RoomError
+from quantcli.errors import DataError, ModelError, RecipeError, RoomError
 from quantcli.evaluation.tasks import boolq_choices
 from quantcli.pipeline import harness, whole
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.sequences import Model, _padded
+from quantcli.pipeline.stages import check
 from quantcli.pipeline.stages.eval_ppl import exported_model
 from quantcli.pipeline.tasks import NEW_TOKENS, questions_of, run_task
 from quantcli.recipe import load_recipe
@@ -223,6 +224,24 @@ def test_questions_that_are_not_there_are_refused_at_once(recipe: Recipe, tmp_pa
 def test_tasks_that_make_no_sense_are_refused(recipe: Recipe, tasks: list[Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         load_recipe(changed(recipe, evaluate={"tasks": tasks}))
+
+
+def test_a_model_that_is_only_asked_tasks_is_checked_on_the_text_at_hand(
+    recipe: Recipe, boolq: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that gives too many tokens spoils tasks as it spoils a perplexity."""
+    monkeypatch.setattr(check, "MOST_TOKENS_A_WORD", 1.0)
+    recipe = changed(recipe, evaluate={"tasks": [{"task": "boolq", "path": str(boolq), "limit": 2}]})
+    with pytest.raises(ModelError, match="tokens a word; sane ones need"):
+        quantcli.run(changed(recipe, model__sanity_check="stop"))
+    assert not (Path(recipe["output"]) / "reference-tasks").exists()
+    outcome = quantcli.run_stage("reference-tasks", recipe)  # which only warns
+    assert list(outcome.stages) == ["check", "reference-tasks"]
+    found = json.loads((outcome.path / "check" / "sanity.json").read_text())
+    assert found["tokens"] == 256  # as many as the model has positions for
+    assert found["tokens_per_word"] > 1
+    without = changed(recipe, model__sanity_check="off")
+    assert "check" not in quantcli.run_stage("quantize", without | {"output": recipe["output"] + "-off"}).stages
 
 
 def harness_task(place: Path, name: str, rows: list[dict[str, Any]], rest: str) -> Path:
