@@ -194,8 +194,9 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
     for row in rows if verbose else _joined(rows, prefix):
         _add(table, *row)
     console.print(table)
-    for note in plan.notes:
-        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+    for kind, texts in (("Note", plan.notes), ("Warning", plan.warnings)):
+        for text in texts:
+            console.print(f"{kind}: {text}", markup=False, highlight=False, soft_wrap=True)
     show_facts("", {
         **({"smoothing": plan.smoothing} if plan.smoothing else {}),
         "size": f"{plan.size_before / 1e9:.3f} GB → {plan.size_after / 1e9:.3f} GB "

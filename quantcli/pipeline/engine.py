@@ -7,7 +7,8 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,13 @@ from quantcli.pipeline.rundir import (
     open_run,
     room_errors,
 )
-from quantcli.pipeline.source import known_positions, locate_model, model_identity, require_positions
+from quantcli.pipeline.source import (
+    beyond_positions,
+    known_positions,
+    locate_model,
+    model_identity,
+    require_positions,
+)
 from quantcli.pipeline.stages import (
     allocate,
     calibrate,
@@ -87,8 +94,12 @@ _VERSIONED = ("quantcli", "torch", "transformers", "compressed-tensors")
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
-    """What the recipe would do, from configuration files alone."""
-    plan = _plan(recipe, locate_model(recipe.model, weights=False))
+    """What the recipe would do, from configuration files alone; `warnings` are what a run of it would refuse that
+    depends on the model's size, so that a plan of a small one still shows the rest."""
+    model = locate_model(recipe.model, weights=False)
+    plan = _plan(recipe, model)
+    refused = [beyond_positions(model, key, section) for key, section in _sequences(recipe, None)]
+    plan = replace(plan, warnings=tuple(f"A run refuses this: {error}" for error in refused if error is not None))
     if recipe.evaluate is not None and recipe.evaluate.throughput is not None:
         require_engine(recipe, plan)
     return plan
@@ -365,10 +376,16 @@ def _measured_on(recipe: Recipe, until: str | None) -> PerplexitySection | None:
 
 def _require_positions(recipe: Recipe, model: Path, until: str | None) -> None:
     """Refuse sequences that are longer than the model has positions for, of the sections that stage `until` needs."""
-    calibration = recipe.calibration if reads_calibration(recipe) else None
-    for key, section in (("calibration", calibration), ("evaluate.perplexity", _measured_on(recipe, until))):
-        if section is not None:
-            require_positions(model, key, section)
+    for key, section in _sequences(recipe, until):
+        require_positions(model, key, section)
+
+
+def _sequences(recipe: Recipe, until: str | None) -> Iterator[tuple[str, CalibrationSection | PerplexitySection]]:
+    """The sections, by their keys, whose text stage `until` needs."""
+    if recipe.calibration is not None and reads_calibration(recipe):
+        yield "calibration", recipe.calibration
+    if (section := _measured_on(recipe, until)) is not None:
+        yield "evaluate.perplexity", section
 
 
 def choose_device(wanted: str) -> str:

@@ -146,16 +146,23 @@ def known_positions(model: Path) -> int | None:
     return None
 
 
-def require_positions(model: Path, key: str, section: CalibrationSection | PerplexitySection) -> None:
-    """Raise RecipeError for sequences that are longer than the model has positions for."""
+def beyond_positions(model: Path, key: str, section: CalibrationSection | PerplexitySection) -> RecipeError | None:
+    """What is wrong with sequences that are longer than the model has positions for; None if they are not."""
     longest = known_positions(model)
     # windows of protocol lm-eval hold one token more: the last that is predicted
     extra = int(isinstance(section, PerplexitySection) and section.protocol == "lm-eval")
-    if longest is not None and section.sequence_length > longest - extra:
-        raise RecipeError(
-            f"{key}.sequence_length: is {section.sequence_length}, and the model has {longest} positions.",
-            f"Set it to {longest - extra} or less.",
-        )
+    if longest is None or section.sequence_length <= longest - extra:
+        return None
+    return RecipeError(
+        f"{key}.sequence_length: is {section.sequence_length}, and the model has {longest} positions.",
+        f"Set it to {longest - extra} or less.",
+    )
+
+
+def require_positions(model: Path, key: str, section: CalibrationSection | PerplexitySection) -> None:
+    """Raise RecipeError for such sequences."""
+    if (error := beyond_positions(model, key, section)) is not None:
+        raise error
 
 
 def require_known_tokens(samples: Sequence[Sequence[int]], vocabulary: int) -> None:

@@ -101,6 +101,24 @@ def test_a_plan_of_a_copied_recipe_needs_no_output(quantcli: Any, tiny_llama: Pa
     assert quantcli("run", tmp_path / "w8a16.yaml", "--model", tiny_llama).status == 2
 
 
+def test_a_plan_warns_of_sequences_that_a_run_refuses(quantcli: Any, recipe_file: RecipeFile) -> None:
+    file = recipe_file(**{"calibration.sequence_length": 300, "evaluate.perplexity.sequence_length": 257})
+    warnings = json.loads(quantcli("plan", file, "--json").out)["warnings"]
+    assert [[word for word in text.replace(",", "").split() if word.isdigit()] for text in warnings] == [
+        ["300", "256", "256"],
+        ["257", "256", "256"],
+    ]
+    shown = quantcli("plan", file)
+    assert shown.status == 0
+    lines = shown.out.splitlines()
+    assert [line for line in lines if line.startswith("Warning")] == [f"Warning: {text}" for text in warnings]
+    refused = quantcli("run", file)
+    assert refused.status == 2
+    assert refused.err.strip() == warnings[0].removeprefix("A run refuses this: ")
+    fits = quantcli("plan", recipe_file(**{"evaluate.perplexity.sequence_length": 256}), "--json")
+    assert json.loads(fits.out)["warnings"] == []
+
+
 def test_the_plan_foretells_the_size(finished: Path) -> None:
     """Exactly, but for the headers of the files."""
     plan = api.plan(finished / "recipe.yaml")
