@@ -199,7 +199,7 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
             console.print(f"{kind}: {text}", markup=False, highlight=False, soft_wrap=True)
     show_facts("", {
         **({"smoothing": plan.smoothing} if plan.smoothing else {}),
-        "size": f"{plan.size_before / 1e9:.3f} GB → {plan.size_after / 1e9:.3f} GB "
+        "size": f"{size(plan.size_before)} → {size(plan.size_after)} "
                 f"({plan.size_after / plan.size_before - 1:+.0%}), {plan.bits_per_weight:.2f} bits a quantized weight",
         "peak memory": f"about {plan.estimate.memory / 1e9:.1f} GB",
         "time": f"about {plan.estimate.seconds:.0f} s, with {plan.estimate.tokens} tokens run through the model",
@@ -239,10 +239,10 @@ def show_sensitivity(found: Mapping[str, Any], top: int) -> None:
     table = Table(title=Text(title), title_justify="left")
     table.add_column("linear", no_wrap=True)  # a name is what the table is for: others give way
     for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(column.replace("_", "_\n"), justify="right", overflow="fold")
     for row in rows[:top]:
         name = f"…{row['name'].removeprefix(prefix)}" if prefix else row["name"]
-        _add(table, name, *(f"{row[c]:.4g}" if row.get(c) is not None else "" for c in columns))
+        _add(table, name, *(f"{row[c]:.3g}" if row.get(c) is not None else "" for c in columns))
     console.print(table)
     lines = ["quantize:", "  rollback:", "    names:", *(f"      - {row['name']}" for row in rows[:top])]
     for line in lines:

@@ -39,6 +39,8 @@ def verify_path(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any
     run = resolved.parent.parent
     if resolved.parent.name == "export" and is_run(run):
         return _verify_run(run, resolved.name)
+    if not path.exists():
+        raise RecipeError(f"There is nothing at {path}.", "Check the path.")
     if not any((path / name).is_file() for name in ("config.json", SUMS)):
         raise RecipeError(f"{path} is neither a run directory nor a checkpoint.", where_checkpoints_are(path))
     return _verify_alone(path, trust_remote_code)
@@ -155,7 +157,7 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     try:
         structure, checkpoint, weights = open_checkpoint(path, trust_remote_code=trust_remote_code)
         if checkpoint.form is None:
-            raise VerificationError(f"{path} is not a quantized checkpoint.", "Name a run, or one of its exports.")
+            raise RecipeError(f"{path} is not a quantized checkpoint.", "Name a run, or one of its exports.")
         for name in checkpoint.schemes:
             stored = _check_linear(checkpoint, name)
             if checkpoint.form.NAME in FORMS:

@@ -319,7 +319,7 @@ def test_sensitivity_ranks_every_linear(
 
     outcome = quantcli("sensitivity", file, "--top", "3")
     assert "3 of 21 linears, by range_parm" in outcome.out
-    assert f"{rows[0]['range_parm']:.4g}" in outcome.out
+    assert f"{rows[0]['range_parm']:.3g}" in outcome.out
     pasted = tmp_path / "pasted.yaml"
     pasted.write_text(pasted_block(outcome.out))
     plan = api.plan(pasted, model=json.loads(file.read_text())["model"]["path"], output=str(tmp_path / "out"))
