@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quantcli import __version__
 from quantcli.errors import OutputError, QuantcliError, RecipeError, RoomError, refusal_of_the_system
 
 # The base of what a wrong command line raises. Some versions of typer carry a click of their own, under another name.
@@ -26,7 +27,6 @@ _BROKEN_PIPE = 141  # as the shell reports a command whose reader has gone
 
 app = typer.Typer(
     name="quantcli",
-    help="Quantize a language model as a recipe says, export it for serving engines, and measure what it cost.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -44,6 +44,21 @@ DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, c
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, no messages; errors only.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Every event, and a traceback for every error.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantcli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Quantize a language model as a recipe says, export it for serving engines, and measure what it cost."""
 
 
 class _Interrupted(BaseException):
@@ -75,9 +90,12 @@ def _interrupt(number: int, _frame: object) -> None:
 
 def run_command(arguments: Sequence[str]) -> int:
     """Run a command, say what goes wrong on standard error, and return the exit status."""
-    # Set before torch or transformers is imported: no process here needs their progress bars or forked tokenizers.
+    # Set before the libraries are imported: none of their progress bars, forked tokenizers, or messages beside ours.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for library in ("TRANSFORMERS", "HF_HUB", "DATASETS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for library in ("HF_HUB", "HF_DATASETS"):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     try:
@@ -266,7 +284,7 @@ def convert(
     if as_json:
         _print_json(found)
     else:
-        console.show_facts(f"{output} is in order", {key: value for key, value in found.items() if value is not None})
+        console.show_facts(f"{output} is in order", found)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from quantcli.report.numbers import size
 from quantcli.report.outcome import arithmetic_note, outcome_rows, scheme_rows
 
 if TYPE_CHECKING:
@@ -193,11 +194,12 @@ def show_plan(plan: Plan, *, verbose: bool) -> None:
     for row in rows if verbose else _joined(rows, prefix):
         _add(table, *row)
     console.print(table)
-    for note in plan.notes:
-        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+    for kind, texts in (("Note", plan.notes), ("Warning", plan.warnings)):
+        for text in texts:
+            console.print(f"{kind}: {text}", markup=False, highlight=False, soft_wrap=True)
     show_facts("", {
         **({"smoothing": plan.smoothing} if plan.smoothing else {}),
-        "size": f"{plan.size_before / 1e9:.3f} GB → {plan.size_after / 1e9:.3f} GB "
+        "size": f"{size(plan.size_before)} → {size(plan.size_after)} "
                 f"({plan.size_after / plan.size_before - 1:+.0%}), {plan.bits_per_weight:.2f} bits a quantized weight",
         "peak memory": f"about {plan.estimate.memory / 1e9:.1f} GB",
         "time": f"about {plan.estimate.seconds:.0f} s, with {plan.estimate.tokens} tokens run through the model",
@@ -237,10 +239,10 @@ def show_sensitivity(found: Mapping[str, Any], top: int) -> None:
     table = Table(title=Text(title), title_justify="left")
     table.add_column("linear", no_wrap=True)  # a name is what the table is for: others give way
     for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(column.replace("_", "_\n"), justify="right", overflow="fold")
     for row in rows[:top]:
         name = f"…{row['name'].removeprefix(prefix)}" if prefix else row["name"]
-        _add(table, name, *(f"{row[c]:.4g}" if row.get(c) is not None else "" for c in columns))
+        _add(table, name, *(f"{row[c]:.3g}" if row.get(c) is not None else "" for c in columns))
     console.print(table)
     lines = ["quantize:", "  rollback:", "    names:", *(f"      - {row['name']}" for row in rows[:top])]
     for line in lines:
@@ -294,13 +296,25 @@ def show_report(found: Mapping[str, Any]) -> None:
 
 
 def show_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """A two-column table."""
+    """A two-column table, in words; what is None is left out."""
     table = Table(title=Text(title) if title else None, title_justify="left", show_header=False)
     table.add_column(overflow="fold", no_wrap=False)
     table.add_column(overflow="fold")
-    for label, value in facts.items():
-        _add(table, str(label), str(value))
+    for key, value in facts.items():
+        if value is not None:
+            _add(table, *_in_words(key, value))
     Console().print(table)
+
+
+def _in_words(key: str, value: Any) -> tuple[str, str]:
+    """A fact of a JSON document as a person reads it; its name may stand behind that of a format."""
+    before, _, name = key.rpartition(": ")
+    text = ", ".join(f"{count} × {what}" for what, count in value.items()) if isinstance(value, Mapping) else str(value)
+    if name in ("bytes", "nbytes"):
+        name, text = "size", size(value)
+    elif name == "prompt":
+        name, text = "fixed prompt", f"log-likelihood {value:.4f} a token"
+    return f"{before}: " * bool(before) + name.replace("_", " "), text
 
 
 def _add(table: Table, *cells: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from quantcli.calibration.builtin_text import builtin_documents
 from quantcli.errors import DataError
+from quantcli.model.hub import hub_asked
 
 DEFAULT_FIELDS = ("text", "prompt", "inputs_pretokenized", "content")
 PROMPT_FIELDS = ("prompt", "inputs_pretokenized")
@@ -348,13 +349,15 @@ def _hub_table(name: str, config: str | None, split: str) -> Any:
             f"Reading the hub data set {name} needs the datasets library.",
             'Install it: pip install "quantcli[hub]", or set path to a local copy.',
         ) from error
-    try:
-        return load_dataset(name, config, split=split)
-    except Exception as error:  # whatever network, cache, hub and data set reader raise
-        raise DataError(
-            f"The hub data set {name}, split {split}, cannot be read: {_first_line(error)}.",
-            "Check name, split and network, or set path to a local copy.",
-        ) from error
+    with hub_asked() as obstacle:
+        try:
+            return load_dataset(name, config, split=split)
+        except Exception as error:  # whatever network, cache, hub and data set reader raise
+            reason = f"{obstacle}, and no earlier copy is here" if obstacle else _first_line(error)
+            raise DataError(
+                f"The hub data set {name}, split {split}, cannot be read: {reason}.",
+                "Check name, split and network, or set path to a local copy.",
+            ) from error
 
 
 def _hub_split(split: str) -> str:

@@ -25,7 +25,7 @@ from quantcli.model.checkpoint import Checkpoint, TensorEntry, file_digest, read
 from quantcli.model.folding import added_tensors
 from quantcli.model.names import checkpoint_prefix
 from quantcli.model.structure import Linear, Structure
-from quantcli.model.untrusted import check_links
+from quantcli.model.untrusted import check_links, checkpoint_entries
 from quantcli.model.workers import linear_workers
 from quantcli.model.writer import (
     DTYPE_NAMES,
@@ -140,8 +140,9 @@ def _write(
     *others, (name, config) = documents.items()
     digests = {name: sha256(config.encode()).hexdigest()}
     for file, digest in chain(weights, _beside(folder, dict(others), origin)):
-        digests[file.name] = digest or file_digest(file)
-        yield file, digests[file.name]
+        name_below = file.relative_to(folder).as_posix()
+        digests[name_below] = digest or file_digest(file)
+        yield file, digests[name_below]
     yield write_sums(folder, digests), ""
     yield _write_text(folder / name, config), digests[name]
 
@@ -265,10 +266,10 @@ def _producer(pieces: Mapping[str, _Piece]) -> Callable[[str], Tensor]:
 
 
 def companions(origin: Path) -> list[Path]:
-    """What of a model directory an export copies: tokenizer, chat template, generation settings, licence and code
+    """What of a model directory an export copies: tokenizer, chat templates, generation settings, licence and code
     files, whatever stands beside the weights. Raises ModelError for a link that leads out of the model."""
     found = []
-    for file in sorted(origin.iterdir()):
+    for file in checkpoint_entries(origin):
         wanted = file.suffix in _COPIED or file.name.upper().startswith("LICEN")
         described = file.name.startswith("quant_model_description")
         own = described or file.name in _NOT_COPIED or file.name.endswith(".safetensors.index.json")
@@ -281,9 +282,11 @@ def companions(origin: Path) -> list[Path]:
 def _copy_companions(origin: Path, folder: Path, written: set[str]) -> Iterator[tuple[Path, str]]:
     for file in companions(origin):
         if file.name not in written:
-            with replacing(folder / file.name) as temporary:
+            copy = folder / file.relative_to(origin)
+            copy.parent.mkdir(exist_ok=True)
+            with replacing(copy) as temporary:
                 shutil.copyfile(file, temporary)
-            yield folder / file.name, ""
+            yield copy, ""
 
 
 def _documents(form: ModuleType, store: Store, source: Source, owners: Mapping[str, str | None]) -> dict[str, str]:

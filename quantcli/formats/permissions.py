@@ -21,5 +21,6 @@ def restricted(folder: Path, files: Iterator[tuple[Path, str]]) -> Iterator[tupl
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(FOLDER)
     for file, digest in files:
+        file.parent.chmod(FOLDER)
         file.chmod(WEIGHTS if file.suffix in WEIGHT_SUFFIXES else OTHERS)
         yield file, digest

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from quantcli.errors import ModelError, VerificationError
 from quantcli.model.checkpoint import file_digest, replacing
-from quantcli.model.untrusted import MAXIMUM_JSON_BYTES, read_regular
+from quantcli.model.untrusted import MAXIMUM_JSON_BYTES, TEMPLATES, checkpoint_entries, read_regular
 
 SUMS = "SHA256SUMS"
-_LINE = re.compile(r"([0-9a-f]{64})  ([^/\0\n]+)\n")
+_LINE = re.compile(rf"([0-9a-f]{{64}})  ((?:{TEMPLATES}/)?[^/\0\n]+)\n")
 _READ_BY_ENGINES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".npy", ".json", ".jinja", ".model", ".py"}
 
 
@@ -57,6 +57,6 @@ def check_digests(folder: Path, digests: Mapping[str, str], remedy: str = "") ->
 
 def check_strangers(folder: Path, names: Collection[str]) -> None:
     """Raise VerificationError for a file that an engine may read and that is none of `names`."""
-    for file in sorted(folder.iterdir()):
-        if file.name not in names and file.suffix in _READ_BY_ENGINES:
+    for file in checkpoint_entries(folder):
+        if file.relative_to(folder).as_posix() not in names and file.suffix in _READ_BY_ENGINES:
             raise VerificationError(f"{file} was not exported, and engines may read it.", "Move it elsewhere.")

@@ -25,6 +25,15 @@ _READ_WHOLE = re.compile(
 )
 
 
+TEMPLATES = "additional_chat_templates"
+"""The folder of chat templates beside the first, as transformers has it."""
+
+
+def checkpoint_entries(directory: Path) -> list[Path]:
+    """What lies in the directory of a checkpoint, and in the folder of its further chat templates."""
+    return [*sorted(directory.iterdir()), *sorted((directory / TEMPLATES).glob("*.jinja"))]
+
+
 def read_regular(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises ModelError for any other, with the place."""
     try:
@@ -70,7 +79,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def check_texts(directory: Path) -> None:
     """Raise ModelError for a file beside the weights that transformers may read whole and that is not regular or is
     larger than MAXIMUM_JSON_BYTES. Folders are left alone, and so are links to nothing."""
-    for file in sorted(directory.iterdir()):
+    for file in checkpoint_entries(directory):
         if not _READ_WHOLE.fullmatch(file.name):
             continue
         try:

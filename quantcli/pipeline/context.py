@@ -140,7 +140,9 @@ class Stage:
     `writes` are glob patterns of all its files, finished or not; `run` does the work and records each finished file.
     `settle`, where given, brings what the stage found into the plan, whether it ran or was up to date. `part`, where
     given, says what the files in one of its folders depend on in the place of `identity`: such folders stay when the
-    recipe no longer names them, unless what they come from has changed.
+    recipe no longer names them, unless what they come from has changed. `plain`, where given, is the recipe that says
+    by itself what the stage found; it is written in every run, since sections that the stage does not read may change.
+    `unfinished`, where given, says whether a stage that is up to date left something out that it can do by now.
     """
 
     name: str
@@ -152,3 +154,5 @@ class Stage:
     guards: tuple[str, ...] = ()
     settle: Callable[[Context], None] | None = None
     part: Callable[[Context, str], dict[str, Any]] | None = None
+    plain: Callable[[Context], Recipe] | None = None
+    unfinished: Callable[[Context], bool] | None = None

@@ -15,6 +15,7 @@ from quantcli.formats.permissions import FOLDER
 from quantcli.formats.sums import SUMS
 from quantcli.formats.table import FORMATS
 from quantcli.model.checkpoint import clear_leftovers
+from quantcli.model.untrusted import checkpoint_entries
 from quantcli.pipeline.held import model_unheld, split_siblings, unheld
 from quantcli.pipeline.rundir import is_run, removal_rank, room_errors
 from quantcli.pipeline.source import require_checkpoint
@@ -149,5 +150,8 @@ def _move(temporary: Path, output: Path) -> None:
     (temporary / SUMS).replace(output / SUMS)
     for file in sorted(_replaced(output) - {output / SUMS}, key=removal_rank):
         file.unlink()
-    for file in sorted(temporary.iterdir(), key=removal_rank, reverse=True):
-        file.replace(output / file.name)
+    files = [file for file in checkpoint_entries(temporary) if file.is_file()]
+    for file in sorted(files, key=removal_rank, reverse=True):
+        place = output / file.relative_to(temporary)
+        place.parent.mkdir(mode=file.parent.stat().st_mode & 0o777, exist_ok=True)
+        file.replace(place)

@@ -7,7 +7,8 @@ import importlib.metadata
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,13 @@ from quantcli.pipeline.rundir import (
     open_run,
     room_errors,
 )
-from quantcli.pipeline.source import known_positions, locate_model, model_identity, require_positions
+from quantcli.pipeline.source import (
+    beyond_positions,
+    known_positions,
+    locate_model,
+    model_identity,
+    require_positions,
+)
 from quantcli.pipeline.stages import (
     allocate,
     calibrate,
@@ -87,8 +94,12 @@ _VERSIONED = ("quantcli", "torch", "transformers", "compressed-tensors")
 
 
 def plan_recipe(recipe: Recipe) -> Plan:
-    """What the recipe would do, from configuration files alone."""
-    plan = _plan(recipe, locate_model(recipe.model, weights=False))
+    """What the recipe would do, from configuration files alone; `warnings` are what a run of it would refuse that
+    depends on the model's size, so that a plan of a small one still shows the rest."""
+    model = locate_model(recipe.model, weights=False)
+    plan = _plan(recipe, model)
+    refused = [beyond_positions(model, key, section) for key, section in _sequences(recipe, None)]
+    plan = replace(plan, warnings=tuple(f"A run refuses this: {error}" for error in refused if error is not None))
     if recipe.evaluate is not None and recipe.evaluate.throughput is not None:
         require_engine(recipe, plan)
     return plan
@@ -130,8 +141,7 @@ def run_recipe(
         require_engine(recipe, plan)
     with open_run(path, model) as run:
         context = Context(recipe, model, plan, run, device, listener, ranking=until == sensitivity.STAGE.name)
-        if run.write_recipe(resolved_yaml(recipe)):
-            context.emit("note", text=f"{path / RECIPE} was edited since the last run; it is now {EDITED_RECIPE}.")
+        _write_recipe(context, recipe)
         run.record |= {
             "layout": LAYOUT,
             "model": str(model),
@@ -199,6 +209,14 @@ def _bring_up_to_date(context: Context, until: str | None) -> None:
                 continue
             if stage.settle is not None:
                 stage.settle(context)
+            if stage.plain is not None:
+                _write_recipe(context, stage.plain(context), stage.name)
+
+
+def _write_recipe(context: Context, recipe: Recipe, stage: str = "") -> None:
+    if context.run.write_recipe(resolved_yaml(recipe), stage):
+        path = context.folder(stage) / RECIPE
+        context.emit("note", text=f"{path} was edited since the last run; it is now {EDITED_RECIPE}.")
 
 
 def _fingerprint(identity: list[Any]) -> str:
@@ -231,14 +249,17 @@ def _reused(context: Context, stage: Stage, fingerprint: str) -> bool:
 
 
 def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[[str], str]) -> None:
+    again = False
     if _reused(context, stage, fingerprint):
-        context.emit("reused")
-        return
+        again = stage.unfinished is not None and stage.unfinished(context)
+        if not again:
+            context.emit("reused")
+            return
     folder = context.run.stage(stage.name)
     records = context.run.record["stages"]
     started = time.perf_counter()
     # what this one has no events of, an interrupted run before it has
-    context.emit("started", resumed=folder.begun(fingerprint))
+    context.emit("started", resumed=folder.begun(fingerprint) and not again)
     for name in _readers(stage.name) & records.keys():
         del records[name]  # what a change has made out of date is no result of this run any more
     context.run.write_record()
@@ -355,10 +376,16 @@ def _measured_on(recipe: Recipe, until: str | None) -> PerplexitySection | None:
 
 def _require_positions(recipe: Recipe, model: Path, until: str | None) -> None:
     """Refuse sequences that are longer than the model has positions for, of the sections that stage `until` needs."""
-    calibration = recipe.calibration if reads_calibration(recipe) else None
-    for key, section in (("calibration", calibration), ("evaluate.perplexity", _measured_on(recipe, until))):
-        if section is not None:
-            require_positions(model, key, section)
+    for key, section in _sequences(recipe, until):
+        require_positions(model, key, section)
+
+
+def _sequences(recipe: Recipe, until: str | None) -> Iterator[tuple[str, CalibrationSection | PerplexitySection]]:
+    """The sections, by their keys, whose text stage `until` needs."""
+    if recipe.calibration is not None and reads_calibration(recipe):
+        yield "calibration", recipe.calibration
+    if (section := _measured_on(recipe, until)) is not None:
+        yield "evaluate.perplexity", section
 
 
 def choose_device(wanted: str) -> str:

@@ -24,7 +24,8 @@ def rolled_back_along(structure: Structure, rolled_back: Mapping[str, str], note
                         else f"fused with {chosen[0].rpartition('.')[2]} in serving engines"
                     )
     if reasons:
-        notes.append(f"{len(reasons)} linears are rolled back because engines fuse them with one that is.")
+        count, them = ("1 linear is", "it") if len(reasons) == 1 else (f"{len(reasons)} linears are", "them")
+        notes.append(f"{count} rolled back because engines fuse {them} with one that is.")
     return reasons
 
 

@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import DataError, RecipeError
+from quantcli.model.hub import hub_asked
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.sequences import Query, Reply
 from quantcli.pipeline.source import known_positions
@@ -45,6 +46,8 @@ def harness_outcome(context: Context, section: TaskSection, model: Model, asked:
     Log-likelihoods of given text are computed block by block, those of all requests in one pass; a task that generates
     needs the whole model in memory.
     """
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
     from lm_eval import simple_evaluate
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -53,15 +56,21 @@ def harness_outcome(context: Context, section: TaskSection, model: Model, asked:
     if name not in manager.all_tasks:
         raise DataError(f"evaluate.tasks: lm-evaluation-harness knows no task {name}.",
                         "Check the name, or set path to the directory with its YAML file.")  # fmt: skip
-    results = simple_evaluate(
-        model=_streamed(context, section.task, model, asked),
-        tasks=[name],
-        num_fewshot=section.shots,
-        limit=section.limit,
-        task_manager=manager,
-        log_samples=True,
-        bootstrap_iters=0,
-    )
+    with hub_asked() as obstacle:
+        try:
+            results = simple_evaluate(
+                model=_streamed(context, section.task, model, asked),
+                tasks=[name],
+                num_fewshot=section.shots,
+                limit=section.limit,
+                task_manager=manager,
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+        except (ConnectionError, DatasetsError, HfHubHTTPError) as error:  # nothing but its data comes from the hub
+            reason = obstacle or next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+            raise DataError(f"evaluate.tasks: the questions of {name} cannot be had: {reason}.",
+                            "Check the network, or set path to a task whose data is local.") from error  # fmt: skip
     subtasks = sorted(results["samples"])
     aggregates = {
         f"{subtask}: {metric}" if len(results["results"]) > 1 else metric: float(value)

@@ -14,7 +14,7 @@ from quantcli.formats.table import find_format, open_weights
 from quantcli.model.checkpoint import read_json
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.rundir import RECORD, is_run
-from quantcli.pipeline.source import locate_model
+from quantcli.pipeline.source import locate_model, where_checkpoints_are
 from quantcli.recipe.schema import ModelSection
 
 
@@ -25,6 +25,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
     directory = locate_model(ModelSection(path=str(path.resolve()))) if path.is_file() else path
     if not directory.is_dir():
         raise ModelError(f"There is nothing at {path}.", "Check the path.")
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{path} is neither a model, a checkpoint nor a run directory.", where_checkpoints_are(path))
     structure = find_structure(directory)
     checkpoint = open_weights(directory)
     facts: dict[str, Any] = {

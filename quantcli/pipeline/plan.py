@@ -67,6 +67,7 @@ class Plan:
     bits_per_weight: float
     estimate: Estimate
     engines: tuple[Verdict, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def schemes(self) -> dict[str, tuple[int, Scheme]]:
@@ -107,6 +108,7 @@ class Plan:
             "attention": self.attention.name if self.attention else None,
             "smoothing": self.smoothing,
             "notes": list(self.notes),
+            "warnings": list(self.warnings),
             "size_before": self.size_before,
             "size_after": self.size_after,
             "bits_per_weight": round(self.bits_per_weight, 3),

@@ -60,14 +60,16 @@ class RunDirectory:
     def write_record(self) -> None:
         write_json(self.path / RECORD, self.record)
 
-    def write_recipe(self, text: str) -> bool:
-        """Write recipe.yaml. One that was edited since it was written is kept as recipe.edited.yaml: then True."""
-        path, digest = self.path / RECIPE, sha256(text.encode()).hexdigest()
+    def write_recipe(self, text: str, stage: str = "") -> bool:
+        """Write recipe.yaml, of the run or what a stage makes of it. One that was edited since it was written is kept
+        as recipe.edited.yaml beside it: then True."""
+        path, digest = self.path / stage / RECIPE, sha256(text.encode()).hexdigest()
+        key = f"{stage} recipe".strip()
         found = file_digest(path) if path.is_file() else digest
-        edited = found not in (digest, self.record.get("recipe"))
+        edited = found not in (digest, self.record.get(key))
         if edited:
-            path.replace(self.path / EDITED_RECIPE)
-        self.record["recipe"] = digest
+            path.replace(path.with_name(EDITED_RECIPE))
+        self.record[key] = digest
         self.write_record()
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -194,8 +196,9 @@ class StageFolder:
             for file in named or list(self.path.glob(pattern)):
                 if file.is_file() or file.is_symlink():
                     file.unlink()
-                    if file.parent != self.path and not any(file.parent.iterdir()):
-                        file.parent.rmdir()
+                    for folder in file.parents[: len(file.relative_to(self.path).parts) - 1]:
+                        if not any(folder.iterdir()):
+                            folder.rmdir()
 
     def _write(self, *, complete: bool) -> None:
         content: dict[str, Any] = {

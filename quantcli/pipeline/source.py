@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.model.checkpoint import read_json
-from quantcli.model.untrusted import check_texts
+from quantcli.model.hub import hub_asked
+from quantcli.model.untrusted import check_texts, checkpoint_entries
 from quantcli.pipeline.rundir import is_run, room_errors
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
 from quantcli.recipe.schema import ModelSection
@@ -40,7 +41,7 @@ def locate_model(section: ModelSection, *, weights: bool = True, listener: Liste
             f"There is no model at {path}.",
             "Check model.path or --model; in a recipe relative paths start at its file.",
         )
-    return _from_hub(section.path, section.revision, weights)
+    return _from_hub(section.path, section.revision, weights, listener)
 
 
 def require_checkpoint(path: Path, *, scored: bool = False) -> None:
@@ -93,17 +94,22 @@ def _converted(file: Path, dtype: str, listener: Listener | None) -> Path:
     return destination
 
 
-def _from_hub(name: str, revision: str | None, weights: bool) -> Path:
+def _from_hub(name: str, revision: str | None, weights: bool, listener: Listener | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = CONFIGURATION_FILES + (["*.safetensors"] if weights else [])
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ModelError(f"There is no directory {name}, and the hub gives no such model: "
-                         f"{str(error).splitlines()[0].rstrip('.')}.",
-                         "Check the name, the network, and `hf auth login` for gated models.") from error  # fmt: skip
+    with hub_asked() as obstacle:
+        if listener is not None and not obstacle:
+            listener({"event": "note", "stage": "", "text": f"What is not there yet of {name} comes from the hub."})
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+            said = f"the hub gives no such model: {str(error).splitlines()[0].rstrip('.')}"
+            if obstacle:
+                said = f"{obstacle}, nor is all of it in the hub's cache"
+            remedy = "Check the name, the network, and `hf auth login` for gated models."
+            raise ModelError(f"There is no directory {name}, and {said}.", remedy) from error
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
@@ -126,8 +132,8 @@ def model_identity(directory: Path) -> dict[str, object]:
 
     Times stand in for contents, as with make: hashing the weights of a 70B model would cost minutes on every run.
     """
-    files = sorted(file for file in directory.iterdir() if file.is_file() and not file.name.startswith("."))
-    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    files = [file for file in checkpoint_entries(directory) if file.is_file() and not file.name.startswith(".")]
+    return {file.relative_to(directory).as_posix(): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def known_positions(model: Path) -> int | None:
@@ -140,16 +146,23 @@ def known_positions(model: Path) -> int | None:
     return None
 
 
-def require_positions(model: Path, key: str, section: CalibrationSection | PerplexitySection) -> None:
-    """Raise RecipeError for sequences that are longer than the model has positions for."""
+def beyond_positions(model: Path, key: str, section: CalibrationSection | PerplexitySection) -> RecipeError | None:
+    """What is wrong with sequences that are longer than the model has positions for; None if they are not."""
     longest = known_positions(model)
     # windows of protocol lm-eval hold one token more: the last that is predicted
     extra = int(isinstance(section, PerplexitySection) and section.protocol == "lm-eval")
-    if longest is not None and section.sequence_length > longest - extra:
-        raise RecipeError(
-            f"{key}.sequence_length: is {section.sequence_length}, and the model has {longest} positions.",
-            f"Set it to {longest - extra} or less.",
-        )
+    if longest is None or section.sequence_length <= longest - extra:
+        return None
+    return RecipeError(
+        f"{key}.sequence_length: is {section.sequence_length}, and the model has {longest} positions.",
+        f"Set it to {longest - extra} or less.",
+    )
+
+
+def require_positions(model: Path, key: str, section: CalibrationSection | PerplexitySection) -> None:
+    """Raise RecipeError for such sequences."""
+    if (error := beyond_positions(model, key, section)) is not None:
+        raise error
 
 
 def require_known_tokens(samples: Sequence[Sequence[int]], vocabulary: int) -> None:

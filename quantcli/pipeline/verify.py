@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError, RecipeError, VerificationError
+from quantcli.errors import ModelError, QuantcliError, RecipeError, VerificationError
 from quantcli.formats.sums import SUMS, check_digests, check_strangers, check_sums
 from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.rundir import RECIPE, RECORD, STAGE_RECORD, is_run
@@ -38,6 +39,8 @@ def verify_path(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any
     run = resolved.parent.parent
     if resolved.parent.name == "export" and is_run(run):
         return _verify_run(run, resolved.name)
+    if not path.exists():
+        raise RecipeError(f"There is nothing at {path}.", "Check the path.")
     if not any((path / name).is_file() for name in ("config.json", SUMS)):
         raise RecipeError(f"{path} is neither a run directory nor a checkpoint.", where_checkpoints_are(path))
     return _verify_alone(path, trust_remote_code)
@@ -85,10 +88,9 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     from quantcli.pipeline.tuned import finished_checkpoint, finished_store
     from quantcli.recipe import load_recipe
 
-    record = read_json(run / RECORD).get("stages", {})
+    record, recipe = read_json(run / RECORD).get("stages", {}), load_recipe(run / RECIPE)
     if "export" not in record:
-        raise VerificationError(f"{run} holds no finished export.", f"Run it: quantcli export {run / RECIPE}")
-    recipe = load_recipe(run / RECIPE)
+        raise _without_export(run, recipe)
     named = list(recipe.export.formats if recipe.export else ())
     files = record["export"].get("files", {})
     # the recipe's first, then those of earlier ones, which came from the same store
@@ -125,6 +127,17 @@ def _settled_schemes(recipe: Recipe, model: Path, run: Path) -> dict[str, Scheme
     return {name: scheme for name, (_, scheme) in plan.schemes.items()}
 
 
+def _without_export(run: Path, recipe: Recipe) -> QuantcliError:
+    """Why there is nothing to verify, and what makes it; files of an export that does not count are a fault."""
+    command = f"quantcli export {shlex.quote(str(run / RECIPE))}"
+    if recipe.export is None:
+        remedy = f"Name a format and export: {command} --set 'export.formats=[compressed-tensors]'"
+        return RecipeError(f"{run} has no export: its recipe says export: null.", remedy)
+    if not any((run / "export").glob("*/*")):
+        return RecipeError(f"{run} has no export yet.", f"Export it: {command}")
+    return VerificationError(f"{run} holds no finished export.", f"Run it: {command}")
+
+
 def check_planned(found: Mapping[str, Scheme], planned: Mapping[str, Scheme]) -> None:
     """Every planned linear is quantized under its scheme, and no other is. Raises VerificationError."""
     for name in [*planned, *found]:
@@ -144,7 +157,7 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     try:
         structure, checkpoint, weights = open_checkpoint(path, trust_remote_code=trust_remote_code)
         if checkpoint.form is None:
-            raise VerificationError(f"{path} is not a quantized checkpoint.", "Name a run, or one of its exports.")
+            raise RecipeError(f"{path} is not a quantized checkpoint.", "Name a run, or one of its exports.")
         for name in checkpoint.schemes:
             stored = _check_linear(checkpoint, name)
             if checkpoint.form.NAME in FORMS:

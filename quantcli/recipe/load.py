@@ -12,7 +12,7 @@ from quantcli.errors import RecipeError
 from quantcli.recipe.document import Document, dump_yaml, mapping_document, parse_yaml, read_document
 from quantcli.recipe.explain import recipe_error
 from quantcli.recipe.schema import Recipe
-from quantcli.recipe.shipped import expanded, shipped_path
+from quantcli.recipe.shipped import expanded, shipped_names, shipped_path
 
 _PATHS = (
     ("model", "path"),
@@ -74,18 +74,29 @@ def resolved_yaml(recipe: Recipe) -> str:
 def _open(source: str | Path | Mapping[str, object]) -> Document:
     if isinstance(source, Mapping):
         return mapping_document(source, Path.cwd())
-    path = expanded(source)
+    path, name = expanded(source), str(source)
     try:
+        _refuse_model(path, name)
         if path.is_file():
             return read_document(path, path.absolute().parent)
     except PermissionError as error:
         raise RecipeError(f"{path}: {error.strerror}.", "Check who may read it and enter its directory.") from error
-    name = str(source)
     if isinstance(source, Path) or os.sep in name or path.suffix in (".yaml", ".yml"):
         raise RecipeError(
             f"{name}: no such recipe file.", "Check the path, or name a shipped recipe: quantcli recipes list."
         )
     return read_document(shipped_path(name), Path.cwd())
+
+
+def _refuse_model(path: Path, name: str) -> None:
+    """Refuse what is often named where a recipe belongs: a run directory, or the model itself."""
+    if name in shipped_names():  # a directory may be called so, too
+        return
+    if (path / "run.json").is_file():
+        raise RecipeError(f"{name} is a run directory, not a recipe.", f"Name its recipe: {path / 'recipe.yaml'}.")
+    if (path / "config.json").is_file() or (path.suffix in (".gguf", ".safetensors") and path.is_file()):
+        remedy = f"A model comes behind --model, as in w8a8-dynamic --model {name} --output DIRECTORY."
+        raise RecipeError(f"{name} is a model, not a recipe.", remedy)
 
 
 def _override(document: Document, override: str) -> None:

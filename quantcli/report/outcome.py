@@ -36,13 +36,11 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     if gates := result.get("gates"):
         missed = [gate["name"] for gate in gates if not gate["passed"]]
         yield "gates", f"{len(gates) - len(missed)} of {len(gates)} kept" + "".join(f"; missed: {n}" for n in missed)
-    stages = result["stages"]
-    times = [
-        # seconds are not known of a stage whose record went with that of one before it
-        f"{name} {'up to date' if r.get('reused') or r['seconds'] is None else format(r['seconds'], '.1f') + ' s'}"
-        for name, r in stages.items()
-    ]
-    yield "time", ", ".join(times)
+    # seconds are not known of a stage whose record went with that of one before it
+    ran = {n: r["seconds"] for n, r in result["stages"].items() if not r.get("reused") and r["seconds"] is not None}
+    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ran.items())
+    reused = ", ".join(name for name in result["stages"] if name not in ran)
+    yield "time", "; ".join(filter(None, [times, reused and f"up to date: {reused}"]))
     yield "peak memory", f"{result['peak_memory'] / 1e9:.2f} GB"
     for export in result["exports"]:
         yield "checkpoint", export

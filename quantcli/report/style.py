@@ -7,12 +7,14 @@ STYLE = (
 :root { color-scheme: light dark;
   --back: #fbfbfa; --card: #ffffff; --ink: #1c2126; --soft: #5d6670; --rule: #dfe3e7; --accent: #1f6fb5;
   --warn-back: #fff4dd; --warn-rule: #e0a93b; --good: #23785a; --mark: #ffe3b8;
+  --shade: #1c21262e;
   --heat0: #fdf1e2; --heat1: #fbe0c0; --heat2: #f8c896; --heat3: #f2a968; --heat4: #e88841; --heat5: #d46a22;
   --heat6: #b44f14; --heat7: #8b3a10; --heat8: #5d260d; --empty: #ccd2d8;
   --part0: #2f74b8; --part1: #5fb3d9; --part2: #d98a2b; --part3: #8a63b8; --part4: #3d9a77; --part5: #98a1aa; }
 @media (prefers-color-scheme: dark) { :root {
   --back: #14171a; --card: #1c2024; --ink: #e6e9ec; --soft: #9ba5af; --rule: #31373d; --accent: #6db1ee;
   --warn-back: #332a15; --warn-rule: #b98a2e; --good: #6cc7a2; --mark: #5a4216;
+  --shade: #00000080;
   --heat0: #2b211a; --heat1: #3f2b1c; --heat2: #5a371d; --heat3: #7a461d; --heat4: #a05a20; --heat5: #c67530;
   --heat6: #e3954f; --heat7: #f3b985; --heat8: #fde0c3; --empty: #454c54;
   --part0: #4f94d9; --part1: #8acbe8; --part2: #e6a24e; --part3: #a787d1; --part4: #5dbb95; --part5: #88919a; } }
@@ -34,7 +36,10 @@ section > .scroll, section > .panels { margin-top: 10px; }
 .tile { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 12px 14px; }
 .tile b { display: block; font-size: 22px; line-height: 1.25; font-weight: 650; letter-spacing: -0.01em; }
 .tile span { color: var(--soft); font-size: 13px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; background: linear-gradient(to right, var(--card) 40%, transparent) 0 / 36px 100% local,
+  linear-gradient(to left, var(--card) 40%, transparent) 100% / 36px 100% local,
+  linear-gradient(to right, var(--shade), transparent) 0 / 14px 100%,
+  linear-gradient(to left, var(--shade), transparent) 100% / 14px 100%; background-repeat: no-repeat; }
 table { border-collapse: collapse; font-size: 14px; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-top: 1px solid var(--rule); }
 thead th { border-top: 0; color: var(--soft); font-weight: 600; font-size: 13px; }
@@ -77,10 +82,12 @@ svg { display: block; width: 100%; height: auto; } .chart svg { min-width: 640px
 mark { background: var(--mark); color: inherit; border-radius: 3px; }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } section { padding: 14px 12px; }
-  .facts th { width: 110px; } h1 { font-size: 21px; } }
+  .facts th { width: 110px; } h1 { font-size: 21px; }
+  .scroll > table:not(.facts) { width: max-content; min-width: 100%; }
+  table:not(.facts) td:not(.number, :has(code, .whole)) { max-width: 180px; } }
 @media print { body { background: none; } main { max-width: none; padding: 0; }
   section, .tile { break-inside: avoid; } section.long { break-inside: auto; } .chart svg { min-width: 0; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
+  .scroll { background: none; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
     + "".join(f".heat{i} {{ fill: var(--heat{i}); }} " for i in range(9))
     + "".join(f".part{i} {{ fill: var(--part{i}); background: var(--part{i}); }} " for i in range(6))

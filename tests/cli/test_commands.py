@@ -101,6 +101,24 @@ def test_a_plan_of_a_copied_recipe_needs_no_output(quantcli: Any, tiny_llama: Pa
     assert quantcli("run", tmp_path / "w8a16.yaml", "--model", tiny_llama).status == 2
 
 
+def test_a_plan_warns_of_sequences_that_a_run_refuses(quantcli: Any, recipe_file: RecipeFile) -> None:
+    file = recipe_file(**{"calibration.sequence_length": 300, "evaluate.perplexity.sequence_length": 257})
+    warnings = json.loads(quantcli("plan", file, "--json").out)["warnings"]
+    assert [[word for word in text.replace(",", "").split() if word.isdigit()] for text in warnings] == [
+        ["300", "256", "256"],
+        ["257", "256", "256"],
+    ]
+    shown = quantcli("plan", file)
+    assert shown.status == 0
+    lines = shown.out.splitlines()
+    assert [line for line in lines if line.startswith("Warning")] == [f"Warning: {text}" for text in warnings]
+    refused = quantcli("run", file)
+    assert refused.status == 2
+    assert refused.err.strip() == warnings[0].removeprefix("A run refuses this: ")
+    fits = quantcli("plan", recipe_file(**{"evaluate.perplexity.sequence_length": 256}), "--json")
+    assert json.loads(fits.out)["warnings"] == []
+
+
 def test_the_plan_foretells_the_size(finished: Path) -> None:
     """Exactly, but for the headers of the files."""
     plan = api.plan(finished / "recipe.yaml")
@@ -197,6 +215,12 @@ def test_the_schema_holds_for_the_shipped_recipes(quantcli: Any) -> None:
         jsonschema.validate(yaml.safe_load(quantcli("recipes", "show", name).out), schema)
 
 
+def test_the_version(quantcli: Any) -> None:
+    assert quantcli("--version") == (0, f"quantcli {api.__version__}\n", "")
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{api.__version__}"' in project
+
+
 def test_help_names_every_command(quantcli: Any) -> None:
     out = quantcli("--help").out
     commands = ["run", "plan", "smooth", "calibrate", "sensitivity", "search", "quantize", "export", "eval-ppl"]
@@ -237,15 +261,29 @@ def test_a_checkpoint_is_scored_without_a_run(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_convert_says_what_it_wrote(quantcli: Any, finished: Path, tmp_path: Path) -> None:
+def test_convert_says_what_it_wrote(
+    quantcli: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = ["convert", finished / "export" / "compressed-tensors", "--to", "ascend", "--output", tmp_path / "new"]
     content = json.loads(quantcli(*words, "--json").out)
     assert (content["format"], content["linears"]) == ("compressed-tensors → ascend", 21)
     assert content["schemes"] == {"W8A8 static": 21}
     assert quantcli("verify", tmp_path / "new").status == 0
-    shown = quantcli(*words, "--overwrite").out
-    assert "is in order" in " ".join(shown.split())  # the table wraps a long path
-    assert "left_out" not in shown
+    monkeypatch.setenv("COLUMNS", "300")
+    title, *lines = quantcli(*words, "--overwrite").out.splitlines()
+    assert title.strip() == f"{tmp_path / 'new'} is in order"
+    rows = dict([cell.strip() for cell in line.split("│")[1:-1]] for line in lines if line.startswith("│"))
+    assert rows == {
+        "output": str(tmp_path / "new"),
+        "format": "compressed-tensors → ascend",
+        "schemes": "21 × W8A8 static",
+        "linears": "21",
+        "other tensors": str(content["other_tensors"]),
+        "fixed prompt": f"log-likelihood {content['prompt']:.4f} a token",
+        "size": f"{content['bytes'] / 1e3:.1f} kB",
+    }
+    to_dense = ["convert", tmp_path / "new", "--to", "dense", "--output", tmp_path / "dense"]
+    assert "quantized inputs of linears" in quantcli(*to_dense).out
 
 
 METRICS = ["range_parm", "kurtosis", "quantile", "output_error", "block_error"]
@@ -281,7 +319,7 @@ def test_sensitivity_ranks_every_linear(
 
     outcome = quantcli("sensitivity", file, "--top", "3")
     assert "3 of 21 linears, by range_parm" in outcome.out
-    assert f"{rows[0]['range_parm']:.4g}" in outcome.out
+    assert f"{rows[0]['range_parm']:.3g}" in outcome.out
     pasted = tmp_path / "pasted.yaml"
     pasted.write_text(pasted_block(outcome.out))
     plan = api.plan(pasted, model=json.loads(file.read_text())["model"]["path"], output=str(tmp_path / "out"))

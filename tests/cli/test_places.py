@@ -46,6 +46,31 @@ def test_what_is_not_there_and_what_is_empty(quantcli: Callable[..., Any], tmp_p
     said(quantcli("eval-ppl", "--checkpoint", tmp_path), 3, f"{tmp_path} is a directory without a config.json")
 
 
+def test_what_verify_and_inspect_have_no_use_for(
+    quantcli: Callable[..., Any], finished: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    said(quantcli("verify", tmp_path / "nowhere"), 2, f"There is nothing at {tmp_path / 'nowhere'}", "Check the path")
+    said(quantcli("verify", tiny_llama), 2, f"{tiny_llama} is not a quantized checkpoint", "Name a run")
+    export = finished / "export" / "compressed-tensors"
+    said(quantcli("inspect", finished / "export"), 3, "is neither a model, a checkpoint nor a run", str(export))
+
+
+def test_what_is_no_recipe(
+    quantcli: Callable[..., Any], finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcome = quantcli("plan", finished)
+    assert outcome.status == 2
+    recipe = outcome.err.partition("Name its recipe: ")[2].strip().rstrip(".")
+    assert quantcli("plan", recipe).status == 0
+    for model in (tiny_llama, tiny_llama / "model.safetensors"):
+        outcome = quantcli("run", model)
+        assert outcome.status == 2
+        assert f"{model} is a model, not a recipe. A model comes behind --model" in outcome.err
+    monkeypatch.chdir(tmp_path)
+    Path("w8a16").mkdir()  # a run that is called as its recipe is in nobody's way
+    assert quantcli("plan", "w8a16", "--model", tiny_llama).status == 0
+
+
 def test_a_file_of_llama_cpp(quantcli: Callable[..., Any], tmp_path: Path) -> None:
     folder = export_tiny(tmp_path, FOUR, dtype=torch.bfloat16, form="gguf", with_tokenizer=True).folder
     file = folder / "model.gguf"

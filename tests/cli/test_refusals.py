@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -361,6 +362,26 @@ def test_an_export_that_was_tampered_with(quantcli: Any, finished: Path, tmp_pat
         outcome = quantcli("verify", path)
         said(outcome, 5, r"model\.safetensors is not what was exported")
         assert outcome.out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "export", "what", "before"),
+    [
+        ("run", "export=null", "its recipe says export: null", "Name a format and export: quantcli "),
+        ("quantize", "export={}", "has no export yet", "Export it: quantcli "),
+    ],
+)
+def test_verify_of_a_run_without_an_export(
+    quantcli: Any, recipe_file: RecipeFile, command: str, export: str, what: str, before: str
+) -> None:
+    """The command that the refusal names makes one."""
+    file = recipe_file(evaluate=None)
+    run = file.parent / "run"
+    assert quantcli(command, file, "--set", export, "--quiet").status == 0
+    outcome = quantcli("verify", run)
+    said(outcome, 2, what)
+    assert quantcli(*shlex.split(outcome.err.partition(before)[2]), "--quiet").status == 0
+    assert quantcli("verify", run).status == 0
 
 
 def test_a_model_of_experts(quantcli: Any, tmp_path: Path) -> None:

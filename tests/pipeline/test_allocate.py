@@ -278,6 +278,10 @@ def test_what_is_up_to_date_is_not_tried_again(found: tuple[Recipe, Any]) -> Non
     measured = quantcli.run(changed(recipe, evaluate__perplexity__windows=2))
     assert [name for name, record in measured.stages.items() if not record["reused"]] == ["reference", "eval-ppl"]
     assert measured.plan.treatments == outcome.plan.treatments
+    file = Path(recipe["output"]) / "allocate" / "recipe.yaml"
+    plain = load_recipe(file)
+    assert plain.evaluate == load_recipe(changed(recipe, evaluate__perplexity__windows=2)).evaluate
+    assert quantcli.plan(file).treatments == outcome.plan.treatments
 
 
 @pytest.mark.parametrize("number", [1, 2])

@@ -14,6 +14,7 @@ from tiny_models import save_tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 import quantcli
+from quantcli.pipeline import whole
 from quantcli.pipeline.stages.generate import prompt_tokens
 
 Recipe = dict[str, Any]
@@ -90,6 +91,36 @@ def test_a_model_that_is_too_large_writes_nothing_and_says_so(
     notes = [e["text"] for e in map(json.loads, (tmp_path / "run" / "events.jsonl").open()) if e["event"] == "note"]
     assert content["skipped"] in notes
     assert content["skipped"].replace("'", "&#x27;") in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_was_left_out_for_want_of_free_memory_is_done_when_it_is_there(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = static_recipe(tmp_path / "run")
+    page = tmp_path / "run" / "report.html"
+
+    def generated() -> tuple[bool, dict[str, Any]]:
+        record = quantcli.run_stage("generate", recipe).stages["generate"]
+        fingerprints.add(record["fingerprint"])
+        return record["reused"], read(recipe, "generate", "generated.json")
+
+    fingerprints: set[str] = set()
+    monkeypatch.setattr(whole, "free_memory", lambda _: 100_000)
+    reused, content = generated()
+    assert not reused
+    assert content["skipped"].endswith("the memory that is free (9.31e-05 GiB). Run again when there is more.")
+    monkeypatch.setattr(whole, "free_memory", lambda _: content["needs"] - 1)
+    assert generated() == (True, content)
+    assert "No text was generated" in page.read_text()
+    monkeypatch.setattr(whole, "free_memory", lambda _: content["needs"])
+    reused, done = generated()
+    assert not reused
+    assert len(done["prompts"]) == 1
+    assert "No text was generated" not in page.read_text()
+    # what was generated stays, however little is free later
+    monkeypatch.setattr(whole, "free_memory", lambda _: 100_000)
+    assert generated() == (True, done)
+    assert len(fingerprints) == 1
 
 
 def test_a_text_whose_keys_and_values_are_too_large_is_not_written(

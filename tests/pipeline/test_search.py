@@ -17,6 +17,7 @@ import quantcli
 from quantcli.console import progress
 from quantcli.errors import RecipeError
 from quantcli.pipeline.stages.search import Group, fewest
+from quantcli.recipe import load_recipe
 
 Recipe = dict[str, Any]
 
@@ -279,6 +280,15 @@ def test_a_size_is_filled_by_the_most_sensitive(recipe: Recipe) -> None:
             chosen += group
     assert set(outcome.plan.kept) - {"lm_head"} == set(chosen)
     assert not list(Path(recipe["output"], "search").glob("trials.jsonl"))
+
+    # the plain recipe is that of the recipe as it is now, though nothing of it is searched again
+    file = Path(recipe["output"], "search", "recipe.yaml")
+    file.write_text(edited := file.read_text() + "# mine\n")
+    later = changed(recipe, evaluate__gates={"kl_divergence": 0.5})
+    assert quantcli.run_stage("search", later).stages["search"]["reused"]
+    assert load_recipe(file).evaluate == load_recipe(later).evaluate
+    assert quantcli.plan(file).treatments == outcome.plan.treatments
+    assert file.with_name("recipe.edited.yaml").read_text() == edited
 
 
 def test_a_size_that_nothing_fits_is_refused(recipe: Recipe) -> None:

@@ -15,11 +15,12 @@ from run_contexts import changed, opened
 from tiny_models import save_tiny_model, tiny_tokenizer
 
 import quantcli
-from quantcli.errors import DataError, RecipeError, RoomError
+from quantcli.errors import DataError, ModelError, RecipeError, RoomError
 from quantcli.evaluation.tasks import boolq_choices
-from quantcli.pipeline import whole
+from quantcli.pipeline import harness, whole
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.sequences import Model, _padded
+from quantcli.pipeline.stages import check
 from quantcli.pipeline.stages.eval_ppl import exported_model
 from quantcli.pipeline.tasks import NEW_TOKENS, questions_of, run_task
 from quantcli.recipe import load_recipe
@@ -225,6 +226,24 @@ def test_tasks_that_make_no_sense_are_refused(recipe: Recipe, tasks: list[Any], 
         load_recipe(changed(recipe, evaluate={"tasks": tasks}))
 
 
+def test_a_model_that_is_only_asked_tasks_is_checked_on_the_text_at_hand(
+    recipe: Recipe, boolq: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer that gives too many tokens spoils tasks as it spoils a perplexity."""
+    monkeypatch.setattr(check, "MOST_TOKENS_A_WORD", 1.0)
+    recipe = changed(recipe, evaluate={"tasks": [{"task": "boolq", "path": str(boolq), "limit": 2}]})
+    with pytest.raises(ModelError, match="tokens a word; sane ones need"):
+        quantcli.run(changed(recipe, model__sanity_check="stop"))
+    assert not (Path(recipe["output"]) / "reference-tasks").exists()
+    outcome = quantcli.run_stage("reference-tasks", recipe)  # which only warns
+    assert list(outcome.stages) == ["check", "reference-tasks"]
+    found = json.loads((outcome.path / "check" / "sanity.json").read_text())
+    assert found["tokens"] == 256  # as many as the model has positions for
+    assert found["tokens_per_word"] > 1
+    without = changed(recipe, model__sanity_check="off")
+    assert "check" not in quantcli.run_stage("quantize", without | {"output": recipe["output"] + "-off"}).stages
+
+
 def harness_task(place: Path, name: str, rows: list[dict[str, Any]], rest: str) -> Path:
     """The directory of a task of the harness, with its rows and a cache of its own."""
     place.mkdir()
@@ -265,6 +284,20 @@ def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_pat
             assert found["metrics"][metric][name]["value"] == pytest.approx(wanted[f"{metric},none"])
     assert found["questions"] == len(rows)
     assert {name for name, metric in found["metrics"].items() if metric.get("lower_is_better")} == {"acc_norm"}
+
+
+def test_questions_that_only_the_hub_has_are_missed_in_our_words(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr(harness, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False))
+    place = tmp_path / "tasks"
+    place.mkdir()
+    (place / "far.yaml").write_text("task: far\ndataset_path: some-org/far\noutput_type: multiple_choice\n")
+    with pytest.raises(DataError, match=r"the questions of far cannot be had: HF_HUB_OFFLINE is set\. Check the net"):
+        quantcli.run(changed(recipe, evaluate={"tasks": [{"task": "lm-eval/far", "path": str(place)}]}))
 
 
 def test_a_task_that_generates_says_how_far_it_is_and_is_what_the_harness_finds(

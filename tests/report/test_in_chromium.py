@@ -58,6 +58,43 @@ def test_a_page_fits_its_window(browser: Browser, pages: dict[str, Path], name: 
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
 
 
+_TABLES = """
+(() => {
+  document.querySelectorAll("details").forEach(each => { each.open = true; });
+  return [...document.querySelectorAll("table")].map(table => {
+    const box = table.closest(".scroll"), right = (node) => node.getBoundingClientRect().right;
+    const before = right(box);
+    box.scrollLeft = 1e6;
+    const cells = [...table.querySelectorAll("th, td")];
+    return {
+      page: before,
+      last: Math.max(...cells.map(right)) - right(box),
+      cut: Math.max(...cells.map(cell => cell.scrollWidth - cell.clientWidth)),
+      height: Math.max(...[...table.rows].map(row => row.offsetHeight)),
+      facts: table.classList.contains("facts"),
+    };
+  });
+})()
+"""
+
+
+@pytest.mark.parametrize("name", ["run", "comparison"])
+def test_tables_of_a_narrow_window_scroll_in_their_boxes_to_the_last_column(
+    browser: Browser, pages: dict[str, Path], name: str
+) -> None:
+    """No cell is cut or lies over its neighbour, and none is squeezed into a column of single words."""
+    browser.send("Emulation.setDeviceMetricsOverride", width=400, height=900, deviceScaleFactor=1, mobile=False)
+    browser.open(pages[name])
+    tables = browser.evaluate(_TABLES)
+    assert len(tables) > 3
+    for table in tables:
+        assert table["page"] <= 400
+        assert table["last"] <= 1
+        assert table["cut"] <= 0
+        assert table["facts"] or table["height"] < 160
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 400
+
+
 def test_light_and_dark_differ_and_text_is_readable_in_both(browser: Browser, pages: dict[str, Path]) -> None:
     browser.open(pages["run"])
     seen = []

@@ -58,7 +58,7 @@ def test_the_outcome_states_every_number_with_its_uncertainty() -> None:
         ("same top token", "95.3%"),
         ("bits per byte", "1.100 ± 0.010 → 1.200 ± 0.010"),
         ("protocol", "standard, 40 windows of 1024, 40920 tokens"),
-        ("time", "quantize up to date, export 1.3 s"),
+        ("time", "export 1.3 s; up to date: quantize"),
         ("peak memory", "1.23 GB"),
         ("checkpoint", "out/export/compressed-tensors"),
     ]

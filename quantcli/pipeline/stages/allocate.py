@@ -15,10 +15,9 @@ from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.knapsack import knapsack
 from quantcli.pipeline.plan import Plan, PlannedLinear, make_plan
-from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.rundir import RECIPE, StageFolder, write_json
 from quantcli.pipeline.stages.calibrate import read_statistics
 from quantcli.pipeline.stages.sensitivity import first_samples, relative_error
-from quantcli.recipe import resolved_yaml
 from quantcli.recipe.budget import CandidateSection
 from quantcli.recipe.schema import Recipe
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from quantcli.pipeline.treatment import StatisticsOf, WeightSource
 
 RESULT = "found.json"
-RECIPE = "recipe.yaml"
 HIDDEN = "hidden"
 RUINED = 1e9
 """What counts for an error that is not finite: no sum of others outweighs it."""
@@ -59,8 +57,7 @@ def _identity(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: StageFolder) -> None:
-    """Writes found.json (the error of each group under each candidate, and what was chosen) and recipe.yaml, the same
-    as a plain recipe.
+    """Writes found.json with the error of each group under each candidate, and what was chosen.
 
     The error of a group under a candidate is the mean over tokens of ‖ĥ − h‖² / ‖h‖², h the output of its block in the
     float model, ĥ that with the group quantized so and the rest in float: what it adds to the residual stream, next to
@@ -100,8 +97,6 @@ def run(context: Context, folder: StageFolder) -> None:
             for group, option, row in zip(allocation.groups, chosen, allocation.costs, strict=True)
         ],
     }
-    (folder.path / RECIPE).write_text(resolved_yaml(settled), encoding="utf-8")
-    folder.add(folder.path / RECIPE)
     write_json(folder.path / RESULT, content)
     folder.add(folder.path / RESULT)
     context.emit("allocated", recipe=str(folder.path / RECIPE), **facts)
@@ -109,13 +104,17 @@ def run(context: Context, folder: StageFolder) -> None:
 
 def settle(context: Context) -> None:
     """Bring what was chosen into the plan."""
+    context.plan = make_plan(_plain(context), context.model, context.plan.structure)
+
+
+def _plain(context: Context) -> Recipe:
+    """The recipe with the chosen schemes as overrides, and no target."""
     content = json.loads((context.folder(STAGE.name) / RESULT).read_text(encoding="utf-8"))
     members: dict[str, list[str]] = {}
     for group in content["groups"]:
         members.setdefault(group["scheme"], []).extend(group["linears"])
     sections = {name: CandidateSection(**keys) for name, keys in content["candidates"].items()}
-    settled = with_overrides(context.recipe, [(members[name], sections[name]) for name in sections if name in members])
-    context.plan = make_plan(settled, context.model, context.plan.structure)
+    return with_overrides(context.recipe, [(members[name], sections[name]) for name in sections if name in members])
 
 
 def _measured(context: Context, folder: StageFolder, allocation: Allocation) -> Errors:
@@ -239,7 +238,7 @@ def _part(index: int) -> str:
 
 
 def _writes(context: Context) -> tuple[str, ...]:
-    return (RESULT, RECIPE, *(_part(index) for index in range(context.blocks)), f"{HIDDEN}/*")
+    return (RESULT, *(_part(index) for index in range(context.blocks)), f"{HIDDEN}/*")
 
 
 STAGE = Stage(
@@ -251,4 +250,5 @@ STAGE = Stage(
     _writes,
     guards=("check",),
     settle=settle,
+    plain=_plain,
 )

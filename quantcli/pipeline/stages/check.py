@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from quantcli.calibration.builtin_text import builtin_documents
 from quantcli.errors import ModelError
 from quantcli.pipeline.batches import batched, data_identity, texts_of
 from quantcli.pipeline.context import Context, Stage
@@ -23,10 +24,14 @@ HIGHEST_PERPLEXITY = 1000.0
 
 
 def _section(recipe: Recipe) -> CalibrationSection | PerplexitySection | None:
-    """The text that the model will be run on; None when it is not run at all."""
+    """The text that the model will be run on, or the built-in one where it is only asked tasks; None when it is not run
+    at all."""
     if recipe.calibration is not None and reads_calibration(recipe):
         return recipe.calibration
-    return recipe.evaluate.perplexity if recipe.evaluate else None
+    if recipe.evaluate is None or recipe.evaluate.perplexity is not None:
+        return None if recipe.evaluate is None else recipe.evaluate.perplexity
+    # an installation of Python may lack that text
+    return PerplexitySection() if recipe.evaluate.tasks and builtin_documents() else None
 
 
 def _wanted(recipe: Recipe) -> bool:

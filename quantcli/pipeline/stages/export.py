@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.formats.sums import SUMS
 from quantcli.model.structure import Structure
+from quantcli.model.untrusted import checkpoint_entries
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder
 from quantcli.pipeline.tuned import finished_checkpoint, finished_store
@@ -116,8 +117,9 @@ def weight_files(stem: str) -> list[str]:
 
 def checkpoint_files(model: Path, stem: str) -> list[str]:
     """Patterns of what an export of a model may write: weights and their index, config.json, what it copies."""
-    beside = sorted(file.name for file in model.iterdir() if file.suffix not in (".safetensors", ".md"))
-    return list(dict.fromkeys([*weight_files(stem), "config.json", SUMS, *map(escape, beside)]))
+    beside = [file for file in checkpoint_entries(model) if file.suffix not in (".safetensors", ".md")]
+    names = [escape(file.relative_to(model).as_posix()) for file in beside]
+    return list(dict.fromkeys([*weight_files(stem), "config.json", SUMS, *names]))
 
 
 def _writes(context: Context) -> tuple[str, ...]:

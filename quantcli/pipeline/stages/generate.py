@@ -32,11 +32,12 @@ def _identity(context: Context) -> dict[str, Any]:
 def run(context: Context, folder: StageFolder) -> None:
     """Writes generated.json: the prompts, and the tokens and text that each model puts behind them, greedily; or why
     there are none: the models have to be whole in memory, one after the other, and `memory` bounds that, with the keys
-    and values of the longest text."""
+    and values of the longest text. `needs` is what they take where only the memory that was free was less."""
     section, tokenizer = _section(context.recipe), context.tokenizer()
     prompts = [prompt_tokens(tokenizer, prompt) for prompt in section.prompts]
     tokens = max(map(len, prompts)) + section.max_new_tokens
-    content: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "skipped": _obstacle(context, section, tokens)}
+    skipped, needs = _obstacle(context, section, tokens)
+    content: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "skipped": skipped, "needs": needs}
     if content["skipped"]:
         context.emit("note", text=content["skipped"])
     else:
@@ -45,8 +46,9 @@ def run(context: Context, folder: StageFolder) -> None:
     folder.add(folder.path / RESULT)
 
 
-def _obstacle(context: Context, section: GenerateSection, tokens: int) -> str:
-    """Why no text of `tokens` tokens, with its prompt, can be generated; empty if it can."""
+def _obstacle(context: Context, section: GenerateSection, tokens: int) -> tuple[str, int | None]:
+    """Why no text of `tokens` tokens, with its prompt, can be generated, empty if it can; and the memory that it needs
+    where that is all that is missing."""
     from quantcli.model.skeleton import load_config
     from quantcli.pipeline.whole import cached_values, free_memory
 
@@ -54,16 +56,27 @@ def _obstacle(context: Context, section: GenerateSection, tokens: int) -> str:
     config = load_config(context.model, trust_remote_code=context.recipe.model.trust_remote_code)
     size = BYTES[structure.dtype if dtype == "auto" else dtype]
     weights, cache = sum(map(prod, structure.parameters.values())) * size, tokens * cached_values(config) * size
-    room, what = section.memory, "evaluate.generate.memory"
+    room, what, needs = section.memory, "evaluate.generate.memory", None
     free = free_memory(context.device)
-    if free is not None and free < room:
-        room, what = free, "the memory that is free"
+    if free is not None and free < weights + cache <= room:
+        room, what, needs = free, "the memory that is free", weights + cache
     if weights + cache > room:
-        return (
+        text = (
             f"No text was generated: the model's weights ({weights / 2**30:.3g} GiB) and the keys and values of "
             f"{tokens} tokens ({cache / 2**30:.3g} GiB) are more than {what} ({room / 2**30:.3g} GiB)."
         )
-    return ""
+        return text + " Run again when there is more." * (needs is not None), needs
+    return "", None
+
+
+def _unfinished(context: Context) -> bool:
+    """Whether the memory is there by now that was missing."""
+    from quantcli.model.checkpoint import read_json
+    from quantcli.pipeline.whole import free_memory
+
+    needs = read_json(context.folder(STAGE.name) / RESULT).get("needs")
+    free = free_memory(context.device)
+    return isinstance(needs, int) and (free is None or needs <= free)
 
 
 def _generated(
@@ -140,4 +153,5 @@ STAGE = Stage(
     run,
     lambda _: (RESULT,),
     guards=("check", "verify"),
+    unfinished=_unfinished,
 )

@@ -14,9 +14,8 @@ from quantcli.pipeline.batches import data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.fused import fused_groups
 from quantcli.pipeline.plan import make_plan
-from quantcli.pipeline.rundir import StageFolder, append_line, read_lines, write_json
+from quantcli.pipeline.rundir import RECIPE, StageFolder, append_line, read_lines, write_json
 from quantcli.pipeline.stages.quantize import trial_store
-from quantcli.recipe import resolved_yaml
 from quantcli.recipe.rollback import TargetSection
 from quantcli.recipe.schema import Recipe
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from quantcli.pipeline.trial import TrialModel
 
 RESULT = "found.json"
-RECIPE = "recipe.yaml"
 TRIALS = "trials.jsonl"
 STORES = ("base", "other")
 
@@ -52,7 +50,7 @@ def _identity(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: StageFolder) -> None:
-    """Writes found.json (what is rolled back, and each measurement) and recipe.yaml, the same as a plain recipe."""
+    """Writes found.json: what is rolled back, and each measurement."""
     target = context.recipe.quantize.rollback.target
     assert target is not None
     groups = _ranked_groups(context)
@@ -71,12 +69,6 @@ def run(context: Context, folder: StageFolder) -> None:
         "seconds": round(time.perf_counter() - started, 1),
         **facts,
     }
-    section = context.recipe.quantize.rollback
-    plain = section.model_copy(update={"names": (*section.names, *names), "target": None, "metric": None})
-    quantize = context.recipe.quantize.model_copy(update={"rollback": plain})
-    text = resolved_yaml(context.recipe.model_copy(update={"quantize": quantize}))
-    (folder.path / RECIPE).write_text(text, encoding="utf-8")
-    folder.add(folder.path / RECIPE)
     write_json(folder.path / RESULT, content)
     folder.add(folder.path / RESULT)
     context.emit("found", rolled_back=len(names), recipe=str(folder.path / RECIPE), **facts)
@@ -84,8 +76,23 @@ def run(context: Context, folder: StageFolder) -> None:
 
 def settle(context: Context) -> None:
     """Bring what was found into the plan."""
+    context.plan = make_plan(context.recipe, context.model, context.plan.structure, _rolled_back(context))
+
+
+def _rolled_back(context: Context) -> dict[str, str]:
+    """Linears that are rolled back → why."""
     content = json.loads((context.folder(STAGE.name) / RESULT).read_text(encoding="utf-8"))
-    context.plan = make_plan(context.recipe, context.model, context.plan.structure, content["rolled_back"])
+    found: dict[str, str] = content["rolled_back"]
+    return found
+
+
+def _plain(context: Context) -> Recipe:
+    """The recipe with the linears that were found by their names, and no target."""
+    section = context.recipe.quantize.rollback
+    names = (*section.names, *_rolled_back(context))
+    plain = section.model_copy(update={"names": names, "target": None, "metric": None})
+    quantize = context.recipe.quantize.model_copy(update={"rollback": plain})
+    return context.recipe.model_copy(update={"quantize": quantize})
 
 
 def _ranked_groups(context: Context) -> list[Group]:
@@ -258,9 +265,17 @@ def _shown(target: TargetSection) -> str:
 
 
 def _writes(context: Context) -> tuple[str, ...]:
-    return (RESULT, RECIPE, TRIALS, *(f"{name}/*" for name in STORES))
+    return (RESULT, TRIALS, *(f"{name}/*" for name in STORES))
 
 
 STAGE = Stage(
-    "search", ("smooth", "calibrate", "sensitivity"), _wanted, _identity, run, _writes, guards=("check",), settle=settle
+    "search",
+    ("smooth", "calibrate", "sensitivity"),
+    _wanted,
+    _identity,
+    run,
+    _writes,
+    guards=("check",),
+    settle=settle,
+    plain=_plain,
 )
