@@ -39,6 +39,7 @@ from quantcli.quant.compensate import compensation
 from quantcli.quant.gptq import factored
 from quantcli.quant.grid import QuantizedWeight
 from quantcli.quant.rounding import LearnedRounding
+from quantcli.quant.shrinkage import shrunk
 from quantcli.quant.solver import solved
 
 if TYPE_CHECKING:
@@ -159,7 +160,13 @@ def solve_block(
                     passes.quantized.put(batch, value)
         if aims:
             # experts are not tuned: the others make good what they lack
-            fixed = {n.removeprefix(f"{block.name}."): dequantized(found[n][0], dtype, device) for n in of_experts}
+            fixed = {
+                name.removeprefix(f"{block.name}."): how
+                if isinstance(how, Tensor)
+                else dequantized(found[name][0], dtype, device)
+                for name, how in hows.items()
+                if name in of_experts
+            }
             with simulated(module, fixed, block.local_experts):
                 found |= _tune(source, passes, index, aims, found, plain, section.signround)
             for name in aims:
@@ -219,7 +226,7 @@ def _solve_experts(
                 for tokens in routed.of(index):
                     x = tokens.to(device)
                     hessian.update(x if members[0] != names[-1] else _between(holder, layer, index, x, replaced))
-                results = _solve_input(source, members, hessian, section, statistics, {})
+                results = _solve_input(source, members, hessian, section, statistics, {}, shrinks=True)
                 facts = {"asymmetric": 0.0} if section.asymmetric else {}
             for name, (_, own) in results.items():
                 own |= facts
@@ -351,14 +358,19 @@ def _solve_input(
     section: GptqSection,
     statistics: StatisticsOf,
     aims: dict[str, Tensor],
+    shrinks: bool = False,
 ) -> Results:
     """The linears that read one input, those of one treatment at once. What was aimed at by those to be tuned
-    is added to `aims`."""
+    is added to `aims`. `shrinks`: the Hessian counts for as much as its tokens tell (`quant.shrinkage`)."""
     release_freed_memory()
     moments = hessian.moments()
     if not bool(torch.isfinite(moments.diagonal()).all()):
         raise ModelError(f"{names[0]}: input values are not finite during calibration.",
                          "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
+    seen: Facts = {"tokens": hessian.tokens}
+    if shrinks:
+        moments, share = shrunk(moments, hessian.tokens)
+        seen["shrunk"] = float(f"{share:.3g}")
     context = source.context
     groups = _alike(names, context.plan.treatments, source.one_scale)
     compared = hessian.compared_moments()
@@ -376,7 +388,7 @@ def _solve_input(
     found: Results = {}
     for members, (target, rows, zero_rows, facts) in zip(groups, aimed, strict=True):
         treatment = context.plan.treatments[members[0]]
-        facts = {"damping": curvature.damping, "tokens": hessian.tokens} | facts
+        facts = {"damping": curvature.damping} | seen | facts
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)
         facts["error"] = float(f"{lost:.6g}")
