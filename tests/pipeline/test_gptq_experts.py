@@ -411,3 +411,12 @@ def test_schemes_are_shared_out_and_ranked_beside_solved_experts(recipe_of: Reci
     result = quantcli.run(ranked)
     assert read(ranked, "sensitivity", "sensitivity.json")["metric"] == "output_error"
     assert any(result.plan.kept[name] for name in result.plan.kept if "router" not in result.plan.kept[name])
+
+
+def test_the_estimate_has_what_waits_before_experts(recipe_of: RecipeOf) -> None:
+    recipe = recipe_of("mixtral")
+    weighed = changed(recipe, quantize__overrides=[{"match": "*.experts.*", "weights": {"method": "mse"}}])
+    found, without = quantcli.plan(recipe).estimate, quantcli.plan(weighed).estimate
+    states = 16 * 64 * 64 * 4  # samples, tokens of each, hidden size, bytes
+    assert found.memory - without.memory == states
+    assert found.disk - without.disk + (without.tokens - found.tokens) * 64 * 4 == states
