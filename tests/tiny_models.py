@@ -105,7 +105,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 """Name → (model_type of transformers, configuration keys)."""
-_FURTHER: dict[str, tuple[str, dict[str, Any]]] = {"granite": ("granite", _COMMON)}
+_FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite": ("granite", _COMMON),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {**_COMMON, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
 """Models that single tests ask for."""
 
 

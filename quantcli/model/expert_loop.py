@@ -15,6 +15,19 @@ ExpertLinear = Callable[[str, Tensor, Weight], Tensor]
 """(name of the linear, its input [tokens, in], what gives its float weight [out, in]) to its output [tokens, out]."""
 
 
+def run_expert(module: nn.Module, experts: Experts, index: int, x: Tensor, compute: ExpertLinear) -> Tensor:
+    """What expert `index` of `module` puts out for x [tokens, in]: W_down (act(W_gate x) ∘ W_up x), by `compute`."""
+    first, last = (name.rpartition(".")[2] for name in experts.parameters)
+    *entering, leaving = experts.linears[index]
+
+    def part(place: int) -> Weight:
+        return lambda: getattr(module, first)[index].chunk(len(entering))[place]
+
+    outputs = [compute(name, x, part(place)) for place, name in enumerate(entering)]
+    act: Callable[[Tensor], Tensor] = module._apply_gate if len(outputs) > 1 else module.act_fn  # type: ignore[assignment]
+    return compute(leaving, act(torch.cat(outputs, -1)), lambda: getattr(module, last)[index])
+
+
 @contextmanager
 def one_by_one(
     module: nn.Module, experts: Experts, compute: ExpertLinear, *, every_token: bool = False
@@ -26,27 +39,16 @@ def one_by_one(
     (integrations/moe.py). An expert computes the tokens that are routed to it; with `every_token` all of them, of which
     those that are not have no part in y. An expert that computes no token is not called.
     """
-    first, last = (name.rpartition(".")[2] for name in experts.parameters)
-
-    def expert(index: int, names: tuple[str, ...], x: Tensor) -> Tensor:
-        *entering, leaving = names
-
-        def part(place: int) -> Weight:
-            return lambda: getattr(module, first)[index].chunk(len(entering))[place]
-
-        outputs = [compute(name, x, part(place)) for place, name in enumerate(entering)]
-        act: Callable[[Tensor], Tensor] = module._apply_gate if len(outputs) > 1 else module.act_fn  # type: ignore[assignment]
-        return compute(leaving, act(torch.cat(outputs, -1)), lambda: getattr(module, last)[index])
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         dtype = torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
         parts = hidden_states.new_zeros(*top_k_index.shape, hidden_states.shape[-1], dtype=dtype)
-        for index, names in enumerate(experts.linears):
+        for index in range(len(experts.linears)):
             token, place = torch.where(top_k_index == index)
             if every_token and len(hidden_states):
-                output = expert(index, names, hidden_states)[token]
+                output = run_expert(module, experts, index, hidden_states, compute)[token]
             elif len(token):
-                output = expert(index, names, hidden_states[token])
+                output = run_expert(module, experts, index, hidden_states[token], compute)
             else:
                 continue
             parts[token, place] = (output * top_k_weights[token, place, None]).to(dtype)

@@ -39,18 +39,23 @@ class FoundExperts:
         )
 
 
+def holds_experts(module: nn.Module) -> bool:
+    """Whether a module has 3-D parameters of its own, and is no convolution."""
+    parameters = module.parameters(recurse=False)
+    return not isinstance(module, nn.Conv1d) and any(parameter.ndim == 3 for parameter in parameters)
+
+
 def find_experts(model: nn.Module, block: str) -> FoundExperts:
     """The experts of the block at path `block` of a model on the meta device.
 
     Routers are 2-D weights of modules beside experts, with a row an expert, that belong to no linear. Raises ModelError
     for names in the checkpoint that do not lie below the block.
     """
-    module = model.get_submodule(block)
-    convolutions = {id(m.weight) for m in module.modules() if isinstance(m, nn.Conv1d)}
-    joined: dict[str, list[str]] = {}
-    for name, parameter in module.named_parameters(prefix=block):
-        if parameter.ndim == 3 and id(parameter) not in convolutions:
-            joined.setdefault(name.rpartition(".")[0], []).append(name)
+    joined = {
+        path: [name for name, parameter in module.named_parameters(path, recurse=False) if parameter.ndim == 3]
+        for path, module in model.get_submodule(block).named_modules(prefix=block)
+        if holds_experts(module)
+    }
     experts, linears, routers = [], [], []
     for path, names in joined.items():
         members = _members(model, path, names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from greenlet import GreenletExit, greenlet
@@ -16,13 +17,16 @@ from quantcli.model.stream import BlockStream
 from quantcli.model.structure import Experts, SharedInput
 
 Forward = Callable[[Tensor], Tensor]
+Routed = tuple[Tensor, Tensor]
+"""What enters a layer of experts: hidden states [tokens, width], and the experts chosen for each, int64 [tokens, k]."""
 
 
 class Lockstep:
     """Passes of the resident block `index` over the batches of a stream, each stopped before the next shared input.
 
     `advance(i)` takes every batch from where it stands to the i-th of `inputs` and yields the values there, batch by
-    batch; `finish` takes them to the end and yields what leaves the block. In between, linears may be given another
+    batch; `finish` takes them to the end and yields what leaves the block. Among the inputs may be layers of experts,
+    where they stand in the block: `advance_to_experts` stops before those. In between, linears may be given another
     forward in `replaced` (by full name), which they have from then on: so an input is seen as the linears before it,
     as quantized by then, make it, and the block is computed once for all of its inputs. What a batch holds while it
     waits stays in memory. With `again`, batches do not wait: each time they start anew from what `enters` gives, which
@@ -33,7 +37,7 @@ class Lockstep:
         self,
         stream: BlockStream,
         index: int,
-        inputs: Sequence[SharedInput],
+        inputs: Sequence[SharedInput | Experts],
         enters: Callable[[int], Tensor],
         replaced: Mapping[str, Forward],
         *,
@@ -42,7 +46,7 @@ class Lockstep:
     ) -> None:
         self._stream, self._index, self._enters, self._again = stream, index, enters, again
         self.replaced = replaced
-        self._at = {shared.linears[0]: position for position, shared in enumerate(inputs)}
+        self._at = {stop.name: position for position, stop in enumerate(inputs)}
         self._target = 0
         self._waiting = False
         self._writers = writers
@@ -50,6 +54,12 @@ class Lockstep:
         self._walks: list[greenlet | None] = [None] * len(stream.batches)
 
     def advance(self, position: int) -> Iterator[Tensor]:
+        return self._advance(position)
+
+    def advance_to_experts(self, position: int) -> Iterator[Routed]:
+        return self._advance(position)
+
+    def _advance(self, position: int) -> Iterator[Any]:
         self._target = position
         for batch in range(len(self._walks)):
             yield self._resume(batch)
@@ -66,13 +76,13 @@ class Lockstep:
         for batch in range(len(self._walks)):
             self._drop(batch)
 
-    def _resume(self, batch: int) -> Tensor:
+    def _resume(self, batch: int) -> Any:
         walk, self._waiting = self._walks[batch], False
         with torch.inference_mode():
             if walk is None:
                 walk = self._walks[batch] = greenlet(self._walk)
                 walk.lockstep = self
-                found: Tensor = walk.switch(batch)
+                found = walk.switch(batch)
             else:
                 walk.parent = greenlet.getcurrent()
                 found = walk.switch()
@@ -94,9 +104,7 @@ class Lockstep:
 
     def reads(self, name: str, module: nn.Module, value: Tensor) -> Tensor:
         """The output of a linear of this pass."""
-        if self._at.get(name) == self._target:
-            self._waiting = True
-            greenlet.getcurrent().parent.switch(value)
+        self.stop(name, value)
         how = self.replaced.get(name)
         output: Tensor = type(module).forward(module, value) if how is None else how(value)
         if name in self._writers:
@@ -105,13 +113,19 @@ class Lockstep:
             self.written[batch] = self.written[batch] + added if batch in self.written else added
         return output
 
+    def stop(self, name: str, value: Tensor | Routed) -> None:
+        """Wait, if this is what is looked for, until its linears are replaced."""
+        if self._at.get(name) == self._target:
+            self._waiting = True
+            greenlet.getcurrent().parent.switch(value)
+
 
 @contextmanager
 def stopping(block: nn.Module, name: str, linears: Sequence[str], experts: Iterable[Experts] = ()) -> Iterator[None]:
     """While the body runs, `linears` (full names) of `block`, whose own name is `name`, obey the Lockstep whose pass
     they are part of. Passes that still wait when it ends, by an error too, are given up.
 
-    Layers of `experts` run expert by expert; their linears may be replaced too, but no pass stops at them.
+    Layers of `experts` run expert by expert; their linears may be replaced too.
     """
     modules = {linear: block.get_submodule(linear.removeprefix(f"{name}.")) for linear in linears}
     seen: set[Lockstep] = set()
@@ -121,6 +135,15 @@ def stopping(block: nn.Module, name: str, linears: Sequence[str], experts: Itera
             lockstep: Lockstep = greenlet.getcurrent().lockstep
             seen.add(lockstep)
             return lockstep.reads(linear, module, input)
+
+        return forward
+
+    def of_layer(layer: str, loop: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            lockstep: Lockstep = greenlet.getcurrent().lockstep
+            seen.add(lockstep)
+            lockstep.stop(layer, (hidden_states, top_k_index))
+            return loop(hidden_states, top_k_index, top_k_weights)
 
         return forward
 
@@ -134,6 +157,7 @@ def stopping(block: nn.Module, name: str, linears: Sequence[str], experts: Itera
             for layer in experts:
                 holder = block.get_submodule(layer.name.removeprefix(f"{name}."))
                 loops.enter_context(one_by_one(holder, layer, of_expert))
+                holder.__dict__["forward"] = of_layer(layer.name, holder.__dict__["forward"])
             for linear, module in modules.items():
                 module.__dict__["forward"] = forward_of(linear, module)
             yield

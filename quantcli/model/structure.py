@@ -6,7 +6,7 @@ It is found by `quantcli.model.discovery` from one watched forward, never from a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -105,12 +105,14 @@ class Experts:
 
     linears: of each expert the names of its linears as a checkpoint has them, which no modules have: those that read
     the expert's input, in the order in which their outputs stand in the module, then the one that makes its output.
-    Empty if the module holds its experts in a form that is not known.
+    Empty if the module holds its experts in a form that is not known. inputs_before: how many of the block's shared
+    inputs are read before the module is called.
     """
 
     name: str
     parameters: tuple[str, ...]
     linears: tuple[tuple[str, ...], ...]
+    inputs_before: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -143,10 +145,11 @@ class Block:
             return name.removeprefix(f"{self.name}.")
 
         return tuple(
-            Experts(
-                local(experts.name),
-                tuple(map(local, experts.parameters)),
-                tuple(tuple(map(local, expert)) for expert in experts.linears),
+            replace(
+                experts,
+                name=local(experts.name),
+                parameters=tuple(map(local, experts.parameters)),
+                linears=tuple(tuple(map(local, expert)) for expert in experts.linears),
             )
             for experts in self.experts
         )
@@ -303,7 +306,9 @@ def _block(content: dict[str, Any]) -> Block:
         inputs,
         tuple(tuple(group) for group in content["fused"]),
         tuple(
-            Experts(e["name"], tuple(e["parameters"]), tuple(tuple(expert) for expert in e["linears"]))
+            Experts(
+                e["name"], tuple(e["parameters"]), tuple(tuple(expert) for expert in e["linears"]), e["inputs_before"]
+            )
             for e in content["experts"]
         ),
         tuple(content["routers"]),

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from quantcli.model.channel_paths import ChannelPaths
-from quantcli.model.experts import FoundExperts
+from quantcli.model.experts import FoundExperts, holds_experts
 from quantcli.model.norms import describe_norm, is_norm, is_norm_of, norm_offset, turns_with_its_input
 from quantcli.model.structure import Block, Experts, Linear, Norm, Producer, Residual, SharedInput
 
@@ -32,6 +32,7 @@ class Watch:
         self.readers: dict[int, list[str]] = {}
         self.sources: dict[int, tuple[str, list[int]] | None] = {}
         self.norms: dict[str, nn.Module] = {}
+        self.read_before: dict[str, int] = {}  # of modules that hold the weights of many experts: inputs read by then
         self.sums: dict[str, frozenset[str]] = {}  # what norms and linears read, and what blocks put out
         self.entrances: dict[str, frozenset[str]] = {}  # what blocks are given
         self.as_tuple: bool | None = None
@@ -49,6 +50,8 @@ class Watch:
                 self._hook(module, self._enter_norm(name), self._leave_norm(name))
             elif isinstance(module, nn.Embedding):
                 self._hook(module, None, self._leave_embedding(f"{name}.weight"))
+            elif holds_experts(module):
+                self.handles.append(module.register_forward_pre_hook(self._enter_experts(name)))
         self.blocks = paths
 
     def _hook(self, module: nn.Module, enter: Any, leave: Any) -> None:
@@ -85,6 +88,12 @@ class Watch:
         def hook(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
             self.paths.silent -= 1
             self.paths.begin(output, name)
+
+        return hook
+
+    def _enter_experts(self, name: str) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+            self.read_before[name] = len(self.readers)
 
         return hook
 
@@ -138,11 +147,12 @@ class Watch:
     def block(self, path: str, found: FoundExperts) -> Block:
         """The block at a path, with what `model.experts.find_experts` found in it."""
         inside = {name: linear for name, linear in self.linears.items() if name.startswith(f"{path}.")}
-        inputs = []
-        for key, names in self.readers.items():
+        inputs, places = [], []
+        for place, (key, names) in enumerate(self.readers.items()):
             readers = tuple(name for name in names if name in inside)
             if readers:
                 inputs.append(SharedInput(readers, inside[readers[0]].in_features, self._producer(key, path)))
+                places.append(place)
         seen = [inside[name] for shared in inputs for name in shared.linears]
         unseen = [linear for linear in inside.values() if linear not in seen]
         residual = self._residual(path, found.experts)
@@ -154,7 +164,12 @@ class Watch:
                  for name in shared.linears}  # fmt: skip
         split |= {*residual.writers, *(expert[-1] for experts in found.experts for expert in experts.linears)}
         linears = tuple(replace(linear, splits_input=linear.name in split) for linear in linears)
-        return Block(path, linears, tuple(inputs), fused, found.experts, routers, residual)
+        # one that was never called stands behind all inputs
+        before = {e.name: self.read_before.get(e.name, len(self.readers)) for e in found.experts}
+        experts = tuple(
+            replace(each, inputs_before=sum(place < before[each.name] for place in places)) for each in found.experts
+        )
+        return Block(path, linears, tuple(inputs), fused, experts, routers, residual)
 
     def _producer(self, key: int, path: str) -> Producer | None:
         source = self.sources[key]

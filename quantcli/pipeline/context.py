@@ -59,11 +59,15 @@ class Context:
         return found if head is None else {**found, head.name: len(blocks)}
 
     @cached_property
+    def experts(self) -> list[tuple[str, ...]]:
+        """The linears of each expert of the model: those that read its input, and the one that makes its output."""
+        layers = (experts for block in self.plan.structure.blocks for experts in block.experts)
+        return [names for experts in layers for names in experts.linears]
+
+    @cached_property
     def expert_inputs(self) -> dict[str, str]:
         """Of each linear of an expert, the linear under whose name its input is observed: the first that reads it."""
-        layers = (experts for block in self.plan.structure.blocks for experts in block.experts)
-        every = (names for experts in layers for names in experts.linears)
-        return {name: names[-1] if name == names[-1] else names[0] for names in every for name in names}
+        return {name: names[-1] if name == names[-1] else names[0] for names in self.experts for name in names}
 
     @property
     def ranks(self) -> bool:

@@ -81,6 +81,8 @@ def estimate(
     if observed or scored:
         hidden = min(max(observed, 2 * scored) * structure.width * width, 2 * recipe.model.cache_memory)
         memory += max(outer + HEAD_MEMORY * bool(scored), block_weights * width * (2 if scored else 1)) + 2 * hidden
+    routed = observed * structure.width * width if _solves_experts(structure, quantized) else 0
+    memory += min(routed, recipe.model.cache_memory)
     tokens = passes * observed + 2 * scored
     headed = 2 * scored
     if recipe.quantize.distill is not None:
@@ -102,7 +104,7 @@ def estimate(
     seconds += sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in quantized)
     if tokens:
         seconds += 2.0 * (tokens * linear_weights + headed * structure.width * structure.vocabulary) / _rate()
-    disk = size_after + linear_weights + tokens * structure.width * width
+    disk = size_after + linear_weights + tokens * structure.width * width + routed
     if recipe.smooth is not None and recipe.smooth.save_model:
         head = structure.vocabulary * structure.width * (structure.tied and recipe.smooth.unties)
         disk += (sum(map(prod, structure.parameters.values())) + head) * width
@@ -116,6 +118,12 @@ def with_trials(
     quantizing = sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in tried)
     running = 2.0 * tokens * sum(linear.weights for linear in structure.linears()) / _rate()
     return replace(found, seconds=round(found.seconds + quantizing + running, 1), tokens=found.tokens + tokens)
+
+
+def _solves_experts(structure: Structure, quantized: Collection[tuple[Linear, WeightsSection]]) -> bool:
+    """Whether what enters a layer of experts is kept while these are solved."""
+    experts = {name for block in structure.blocks for layer in block.experts for name in layer.names}
+    return any(linear.name in experts and weights.solves for linear, weights in quantized)
 
 
 def _smoothing_cost(section: SmoothSection, quantized: Collection[tuple[Linear, WeightsSection]]) -> int:

@@ -424,11 +424,6 @@ def _refuse_experts(structure: Structure) -> None:
                              "Models whose experts transformers saves one by one are supported.")  # fmt: skip
 
 
-_OTHER_FOR_EXPERTS = (
-    "Give experts another method by an override: quantize.overrides: [{match: '*.experts.*', weights: {method: mse}}]."
-)
-
-
 def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequence[PlannedLinear]) -> None:
     names = {name for block in structure.blocks for experts in block.experts for name in experts.names}
     rollback = recipe.quantize.rollback
@@ -441,9 +436,6 @@ def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequen
         if treatment is not None and treatment.scheme.observed:
             raise RecipeError(f"quantize: {p.linear.name} is of an expert; engines have no static scales for those.",
                               "Give experts activations.scope: token, by an override that matches them.")  # fmt: skip
-        if treatment is not None and treatment.weights.solves:
-            raise RecipeError(f"quantize: {p.linear.name} is of an expert, which weights.method "
-                              f"{treatment.weights.method} does not reach.", _OTHER_FOR_EXPERTS)  # fmt: skip
 
 
 def stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:

@@ -12,10 +12,11 @@ from typing import Any
 from quantcli.errors import GateError
 from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.context import Context
+from quantcli.pipeline.experts import few_tokens, solved_experts, weighed_experts
 from quantcli.pipeline.gates import Gate, Worst, judged, message_of, remove_reports, worst_linears, write_reports
 from quantcli.pipeline.plan import Plan
 from quantcli.pipeline.rundir import room_errors
-from quantcli.pipeline.stages import allocate, calibrate, eval_ppl, eval_tasks, export, smooth, throughput
+from quantcli.pipeline.stages import allocate, calibrate, eval_ppl, eval_tasks, export, quantize, smooth, throughput
 from quantcli.recipe.schema import Recipe
 
 
@@ -121,9 +122,16 @@ def _found(context: Context, stage: str, file: str) -> dict[str, Any] | None:
 
 
 def _experts(context: Context) -> dict[str, Any] | None:
-    """How many experts were observed, and which saw fewer than the least number of tokens."""
-    found = _found(context, calibrate.STAGE.name, calibrate.MANIFEST)
-    return None if found is None else found.get("experts")
+    """How many experts were observed, or solved, and which of them saw fewer than the least number of tokens."""
+    content = _found(context, calibrate.STAGE.name, calibrate.MANIFEST)
+    found: dict[str, Any] | None = None if content is None else content.get("experts")
+    solved = solved_experts(context, quantize.STAGE.name) if quantize.STAGE.name in context.results else {}
+    if not solved:
+        return found
+    least, counted = few_tokens(context), weighed_experts(context) if found else []
+    observed = (found["observed"] if found else 0) + len(solved.keys() - {*counted})
+    few = {name: count for name, count in solved.items() if count < least}
+    return {"observed": observed, "least": least, "few": (found["few"] if found else {}) | few}
 
 
 def _allocation(context: Context) -> dict[str, Any] | None:

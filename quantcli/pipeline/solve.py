@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from quantcli.calibration.hessian import Hessian
 from quantcli.errors import ModelError
 from quantcli.evaluation.simulate import Replacement, forward_of, simulated
 from quantcli.formats.store import StoredLinear
+from quantcli.model.expert_loop import Weight, run_expert
 from quantcli.model.heap import release_freed_memory
 from quantcli.model.hidden import HiddenCache
-from quantcli.model.lockstep import Lockstep, stopping
+from quantcli.model.lockstep import Forward, Lockstep, Routed, stopping
 from quantcli.model.stream import BlockStream
-from quantcli.model.structure import Block
+from quantcli.model.structure import Block, Experts, SharedInput
+from quantcli.pipeline.experts import HIDDEN_EXPERTS, RoutedTokens, warn_of_few
 from quantcli.pipeline.plan import Treatment
 from quantcli.pipeline.treatment import (
     StatisticsOf,
     WeightSource,
+    dequantized,
     input_parameters,
     observed_of,
     replacement,
@@ -35,6 +39,7 @@ from quantcli.quant.compensate import compensation
 from quantcli.quant.gptq import factored
 from quantcli.quant.grid import QuantizedWeight
 from quantcli.quant.rounding import LearnedRounding
+from quantcli.quant.shrinkage import shrunk
 from quantcli.quant.solver import solved
 
 if TYPE_CHECKING:
@@ -60,9 +65,12 @@ class Passes:
     """Whether blocks add to the residual stream what their writers put out; None before it is known."""
 
     def waiting_bytes(self) -> int:
-        """What all batches hold while they wait inside a block: what entered it, and the widest input of a linear."""
+        """What all batches hold while they wait inside a block: what entered it, and the widest input of a linear, or
+        before experts their input and what shared ones put out."""
         skeleton = self.stream.skeleton
-        width = max(shared.width for block in skeleton.structure.blocks for shared in block.inputs)
+        blocks = skeleton.structure.blocks
+        widths = [shared.width for block in blocks for shared in block.inputs]
+        width = max(*widths, 2 * skeleton.structure.width * any(block.experts for block in blocks))
         streams = [self.stream] if self.beside is None else [self.stream, self.beside]
         tokens = sum(batch.numel() for stream in streams for batch in stream.batches)
         return tokens * (skeleton.structure.width + width) * skeleton.dtype.itemsize
@@ -74,33 +82,49 @@ def solve_block(
     """Codes and scales of every planned linear of a block, in the order in which their inputs come about.
 
     Each input is taken as the linears before it, quantized by then, make it (true-sequential); what leaves the
-    quantized block enters the next one. Experts have other methods and are quantized from the start. Raises ModelError
-    for inputs that are not finite, and for a Hessian that does not factor.
+    quantized block enters the next one. Experts of other methods are quantized from the start. Raises ModelError for
+    inputs that are not finite, and for a Hessian that does not factor.
     """
     treatments, solver = source.context.plan.treatments, section.gptq
     found: Results = {}
     aims: dict[str, Tensor] = {}
     hows: dict[str, Replacement] = {}
-    replaced: dict[str, Callable[[Tensor], Tensor]] = {}
+    replaced: dict[str, Forward] = {}
     every = [name for shared in block.inputs for name in shared.linears]
     device, dtype = passes.stream.skeleton.device, passes.stream.skeleton.dtype
     plain: dict[int, Tensor] = {}
-    layers = [layer for layer in block.experts if any(name in treatments for name in layer.names)]
-    for name in [name for layer in layers for name in layer.names if name in treatments]:
-        found[name] = source.quantize(name, statistics, with_inputs=True)
+
+    def replace_linear(name: str, linear: nn.Module) -> None:
         hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
-        replaced[name] = forward_of(nn.Module(), hows[name])
+        replaced[name] = forward_of(linear, hows[name])
+
+    layers = [layer for layer in block.experts if any(name in treatments for name in layer.names)]
+    of_experts = [name for layer in layers for name in layer.names if name in treatments]
+    for name in [name for name in of_experts if not treatments[name].weights.solves]:
+        found[name] = source.quantize(name, statistics, with_inputs=True)
+        replace_linear(name, nn.Module())
+    stops: list[SharedInput | Experts] = [*block.inputs]
+    for layer in reversed([layer for layer in layers if _solving(source, layer.names)]):
+        stops.insert(layer.inputs_before, layer)
     with passes.stream.block(index) as module:
         writers = _writers(passes, index, block) if solver.asymmetric else ()
         with stopping(module, block.name, every, layers):
             prefix = replaced if solver.prefix == "quantized" else {}
-            walking = partial(Lockstep, index=index, inputs=block.inputs, again=passes.again, writers=writers)
+            walking = partial(Lockstep, index=index, inputs=stops, again=passes.again, writers=writers)
             walk = walking(passes.stream, enters=passes.quantized.get, replaced=prefix)
             beside = None
             if passes.plain is not None and passes.beside is not None:
                 beside = walking(passes.beside, enters=passes.plain.get, replaced={})
-            for position, shared in enumerate(block.inputs):
-                solving = [n for n in shared.linears if n in treatments and treatments[n].weights.solves]
+            for position, shared in enumerate(stops):
+                if isinstance(shared, Experts):
+                    entering = walk.advance_to_experts(position)
+                    holder = module.get_submodule(shared.name.removeprefix(f"{block.name}."))
+                    for results in _solve_experts(source, passes, shared, holder, entering, prefix, solver, statistics):
+                        found |= results
+                        for name in results:
+                            replace_linear(name, nn.Module())
+                    continue
+                solving = _solving(source, shared.linears)
                 hessian = None
                 if solving:
                     direct = beside is not None and solver.asymmetric and _narrows(source, solving)
@@ -124,9 +148,7 @@ def solve_block(
                     found |= _solve_input(source, solving, hessian, solver, statistics, aims)
                 for name in shared.linears:
                     if name in treatments:
-                        hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
-                        linear = module.get_submodule(name.removeprefix(f"{block.name}."))
-                        replaced[name] = forward_of(linear, hows[name])
+                        replace_linear(name, module.get_submodule(name.removeprefix(f"{block.name}.")))
             if beside is not None and passes.plain is not None:
                 for batch, value in enumerate(beside.finish()):
                     passes.plain.put(batch, value)
@@ -137,7 +159,16 @@ def solve_block(
                 for batch, value in enumerate(walk.finish()):
                     passes.quantized.put(batch, value)
         if aims:
-            found |= _tune(source, passes, index, aims, found, plain, section.signround)
+            # experts are not tuned: the others make good what they lack
+            fixed = {
+                name.removeprefix(f"{block.name}."): how
+                if isinstance(how, Tensor)
+                else dequantized(found[name][0], dtype, device)
+                for name, how in hows.items()
+                if name in of_experts
+            }
+            with simulated(module, fixed, block.local_experts):
+                found |= _tune(source, passes, index, aims, found, plain, section.signround)
             for name in aims:
                 hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
             local = {name.removeprefix(f"{block.name}."): how for name, how in hows.items()}
@@ -145,6 +176,79 @@ def solve_block(
                 for batch in range(len(passes.stream.batches)):
                     passes.quantized.put(batch, passes.stream.run(index, batch, passes.quantized.get(batch)))
     return found
+
+
+def _solving(source: WeightSource, names: Iterable[str]) -> list[str]:
+    treatments = source.context.plan.treatments
+    return [name for name in names if name in treatments and treatments[name].weights.solves]
+
+
+def _solve_experts(
+    source: WeightSource,
+    passes: Passes,
+    layer: Experts,
+    holder: nn.Module,
+    entering: Iterable[Routed],
+    replaced: Mapping[str, Forward],
+    section: GptqSection,
+    statistics: StatisticsOf,
+) -> Iterator[Results]:
+    """Codes and scales of the linears of experts that are solved, one expert after the other.
+
+    Those that read an expert's input come first, for the tokens that it computes; then the one behind them, for what
+    they make of these tokens by `replaced`, which is to have them by then. `holder` is the module of the layer. Experts
+    of too few tokens are quantized without them. The float model has no part in it: it routes other tokens to them.
+    """
+    context, device = source.context, passes.stream.skeleton.device
+    calibration, linears = context.recipe.calibration, context.linears
+    assert calibration is not None
+    width = linears[layer.linears[0][0]].in_features
+    routed = RoutedTokens(
+        passes.quantized.folder.with_name(HIDDEN_EXPERTS),
+        entering,
+        [(batch.numel(), width) for batch in passes.stream.batches],
+        passes.stream.skeleton.dtype,
+        context.recipe.model.cache_memory,
+        calibration.route_all_experts,
+    )
+    counts: dict[str, int] = {}
+    for index, names in enumerate(layer.linears):
+        count = routed.count(index)
+        for members in (_solving(source, names[:-1]), _solving(source, names[-1:])):
+            if not members:
+                continue
+            counts[names[0]] = count
+            if count < calibration.expert_tokens:
+                results = {name: source.quantize(name, statistics, with_inputs=True) for name in members}
+                facts: Facts = {"data_free": True, "tokens": count}
+            else:
+                hessian = Hessian(linears[members[0]].in_features, device)
+                for tokens in routed.of(index):
+                    x = tokens.to(device)
+                    hessian.update(x if members[0] != names[-1] else _between(holder, layer, index, x, replaced))
+                results = _solve_input(source, members, hessian, section, statistics, {}, shrinks=True)
+                facts = {"asymmetric": 0.0} if section.asymmetric else {}
+            for name, (_, own) in results.items():
+                own |= facts
+                if context.plan.treatments[name].weights.method == "signround":
+                    own["tuned"] = False
+            yield results
+    warn_of_few(context, layer, counts)
+    routed.clear()
+
+
+@torch.no_grad()
+def _between(holder: nn.Module, layer: Experts, index: int, x: Tensor, replaced: Mapping[str, Forward]) -> Tensor:
+    """What the last linear of an expert reads, of tokens x that enter the expert."""
+    last = layer.linears[index][-1]
+
+    def compute(name: str, value: Tensor, weight: Weight) -> Tensor:
+        if name == last:
+            return value
+        how = replaced.get(name)
+        return functional.linear(value, weight()) if how is None else how(value)
+
+    return run_expert(holder, layer, index, x, compute)
 
 
 def _writers(passes: Passes, index: int, block: Block) -> tuple[str, ...]:
@@ -254,14 +358,19 @@ def _solve_input(
     section: GptqSection,
     statistics: StatisticsOf,
     aims: dict[str, Tensor],
+    shrinks: bool = False,
 ) -> Results:
     """The linears that read one input, those of one treatment at once. What was aimed at by those to be tuned
-    is added to `aims`."""
+    is added to `aims`. `shrinks`: the Hessian counts for as much as its tokens tell (`quant.shrinkage`)."""
     release_freed_memory()
     moments = hessian.moments()
     if not bool(torch.isfinite(moments.diagonal()).all()):
         raise ModelError(f"{names[0]}: input values are not finite during calibration.",
                          "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
+    seen: Facts = {"tokens": hessian.tokens}
+    if shrinks:
+        moments, share = shrunk(moments, hessian.tokens)
+        seen["shrunk"] = float(f"{share:.3g}")
     context = source.context
     groups = _alike(names, context.plan.treatments, source.one_scale)
     compared = hessian.compared_moments()
@@ -279,7 +388,7 @@ def _solve_input(
     found: Results = {}
     for members, (target, rows, zero_rows, facts) in zip(groups, aimed, strict=True):
         treatment = context.plan.treatments[members[0]]
-        facts = {"damping": curvature.damping, "tokens": hessian.tokens} | facts
+        facts = {"damping": curvature.damping} | seen | facts
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)
         facts["error"] = float(f"{lost:.6g}")

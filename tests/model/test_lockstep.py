@@ -19,7 +19,7 @@ from quantcli.errors import ModelError
 from quantcli.model.lockstep import Lockstep, stopping
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
-from quantcli.model.structure import Block
+from quantcli.model.structure import Block, Experts, SharedInput
 from quantcli.model.structure_cache import find_structure
 
 BATCHES = token_batches((2, 12), (1, 17), (2, 12))
@@ -92,6 +92,38 @@ def test_it_sees_what_hooks_see_in_the_whole_model(family: str, tiny_model: Call
     with stream.head():
         for value, wanted in zip(hidden, logits, strict=True):
             assert torch.equal(torch.cat([piece for _, piece in stream.logits(value)], 1), wanted)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(("family", "inputs"), [("mixtral", (2, 2)), ("qwen2-moe", (4, 4)), ("deepseek-v3", (4, 6))])
+def test_it_stops_before_experts_where_they_stand(
+    family: str, inputs: tuple[int, int], again: bool, tiny_model: Callable[..., Path]
+) -> None:
+    """DeepSeek's stand before its shared experts, those of Qwen2 behind them. What they read is what hooks see."""
+    stream, hidden = stream_of(tiny_model(family))
+    index, block = len(stream.skeleton.blocks) - 1, stream.skeleton.structure.blocks[-1]
+    (layer,) = block.experts
+    assert (layer.inputs_before, len(block.inputs)) == inputs
+    stops: list[SharedInput | Experts] = [*block.inputs]
+    stops.insert(layer.inputs_before, layer)
+    expected: list[Sequence[Tensor]] = []
+    with stream.block(index) as module:
+        holder = module.get_submodule(layer.name.removeprefix(f"{block.name}."))
+        handle = holder.register_forward_pre_hook(lambda _, args: expected.append([arg.clone() for arg in args[:2]]))
+        with hooked(linears_of(block), lambda name: module.get_submodule(name.removeprefix(f"{block.name}."))) as read:
+            plain = [stream.run(index, batch, value) for batch, value in enumerate(hidden)]
+        handle.remove()
+        with stopping(module, block.name, linears_of(block), [layer]):
+            walk = Lockstep(stream, index, stops, hidden.__getitem__, {}, again=again)
+            for position, stop in enumerate(stops):
+                if isinstance(stop, Experts):
+                    for value, wanted in zip(walk.advance_to_experts(position), expected, strict=True):
+                        assert all(torch.equal(one, other) for one, other in zip(value, wanted, strict=True))
+                else:
+                    for value, wanted in zip(walk.advance(position), read[stop.name], strict=True):
+                        assert torch.equal(value.reshape(wanted.shape), wanted), stop.name
+            for leaving, wanted in zip(walk.finish(), plain, strict=True):
+                torch.testing.assert_close(leaving, wanted)
 
 
 def changed_weight(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.pipeline.allocation import TOKENS, Allocation, allocation_of, trial_weights, with_overrides
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.experts import tokens_of_experts
 from quantcli.pipeline.knapsack import knapsack
 from quantcli.pipeline.plan import Plan, PlannedLinear, make_plan
 from quantcli.pipeline.rundir import RECIPE, StageFolder, write_json
@@ -53,6 +54,7 @@ def _identity(context: Context) -> dict[str, Any]:
         "samples": data_identity(recipe.calibration),
         "formats": list(recipe.export.formats) if recipe.export else [],
         **({"engines": list(recipe.export.engines)} if recipe.export and recipe.export.engines else {}),
+        **({"experts": tokens_of_experts(context)} if context.experts else {}),
     }
 
 

@@ -12,6 +12,7 @@ from quantcli.errors import ModelError
 from quantcli.model.structure import Block, SharedInput
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.experts import few_tokens, tokens_of_experts, warn_of_few, weighed_experts
 from quantcli.pipeline.plan import needs_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import calibration_samples, spread
@@ -46,9 +47,16 @@ def _identity(context: Context) -> dict[str, Any]:
         "moments": _moments(context),
         "head": _observes_head(context),
         "attention": attention and [attention.to_json(), cache and cache.observe, _coverage(context)],
-        "experts": [section.expert_tokens, section.route_all_experts] if _observes_experts(context) else None,
+        "experts": _identity_of_experts(context),
         "looks_at": _looks_at(context),
     }
+
+
+def _identity_of_experts(context: Context) -> list[Any] | None:
+    """How experts are observed, and of which anything is found so, where that is not all of them."""
+    weighed = weighed_experts(context)
+    some = [weighed] if len(weighed) < len(context.experts) else []
+    return [*tokens_of_experts(context), *some] if weighed else None
 
 
 def _looks_at(context: Context) -> int | None:
@@ -83,8 +91,7 @@ def _observes_head(context: Context) -> bool:
 
 def _observes_experts(context: Context) -> bool:
     """Whether anything about the linears of experts is found from their inputs."""
-    treatments = context.plan.treatments
-    return any(treatments[name].weights.importance != "none" for name in context.expert_inputs if name in treatments)
+    return bool(weighed_experts(context))
 
 
 def _coverage(context: Context) -> float | None:
@@ -181,20 +188,10 @@ def _check_experts(context: Context, block: Block, statistics: Mapping[str, Inpu
 
     for name, gathered in statistics.items():
         require_finite(name, gathered)
-    least = _least(context)
-    for experts in block.experts if statistics else ():
-        few = {names[0]: statistics[names[0]].count for names in experts.linears if statistics[names[0]].count < least}
-        if few:
-            shown = ", ".join(f"{name} ({count})" for name, count in few.items())
-            context.emit("warning", fallback="data_free_experts", count=len(few),
-                         text=f"{len(few)} of {len(experts.linears)} experts of {experts.name} saw fewer than "
-                         f" {least} tokens and are quantized without them: {shown}. Use more calibration text, or "
-                         "route_all_experts.")  # fmt: skip
-
-
-def _least(context: Context) -> int:
-    assert context.recipe.calibration is not None
-    return context.recipe.calibration.expert_tokens
+    weighed = set(weighed_experts(context))
+    for layer in block.experts if statistics else ():
+        firsts = [names[0] for names in layer.linears if names[0] in weighed]
+        warn_of_few(context, layer, {name: statistics[name].count for name in firsts})
 
 
 def _check(context: Context, block: Block, statistics: dict[str, InputStatistics]) -> None:
@@ -269,16 +266,16 @@ def _manifest(context: Context, folder: StageFolder, tokens: int) -> dict[str, A
     if _observes_experts(context):
         for linear, name in context.expert_inputs.items():
             inputs[linear] = {"block": context.linear_blocks[linear], "input": name}
-        firsts = [names[0] for b in context.plan.structure.blocks for e in b.experts for names in e.linears]
-        experts = {name: int(read_statistics(context, name)["count"]) for name in firsts}
+        experts = {name: int(read_statistics(context, name)["count"]) for name in weighed_experts(context)}
     attention: dict[str, int] = {}
     for index in range(context.blocks) if context.plan.attention else ():
         attention |= dict.fromkeys(_attention_in(folder.path / _block_file(index)), index)
-    few = {name: count for name, count in experts.items() if count < _least(context)}
+    least = few_tokens(context)
+    few = {name: count for name, count in experts.items() if count < least}
     return {
         "tokens": tokens,
         "linears": inputs,
-        "experts": {"observed": len(experts), "least": _least(context), "few": few} if experts else None,
+        "experts": {"observed": len(experts), "least": least, "few": few} if experts else None,
         "attention": attention,
     }
 

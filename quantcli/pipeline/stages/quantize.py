@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.experts import HIDDEN_EXPERTS, tokens_of_experts
 from quantcli.pipeline.plan import UNREACHED
 from quantcli.pipeline.rundir import StageFolder
 from quantcli.pipeline.samples import calibration_samples
@@ -30,7 +31,9 @@ def _identity(context: Context) -> dict[str, Any]:
     from quantcli.pipeline.propagation import propagates
 
     recipe = context.recipe
-    drawn = recipe.calibration is not None and propagates(context.plan.treatments)  # which values are quantized
+    treatments = context.plan.treatments
+    solves = any(treatments[name].weights.solves for name in context.expert_inputs if name in treatments)
+    drawn = recipe.calibration is not None and propagates(treatments)  # which values are quantized
     return {
         "quantize": recipe.quantize.model_dump(mode="json", exclude={"distill"}),
         "schemes": {name: scheme.to_json() for name, (_, scheme) in context.plan.schemes.items()},
@@ -39,6 +42,7 @@ def _identity(context: Context) -> dict[str, Any]:
         "device": context.device,
         "samples": data_identity(recipe.calibration) if recipe.calibration and recipe.quantize.solves else None,
         "seed": recipe.calibration.seed if recipe.calibration and drawn else None,
+        **({"experts": tokens_of_experts(context)} if solves else {}),
     }
 
 
@@ -188,7 +192,7 @@ def _run_solved(context: Context, folder: StageFolder) -> None:
     units = _units(context, every=True)
     recorded = [block_file(folder.path, index).name in folder.files for index in units]
     if all(recorded):
-        for name in (HIDDEN, HIDDEN_FLOAT):
+        for name in (HIDDEN, HIDDEN_FLOAT, HIDDEN_EXPERTS):
             HiddenCache(folder.path / name, [], torch.float32).clear()
         return
     section = context.recipe.quantize
@@ -228,7 +232,7 @@ def _run_solved(context: Context, folder: StageFolder) -> None:
         _write(context, folder.path, folder.add, index, stored, {n: r[1] for n, r in results.items()}, started)
         for one in caches if index < context.blocks else ():
             one.commit(index + 1)
-    for one in caches:
+    for one in (*caches, HiddenCache(folder.path / HIDDEN_EXPERTS, [], stream.skeleton.dtype)):
         one.clear()
 
 
@@ -294,7 +298,7 @@ def _writes(context: Context) -> tuple[str, ...]:
     from quantcli.formats.store import MANIFEST, block_file
 
     files = (block_file(Path(), index).name for index in range(context.blocks + 1))
-    return (*files, MANIFEST, f"{HIDDEN}/*", f"{HIDDEN_FLOAT}/*")
+    return (*files, MANIFEST, *(f"{name}/*" for name in (HIDDEN, HIDDEN_FLOAT, HIDDEN_EXPERTS)))
 
 
 STAGE = Stage(
