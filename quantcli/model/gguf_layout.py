@@ -176,3 +176,35 @@ def architecture_keys(config: Config) -> dict[str, str | int | float]:
     size = head_size(config)
     keys |= {"attention.key_length": size, "attention.value_length": size, **known.written, **rope_keys(config)}
     return {f"{known.name}.{key}": value for key, value in keys.items()}
+
+
+def computed(config: Config, keys: Config) -> dict[str, Any]:
+    """Of a file with these keys, what llama.cpp computes with and transformers does not read, as keys of config.json.
+
+    `config` is what transformers makes of the file. Empty for models that are not in ARCHITECTURES. Raises ModelError
+    for rotary embeddings that config.json cannot say.
+    """
+    known = ARCHITECTURES.get(config["model_type"])
+    if known is None:
+        return {}
+    own = {key.removeprefix(f"{known.name}."): value for key, value in keys.items()}
+    found = {name: own[key] for key, name in {**known.further, **known.scales}.items() if key in own}
+    found |= {name: follows({**config, **found}) for name, follows in known.implied.items()}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
+    kind, factor = own.get("rope.scaling.type", "linear"), own.get("rope.scaling.factor", own.get("rope.scale_linear"))
+    read = ("type", "factor", "original_context_length", "finetuned")
+    if further := [key for key in own if key.startswith("rope.scaling.") and key.split(".")[2] not in read]:
+        raise ModelError(f"says {further[0]}, which transformers has no key for")
+    if kind != "none" and factor not in (None, 0.0, 1.0):
+        if kind not in ("linear", "yarn"):
+            raise ModelError(f"has rotary embeddings of type {kind}")
+        rope |= {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            context = config["max_position_embeddings"]
+            rope["original_max_position_embeddings"] = own.get("rope.scaling.original_context_length", context)
+    if known.partial and "rope.dimension_count" in own:
+        rope["partial_rotary_factor"] = own["rope.dimension_count"] / head_size(config)
+    if "sliding_attention" in (config.get("rope_parameters") or {}):
+        local = {"rope_type": "default", "rope_theta": own.get("rope.freq_base_swa", 10000.0)}
+        return found | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+    return found | {"rope_parameters": rope}

@@ -25,6 +25,7 @@ from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe import load_recipe
 
 FOUR = Scheme(4, granularity="group", group_size=32, float16_scales=True)
+EIGHT = Scheme(8, granularity="group", group_size=32, float16_scales=True)
 FOUR_ASYM = Scheme(4, symmetric=False, granularity="group", group_size=32, float16_scales=True)
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -72,6 +73,24 @@ def test_the_float_model_beside_it_may_be_a_file_of_llama_cpp(tmp_path: Path, pr
     found = scored(export_.folder, prose, alone)
     assert found["float_model"] == scored(alone, prose)["quantized"]
     assert 0 <= found["kl_divergence"] < 1e-3  # the same weights, rounded to bfloat16 in the file's model
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("starcoder2", {}),
+        ("stablelm", {"use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+        ("phi3", {}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    ],
+)
+def test_a_file_alone_scores_as_the_export_that_it_is_part_of(
+    family: str, changes: dict[str, Any], tmp_path: Path, prose: Path
+) -> None:
+    export_ = made(tmp_path / "export", EIGHT, "gguf", family=family, **changes)
+    alone = Path(shutil.copy(export_.folder / "model.gguf", tmp_path / "alone.gguf"))
+    expected = scored(export_.folder, prose)["quantized"]["value"]
+    assert scored(alone, prose)["quantized"]["value"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_ascend_holds_a_float32_model_whose_scales_another_format_has_in_float16(
