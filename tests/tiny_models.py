@@ -106,11 +106,15 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Name → (model_type of transformers, configuration keys)."""
 _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
-    "granite": ("granite", _COMMON),
     "qwen3-moe": (
         "qwen3_moe",
         {**_COMMON, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
     ),
+    "gemma": ("gemma", {**_COMMON, "head_dim": 16, "tie_word_embeddings": True}),
+    "smollm3": ("smollm3", {**_COMMON, "num_hidden_layers": 4}),  # the last does not rotate
+    "seed_oss": ("seed_oss", {**_COMMON, "head_dim": 16}),
+    "ernie4_5": ("ernie4_5", {**_COMMON, "head_dim": 16}),
+    **{kind: (kind, _COMMON) for kind in ("granite", "olmo2", "starcoder2", "stablelm", "arcee", "nemotron", "phi")},
 }
 """Models that single tests ask for."""
 

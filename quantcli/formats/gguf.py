@@ -75,7 +75,8 @@ def refuses_model(directory: Path, structure: Structure, tensors: Iterable[str])
     from quantcli.model.gguf_tokenizer import tokenizer_keys
 
     config = configuration(directory)
-    if reason := gguf_layout.refusal(config, structure.parameters):
+    written = config | {"tie_word_embeddings": structure.tied}
+    if reason := gguf_layout.refusal(written, structure.parameters):
         return reason
     own = {name for name in tensors if is_parameter(name, config)}
     if other := sorted(own - set(structure.parameters)):

@@ -22,6 +22,8 @@ from quantcli.quant.scheme import Scheme
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TYPES = {(8, True): "Q8_0", (4, True): "Q4_0", (4, False): "Q4_1"}
+_NEIGHBOURS = ("llama", "mistral", "granite", "smollm3", "arcee")
+"""Model types of which llama.cpp rotates neighbouring rows of queries and keys, and transformers halves of a head."""
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,21 @@ def check_gguf(
     }
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     del reader  # whatever is read of the mapped file stays in memory
-    _check_frequencies(folder, tensors.pop("rope_freqs.weight", None), config)
+    _check_frequencies(folder, {name: tensors.pop(name) for name in list(tensors) if name.startswith("rope_")}, config)
     modules = {weights[module]: module for module in store.schemes}
     for name, own in gguf_layout.tensor_names(config, names).items():
         tensor = tensors.pop(own, None)
         if tensor is None:
             raise VerificationError(f"{folder}: tensor {own} is missing.", "Export again.")
         heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(own.rsplit(".", 2)[-2])
-        swapped = heads is not None and config["model_type"] in ("llama", "mistral")
+        swapped = heads is not None and config["model_type"] in _NEIGHBOURS
         if name in modules:
             module = modules[name]
             kind, expected = expected_blocks(store.read(module), store.schemes[module], module)
         else:
-            kind, expected = _expected_float(source.read([name])[name].to(cast or _DTYPES[source.entries[name].dtype]))
+            value = source.read([name])[name].to(cast or _DTYPES[source.entries[name].dtype])
+            one_more = config["model_type"].startswith(("gemma", "nemotron")) and name.endswith("norm.weight")
+            kind, expected = _expected_float(1 + value.float() if one_more else value)
         if swapped:
             expected = _interleaved(expected, config[heads])  # type: ignore[index]
         whole = (tensor.kind, tensor.shape) == (kind, source.entries[name].shape)
@@ -138,12 +142,16 @@ def _interleaved(rows: NDArray[np.uint8], heads: int) -> NDArray[np.uint8]:
     return made
 
 
-def _check_frequencies(folder: Path, tensor: _Found | None, config: Mapping[str, Any]) -> None:
-    wanted = gguf_layout.frequency_divisors(config)
-    found = None if tensor is None else tensor.read().view(np.float32).tolist()
-    expected = None if wanted is None else np.array(wanted, dtype=np.float32).tolist()
-    if found != expected:
-        raise VerificationError(f"{folder}: rope_freqs.weight is not that of config.json.", "Export again.")
+def _check_frequencies(folder: Path, tensors: Mapping[str, _Found], config: Mapping[str, Any]) -> None:
+    """The tensors of rotary embeddings are those of config.json: of type longrope as it lists them."""
+    wanted = gguf_layout.rope_tensors(config)
+    rope = config.get("rope_parameters") or {}
+    if rope.get("rope_type") == "longrope":
+        wanted = {f"rope_factors_{kind}.weight": rope[f"{kind}_factor"] for kind in ("long", "short")}
+    for name in {**wanted, **tensors}:
+        found = tensors[name].read().view(np.float32).tolist() if name in tensors else None
+        if name not in wanted or found != np.array(wanted[name], dtype=np.float32).tolist():
+            raise VerificationError(f"{folder}: {name} is not that of config.json.", "Export again.")
 
 
 def _check_keys(folder: Path, reader: Any, config: Mapping[str, Any]) -> None:

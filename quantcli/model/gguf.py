@@ -26,6 +26,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 from quantcli.errors import ModelError, OutputError, QuantcliError, RoomError
 from quantcli.model.checkpoint import clear_leftovers
 from quantcli.model.gguf_header import check_header
+from quantcli.model.gguf_layout import computed
 from quantcli.model.skeleton import check_size
 from quantcli.model.writer import PlannedTensor, shard_names, split_shards, write_index, write_safetensors
 
@@ -56,7 +57,7 @@ def convert_gguf(path: Path, destination: Path, dtype: torch.dtype = torch.bfloa
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        model = _write_configuration(path, partial, dtype)
+        model = _write_configuration(path, reader, partial, dtype)
         _write_tokenizer(path, partial)
         _write_weights(path, reader, model, partial, dtype)
         try:
@@ -88,11 +89,16 @@ def open_gguf(path: Path) -> Any:
     return reader
 
 
-def _write_configuration(path: Path, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _write_configuration(path: Path, reader: Any, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Write config.json and generation_config.json; return the model without weights (on the meta device)."""
     with _at_fault(f"{path}: transformers cannot build this model", USE_ORIGINAL):
         config: PretrainedConfig = AutoConfig.for_model(**load_gguf_checkpoint(str(path))["config"])
         check_size(path, config)
+        keys = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("tokenizer.")}
+        try:
+            config.update(computed(config.to_dict(), keys))
+        except ModelError as error:
+            raise ModelError(f"{path} {error.message}.", USE_ORIGINAL) from error
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.config.architectures = [type(model).__name__]
@@ -109,6 +115,8 @@ def _write_tokenizer(path: Path, directory: Path) -> None:
         with _at_fault(f"{path}: transformers cannot read its tokenizer", USE_ORIGINAL):
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf")
         tokenizer.save_pretrained(directory)
+        with _at_fault(f"{path}: its tokenizer does not work in transformers", USE_ORIGINAL):
+            AutoTokenizer.from_pretrained(directory, local_files_only=True).encode("a b")
 
 
 def _write_weights(path: Path, reader: Any, model: PreTrainedModel, directory: Path, dtype: torch.dtype) -> None:

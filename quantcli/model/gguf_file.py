@@ -21,6 +21,7 @@ from quantcli.errors import ModelError
 from quantcli.model import gguf_layout, gguf_tokenizer
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, replacing
 from quantcli.model.gguf import open_gguf
+from quantcli.model.gguf_families import ARCHITECTURES
 from quantcli.model.skeleton import load_config
 from quantcli.model.structure_cache import find_structure
 from quantcli.model.writer import DTYPE_NAMES, PlannedTensor
@@ -65,24 +66,23 @@ def write_gguf(
     from gguf import GGUFWriter
 
     names = gguf_layout.tensor_names(config, [tensor.name for tensor in planned])
-    divisors = gguf_layout.frequency_divisors(config)
+    rotary = {name: np.array(values, dtype=np.float32) for name, values in gguf_layout.rope_tensors(config).items()}
     with replacing(path) as temporary:
-        writer = GGUFWriter(temporary, gguf_layout.ARCHITECTURES[config["model_type"]].name)
+        writer = GGUFWriter(temporary, ARCHITECTURES[config["model_type"]].name)
         try:
             _describe(writer, planned, names, types)
             for key, value in gguf_layout.architecture_keys(config).items():
                 _add(writer, key, value)
             for key, value in gguf_tokenizer.tokenizer_keys(directory, int(config["vocab_size"])).items():
                 _add(writer, key, value)
-            if divisors is not None:
-                made = np.array(divisors, dtype=np.float32)
-                writer.add_tensor_info(gguf_layout.FREQUENCIES, made.shape, made.dtype, made.nbytes)
+            for name, made in rotary.items():
+                writer.add_tensor_info(name, made.shape, made.dtype, made.nbytes)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
             for tensor in planned:
                 writer.write_tensor_data(_ordered(tensor, produce, names[tensor.name], config))
-            if divisors is not None:
+            for made in rotary.values():
                 writer.write_tensor_data(made)
         finally:
             writer.close()
@@ -117,7 +117,7 @@ def _ordered(
         raise ValueError(f"{name}: {made.dtype} {tuple(made.shape)} was planned as {tensor}")
     order = gguf_layout.neighbour_order(name, config)
     made = made if order is None else made[order]
-    made = made.float() if made.ndim == 1 else made
+    made = made.float() + gguf_layout.norm_offset(name, config) if made.ndim == 1 else made
     raw: NDArray[np.uint8] = made.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
     return raw
 
@@ -143,7 +143,8 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor lies in the file, and how its rows are ordered there (None: as in the parameter)."""
+    """Where a tensor lies in the file, how its rows are ordered there (None: as in the parameter), and by how much it
+    is more than the parameter."""
 
     kind: str
     offset: int
@@ -151,6 +152,7 @@ class _Place:
     raw_shape: tuple[int, ...]
     nbytes: int
     order: list[int] | None
+    added: float
 
 
 class GgufCheckpoint(Checkpoint):
@@ -173,7 +175,7 @@ class GgufCheckpoint(Checkpoint):
         names = {found: name for name, found in gguf_layout.tensor_names(config, parameters).items()}
         self.places: dict[str, _Place] = {}
         for tensor in open_gguf(path).tensors:
-            if tensor.name == gguf_layout.FREQUENCIES:
+            if tensor.name in (gguf_layout.FREQUENCIES, gguf_layout.LONG, gguf_layout.SHORT):
                 continue
             if tensor.name not in names:
                 raise ModelError(f"{path}: {tensor.name} belongs to nothing in this model.", "Check config.json.")
@@ -184,6 +186,7 @@ class GgufCheckpoint(Checkpoint):
                 tuple(tensor.data.shape),
                 int(tensor.n_bytes),
                 gguf_layout.neighbour_order(tensor.name, config),
+                gguf_layout.norm_offset(tensor.name, config),
             )
         if missing := [name for name in parameters if name not in self.places]:
             raise ModelError(f"{path} lacks {missing[0]} ({len(missing)} of {len(parameters)} parameters are missing).")
@@ -223,6 +226,8 @@ class GgufCheckpoint(Checkpoint):
             made = _dequantized(raw, place)
         if place.order is not None:
             made = made[torch.tensor(place.order).argsort()]
+        if place.added:
+            made = made - place.added
         dtype = {name: dtype for dtype, name in DTYPE_NAMES.items()}[entry.dtype]
         return made.to(dtype)
 

@@ -1,6 +1,6 @@
 """What llama.cpp makes of a model's configuration and tensors: their names and order in a GGUF file.
 
-Names come from the tables of the gguf package. What they do not say is a line of ARCHITECTURES. Without torch: a plan
+Names come from the tables of the gguf package. What they do not say is a row of ARCHITECTURES. Without torch: a plan
 asks here whether a model can be written at all.
 """
 
@@ -8,44 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
 from quantcli.errors import ModelError
+from quantcli.model.gguf_families import ARCHITECTURES, Config, head_size
 
-FREQUENCIES = "rope_freqs.weight"
-"""float32 [head size / 2]: divisors of the rotary frequencies, where config.json stretches some of them."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A family as llama.cpp knows it.
-
-    neighbours: it rotates channels 2j and 2j + 1 of a head, where transformers rotates j and j + half: the rows of the
-    query and key projections change places. norm_offset: it multiplies by w where the norm of transformers multiplies
-    by w + norm_offset. fixed: keys of config.json that a GGUF file has no room for, and the values it computes with.
-    further: keys of the file beside those of KEYS → key of config.json.
-    """
-
-    name: str
-    neighbours: bool = False
-    norm_offset: float = 0.0
-    fixed: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
-    further: Mapping[str, str] = field(default_factory=dict)
-
-
-_SILU: dict[str, tuple[object, ...]] = {"hidden_act": ("silu",)}
-_FULL: dict[str, tuple[object, ...]] = {**_SILU, "sliding_window": (None,)}
-_UNLESS_USED: dict[str, tuple[object, ...]] = {**_SILU, "use_sliding_window": (False,)}
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture("llama", neighbours=True, fixed=_SILU),
-    "mistral": Architecture("llama", neighbours=True, fixed=_FULL),
-    "qwen2": Architecture("qwen2", fixed=_UNLESS_USED),
-    "qwen3": Architecture("qwen3", fixed=_UNLESS_USED),
-}
-"""model_type of config.json → what llama.cpp computes for it. Each was run there by the tests."""
+FREQUENCIES, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+"""float32 [rotated channels of a head / 2]: divisors of the rotary frequencies, where config.json stretches some."""
 
 KEYS = {
     "context_length": "max_position_embeddings",
@@ -54,16 +24,15 @@ KEYS = {
     "feed_forward_length": "intermediate_size",
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
 """Key of the file, behind the architecture's name → key of config.json."""
 
 
-def refusal(config: Mapping[str, Any], parameters: Iterable[str]) -> str:
+def refusal(config: Config, parameters: Iterable[str]) -> str:
     """Why a model with this config.json and these parameters cannot be written; empty when it can.
 
-    Keys that `config` lacks are taken for the defaults of transformers.
+    Keys of `fixed` that `config` lacks are taken for the defaults of transformers.
     """
     if find_spec("gguf") is None:
         return "is written by the gguf package, which is not installed: pip install 'quantcli[gguf]'"
@@ -74,15 +43,21 @@ def refusal(config: Mapping[str, Any], parameters: Iterable[str]) -> str:
     for key, values in known.fixed.items():
         if config.get(key, values[0]) not in values:
             return f"has no room for {key}: {config[key]}, with which this model computes"
+    for key, follows in known.implied.items():
+        if config[key] != follows(config):
+            return f"has no room for {key}: {config[key]!s:.70}, with which this model computes"
+    for key in (*known.further.values(), *known.scales.values()):
+        if config[key] is None:
+            return f"needs {key}, which is null in config.json of this model"
     try:
-        rope_scaling(config)
+        rope_keys(config)
         tensor_names(config, parameters)
     except ModelError as error:
         return error.message
     return ""
 
 
-def tensor_names(config: Mapping[str, Any], parameters: Iterable[str]) -> dict[str, str]:
+def tensor_names(config: Config, parameters: Iterable[str]) -> dict[str, str]:
     """Parameter of transformers → tensor of the file, as model.norm.weight → output_norm.weight.
 
     Raises ModelError for a parameter that has none.
@@ -102,12 +77,12 @@ def tensor_names(config: Mapping[str, Any], parameters: Iterable[str]) -> dict[s
     return names
 
 
-def is_norm(name: str) -> bool:
-    """Whether a tensor of the file is the weight of a norm."""
-    return name.endswith("_norm.weight")
+def norm_offset(name: str, config: Config) -> float:
+    """What a tensor of the file, in float32, is more than the parameter; it is other than 0 for weights of norms."""
+    return ARCHITECTURES[config["model_type"]].norm_offset if name.endswith("_norm.weight") else 0.0
 
 
-def neighbour_order(name: str, config: Mapping[str, Any]) -> list[int] | None:
+def neighbour_order(name: str, config: Config) -> list[int] | None:
     """Rows of the parameter in the order of the file, for a tensor of the file; None where the order is the same.
 
     Head by head, of the halves a and b that transformers rotates together: a₀ b₀ a₁ b₁ ….
@@ -124,51 +99,65 @@ def neighbour_order(name: str, config: Mapping[str, Any]) -> list[int] | None:
     return [head * size + channel for head in range(heads) for channel in own]
 
 
-def head_size(config: Mapping[str, Any]) -> int:
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding as newer files write it, under rope_parameters; from either spelling."""
+def rope_of(config: Config, layers: str = "full_attention") -> dict[str, Any]:
+    """The rotary embedding of layers of a kind as newer files write it, under rope_parameters; from either spelling."""
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = dict(scaling) if isinstance(scaling, Mapping) else {}
+    found = dict(scaling.get(layers, scaling)) if isinstance(scaling, Mapping) else {}
     found.setdefault("rope_type", found.pop("type", "default"))
     found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
     return found
 
 
-def rope_scaling(config: Mapping[str, Any]) -> dict[str, str | int | float]:
-    """Keys of the file that stretch the rotary embedding. Raises ModelError for a kind that has none."""
+def rotated(config: Config) -> int:
+    """The channels of a head that positions rotate. Raises ModelError where llama.cpp would rotate all."""
+    part = float(rope_of(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
+    if part != 1.0 and not ARCHITECTURES[config["model_type"]].partial:
+        raise ModelError("has no room for a partial_rotary_factor of this model")
+    return int(head_size(config) * part)
+
+
+def rope_keys(config: Config) -> dict[str, str | int | float]:
+    """Keys of the file that say how positions rotate. Raises ModelError for what it has no keys for."""
     rope = rope_of(config)
     kind = rope["rope_type"]
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelError("has no room for a partial_rotary_factor of this model")
+    keys: dict[str, str | int | float] = {"rope.dimension_count": rotated(config)}
+    keys["rope.freq_base"] = float(rope["rope_theta"])
+    if "sliding_attention" in (config.get("rope_parameters") or {}):
+        local = rope_of(config, "sliding_attention")
+        if local["rope_type"] != "default":
+            raise ModelError(f"has no room for rotary embeddings of type {local['rope_type']} in sliding layers")
+        keys["rope.freq_base_swa"] = float(local["rope_theta"])
+    if kind not in ARCHITECTURES[config["model_type"]].ropes:
+        raise ModelError(f"has no room for rotary embeddings of type {kind}")
     if kind in ("default", "llama3"):  # llama3: the tensor FREQUENCIES says it
-        return {}
+        return keys
     if kind == "linear":
-        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
-    if kind == "yarn":
-        wanted = {"attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"}
-        if own := sorted(key for key in wanted if rope.get(key) is not None):
-            raise ModelError(f"has no room for {own[0]} of rotary embeddings of type yarn")
-        original = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        return {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": float(rope["factor"]),
-            "rope.scaling.original_context_length": int(original),
-        }
-    raise ModelError(f"has no room for rotary embeddings of type {kind}")
+        return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
+    context = config["max_position_embeddings"]
+    original = int(rope.get("original_max_position_embeddings") or context)
+    keys["rope.scaling.original_context_length"] = original
+    if kind == "longrope":  # the tensors LONG and SHORT say the rest
+        factor = rope.get("factor") or context / original
+        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        return keys | {"rope.scaling.attn_factor": float(rope.get("attention_factor") or attention)}
+    wanted = {"attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"}
+    if own := sorted(key for key in wanted if rope.get(key) is not None):
+        raise ModelError(f"has no room for {own[0]} of rotary embeddings of type yarn")
+    return keys | {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
 
 
-def frequency_divisors(config: Mapping[str, Any]) -> list[float] | None:
-    """Divisors of the rotary frequencies θ^(−2j/size) of type llama3; None for other types.
+def rope_tensors(config: Config) -> dict[str, list[float]]:
+    """Tensors of the file that no parameter stands for: divisors of the rotary frequencies θ^(−2j/size).
 
-    Of wavelength w = 2π·θ^(2j/size) and the original context c: 1 for w < c / high, `factor` for w > c / low, and
-    between them 1 / ((1 − t) / factor + t) with t = (c / w − low) / (high − low), as transformers computes it.
+    Of type llama3, for the wavelength w = 2π·θ^(2j/size) and the original context c: 1 for w < c / high, `factor` for
+    w > c / low, and between them 1 / ((1 − t) / factor + t) with t = (c / w − low) / (high − low), as transformers
+    computes it. Of type longrope those of config.json.
     """
     rope = rope_of(config)
+    if rope["rope_type"] == "longrope":
+        return {LONG: list(map(float, rope["long_factor"])), SHORT: list(map(float, rope["short_factor"]))}
     if rope["rope_type"] != "llama3":
-        return None
+        return {}
     factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
     context, size = rope["original_max_position_embeddings"], head_size(config)
     found = []
@@ -176,15 +165,46 @@ def frequency_divisors(config: Mapping[str, Any]) -> list[float] | None:
         wavelength = 2 * math.pi * float(rope["rope_theta"]) ** (channel / size)
         part = (context / wavelength - low) / (high - low)
         found.append(1 / ((1 - min(max(part, 0.0), 1.0)) / factor + min(max(part, 0.0), 1.0)))
-    return found
+    return {FREQUENCIES: found}
 
 
-def architecture_keys(config: Mapping[str, Any]) -> dict[str, str | int | float]:
-    """The keys of the file that say what model it holds, from a configuration with all defaults filled in."""
+def architecture_keys(config: Config) -> dict[str, str | int | float]:
+    """The keys of the file that say what model it holds."""
     known = ARCHITECTURES[config["model_type"]]
     keys: dict[str, str | int | float] = {key: config[own] for key, own in {**KEYS, **known.further}.items()}
+    keys |= {key: float(config[own]) for key, own in known.scales.items()}
     size = head_size(config)
-    keys |= {"attention.key_length": size, "attention.value_length": size, "rope.dimension_count": size}
-    keys["rope.freq_base"] = float(rope_of(config)["rope_theta"])
-    keys |= rope_scaling(config)
+    keys |= {"attention.key_length": size, "attention.value_length": size, **known.written, **rope_keys(config)}
     return {f"{known.name}.{key}": value for key, value in keys.items()}
+
+
+def computed(config: Config, keys: Config) -> dict[str, Any]:
+    """Of a file with these keys, what llama.cpp computes with and transformers does not read, as keys of config.json.
+
+    `config` is what transformers makes of the file. Empty for models that are not in ARCHITECTURES. Raises ModelError
+    for rotary embeddings that config.json cannot say.
+    """
+    known = ARCHITECTURES.get(config["model_type"])
+    if known is None:
+        return {}
+    own = {key.removeprefix(f"{known.name}."): value for key, value in keys.items()}
+    found = {name: own[key] for key, name in {**known.further, **known.scales}.items() if key in own}
+    found |= {name: follows({**config, **found}) for name, follows in known.implied.items()}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
+    kind, factor = own.get("rope.scaling.type", "linear"), own.get("rope.scaling.factor", own.get("rope.scale_linear"))
+    read = ("type", "factor", "original_context_length", "finetuned")
+    if further := [key for key in own if key.startswith("rope.scaling.") and key.split(".")[2] not in read]:
+        raise ModelError(f"says {further[0]}, which transformers has no key for")
+    if kind != "none" and factor not in (None, 0.0, 1.0):
+        if kind not in ("linear", "yarn"):
+            raise ModelError(f"has rotary embeddings of type {kind}")
+        rope |= {"rope_type": kind, "factor": factor}
+        if kind == "yarn":
+            context = config["max_position_embeddings"]
+            rope["original_max_position_embeddings"] = own.get("rope.scaling.original_context_length", context)
+    if known.partial and "rope.dimension_count" in own:
+        rope["partial_rotary_factor"] = own["rope.dimension_count"] / head_size(config)
+    if "sliding_attention" in (config.get("rope_parameters") or {}):
+        local = {"rope_type": "default", "rope_theta": own.get("rope.freq_base_swa", 10000.0)}
+        return found | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+    return found | {"rope_parameters": rope}

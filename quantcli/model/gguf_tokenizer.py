@@ -128,7 +128,11 @@ def _named(step: Mapping[str, Any]) -> str:
     if kind == "Digits" and step.get("individual_digits"):
         return "single digits"
     pattern = step.get("pattern", {}).get("Regex") if kind == "Split" else None
-    if pattern is not None and step.get("behavior") == "Isolated" and not step.get("invert"):
+    # patterns of PRETOKENIZERS fit every character, so that what lies between their matches is nothing
+    if pattern is not None and (step.get("behavior"), bool(step.get("invert"))) in (
+        ("Isolated", False),
+        ("Removed", True),
+    ):
         return str(pattern)
     return json.dumps(dict(step))
 
@@ -143,7 +147,7 @@ def _spaced(rules: Mapping[str, Any], tokens: list[str], types: list[int]) -> di
     llama.cpp joins the neighbours whose joint token has the highest score: minus the rank of the merge that makes it.
     """
     normal = _steps(rules["normalizer"], "normalizers")
-    before = _steps(rules["pre_tokenizer"], "pretokenizers")
+    before = [step for step in _steps(rules["pre_tokenizer"], "pretokenizers") if not (normal and _at_spaces(step))]
     prefix = any(step["type"] == "Prepend" for step in normal)
     plain = all(
         (step["type"] == "Prepend" and step["prepend"] == _SPACE)
@@ -154,17 +158,26 @@ def _spaced(rules: Mapping[str, Any], tokens: list[str], types: list[int]) -> di
         prefix = before[0].get("prepend_scheme", "always") != "never"
     elif before or not normal or not plain:
         raise ModelError("has no rules like those by which this tokenizer treats spaces")
+    if odd := [own["content"] for own in rules["added_tokens"] if own["normalized"] and _SPACE in own["content"]]:
+        raise ModelError(
+            f"finds added tokens in text as it is, and this tokenizer {odd[0]} behind its rules for spaces"
+        )
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(_merges(rules["model"])):
         ranks.setdefault(merge.replace(" ", ""), rank)
     last = len(ranks)
-    scores = [0.0 if types[number] != NORMAL else -float(ranks.get(token, last)) for number, token in enumerate(tokens)]
+    scores = [-float(ranks.get(token, last if types[number] == NORMAL else 0)) for number, token in enumerate(tokens)]
     for number, token in enumerate(tokens):
         if types[number] == NORMAL and len(token) == 6 and token.startswith("<0x"):
             types[number], scores[number] = BYTE, 0.0
         elif token == rules["model"].get("unk_token"):
             types[number] = UNKNOWN
     return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
+
+
+def _at_spaces(step: Mapping[str, Any]) -> bool:
+    """Whether a step only cuts at spaces, as Gemma's does, of which a normalizer has left none."""
+    return step["type"] == "Split" and step.get("pattern") == {"String": " "} and not step.get("invert")
 
 
 def _added(tokenizer: Any) -> dict[str, bool]:

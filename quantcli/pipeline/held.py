@@ -4,6 +4,7 @@ any work, without torch."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantcli.errors import RecipeError
@@ -81,6 +82,8 @@ def refuse_unheld(
     section = recipe.quantize.rollback
     further = [section.to] if section.ranks and section.to != "float" else []
     schemes = {linear.name: scheme for linear, scheme in quantized}
+    if recipe.smooth is not None and recipe.smooth.unties:
+        structure = replace(structure, tied=False)
     for name in recipe.export.formats if recipe.export else ():
         if reason := unheld(name, quantized, attention, further) or model_unheld(name, model, structure):
             raise RecipeError(f"export.formats: {reason}", "Choose another format or scheme, or export: null.")

@@ -6,6 +6,7 @@ It comes with the package xllamacpp; a process of its own asks it, since it ends
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -17,9 +18,10 @@ import torch
 import transformers
 from tiny_exports import Export, export_tiny
 from tiny_models import tiny_tokenizer, token_batches
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import GemmaTokenizer, PreTrainedTokenizerFast
 
+from quantcli.errors import ModelError
 from quantcli.model import gguf_tokenizer
 from quantcli.quant.scheme import Scheme
 
@@ -32,9 +34,18 @@ W4 = Scheme(4, granularity="group", group_size=64, float16_scales=True)
 W4_ASYM = Scheme(4, symmetric=False, granularity="group", group_size=32, float16_scales=True)
 
 
-def rope(kind: str, **keys: float) -> dict[str, Any]:
+def rope(kind: str, **keys: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **keys}}
 
+
+def longrope(divisors: int, original: int, **keys: float) -> dict[str, Any]:
+    short, long = ([start + step * channel for channel in range(divisors)] for start, step in ((1.0, 0.1), (4.0, 8.0)))
+    changes = rope("longrope", short_factor=short, long_factor=long, **keys)
+    return {**changes, "original_max_position_embeddings": original, "max_position_embeddings": 512}
+
+
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+GEMMA3 = {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "layer_types": None}  # the last sees everything
 
 MODELS: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
     "llama": ("llama", W8, {}),
@@ -44,15 +55,64 @@ MODELS: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
     "llama, wide heads": ("llama", W8, {"head_dim": 32}),
     "llama, linear rope": ("llama", W8, rope("linear", factor=4.0)),
     "llama, yarn": ("llama", W8, rope("yarn", factor=4.0, original_max_position_embeddings=32)),
-    "llama, llama3 rope": (
-        "llama",
-        W8,
-        rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
-    ),
+    "llama, llama3 rope": ("llama", W8, LLAMA3),
     "mistral": ("mistral", Scheme(8, granularity="tensor", float16_scales=True), {"sliding_window": None}),
+    "mistral, wide window": ("mistral", W8, {"sliding_window": 256}),
     # the tokenizer of their class has a token more
     "qwen2": ("qwen2", Scheme(8, float16_scales=True), {"vocab_size": 520}),
     "qwen3": ("qwen3", Scheme(4, float16_scales=True), {"vocab_size": 520}),
+    "gemma": ("gemma", W4, {}),
+    "gemma2": (
+        "gemma2",
+        W4_ASYM,
+        {"query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0, "final_logit_softcapping": 0.5},
+    ),
+    "gemma3": ("gemma3", W8, GEMMA3),
+    "gemma3, linear rope": (
+        "gemma3",
+        W4,
+        {
+            **GEMMA3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    "phi3": ("phi3", W4_ASYM, {}),
+    "phi3, tied": ("phi3", W8, {"tie_word_embeddings": True}),
+    # windows are 48 tokens long, and contexts of llama.cpp at least 256: short factors in both, then long ones
+    "phi3, longrope": ("phi3", W4, longrope(8, original=256)),
+    "phi3, longrope beyond": ("phi3", W8, longrope(8, original=32, attention_factor=1.5)),
+    "phi3, part of a head": ("phi3", W8, longrope(6, original=256, partial_rotary_factor=0.75)),
+    "granite": (
+        "granite",
+        W4,
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.6,
+            "residual_multiplier": 0.5,
+            "logits_scaling": 4.0,
+        },
+    ),
+    "granite, biases": ("granite", W8, {"attention_multiplier": 0.6, "attention_bias": True, "mlp_bias": True}),
+    "granite, llama3 rope": ("granite", W8, {"attention_multiplier": 0.6, **LLAMA3}),
+    "olmo2": ("olmo2", W8, {}),
+    "olmo2, yarn": ("olmo2", W4_ASYM, rope("yarn", factor=4.0, original_max_position_embeddings=32)),
+    "smollm3": ("smollm3", W4, {}),
+    "smollm3, tied": ("smollm3", W8, {"tie_word_embeddings": True}),
+    "starcoder2": ("starcoder2", W8, {}),
+    "starcoder2, tied": ("starcoder2", W4_ASYM, {"tie_word_embeddings": True}),
+    "stablelm": ("stablelm", W8, {}),
+    "stablelm, biases": ("stablelm", W4, {"use_qkv_bias": True, "use_parallel_residual": True}),
+    "cohere": ("cohere", W8, {"logit_scale": 0.3}),
+    "arcee": ("arcee", W4, {}),
+    "seed_oss": ("seed_oss", W8, {}),
+    "seed_oss, no biases": ("seed_oss", W8, {"attention_bias": False}),
+    "ernie4_5": ("ernie4_5", W4_ASYM, {}),
+    "nemotron": ("nemotron", W8, {}),
+    "phi": ("phi", W8, {}),
+    "phi, yarn": ("phi", W8, rope("yarn", factor=4.0, original_max_position_embeddings=32)),
 }
 
 TEXTS = [
@@ -65,6 +125,7 @@ TEXTS = [
     "def f(x):\n    return x**2 != 0x1F  # 100%\n",
     "<s>special</s> inside <pad>",
     "https://example.org/?q=1&r=__2__",
+    "a     b  c\n\n\n\nd\n\n  e<start_of_turn>user\nHi  there\n\n\n",
 ]
 
 
@@ -91,10 +152,13 @@ def test_llama_cpp_computes_the_same_model(name: str, tmp_path: Path) -> None:
     """Up to the rounding of inputs to 8 bits: a change of rows, keys or rotation moves logits by half of themselves."""
     family, scheme, changes = MODELS[name]
     export = export_tiny(tmp_path, scheme, family, form="gguf", dtype=torch.bfloat16, with_tokenizer=True, **changes)
+    export.verify()
     (windows,) = token_batches((2, 48))
     answers = asked(export.folder / "model.gguf", tmp_path, texts=TEXTS, windows=windows.tolist(), logits=True)
     expected, found = logits_of(export, windows), torch.tensor(answers["logits"])
     assert (found - expected).norm() / expected.norm() < 0.04
+    loss = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    assert math.exp(sum(answers["nll"]) / windows[:, 1:].numel()) == pytest.approx(loss.exp().item(), rel=0.02)
     tokenizer = transformers.AutoTokenizer.from_pretrained(export.folder)
     assert answers["tokens"] == [tokenizer.encode(text) for text in TEXTS]
 
@@ -118,6 +182,14 @@ def byte_level(steps: tuple[str, ...], whole_words: bool, normal: bool = False) 
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
+def cut_out(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The same, with words as what is left when all between them is removed, as converters from tiktoken write it."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(rules))
+    return tokenizer
+
+
 def spaced(prefix: bool) -> PreTrainedTokenizerFast:
     """A BPE over characters with ▁ for spaces and bytes for what it does not know, as Llama 2 has."""
     alphabet = sorted({character for text in TEXTS[1:4] for character in text if character.isprintable()} - {" "})
@@ -137,6 +209,22 @@ def spaced(prefix: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def gemma() -> PreTrainedTokenizerFast:
+    """The tokenizer of its class, with every pair that makes a piece among the merges and with added tokens for lines
+    and spaces, as published ones have."""
+    own = ["\n\n", "▁▁", "▁▁▁"]
+    model = json.loads(spaced(False).backend_tokenizer.to_str())["model"]
+    known = [piece for piece in model["vocab"] if piece not in own][3:]
+    pieces = dict.fromkeys([*own, *("".join(pair) for pair in model["merges"])])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>"]
+    vocabulary = {piece: number for number, piece in enumerate([*special, *own, "\n", *known][:512])}
+    pairs = [(piece[:cut], piece[cut:]) for piece in pieces for cut in range(1, len(piece))]
+    merges = [pair for pair in pairs if {*pair, "".join(pair)} <= set(vocabulary)]
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=merges, extra_special_tokens=["<start_of_turn>"])
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in own])
+    return tokenizer
+
+
 def with_eos() -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -145,11 +233,21 @@ def with_eos() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def test_added_tokens_that_are_found_behind_the_rules_for_spaces_are_refused(tmp_path: Path) -> None:
+    tokenizer = gemma()
+    tokenizer.add_tokens([AddedToken("▁x▁", normalized=True)])
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="▁x▁ behind its rules"):
+        gguf_tokenizer.tokenizer_keys(tmp_path, 0)
+
+
 TOKENIZERS = {
     **{name: lambda key=key: byte_level(*key) for key, name in gguf_tokenizer.PRETOKENIZERS.items()},
+    "matches cut out": lambda: cut_out(byte_level((gguf_tokenizer._LLAMA3, "bytes"), whole_words=False)),
     "composed": lambda: byte_level(*next(iter(gguf_tokenizer.PRETOKENIZERS)), normal=True),
     "llama": lambda: spaced(True),
     "llama without prefix": lambda: spaced(False),
+    "gemma": gemma,
     "ends with eos": with_eos,
 }
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import tiny_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantcli.errors import ModelError, OutputError
 from quantcli.model import gguf as converter
 from quantcli.model.gguf import convert_gguf
+from quantcli.model.gguf_layout import computed
 
 gguf = pytest.importorskip("gguf")
 Q8_0, Q4_0, F16, F32 = (gguf.GGMLQuantizationType[name] for name in ("Q8_0", "Q4_0", "F16", "F32"))
@@ -32,7 +34,9 @@ MERGES = ["t h", "th e", "Ġ the"]
 REAL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct.gguf"
 
 
-def write_gguf(path: Path, architecture: str, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]) -> Path:
+def write_gguf(
+    path: Path, architecture: str, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]], **keys: float
+) -> Path:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_context_length(128)
@@ -43,6 +47,8 @@ def write_gguf(path: Path, architecture: str, tensors: dict[str, tuple[np.ndarra
     writer.add_head_count_kv(KV_HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
+    for key, value in keys.items():
+        writer.add_float32(key, value)
     if architecture == "qwen3moe":
         writer.add_key_length(HEAD)
         writer.add_value_length(HEAD)
@@ -239,6 +245,62 @@ def test_missing_and_unplaced_tensors_are_named(tmp_path: Path) -> None:
     scaled = tensors | {"rope_freqs.weight": (np.full(HEAD // 2, 8.0, np.float32), F32)}
     path = write_gguf(tmp_path / "scaled.gguf", "llama", scaled)
     assert "rope_freqs.weight" in refusal(path, tmp_path)
+
+
+KEYS = {  # of a file → what a configuration made of it says
+    "plain": ("llama", {}, {"rope_type": "default"}),
+    "linear": ("llama", {"rope.scaling.factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "linear, by its old key": ("llama", {"rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "none": ("llama", {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, {"rope_type": "default"}),
+    "yarn": (
+        "qwen2",
+        {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    ),
+    "part of a head": ("stablelm", {"rope.dimension_count": 8}, {"partial_rotary_factor": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_rotary_embeddings_are_those_of_the_keys(name: str) -> None:
+    family, keys, expected = KEYS[name]
+    config = tiny_config(family).to_dict()
+    found = computed(config, {f"{family}.{key}": value for key, value in keys.items()})["rope_parameters"]
+    assert found == {"rope_type": "default", "rope_theta": 10000.0} | expected
+
+
+def test_keys_that_transformers_does_not_read_are_in_the_configuration() -> None:
+    config = tiny_config("gemma2", num_hidden_layers=46, layer_types=["full_attention"] * 46).to_dict()
+    keys = {"attn_logit_softcapping": 40.0, "final_logit_softcapping": 20.0, "attention.sliding_window": 64}
+    found = computed(config, {f"gemma2.{key}": value for key, value in keys.items()})
+    assert (found["attn_logit_softcapping"], found["final_logit_softcapping"]) == (40.0, 20.0)
+    assert found["sliding_window"] == 64
+    assert found["layer_types"] == ["sliding_attention", "full_attention"] * 23
+    assert found["query_pre_attn_scalar"] == 64 / 4  # hidden size / heads
+    assert computed({"model_type": "mamba"}, {}) == {}
+
+
+def test_rotary_embeddings_of_windows_have_a_base_of_their_own() -> None:
+    keys = {"gemma3.rope.freq_base": 1e6, "gemma3.rope.freq_base_swa": 5e3, "gemma3.rope.scaling.factor": 8.0}
+    assert computed(tiny_config("gemma3").to_dict(), keys)["rope_parameters"] == {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5e3},
+    }
+
+
+@pytest.mark.parametrize("key", ["attn_factor", "yarn_log_multiplier"])
+def test_keys_that_no_configuration_says_are_refused(key: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "llama", random_tensors("llama", tied=True), **{f"llama.rope.scaling.{key}": 1.5})
+    assert f"says rope.scaling.{key}" in refusal(path, tmp_path)
+
+
+def test_a_scaled_model_is_converted_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, "llama", random_tensors("llama", tied=True), **{"llama.rope.scaling.factor": 2.0})
+    convert_gguf(path, tmp_path / "out")
+    rope = json.loads((tmp_path / "out" / "config.json").read_text())["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 2.0)
 
 
 def test_tensor_of_another_shape_is_named(tmp_path: Path) -> None:

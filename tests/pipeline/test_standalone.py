@@ -21,10 +21,12 @@ from quantcli.model.skeleton import load_config, resolve_dtype
 from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.engine import run_recipe
 from quantcli.pipeline.standalone import open_checkpoint, score_recipe
+from quantcli.pipeline.verify import verify_path
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe import load_recipe
 
 FOUR = Scheme(4, granularity="group", group_size=32, float16_scales=True)
+EIGHT = Scheme(8, granularity="group", group_size=32, float16_scales=True)
 FOUR_ASYM = Scheme(4, symmetric=False, granularity="group", group_size=32, float16_scales=True)
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -72,6 +74,24 @@ def test_the_float_model_beside_it_may_be_a_file_of_llama_cpp(tmp_path: Path, pr
     found = scored(export_.folder, prose, alone)
     assert found["float_model"] == scored(alone, prose)["quantized"]
     assert 0 <= found["kl_divergence"] < 1e-3  # the same weights, rounded to bfloat16 in the file's model
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("starcoder2", {}),
+        ("stablelm", {"use_qkv_bias": True, "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+        ("phi3", {}),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    ],
+)
+def test_a_file_alone_scores_as_the_export_that_it_is_part_of(
+    family: str, changes: dict[str, Any], tmp_path: Path, prose: Path
+) -> None:
+    export_ = made(tmp_path / "export", EIGHT, "gguf", family=family, **changes)
+    alone = Path(shutil.copy(export_.folder / "model.gguf", tmp_path / "alone.gguf"))
+    expected = scored(export_.folder, prose)["quantized"]["value"]
+    assert scored(alone, prose)["quantized"]["value"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_ascend_holds_a_float32_model_whose_scales_another_format_has_in_float16(
@@ -141,6 +161,34 @@ def test_codes_and_scales_survive_every_conversion(
         )
     if scheme.activations == "none":
         assert scored(source, prose)["quantized"] == scored(first.folder, prose)["quantized"]
+
+
+@pytest.mark.parametrize(
+    ("family", "form", "changes"),
+    [
+        ("gemma2", "compressed-tensors", {"query_pre_attn_scalar": 16}),
+        ("phi3", "gptq", {}),
+        ("granite", "compressed-tensors", {"attention_bias": True}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_families_become_gguf_and_come_back(
+    family: str, form: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    first = made(tmp_path / "first", FOUR, form, family=family, **changes)
+    convert_checkpoint(first.folder, "gguf", tmp_path / "gguf")
+    assert verify_path(tmp_path / "gguf")["linears"] == len(first.store.schemes)
+    convert_checkpoint(tmp_path / "gguf", form, tmp_path / "again")
+    one, other = (load_file(next(folder.glob("*.safetensors"))) for folder in (first.folder, tmp_path / "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_family_that_llama_cpp_does_not_compute_is_not_converted(tmp_path: Path) -> None:
+    first = made(tmp_path / "first", FOUR, "compressed-tensors", family="phi3", sliding_window=8)
+    with pytest.raises(RecipeError, match="sliding_window: 8"):
+        convert_checkpoint(first.folder, "gguf", tmp_path / "gguf")
+    assert not (tmp_path / "gguf").exists()
 
 
 def test_a_dense_conversion_says_what_is_missing_and_is_no_source(tmp_path: Path) -> None:
