@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,12 @@ from quantcli.model.structure import Experts
 Weight = Callable[[], Tensor]
 ExpertLinear = Callable[[str, Tensor, Weight], Tensor]
 """(name of the linear, its input [tokens, in], what gives its float weight [out, in]) to its output [tokens, out]."""
+
+
+def chosen_experts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The experts that each token is routed to, [tokens, k], of what a module of experts is called with."""
+    index: Tensor = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+    return index
 
 
 @contextmanager

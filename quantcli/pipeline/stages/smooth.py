@@ -9,17 +9,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError
 from quantcli.model.structure import Block, SharedInput, Structure, rotatable_heads
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.exactness import (
+    CHECKED_TOKENS,
+    TOLERANCE,
+    Passed,
+    changed_parameters,
+    check_outside,
+    check_rotation,
+    difference,
+    exact_streams,
+    passed,
+)
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import calibration_samples, spread
 from quantcli.pipeline.smoothed import ROTATION, folds_file, write_folds
 from quantcli.pipeline.stages.export import checkpoint_files, source_of
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from quantcli.model.checkpoint import Checkpoint
@@ -31,11 +40,6 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 HIDDEN = "hidden"
 MODEL = "model"
-CHECKED_TOKENS = 64
-"""Tokens of the first sample on which folds and rotations are checked in float32."""
-TOLERANCE = 1e-4
-"""Largest error of what a block adds to its input, relative, at which a fold in float32 counts as exact. A fold that is
-wrong changes it by as much as its scales; rounding in float32 by about 1e-6."""
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -121,9 +125,9 @@ def _go_through_blocks(
     batches = batched(samples)
     skeleton = context.skeleton(checkpoint=checkpoint)
     stream = BlockStream(skeleton, batches if section.scales else batches[:1])
-    exact, embedded = _exact_streams(context, checkpoint, rotation, batches[0][:1, :CHECKED_TOKENS])
+    exact, embedded = exact_streams(context, checkpoint, rotation, batches[0][:1, :CHECKED_TOKENS])
     if rotation is not None:
-        _check_outside(context, exact, embedded, rotation)
+        check_outside(context, exact, embedded, rotation)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     source = GroupSource(context, checkpoint)
     for text, count in _obstacles(context.plan.structure, source):
@@ -133,7 +137,7 @@ def _go_through_blocks(
         block = context.plan.structure.blocks[index]
         entering = cache.get(0)[:1, :CHECKED_TOKENS]
         if rotation is not None:
-            _check_rotation(context, index, exact, entering, rotation)
+            check_rotation(context, index, exact, entering, rotation)
         wanted = [shared for shared in block.inputs if source.folds(shared) or source.clipped(shared)]
         with stream.block(index) as module, _seen(context, module, block, wanted, len(samples)) as seen:
             for batch in range(len(stream.batches)):
@@ -172,63 +176,6 @@ def _blocks(indices: list[int]) -> str:
             runs.append([index, index])
     parts = [f"{first} to {last}" if first < last else str(first) for first, last in runs]
     return f"block{'s' * (len(indices) > 1)} {', '.join(parts)}"
-
-
-def _exact_streams(
-    context: Context, checkpoint: Checkpoint, rotation: ModelRotation | None, tokens: Tensor
-) -> tuple[list[BlockStream], list[Tensor]]:
-    """A short batch through the model in float32, for checks, beside a rotated one also through the original; and what
-    enters the first block of each."""
-    from quantcli.model.stream import BlockStream
-
-    sources: list[dict[str, Any]] = [{"checkpoint": checkpoint}] + [{"original": True}] * (rotation is not None)
-    streams = [BlockStream(context.skeleton(dtype="float32", **source), [tokens]) for source in sources]
-    return streams, [next(iter(list(stream.start()))) for stream in streams]
-
-
-def _check_outside(context: Context, exact: list[BlockStream], embedded: list[Tensor], rotation: ModelRotation) -> None:
-    """Raise ModelError unless rotated embeddings are the original's, rotated, and the head makes the same of them."""
-    import torch
-
-    from quantcli.model.rotation import stream_rotation
-
-    turn = stream_rotation(context.plan.structure, rotation.seed) if rotation.hidden else None
-    pairs = [(embedded[0], embedded[1] if turn is None else turn.apply(embedded[1]))]
-    logits = []
-    for stream, hidden in zip(exact, embedded, strict=True):
-        with stream.head():
-            logits.append(torch.cat([piece for _, piece in stream.logits(hidden)], dim=1))
-    for (found, expected), what in zip([*pairs, (logits[0], logits[1])], ("embedding", "output head"), strict=True):
-        difference = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-        if not difference <= TOLERANCE:
-            raise ModelError(f"Rotated, the {what} gives something else (by {difference:.2g}).",
-                             "Set smooth.rotation.hidden: false.")  # fmt: skip
-
-
-def _check_rotation(
-    context: Context, index: int, exact: list[BlockStream], entering: Tensor, rotation: ModelRotation
-) -> None:
-    """Raise ModelError unless the rotated block puts out what the original does, rotated."""
-    from quantcli.model.rotation import stream_rotation
-
-    turn = stream_rotation(context.plan.structure, rotation.seed) if rotation.hidden else None
-    entering = entering.float()
-    straight = entering if turn is None else turn.apply_transposed(entering)
-    with exact[0].block(index):
-        after = exact[0].run(index, 0, entering)
-    with exact[1].block(index):
-        expected = exact[1].run(index, 0, straight)
-    expected = expected if turn is None else turn.apply(expected)
-    difference = _relative(after, expected, entering)
-    if not difference <= TOLERANCE:
-        raise ModelError(f"Rotated, {context.plan.structure.blocks[index].name} computes something else "
-                         f"(by {difference:.2g} of what it adds).",
-                         "Set smooth.rotation.hidden: false or smooth.rotation.heads: false.")  # fmt: skip
-
-
-def _relative(found: Tensor, expected: Tensor, entering: Tensor) -> float:
-    """‖found − expected‖ / ‖expected − entering‖: against what the block adds, not against what passes through it."""
-    return float((found - expected).norm() / (expected - entering.to(expected.device)).norm().clamp(min=1e-30))
 
 
 @contextmanager
@@ -313,14 +260,14 @@ def _smooth_block(
     outcomes = []
     clips: dict[str, Tensor] = {}
     with exact.block(index), torch.no_grad():
-        before = exact.run(index, 0, entering.float()) if seen else entering
+        before = passed(exact, index, entering.float()) if seen else Passed(entering)
 
         def checked(outcome: Outcome) -> Outcome:
             if outcome.fold is None:
                 return outcome
-            changed = _changed_parameters(context, exact, [*kept, outcome.fold])
-            after = exact.run_with(index, 0, entering.float(), changed, torch.float32)
-            return outcome.checked(_relative(after, before, entering.float()), TOLERANCE)
+            changed = changed_parameters(exact, index, [*kept, outcome.fold], source.names)
+            after = passed(exact, index, entering.float(), changed)
+            return outcome.checked(difference(after, before, entering.float()), TOLERANCE)
 
         for shared, own in seen.values():
             if not source.folds(shared):
@@ -339,23 +286,10 @@ def _smooth_block(
                 )
             context.emit("smoothed", **outcome.to_json())
             outcomes.append(outcome)
-        changed = _changed_parameters(context, exact, kept)
+        changed = changed_parameters(exact, index, kept, source.names)
         for shared, own in seen.values():
             clips |= source.clips(shared, own, kept, changed)
     return outcomes, clips
-
-
-def _changed_parameters(context: Context, exact: BlockStream, folds: list[Fold]) -> dict[str, Tensor]:
-    """The parameters of a resident block in float32 with folds in them."""
-    from quantcli.model.folding import fold_changes
-
-    def read(name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        parameter: torch.nn.Parameter = getattr(exact.skeleton.module(path), leaf)
-        return parameter.detach().cpu()
-
-    changes = fold_changes(context.plan.structure, folds, read)
-    return {name: change(read(name)) for name, change in changes.items()}
 
 
 def _manifest(context: Context, folder: StageFolder, rotation: ModelRotation | None) -> dict[str, Any]:
