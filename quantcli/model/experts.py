@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from quantcli.errors import ModelError
-from quantcli.model.structure import Experts, Linear
+from quantcli.model.structure import Experts, Linear, Producer, SharedInput
 
 ENTERING, LEAVING = ("gate_up_proj", "up_proj"), "down_proj"
 """Parameters that read an expert's input (one of the two), and the one that makes its output."""
@@ -26,12 +26,14 @@ PROBE_ROWS = 8
 
 @dataclass(frozen=True)
 class FoundExperts:
-    """The experts of a block, their linears, and by the paths of their modules routers that are none. Names of linears
-    are a checkpoint's."""
+    """The experts of a block, their linears, by the paths of their modules routers that are none, and what enters the
+    last linear of each expert, where a scale can be folded into the one before it. Names of linears are a checkpoint's.
+    """
 
     experts: tuple[Experts, ...]
     linears: tuple[Linear, ...]
     routers: dict[str, Linear]
+    inner: tuple[SharedInput, ...]
 
     def gates(self, linear: Linear) -> bool:
         """Whether a linear beside experts chooses among them, or weighs a shared one: it has an output an expert, or
@@ -55,18 +57,20 @@ def find_experts(model: nn.Module, block: str) -> FoundExperts:
     for name, parameter in module.named_parameters(prefix=block):
         if parameter.ndim == 3 and id(parameter) not in convolutions:
             joined.setdefault(name.rpartition(".")[0], []).append(name)
-    experts, linears = [], []
+    experts, linears, inner = [], [], []
     routers: dict[str, Linear] = {}
     for path, names in joined.items():
         members = _members(model, path, names)
         linears += list(chain.from_iterable(members))
+        if members and _passes_scales(model.get_submodule(path), len(members[0]) - 1):
+            inner += [_inner(*expert[-2:]) for expert in members]
         routers |= dict(_routers(model, path, len(members)))
         names.sort(key=lambda name: name.endswith(f".{LEAVING}"))
         experts.append(Experts(path, tuple(names), tuple(tuple(m.name for m in expert) for expert in members)))
     for linear in (*linears, *routers.values()):
         if not linear.name.startswith(f"{block}."):
             raise ModelError(f"Checkpoints have {linear.name} for an expert in {block}.", "It is not supported yet.")
-    return FoundExperts(tuple(experts), tuple(linears), routers)
+    return FoundExperts(tuple(experts), tuple(linears), routers, tuple(inner))
 
 
 def matrices(experts: Experts, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -77,6 +81,25 @@ def matrices(experts: Experts, parameters: Sequence[Tensor]) -> dict[str, Tensor
         parts = [part for joined in entering for part in joined[index].chunk(len(names) - 1)]
         found |= dict(zip(names, (*parts, leaving[index]), strict=True))
     return found
+
+
+def _inner(before: Linear, last: Linear) -> SharedInput:
+    return SharedInput((last.name,), last.in_features, Producer(before.name, "linear"))
+
+
+def _passes_scales(module: nn.Module, entering: int) -> bool:
+    """Whether what enters an expert's last linear has in each channel the scale of what the linear before puts out."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.logspace(-2, 3, PROBE_ROWS).view(1, -1, 1)  # a bound that activations are held within shows
+    parts = torch.randn(entering, PROBE_ROWS, 4, generator=generator) * sizes
+    scale = torch.rand(4, generator=generator) + 0.5
+    act: Any = module._apply_gate if entering > 1 else module.act_fn
+    try:
+        plain = act(torch.cat([*parts], -1)) * scale
+        scaled = act(torch.cat([*parts[:-1], parts[-1] * scale], -1))
+    except Exception:  # whatever it raises, it is something else
+        return False
+    return bool(torch.allclose(scaled, plain, rtol=1e-4))
 
 
 def reads_by_a_product(router: nn.Module) -> bool:

@@ -192,7 +192,7 @@ class Watch:
                  for name in shared.linears}  # fmt: skip
         split |= {*residual.writers, *(expert[-1] for experts in found.experts for expert in experts.linears)}
         linears = tuple(replace(linear, splits_input=linear.name in split) for linear in linears)
-        mixed = tuple(self._mixed(path, found))
+        mixed = (*self._mixed(path, found), *found.inner)
         return Block(path, linears, tuple(inputs), fused, found.experts, routers, residual, mixed)
 
     def _mixed(self, path: str, found: FoundExperts) -> Iterator[SharedInput]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from quantcli.model.structure import Producer, SharedInput
 from quantcli.pipeline.context import Context
+from quantcli.pipeline.estimate import JUDGED_WEIGHTS
 from quantcli.pipeline.plan import excluded_from_smoothing
 from quantcli.recipe.smoothing import SmoothSection
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantcli.calibration.channel_statistics import ChannelStatistics
     from quantcli.model.checkpoint import Checkpoint
     from quantcli.model.folding import Fold
     from quantcli.pipeline.plan import Treatment
+    from quantcli.pipeline.seen import Seen
     from quantcli.smoothing.group import Found, Group
     from quantcli.smoothing.objective import Target, Targets
 
@@ -45,9 +46,9 @@ def folds_taken(section: SmoothSection) -> tuple[FoldKind, ...]:
     return ("norm", "attention", "mlp") if "linear" in kinds else ("norm",)
 
 
-Cause = Literal["no gain", "no token", "not finite", "obstacle", "check"]
-"""Why a group stays as it is: no scale was better; no token reached it; what entered it was not finite; something else
-reads what its producer makes; the fold changed what the block computes."""
+Cause = Literal["no gain", "no token", "few tokens", "not finite", "obstacle", "check"]
+"""Why a group stays as it is: no scale was better; no token reached it, or too few that expert; what entered it was not
+finite; something else reads what its producer makes; the fold changed what the block computes."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,6 @@ class Outcome:
             "reason": self.reason,
             **self.facts,
         }
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was seen of one input: the tokens that are kept of some samples, statistics of those samples where they are
-    held `apart`, and of the `rest`: all samples where none are."""
-
-    tokens: list[Tensor]
-    apart: ChannelStatistics
-    rest: ChannelStatistics
 
 
 def _whole(group: Group, seen: Seen) -> Group:
@@ -141,7 +132,9 @@ class GroupSource:
         self.checkpoint = checkpoint
         self.names = changeable_tensors(context.recipe, checkpoint, context.plan.structure)
         self.excluded = excluded_from_smoothing(context.recipe, context.plan.structure)
-        self.targets: dict[Treatment, Target] = {}
+        self.targets: dict[tuple[Treatment, bool], Target] = {}
+        layers = [experts for block in context.plan.structure.blocks for experts in block.experts]
+        self.of_experts = {name for experts in layers for name in experts.names}
 
     def folds(self, shared: SharedInput) -> bool:
         """Whether an input is to be scaled: with a producer, a quantized reader, and nothing that is excluded."""
@@ -153,10 +146,11 @@ class GroupSource:
         return planned and not {*shared.linears, producer.name} & self.excluded.keys()
 
     def clipped(self, shared: SharedInput) -> list[str]:
-        """The readers of an input whose weights are to be clipped."""
+        """The readers of an input whose weights are to be clipped: not those of experts."""
         section, treatments = self.context.recipe.smooth, self.context.plan.treatments
         assert section is not None
-        planned = [name for name in shared.linears if name in treatments and name not in self.excluded]
+        left = self.excluded.keys() | self.of_experts
+        planned = [name for name in shared.linears if name in treatments and name not in left]
         return [name for name in planned if section.clips(treatments[name].weights, treatments[name].activations)]
 
     def clips(
@@ -203,11 +197,15 @@ class GroupSource:
             return left("obstacle", producer.obstacle)
         if not seen.rest.count or not any(len(part) for part in seen.tokens):
             return left("no token", "no token reached it in some part of the calibration text")
+        count, least = seen.rest.count + seen.apart.count, self._least(shared)
+        if count < least:
+            return left("few tokens", f"{count} tokens reached it, and calibration.expert_tokens asks for {least}")
         if lost := seen.rest.non_finite + seen.apart.non_finite:
             return left("not finite", f"{lost} of its input values are not finite")
-        group = self._group(shared, seen)
+        judged = self._judged(shared, seen)
+        group = self._group(shared, seen, judged)
         whole = _whole(group, seen)
-        targets = [self._target(name) for name in shared.linears]
+        targets = [self._target(name) for name in judged]
         chosen = self._tried(producer, group, whole, targets)
         middle = self._shift(shared, whole) if shifting else None
         shift: Tensor | None = None
@@ -242,14 +240,32 @@ class GroupSource:
         error = output_error(whole, targets, "token")(scale)
         return _Tried(found, scale, largest_input(whole) / scale, error)
 
-    def _group(self, shared: SharedInput, seen: Seen) -> Group:
+    def _least(self, shared: SharedInput) -> int:
+        """Tokens that have to be seen of an input: of one inside an expert as many as calibration asks of experts."""
+        section = self.context.recipe.calibration
+        return section.expert_tokens if section is not None and shared.name in self.of_experts else 1
+
+    def _judged(self, shared: SharedInput, seen: Seen) -> list[str]:
+        """The linears by whose outputs scales are judged: all; of experts, those that saw the most tokens, as many as
+        JUDGED_WEIGHTS have room for, and one at least."""
+        judged, room = [name for name in shared.linears if name not in seen.routed], JUDGED_WEIGHTS
+        quantized = [name for name in shared.linears if name in seen.routed and name in self.context.plan.treatments]
+        for place, name in enumerate(sorted(quantized, key=lambda name: -seen.routed[name])):
+            room -= self.context.linears[name].weights
+            if place and room < 0:
+                break
+            judged.append(name)
+        return judged
+
+    def _group(self, shared: SharedInput, seen: Seen, judged: list[str]) -> Group:
         import torch
 
         from quantcli.smoothing.group import Group
 
         assert shared.producer is not None
         tokens, statistics = torch.cat(seen.tokens), seen.rest
-        weights = tuple(self._weight(name).float() for name in shared.linears)
+        weights = tuple(self._weight(name).float() for name in judged)
+        others = [self._weight(name).abs().amax(0).float() for name in shared.linears if name not in judged]
         return Group(
             weights=weights,
             channels=torch.tensor(shared.producer.channels(shared.width), device=tokens.device),
@@ -259,6 +275,7 @@ class GroupSource:
             centred_maximum=statistics.centred_maximum,
             spread=statistics.spread,
             tokens=tokens,
+            beyond=torch.stack(others).amax(0) if others else None,
         )
 
     def _weight(self, linear: str) -> Tensor:
@@ -287,22 +304,23 @@ class GroupSource:
         assert section is not None
         if treatment is None:
             return None
-        if treatment not in self.targets:
+        clipped = linear not in self.of_experts and section.clips(treatment.weights, treatment.activations)
+        if (treatment, clipped) not in self.targets:
             scheme = treatment.scheme
             grid = weight_grid(treatment, self.context.plan.structure.dtype)
             kind: Literal["none", "static", "dynamic"] = "static" if scheme.observed else "none"
-            self.targets[treatment] = Target(
+            self.targets[treatment, clipped] = Target(
                 weight=lambda weight: dequantize(minmax(weight, grid, None)),
                 bits=scheme.bits,
                 group_size=scheme.group_size,
                 one_scale=scheme.granularity == "tensor",
-                clipped=section.clips(treatment.weights, treatment.activations),
+                clipped=clipped,
                 activations="dynamic" if scheme.activations == "dynamic" else kind,
                 activation_bits=scheme.activation_bits,
                 symmetric=scheme.activations_symmetric,
                 type=scheme.type,
             )
-        return self.targets[treatment]
+        return self.targets[treatment, clipped]
 
     def _find(self, group: Group, whole: Group, targets: Targets) -> Found:
         from quantcli.smoothing.auto import auto
