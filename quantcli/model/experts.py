@@ -106,27 +106,28 @@ def reads_by_a_product(router: nn.Module) -> bool:
     """Whether what a router with a matrix as its `weight` W puts out depends on its input x only through x Wᵀ.
 
     Tried on numbers, as x A and W A⁻ᵀ with an A that scales and mixes channels. Then W takes in what a norm gives away,
-    and rotations. False too for one that takes more than x, or puts out no scores.
+    and rotations. Beside x it may be called with a number an expert. False too for one that puts out no scores.
     """
     generator = torch.Generator().manual_seed(0)
-    trial = copy.deepcopy(router).to_empty(device="cpu").float()
-    with torch.no_grad():
-        for value in (*trial.parameters(), *(b for b in trial.buffers() if b.is_floating_point())):
-            value.copy_(torch.randn(value.shape, generator=generator))
-        weight = trial.get_parameter("weight")
-        width = weight.shape[1]
-        weight.mul_(width**-0.5)
-        x, axis = torch.randn(PROBE_ROWS, width, generator=generator), torch.randn(width, generator=generator)
-        scale = torch.rand(width, generator=generator) + 0.5
+    trial = copy.deepcopy(router).to_empty(device="cpu").float().requires_grad_(False)
+    for value in (*trial.parameters(), *(b for b in trial.buffers() if b.is_floating_point())):
+        value.copy_(torch.randn(value.shape, generator=generator))
+    weight = trial.get_parameter("weight")
+    experts, width = weight.shape
+    matrix, bias = weight * width**-0.5, torch.randn(experts, generator=generator)
+    x, axis = torch.randn(PROBE_ROWS, width, generator=generator), torch.randn(width, generator=generator)
+    scale = torch.rand(width, generator=generator) + 0.5
+    for others in ((), (bias,)):
         try:
-            expected = _scores(trial(x))
-            weight.copy_(_mirrored(weight / scale, axis))
-            found = _scores(trial(_mirrored(x * scale, axis)))
+            weight.copy_(matrix)
+            expected = _scores(trial(x, *others))
+            weight.copy_(_mirrored(matrix / scale, axis))
+            found = _scores(trial(_mirrored(x * scale, axis), *others))
         except Exception:  # whatever it raises, such as for want of another argument, it is something else
-            return False
-    return bool(expected) and all(
-        torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in zip(found, expected, strict=True)
-    )
+            continue
+        pairs = zip(found, expected, strict=True)
+        return bool(expected) and all(torch.allclose(*pair, rtol=1e-3, atol=1e-3) for pair in pairs)
+    return False
 
 
 def _mirrored(rows: Tensor, axis: Tensor) -> Tensor:

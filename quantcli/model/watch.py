@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantcli.model.channel_paths import ChannelPaths
 from quantcli.model.experts import FoundExperts, reads_by_a_product
@@ -110,8 +110,8 @@ class Watch:
         enter = self._enter_linear(name)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not by_a_product:
-                tensor = first_argument(args, kwargs)
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            for tensor in tensors[by_a_product:]:  # the first is the input
                 self.paths.read_otherwise(tensor)
                 self.paths.break_off(self.paths.terms_of(tensor), f"the router {name}")
             enter(module, args, kwargs)

@@ -145,7 +145,7 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert len(others) + 1 == self.arguments
         scores = (self.inner(x) @ self.weight.t()).sigmoid()
-        return scores, (scores + self.bias).topk(2)[1]
+        return scores, (scores + sum(others, self.bias)).topk(2)[1]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,9 @@ class Router(nn.Module):
         (Router(lambda x: nn.functional.rms_norm(x, (24,))), False),
         (Router(lambda x: x * torch.linspace(0.5, 2, 24)), False),
         (Router(torch.tanh), False),
-        (Router(lambda x: x, arguments=2), False),
+        (Router(lambda x: x, arguments=2), True),
+        (Router(torch.tanh, arguments=2), False),
+        (Router(lambda x: x, arguments=3), False),
     ],
 )
 def test_routers_that_a_norm_can_give_its_gain_to(router: Router, expected: bool) -> None:
