@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from quantcli.model.checkpoint import Checkpoint
-    from quantcli.model.folding import Fold
+    from quantcli.model.folding import Change, Fold
     from quantcli.pipeline.plan import Treatment
     from quantcli.pipeline.seen import Seen
     from quantcli.smoothing.group import Found, Group
@@ -132,7 +132,7 @@ class GroupSource:
         self.checkpoint = checkpoint
         self.names = changeable_tensors(context.recipe, checkpoint, context.plan.structure)
         self.excluded = excluded_from_smoothing(context.recipe, context.plan.structure)
-        self.targets: dict[tuple[Treatment, bool], Target] = {}
+        self.targets: dict[Treatment, Target] = {}
         layers = [experts for block in context.plan.structure.blocks for experts in block.experts]
         self.of_experts = {name for experts in layers for name in experts.names}
 
@@ -146,24 +146,21 @@ class GroupSource:
         return planned and not {*shared.linears, producer.name} & self.excluded.keys()
 
     def clipped(self, shared: SharedInput) -> list[str]:
-        """The readers of an input whose weights are to be clipped: not those of experts."""
+        """The readers of an input whose weights are to be clipped."""
         section, treatments = self.context.recipe.smooth, self.context.plan.treatments
         assert section is not None
-        left = self.excluded.keys() | self.of_experts
-        planned = [name for name in shared.linears if name in treatments and name not in left]
+        planned = [name for name in shared.linears if name in treatments and name not in self.excluded]
         return [name for name in planned if section.clips(treatments[name].weights, treatments[name].activations)]
 
-    def clips(
-        self, shared: SharedInput, seen: Seen, folds: list[Fold], changed: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def clips(self, shared: SharedInput, seen: Seen, folds: list[Fold]) -> dict[str, Tensor]:
         """Bounds of the weights that are to be clipped among the readers of an input, with the block's folds in them.
-
-        changed: the parameters of the block that the folds change, with these changes.
-        """
+        Inside an expert that saw too few tokens there are none."""
         import torch
 
+        from quantcli.model.folding import fold_changes
+
         names = self.clipped(shared)
-        if not names or not seen.tokens:
+        if not names or not seen.tokens or seen.count < self._least(shared):
             return {}
         tokens = torch.cat(seen.tokens)
         for fold in folds:
@@ -171,15 +168,12 @@ class GroupSource:
                 if fold.shift is not None:
                     tokens = tokens - fold.shift.to(tokens.device)
                 tokens = tokens / fold.scale.to(tokens.device)
+        changes = fold_changes(self.context.plan.structure, folds, self._read)
         found = {}
         for name in names:
-            weight = changed.get(f"{name}.weight")
-            if weight is not None and self.context.linears[name].transposed:
-                weight = weight.t().contiguous()
-            weight = self._weight(name).float() if weight is None else weight.to(tokens.device)
-            target = self._target(name)
+            target, change = self._target(name), changes.get(f"{name}.weight")
             assert target is not None
-            found[name] = target.bounds(weight, tokens)
+            found[name] = target.bounds(self._weight(name, change).float(), tokens)
         return found
 
     def smooth(self, shared: SharedInput, seen: Seen, *, shifting: bool = True) -> Outcome:
@@ -197,9 +191,8 @@ class GroupSource:
             return left("obstacle", producer.obstacle)
         if not seen.rest.count or not any(len(part) for part in seen.tokens):
             return left("no token", "no token reached it in some part of the calibration text")
-        count, least = seen.rest.count + seen.apart.count, self._least(shared)
-        if count < least:
-            return left("few tokens", f"{count} tokens reached it, and calibration.expert_tokens asks for {least}")
+        if seen.count < (least := self._least(shared)):
+            return left("few tokens", f"{seen.count} tokens reached it, and calibration.expert_tokens asks for {least}")
         if lost := seen.rest.non_finite + seen.apart.non_finite:
             return left("not finite", f"{lost} of its input values are not finite")
         judged = self._judged(shared, seen)
@@ -278,8 +271,10 @@ class GroupSource:
             beyond=torch.stack(others).amax(0) if others else None,
         )
 
-    def _weight(self, linear: str) -> Tensor:
+    def _weight(self, linear: str, change: Change | None = None) -> Tensor:
+        """The float weight [out, in], as it is or changed."""
         tensor = self._read(f"{linear}.weight")
+        tensor = tensor if change is None else change(tensor)
         return (tensor.t().contiguous() if self.context.linears[linear].transposed else tensor).to(self.context.device)
 
     def _stored_dtype(self, parameter: str) -> torch.dtype:
@@ -304,23 +299,22 @@ class GroupSource:
         assert section is not None
         if treatment is None:
             return None
-        clipped = linear not in self.of_experts and section.clips(treatment.weights, treatment.activations)
-        if (treatment, clipped) not in self.targets:
+        if treatment not in self.targets:
             scheme = treatment.scheme
             grid = weight_grid(treatment, self.context.plan.structure.dtype)
             kind: Literal["none", "static", "dynamic"] = "static" if scheme.observed else "none"
-            self.targets[treatment, clipped] = Target(
+            self.targets[treatment] = Target(
                 weight=lambda weight: dequantize(minmax(weight, grid, None)),
                 bits=scheme.bits,
                 group_size=scheme.group_size,
                 one_scale=scheme.granularity == "tensor",
-                clipped=clipped,
+                clipped=section.clips(treatment.weights, treatment.activations),
                 activations="dynamic" if scheme.activations == "dynamic" else kind,
                 activation_bits=scheme.activation_bits,
                 symmetric=scheme.activations_symmetric,
                 type=scheme.type,
             )
-        return self.targets[treatment, clipped]
+        return self.targets[treatment]
 
     def _find(self, group: Group, whole: Group, targets: Targets) -> Found:
         from quantcli.smoothing.auto import auto

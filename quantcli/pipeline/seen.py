@@ -29,6 +29,11 @@ class Seen:
     rest: ChannelStatistics
     routed: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def count(self) -> int:
+        """Tokens of which there are statistics."""
+        return self.apart.count + self.rest.count
+
 
 @contextmanager
 def inputs_seen(

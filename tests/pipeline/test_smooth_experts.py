@@ -203,6 +203,35 @@ def test_scales_heed_the_weights_of_every_expert(
     assert float((whole**2 * weight).max()) == pytest.approx(group["largest_before"], rel=1e-4)
 
 
+def test_awq_clips_experts_by_the_tokens_that_they_see(recipe: Callable[..., Recipe]) -> None:
+    """All linears that are quantized have bounds, which are those of the folded weights; the float model stays."""
+    asked = recipe("qwen2-moe", {"method": "awq", "save_model": True})
+    weights = {"bits": 4, "granularity": "group", "group_size": 16, "method": "minmax", "importance": "none"}
+    asked["quantize"] = {"weights": weights, "activations": {"bits": 16}}
+    asked["calibration"]["expert_tokens"] = 40
+    engine.run_recipe(load_recipe(asked), until="quantize")
+    assert distance(asked) < EXACT
+    clips: dict[str, Tensor] = {}
+    for file in (Path(asked["output"]) / "smooth").glob("block-*.safetensors"):
+        clips |= {name.removesuffix(".clip"): b for name, b in load_file(file).items() if name.endswith(".clip")}
+    planned = set(quantcli.plan(asked).schemes)
+    missing = planned - clips.keys()
+    assert clips.keys() < planned
+    assert all(".experts." in name and name.endswith("down_proj") for name in missing)  # of experts that saw few tokens
+    assert 0 < len(missing) < 8
+    smooth = load_file(next((Path(asked["output"]) / "smooth" / "model").glob("*.safetensors")))
+    held = 0
+    for file in (Path(asked["output"]) / "quantize").glob("block-*.safetensors"):
+        for name, scale in load_file(file).items():
+            linear, _, part = name.rpartition(".")
+            if part == "scale" and linear in clips:
+                ranges = smooth[f"{linear}.weight"].abs().unflatten(1, (-1, 16)).amax(2)
+                assert (clips[linear] <= ranges * 1.001).all()
+                assert (scale.abs() * 8 <= clips[linear] * 1.01).all()
+                held += bool((clips[linear] < ranges * 0.99).any())
+    assert held > len(clips) / 2
+
+
 def test_experts_that_saw_few_tokens_keep_what_is_inside(recipe: Callable[..., Recipe]) -> None:
     asked = recipe("mixtral", {"method": "iterative", "save_model": True})
     asked["calibration"]["expert_tokens"] = 48

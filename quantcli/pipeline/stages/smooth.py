@@ -218,10 +218,8 @@ def _smooth_block(
             kept += [outcome.fold for outcome in made if outcome.fold is not None]
             _tell(context, made)
             outcomes += made
-        clipped = [(shared, own) for shared, own in seen.values() if source.clipped(shared)]
-        changed = changed_parameters(exact, index, kept, source.names) if clipped else {}
-        for shared, own in clipped:
-            clips |= source.clips(shared, own, kept, changed)
+    for shared, own in seen.values():
+        clips |= source.clips(shared, own, kept)
     return outcomes, clips
 
 
