@@ -119,6 +119,16 @@ class Experts:
         """The linears of all experts, expert by expert."""
         return tuple(name for expert in self.linears for name in expert)
 
+    @property
+    def entering(self) -> tuple[str, ...]:
+        """Those that read what enters an expert."""
+        return tuple(name for expert in self.linears for name in expert[:-1])
+
+    @property
+    def leaving(self) -> tuple[str, ...]:
+        """Those that make what leaves an expert."""
+        return tuple(expert[-1] for expert in self.linears)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -151,7 +161,7 @@ class Block:
         if self.residual is None:
             return ()
         layers = (experts for experts in self.experts if experts.name in self.residual.experts)
-        return (*self.residual.writers, *(names[-1] for experts in layers for names in experts.linears))
+        return (*self.residual.writers, *(name for experts in layers for name in experts.leaving))
 
     @property
     def local_experts(self) -> tuple[Experts, ...]:

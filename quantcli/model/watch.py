@@ -190,7 +190,7 @@ class Watch:
         linears = (*linears, *found.routers.values(), *found.linears)
         split = {name for shared in inputs if shared.producer and shared.producer.kind == "linear"
                  for name in shared.linears}  # fmt: skip
-        split |= {*residual.writers, *(expert[-1] for experts in found.experts for expert in experts.linears)}
+        split |= {*residual.writers, *(name for experts in found.experts for name in experts.leaving)}
         linears = tuple(replace(linear, splits_input=linear.name in split) for linear in linears)
         mixed = (*self._mixed(path, found), *found.inner)
         return Block(path, linears, tuple(inputs), fused, found.experts, routers, residual, mixed)
@@ -199,7 +199,7 @@ class Watch:
         """What makes the inputs of experts, each with all of its readers."""
         members: dict[str, tuple[str, ...]] = {name: (linear.name,) for name, linear in found.routers.items()}
         for experts in found.experts:
-            members[experts.name] = tuple(name for names in experts.linears for name in names[:-1])
+            members[experts.name] = experts.entering
         layers = {experts.name for experts in found.experts}
         entering: list[tuple[str, list[int]]] = []
         for key, names in self.readers.items():

@@ -159,17 +159,18 @@ def changed_parameters(
 
     found: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
-    readers = {name for fold in folds for name in fold.linears}
-    for layer in skeleton.structure.blocks[index].experts:
-        if readers.intersection(layer.names):
-            values = [held(name).clone() for name in layer.parameters]
-            found |= dict(zip(layer.parameters, values, strict=True))
-            parts |= {f"{name}.weight": part for name, part in matrices(layer, values).items()}
 
     def read(name: str) -> Tensor:
         return parts[name] if name in parts else held(stored[names[name]]).cpu()
 
-    for name, change in fold_changes(skeleton.structure, folds, read).items():
+    changes = fold_changes(skeleton.structure, folds, read)
+    for layer in skeleton.structure.blocks[index].experts:
+        for parameter, joined in zip(layer.parameters, (layer.entering, layer.leaving), strict=True):
+            if any(f"{name}.weight" in changes for name in joined):
+                found[parameter] = held(parameter).clone()
+        values = [found.get(name, held(name)) for name in layer.parameters]
+        parts |= {f"{name}.weight": part for name, part in matrices(layer, values).items()}
+    for name, change in changes.items():
         if name in parts:
             parts[name].copy_(change(parts[name]))
         else:

@@ -134,7 +134,7 @@ class GroupSource:
         self.excluded = excluded_from_smoothing(context.recipe, context.plan.structure)
         self.targets: dict[Treatment, Target] = {}
         layers = [experts for block in context.plan.structure.blocks for experts in block.experts]
-        self.of_experts = {name for experts in layers for name in experts.names}
+        self.inner = {name for experts in layers for name in experts.leaving}
 
     def folds(self, shared: SharedInput) -> bool:
         """Whether an input is to be scaled: with a producer, a quantized reader, and nothing that is excluded."""
@@ -236,7 +236,7 @@ class GroupSource:
     def _least(self, shared: SharedInput) -> int:
         """Tokens that have to be seen of an input: of one inside an expert as many as calibration asks of experts."""
         section = self.context.recipe.calibration
-        return section.expert_tokens if section is not None and shared.name in self.of_experts else 1
+        return section.expert_tokens if section is not None and shared.name in self.inner else 1
 
     def _judged(self, shared: SharedInput, seen: Seen) -> list[str]:
         """The linears by whose outputs scales are judged: all; of experts, those that saw the most tokens, as many as

@@ -227,7 +227,7 @@ def _checked_together(
     block: Block, groups: Iterable[tuple[SharedInput, Seen]]
 ) -> Iterable[list[tuple[SharedInput, Seen]]]:
     """The groups one by one, but those inside the experts of a layer, which are many and of one make, at once."""
-    layers = {names[-1]: layer.name for layer in block.experts for names in layer.linears}
+    layers = {name: layer.name for layer in block.experts for name in layer.leaving}
     found: dict[str, list[tuple[SharedInput, Seen]]] = {}
     for shared, own in groups:
         found.setdefault(layers.get(shared.name, shared.name), []).append((shared, own))
