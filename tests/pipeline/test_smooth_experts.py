@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_contexts import float_model, read
+from run_contexts import Interrupted, float_model, interrupt, read
 from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny_model, token_batches
 from torch import Tensor
@@ -272,6 +272,19 @@ def test_what_is_excluded_leaves_all_readers_of_the_norm(pattern: str, recipe: C
     assert {o["input"] for o in outcomes} == {
         "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.gate"
     }  # fmt: skip
+
+
+def test_an_interrupted_stage_goes_on_to_the_same_bytes(recipe: Callable[..., Recipe]) -> None:
+    whole = recipe("qwen3-moe", {"method": "iterative"})
+    smoothed(whole)
+    broken = {**whole, "output": whole["output"] + "-broken"}
+    with pytest.raises(Interrupted):
+        engine.run_recipe(load_recipe(broken), until="smooth", listener=interrupt("smooth", 1, "block"))
+    smoothed(broken)
+    files = [sorted((Path(each["output"]) / "smooth").glob("block-*")) for each in (whole, broken)]
+    assert len(files[0]) == 4
+    for one, other in zip(*files, strict=True):
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_the_memory_of_a_group_of_experts_is_bounded(
