@@ -115,6 +115,23 @@ _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("seed_oss", {**_COMMON, "head_dim": 16}),
     "ernie4_5": ("ernie4_5", {**_COMMON, "head_dim": 16}),
     **{kind: (kind, _COMMON) for kind in ("granite", "olmo2", "starcoder2", "stablelm", "arcee", "nemotron", "phi")},
+    "deepseek-v2": (
+        "deepseek_v2",
+        {
+            **_COMMON,
+            "num_key_value_heads": 4,
+            "q_lora_rank": 32,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
 }
 """Models that single tests ask for."""
 

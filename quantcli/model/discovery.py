@@ -7,7 +7,7 @@ is added to the residual stream, and what reads it, is followed likewise.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 
 from quantcli.errors import ModelError, QuantcliError
 from quantcli.model.channel_paths import ListIndexing
-from quantcli.model.experts import find_experts
+from quantcli.model.experts import FoundExperts, find_experts
 from quantcli.model.skeleton import build_model, find_blocks, load_config, resolve_dtype
 from quantcli.model.structure import Block, Residual, SharedInput, Structure
 from quantcli.model.watch import Watch, first_argument
@@ -60,8 +60,8 @@ def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure
     first_of_kind: dict[str, str] = {}
     for path in paths:
         first_of_kind.setdefault(_make(model.get_submodule(path)), path)
-    watch = _watch_forward(model, paths, set(first_of_kind.values()))
-    watched = {path: watch.block(path, find_experts(model, path)) for path in first_of_kind.values()}
+    watch = _watch_forward(model, paths, {path: find_experts(model, path) for path in first_of_kind.values()})
+    watched = {path: watch.block(path) for path in first_of_kind.values()}
     blocks = []
     for path in paths:
         kind = first_of_kind[_make(model.get_submodule(path))]
@@ -103,7 +103,7 @@ def _path_of(model: nn.Module, module: nn.Module) -> str:
     return next(name for name, candidate in model.named_modules() if candidate is module)
 
 
-def _watch_forward(model: nn.Module, paths: list[str], wanted: set[str]) -> Watch:
+def _watch_forward(model: nn.Module, paths: list[str], wanted: dict[str, FoundExperts]) -> Watch:
     """Run the model once; blocks that are not wanted pass their input through."""
     watch = Watch(model, paths, wanted)
     tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
@@ -119,7 +119,7 @@ def _watch_forward(model: nn.Module, paths: list[str], wanted: set[str]) -> Watc
 
 
 @contextmanager
-def _passed_through(model: nn.Module, paths: list[str], wanted: set[str], watch: Watch) -> Iterator[None]:
+def _passed_through(model: nn.Module, paths: list[str], wanted: Collection[str], watch: Watch) -> Iterator[None]:
     """Blocks outside `wanted` return their input, in the form in which the first block returns its output."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -142,17 +142,14 @@ def _renamed(block: Block, old: str, new: str) -> Block:
     def name(path: str) -> str:
         return new + path.removeprefix(old)
 
+    def renamed(shared: SharedInput) -> SharedInput:
+        producer = shared.producer and replace(shared.producer, name=name(shared.producer.name))
+        return SharedInput(tuple(map(name, shared.linears)), shared.width, producer)
+
     return Block(
         new,
         tuple(replace(linear, name=name(linear.name)) for linear in block.linears),
-        tuple(
-            SharedInput(
-                tuple(map(name, shared.linears)),
-                shared.width,
-                replace(shared.producer, name=name(shared.producer.name)) if shared.producer else None,
-            )
-            for shared in block.inputs
-        ),
+        tuple(map(renamed, block.inputs)),
         tuple(tuple(map(name, group)) for group in block.fused),
         tuple(
             replace(
@@ -169,5 +166,7 @@ def _renamed(block: Block, old: str, new: str) -> Block:
             tuple(replace(norm, name=name(norm.name)) for norm in block.residual.norms),
             tuple(map(name, block.residual.writers)),
             block.residual.obstacle,
+            tuple(map(name, block.residual.experts)),
         ),
+        tuple(map(renamed, block.mixed)),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ def run_expert(module: nn.Module, experts: Experts, index: int, x: Tensor, compu
     outputs = [compute(name, x, part(place)) for place, name in enumerate(entering)]
     act: Callable[[Tensor], Tensor] = module._apply_gate if len(outputs) > 1 else module.act_fn  # type: ignore[assignment]
     return compute(leaving, act(torch.cat(outputs, -1)), lambda: getattr(module, last)[index])
+
+
+def chosen_experts(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The experts that each token is routed to, [tokens, k], of what a module of experts is called with."""
+    index: Tensor = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
+    return index
 
 
 @contextmanager

@@ -144,10 +144,10 @@ def _rotate_stream(structure: Structure, stream: Orthogonal, read: Callable[[str
         assert block.residual is not None
         for norm in block.residual.norms:
             gain = _rotate_norm(norm, stream, read, steps)
-            for shared in block.inputs:
+            for shared in block.groups:
                 for name in shared.linears if shared.is_output_of(norm) else ():
                     steps.inputs(linears[name], _scaled(gain, stream.apply))
-        for name in block.residual.writers:
+        for name in block.writers:
             steps.outputs(linears[name], stream.apply)
     assert structure.final_norm is not None
     assert structure.head is not None

@@ -89,13 +89,15 @@ class Norm:
 class Residual:
     """How a block meets the residual stream.
 
-    norms: those that read the stream itself. writers: linears whose output is added to it as it is. obstacle: in words,
-    why the stream cannot be rotated through this block; empty if it can.
+    norms: those that read the stream itself. writers: linears whose output is added to it as it is. experts: modules of
+    experts of which this is so. obstacle: in words, why the stream cannot be rotated through this block; empty if it
+    can.
     """
 
     norms: tuple[Norm, ...]
     writers: tuple[str, ...]
     obstacle: str = ""
+    experts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,16 @@ class Experts:
         """The linears of all experts, expert by expert."""
         return tuple(name for expert in self.linears for name in expert)
 
+    @property
+    def entering(self) -> tuple[str, ...]:
+        """Those that read what enters an expert."""
+        return tuple(name for expert in self.linears for name in expert[:-1])
+
+    @property
+    def leaving(self) -> tuple[str, ...]:
+        """Those that make what leaves an expert."""
+        return tuple(expert[-1] for expert in self.linears)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -126,7 +138,8 @@ class Block:
     parent: q/k/v, gate/up), and all experts of a layer.
 
     `linears` are those of modules and of `experts`. `routers` choose among experts, or weigh what they put out; they
-    are among the linears, too.
+    are among the linears, too. `inputs` have the linears of modules alone; `mixed` are inputs that linears of experts
+    read, each with all of its readers: routers and shared experts too.
     """
 
     name: str
@@ -136,6 +149,21 @@ class Block:
     experts: tuple[Experts, ...] = ()
     routers: tuple[str, ...] = ()
     residual: Residual | None = None
+    mixed: tuple[SharedInput, ...] = ()
+
+    @property
+    def groups(self) -> tuple[SharedInput, ...]:
+        """The inputs with everything that reads them: `mixed` in the place of those of `inputs` that they include."""
+        included = {name for shared in self.mixed for name in shared.linears}
+        return (*(shared for shared in self.inputs if not included.issuperset(shared.linears)), *self.mixed)
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """The linears that write to the residual stream, those of experts too."""
+        if self.residual is None:
+            return ()
+        layers = (experts for experts in self.experts if experts.name in self.residual.experts)
+        return (*self.residual.writers, *(name for experts in layers for name in experts.leaving))
 
     @property
     def local_experts(self) -> tuple[Experts, ...]:
@@ -225,7 +253,7 @@ def rotation_obstacles(structure: Structure) -> list[str]:
             found.setdefault(block.residual.obstacle)
         else:
             for norm in block.residual.norms:
-                readers = [shared.producer for shared in block.inputs if shared.is_output_of(norm)]
+                readers = [shared.producer for shared in block.groups if shared.is_output_of(norm)]
                 reasons = [producer.obstacle for producer in readers if producer is not None and producer.obstacle]
                 found |= dict.fromkeys(reasons if readers else [f"no linear is known to read {norm.name}"])
     if structure.outer_obstacle:
@@ -295,15 +323,11 @@ def head_starts(shared: SharedInput, size: int) -> list[int]:
 
 
 def _block(content: dict[str, Any]) -> Block:
-    inputs = tuple(
-        SharedInput(tuple(i["linears"]), i["width"], _producer(i["producer"]) if i["producer"] else None)
-        for i in content["inputs"]
-    )
     residual = content["residual"]
     return Block(
         content["name"],
         tuple(Linear(**linear) for linear in content["linears"]),
-        inputs,
+        tuple(map(_input, content["inputs"])),
         tuple(tuple(group) for group in content["fused"]),
         tuple(
             Experts(
@@ -313,8 +337,19 @@ def _block(content: dict[str, Any]) -> Block:
         ),
         tuple(content["routers"]),
         residual
-        and Residual(tuple(Norm(**n) for n in residual["norms"]), tuple(residual["writers"]), residual["obstacle"]),
+        and Residual(
+            tuple(Norm(**n) for n in residual["norms"]),
+            tuple(residual["writers"]),
+            residual["obstacle"],
+            tuple(residual["experts"]),
+        ),
+        tuple(map(_input, content["mixed"])),
     )
+
+
+def _input(content: dict[str, Any]) -> SharedInput:
+    producer = content["producer"]
+    return SharedInput(tuple(content["linears"]), content["width"], _producer(producer) if producer else None)
 
 
 def _producer(content: dict[str, Any]) -> Producer:

@@ -5,14 +5,14 @@ Hooks mark the outputs of embeddings, norms, linears and blocks; between them `C
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from quantcli.model.channel_paths import ChannelPaths
-from quantcli.model.experts import FoundExperts, holds_experts
+from quantcli.model.experts import FoundExperts, reads_by_a_product
 from quantcli.model.norms import describe_norm, is_norm, is_norm_of, norm_offset, turns_with_its_input
 from quantcli.model.structure import Block, Experts, Linear, Norm, Producer, Residual, SharedInput
 
@@ -23,16 +23,23 @@ OUTSIDE = ""
 class Watch:
     """What is seen of one forward: the readers of each input, and what sums norms, linears and blocks meet.
 
-    The residual stream inside a block is a term under the block's own path, outside of the blocks under OUTSIDE.
+    `wanted` are the blocks that are watched, with what `model.experts.find_experts` found in them. Experts and routers
+    count as linears, though their outputs are not followed to other linears. The residual stream inside a block is a
+    term under the block's own path, outside of the blocks under OUTSIDE.
     """
 
-    def __init__(self, model: nn.Module, paths: list[str], wanted: set[str]) -> None:
+    def __init__(self, model: nn.Module, paths: list[str], wanted: Mapping[str, FoundExperts]) -> None:
+        self.wanted = wanted
+        self.layers = {experts.name for found in wanted.values() for experts in found.experts if experts.linears}
+        routers = {
+            name: reads_by_a_product(model.get_submodule(name)) for found in wanted.values() for name in found.routers
+        }
         self.paths = ChannelPaths()
         self.linears: dict[str, Linear] = {}
         self.readers: dict[int, list[str]] = {}
         self.sources: dict[int, tuple[str, list[int]] | None] = {}
         self.norms: dict[str, nn.Module] = {}
-        self.read_before: dict[str, int] = {}  # of modules that hold the weights of many experts: inputs read by then
+        self.read_before: dict[str, int] = {}  # of layers of experts: inputs read by then
         self.sums: dict[str, frozenset[str]] = {}  # what norms and linears read, and what blocks put out
         self.entrances: dict[str, frozenset[str]] = {}  # what blocks are given
         self.as_tuple: bool | None = None
@@ -43,6 +50,10 @@ class Watch:
                 self._hook(module, self._enter_block(name, name in wanted), self._leave_block(name, name in wanted))
             elif name.startswith(unwanted):
                 continue
+            elif name in self.layers:
+                self._hook(module, self._enter_experts(name), self._leave_experts(name))
+            elif name in routers:
+                self._hook(module, self._enter_router(name, routers[name]), self._leave_router())
             elif is_linear(module):
                 self.linears[name] = _describe(name, module)
                 self._hook(module, self._enter_linear(name), self._leave_linear(name))
@@ -50,8 +61,6 @@ class Watch:
                 self._hook(module, self._enter_norm(name), self._leave_norm(name))
             elif isinstance(module, nn.Embedding):
                 self._hook(module, None, self._leave_embedding(f"{name}.weight"))
-            elif holds_experts(module):
-                self.handles.append(module.register_forward_pre_hook(self._enter_experts(name)))
         self.blocks = paths
 
     def _hook(self, module: nn.Module, enter: Any, leave: Any) -> None:
@@ -92,8 +101,36 @@ class Watch:
         return hook
 
     def _enter_experts(self, name: str) -> Any:
-        def hook(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+        enter = self._enter_linear(name)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.read_before[name] = len(self.readers)
+            enter(module, args, kwargs)
+
+        return hook
+
+    def _leave_experts(self, name: str) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
+            self.paths.silent -= 1
+            self.paths.begin(output, name, channels=False)
+
+        return hook
+
+    def _enter_router(self, name: str, by_a_product: bool) -> Any:
+        enter = self._enter_linear(name)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            for tensor in tensors[by_a_product:]:  # the first is the input
+                self.paths.read_otherwise(tensor)
+                self.paths.break_off(self.paths.terms_of(tensor), f"the router {name}")
+            enter(module, args, kwargs)
+
+        return hook
+
+    def _leave_router(self) -> Any:
+        def hook(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+            self.paths.silent -= 1
 
         return hook
 
@@ -144,35 +181,54 @@ class Watch:
 
         return hook
 
-    def block(self, path: str, found: FoundExperts) -> Block:
-        """The block at a path, with what `model.experts.find_experts` found in it."""
+    def block(self, path: str) -> Block:
+        """The block at a path."""
+        found = self.wanted[path]
         inside = {name: linear for name, linear in self.linears.items() if name.startswith(f"{path}.")}
         inputs, places = [], []
         for place, (key, names) in enumerate(self.readers.items()):
             readers = tuple(name for name in names if name in inside)
             if readers:
-                inputs.append(SharedInput(readers, inside[readers[0]].in_features, self._producer(key, path)))
+                producer = self._producer(self.sources[key], readers, path)
+                inputs.append(SharedInput(readers, inside[readers[0]].in_features, producer))
                 places.append(place)
         seen = [inside[name] for shared in inputs for name in shared.linears]
         unseen = [linear for linear in inside.values() if linear not in seen]
         residual = self._residual(path, found.experts)
         linears = (*seen, *unseen)
-        routers = (*(linear.name for linear in found.routers), *(n.name for n in linears if found.gates(n)))
+        routers = (*(linear.name for linear in found.routers.values()), *(n.name for n in linears if found.gates(n)))
         fused = (*_fused(inputs, routers), *(experts.names for experts in found.experts if experts.linears))
-        linears = (*linears, *found.routers, *found.linears)
+        linears = (*linears, *found.routers.values(), *found.linears)
         split = {name for shared in inputs if shared.producer and shared.producer.kind == "linear"
                  for name in shared.linears}  # fmt: skip
-        split |= {*residual.writers, *(expert[-1] for experts in found.experts for expert in experts.linears)}
+        split |= {*residual.writers, *(name for experts in found.experts for name in experts.leaving)}
         linears = tuple(replace(linear, splits_input=linear.name in split) for linear in linears)
         # one that was never called stands behind all inputs
         before = {e.name: self.read_before.get(e.name, len(self.readers)) for e in found.experts}
         experts = tuple(
             replace(each, inputs_before=sum(place < before[each.name] for place in places)) for each in found.experts
         )
-        return Block(path, linears, tuple(inputs), fused, experts, routers, residual)
+        mixed = (*self._mixed(path, found), *found.inner)
+        return Block(path, linears, tuple(inputs), fused, experts, routers, residual, mixed)
 
-    def _producer(self, key: int, path: str) -> Producer | None:
-        source = self.sources[key]
+    def _mixed(self, path: str, found: FoundExperts) -> Iterator[SharedInput]:
+        """What makes the inputs of experts, each with all of its readers."""
+        members: dict[str, tuple[str, ...]] = {name: (linear.name,) for name, linear in found.routers.items()}
+        for experts in found.experts:
+            members[experts.name] = experts.entering
+        layers = {experts.name for experts in found.experts}
+        entering: list[tuple[str, list[int]]] = []
+        for key, names in self.readers.items():
+            source = self.sources[key]
+            if source is not None and source not in entering and layers.intersection(names):
+                entering.append(source)
+        for source in entering:
+            readers = [name for key, names in self.readers.items() if self.sources[key] == source for name in names]
+            linears = tuple(name for reader in readers for name in members.get(reader, (reader,)))
+            yield SharedInput(linears, len(source[1]), self._producer(source, readers, path))
+
+    def _producer(self, source: tuple[str, list[int]] | None, readers: Collection[str], path: str) -> Producer | None:
+        """What makes an input of these readers; an obstacle if anything else reads it."""
         if source is None:
             return None
         name, channels = source
@@ -181,9 +237,10 @@ class Watch:
         obstacle, local = "", name.removeprefix(f"{path}.")
         if others is not None and bool(others[channels].any()):
             obstacle = f"{local} is also read by something that is no linear"
-        for other, its_source in self.sources.items():
-            if other != key and its_source is not None and its_source[0] == name and {*channels} & {*its_source[1]}:
-                obstacle = f"{local} is also read by {self.readers[other][0].removeprefix(f'{path}.')}"
+        for key, other in self.sources.items():
+            others_readers = [reader for reader in self.readers[key] if reader not in readers]
+            if others_readers and other is not None and other[0] == name and {*channels} & {*other[1]}:
+                obstacle = f"{local} is also read by {others_readers[0].removeprefix(f'{path}.')}"
         if name in self.norms:
             return Producer(name, "norm", norm_offset(self.norms[name]), segments, obstacle)
         return Producer(name, "linear", 0.0, segments, obstacle, name in self.paths.attended)
@@ -192,14 +249,17 @@ class Watch:
         sums = [terms for terms in self.sums.values() if path in terms]
         norms = [name for name in self.norms if path in self.sums[name] and self.stream_of(name) == path]
         writers = [name for name in self.linears if any(name in terms for terms in sums)]
-        obstacle = self._residual_obstacle(path, experts, norms, writers).replace(f"{path}.", "")
-        return Residual(tuple(describe_norm(name, self.norms[name]) for name in norms), tuple(writers), obstacle)
+        layers = [layer.name for layer in experts if any(layer.name in terms for terms in sums)]
+        obstacle = self._residual_obstacle(path, experts, norms, [*writers, *layers]).replace(f"{path}.", "")
+        described = tuple(describe_norm(name, self.norms[name]) for name in norms)
+        return Residual(described, tuple(writers), obstacle, tuple(layers))
 
     def _residual_obstacle(self, path: str, experts: tuple[Experts, ...], norms: list[str], writers: list[str]) -> str:
         """In names without the block's path, so that blocks of one kind have one obstacle."""
         broken, terms = self.paths.broken, self.sums.get(path, frozenset())
-        if experts:
-            return f"{experts[0].name} holds the weights of many experts"
+        for layer in experts:
+            if not layer.linears:
+                return f"{layer.name} holds the weights of many experts in a form that is not known"
         for name in self.norms:
             if name in terms:
                 return f"the output of the norm {name} is added to the residual stream"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
-from quantcli.model.structure import Linear, Structure
+from quantcli.model.structure import Block, Linear, SharedInput, Structure
 from quantcli.pipeline.batches import BATCH_TOKENS
 from quantcli.recipe.quantization import WeightsSection
 from quantcli.recipe.schema import Recipe
@@ -16,6 +16,8 @@ from quantcli.recipe.smoothing import CLIPPING, SmoothSection
 
 # Resident memory of Python with torch and transformers loaded; measured on Linux, CPU build (BENCHMARKS.md).
 BASE_MEMORY = 420 << 20
+JUDGED_WEIGHTS = 1 << 26
+"""Weights of the experts by whose outputs smoothing judges scales, but for a single one that has more."""
 HEAD_MEMORY = 320 << 20  # logits of both models in 16 bits, half of model.stream.HEAD_BYTES each, and their scores
 # Nanoseconds a weight on one core of 2024, by weight method.
 SECONDS_A_WEIGHT = {
@@ -140,11 +142,19 @@ def _smoothing_memory(
     embedding or head is in float32."""
     weights = {linear.name: linear.weights for linear in structure.linears()}
     block = max(sum(weights[linear.name] for linear in block.linears) for block in structure.blocks)
-    groups = (sum(weights[name] for name in shared.linears) for block in structure.blocks for shared in block.inputs)
+    groups = (_judged(block, shared, weights) for block in structure.blocks for shared in block.groups)
     copies = SMOOTHING_COPIES[_smoothing_cost(section, quantized)]
     rotated = structure.vocabulary * structure.width * 4 * section.unties
     searched = 4 * copies * max(groups, default=0) if section.scales else 0
     return max(outer + rotated, 8 * block + int(searched))
+
+
+def _judged(block: Block, shared: SharedInput, weights: Mapping[str, int]) -> int:
+    """Most weights of a group that a search holds: of experts only some."""
+    of_experts = {name for experts in block.experts for name in experts.names}.intersection(shared.linears)
+    experts = [weights[name] for name in of_experts]
+    beside = sum(weights[name] for name in shared.linears if name not in of_experts)
+    return beside + min(sum(experts), max(JUDGED_WEIGHTS, *experts, 0))
 
 
 def _distillation_memory(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from quantcli.model.structure import Producer, SharedInput
 from quantcli.pipeline.context import Context
+from quantcli.pipeline.estimate import JUDGED_WEIGHTS
 from quantcli.pipeline.plan import excluded_from_smoothing
 from quantcli.recipe.smoothing import SmoothSection
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from quantcli.calibration.channel_statistics import ChannelStatistics
     from quantcli.model.checkpoint import Checkpoint
-    from quantcli.model.folding import Fold
+    from quantcli.model.folding import Change, Fold
     from quantcli.pipeline.plan import Treatment
+    from quantcli.pipeline.seen import Seen
     from quantcli.smoothing.group import Found, Group
     from quantcli.smoothing.objective import Target, Targets
 
@@ -45,9 +46,9 @@ def folds_taken(section: SmoothSection) -> tuple[FoldKind, ...]:
     return ("norm", "attention", "mlp") if "linear" in kinds else ("norm",)
 
 
-Cause = Literal["no gain", "no token", "not finite", "obstacle", "check"]
-"""Why a group stays as it is: no scale was better; no token reached it; what entered it was not finite; something else
-reads what its producer makes; the fold changed what the block computes."""
+Cause = Literal["no gain", "no token", "few tokens", "not finite", "obstacle", "check"]
+"""Why a group stays as it is: no scale was better; no token reached it, or too few that expert; what entered it was not
+finite; something else reads what its producer makes; the fold changed what the block computes."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,6 @@ class Outcome:
             "reason": self.reason,
             **self.facts,
         }
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was seen of one input: the tokens that are kept of some samples, statistics of those samples where they are
-    held `apart`, and of the `rest`: all samples where none are."""
-
-    tokens: list[Tensor]
-    apart: ChannelStatistics
-    rest: ChannelStatistics
 
 
 def _whole(group: Group, seen: Seen) -> Group:
@@ -142,6 +133,8 @@ class GroupSource:
         self.names = changeable_tensors(context.recipe, checkpoint, context.plan.structure)
         self.excluded = excluded_from_smoothing(context.recipe, context.plan.structure)
         self.targets: dict[Treatment, Target] = {}
+        layers = [experts for block in context.plan.structure.blocks for experts in block.experts]
+        self.inner = {name for experts in layers for name in experts.leaving}
 
     def folds(self, shared: SharedInput) -> bool:
         """Whether an input is to be scaled: with a producer, a quantized reader, and nothing that is excluded."""
@@ -159,17 +152,15 @@ class GroupSource:
         planned = [name for name in shared.linears if name in treatments and name not in self.excluded]
         return [name for name in planned if section.clips(treatments[name].weights, treatments[name].activations)]
 
-    def clips(
-        self, shared: SharedInput, seen: Seen, folds: list[Fold], changed: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def clips(self, shared: SharedInput, seen: Seen, folds: list[Fold]) -> dict[str, Tensor]:
         """Bounds of the weights that are to be clipped among the readers of an input, with the block's folds in them.
-
-        changed: the parameters of the block that the folds change, with these changes.
-        """
+        Inside an expert that saw too few tokens there are none."""
         import torch
 
+        from quantcli.model.folding import fold_changes
+
         names = self.clipped(shared)
-        if not names or not seen.tokens:
+        if not names or not seen.tokens or seen.count < self._least(shared):
             return {}
         tokens = torch.cat(seen.tokens)
         for fold in folds:
@@ -177,15 +168,12 @@ class GroupSource:
                 if fold.shift is not None:
                     tokens = tokens - fold.shift.to(tokens.device)
                 tokens = tokens / fold.scale.to(tokens.device)
+        changes = fold_changes(self.context.plan.structure, folds, self._read)
         found = {}
         for name in names:
-            weight = changed.get(f"{name}.weight")
-            if weight is not None and self.context.linears[name].transposed:
-                weight = weight.t().contiguous()
-            weight = self._weight(name).float() if weight is None else weight.to(tokens.device)
-            target = self._target(name)
+            target, change = self._target(name), changes.get(f"{name}.weight")
             assert target is not None
-            found[name] = target.bounds(weight, tokens)
+            found[name] = target.bounds(self._weight(name, change).float(), tokens)
         return found
 
     def smooth(self, shared: SharedInput, seen: Seen, *, shifting: bool = True) -> Outcome:
@@ -203,11 +191,14 @@ class GroupSource:
             return left("obstacle", producer.obstacle)
         if not seen.rest.count or not any(len(part) for part in seen.tokens):
             return left("no token", "no token reached it in some part of the calibration text")
+        if seen.count < (least := self._least(shared)):
+            return left("few tokens", f"{seen.count} tokens reached it, and calibration.expert_tokens asks for {least}")
         if lost := seen.rest.non_finite + seen.apart.non_finite:
             return left("not finite", f"{lost} of its input values are not finite")
-        group = self._group(shared, seen)
+        judged = self._judged(shared, seen)
+        group = self._group(shared, seen, judged)
         whole = _whole(group, seen)
-        targets = [self._target(name) for name in shared.linears]
+        targets = [self._target(name) for name in judged]
         chosen = self._tried(producer, group, whole, targets)
         middle = self._shift(shared, whole) if shifting else None
         shift: Tensor | None = None
@@ -242,14 +233,32 @@ class GroupSource:
         error = output_error(whole, targets, "token")(scale)
         return _Tried(found, scale, largest_input(whole) / scale, error)
 
-    def _group(self, shared: SharedInput, seen: Seen) -> Group:
+    def _least(self, shared: SharedInput) -> int:
+        """Tokens that have to be seen of an input: of one inside an expert as many as calibration asks of experts."""
+        section = self.context.recipe.calibration
+        return section.expert_tokens if section is not None and shared.name in self.inner else 1
+
+    def _judged(self, shared: SharedInput, seen: Seen) -> list[str]:
+        """The linears by whose outputs scales are judged: all; of experts, those that saw the most tokens, as many as
+        JUDGED_WEIGHTS have room for, and one at least."""
+        judged, room = [name for name in shared.linears if name not in seen.routed], JUDGED_WEIGHTS
+        quantized = [name for name in shared.linears if name in seen.routed and name in self.context.plan.treatments]
+        for place, name in enumerate(sorted(quantized, key=lambda name: -seen.routed[name])):
+            room -= self.context.linears[name].weights
+            if place and room < 0:
+                break
+            judged.append(name)
+        return judged
+
+    def _group(self, shared: SharedInput, seen: Seen, judged: list[str]) -> Group:
         import torch
 
         from quantcli.smoothing.group import Group
 
         assert shared.producer is not None
         tokens, statistics = torch.cat(seen.tokens), seen.rest
-        weights = tuple(self._weight(name).float() for name in shared.linears)
+        weights = tuple(self._weight(name).float() for name in judged)
+        others = [self._weight(name).abs().amax(0).float() for name in shared.linears if name not in judged]
         return Group(
             weights=weights,
             channels=torch.tensor(shared.producer.channels(shared.width), device=tokens.device),
@@ -259,10 +268,13 @@ class GroupSource:
             centred_maximum=statistics.centred_maximum,
             spread=statistics.spread,
             tokens=tokens,
+            beyond=torch.stack(others).amax(0) if others else None,
         )
 
-    def _weight(self, linear: str) -> Tensor:
+    def _weight(self, linear: str, change: Change | None = None) -> Tensor:
+        """The float weight [out, in], as it is or changed."""
         tensor = self._read(f"{linear}.weight")
+        tensor = tensor if change is None else change(tensor)
         return (tensor.t().contiguous() if self.context.linears[linear].transposed else tensor).to(self.context.device)
 
     def _stored_dtype(self, parameter: str) -> torch.dtype:

@@ -243,7 +243,7 @@ def excluded_from_smoothing(recipe: Recipe, structure: Structure) -> dict[str, s
         return {}
     names = [linear.name for linear in structure.linears()]
     for block in structure.blocks:
-        names += [i.producer.name for i in block.inputs if i.producer is not None and i.producer.kind == "norm"]
+        names += [i.producer.name for i in block.groups if i.producer is not None and i.producer.kind == "norm"]
     return match_names(recipe.smooth.exclude, list(dict.fromkeys(names)), "smooth.exclude", "linear or norm")
 
 

@@ -100,7 +100,7 @@ def read_folds(folder: Path, index: int, structure: Structure) -> list[Fold]:
     file = folds_file(folder, index)
     tensors = _load(file, lambda name: not name.endswith(f".{CLIP}"))
     folds = []
-    for shared in structure.blocks[index].inputs:
+    for shared in structure.blocks[index].groups:
         scale, shift = (tensors.pop(f"{shared.name}.{part}", None) for part in ("scale", "shift"))
         if scale is not None and shared.producer is not None:
             folds.append(Fold(shared.producer, shared.linears, scale, shift))
@@ -158,12 +158,15 @@ def changeable_tensors(recipe: Recipe, checkpoint: Checkpoint, structure: Struct
 
 
 def _changeable(structure: Structure) -> Iterator[str]:
-    """The parameters that a fold or a rotation may change: those of linears and norms, and the embeddings."""
-    modules = {linear.name: None for linear in structure.matrices()}
+    """The parameters that a fold or a rotation may change: those of linears and norms, and the embeddings. Linears of
+    experts, which are no parameters, have the names that checkpoints give them."""
+    linears = {linear.name: linear for linear in structure.matrices()}
+    own = [f"{name}.weight" for name in linears] + [f"{name}.bias" for name in linears if linears[name].bias]
+    norms = [] if structure.final_norm is None else [structure.final_norm.name]
     for block in structure.blocks:
-        modules |= {shared.producer.name: None for shared in block.inputs if shared.producer is not None}
-        modules |= {norm.name: None for norm in (block.residual.norms if block.residual else ())}
-    if structure.final_norm is not None:
-        modules[structure.final_norm.name] = None
-    own = (f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
-    yield from dict.fromkeys([*(name for name in own if name in structure.parameters), *structure.embeddings])
+        norms += [norm.name for norm in (block.residual.norms if block.residual else ())]
+        norms += [s.producer.name for s in block.groups if s.producer is not None and s.producer.kind == "norm"]
+    own += [
+        f"{norm}.{leaf}" for norm in norms for leaf in ("weight", "bias") if f"{norm}.{leaf}" in structure.parameters
+    ]
+    yield from dict.fromkeys([*own, *structure.embeddings])

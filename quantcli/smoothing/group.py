@@ -25,6 +25,8 @@ FLOOR = 1e-5
 class Group:
     """Linears that read one input x, whose channels are scaled: x' = x / s, W' = W · s, so that W' x' = W x.
 
+    Of many experts only some are held, by whose outputs scales are judged.
+
     Attributes:
         weights: of the linears, float32 [out, C] each.
         channels: the producer's channel of each input channel, int64 [C]. Channels that share one (query heads over
@@ -33,6 +35,7 @@ class Group:
             [C] and one number.
         tokens: inputs kept for searches, float32 [T, C].
         shift: what was subtracted from x and the linears give back in their biases, float32 [C]; None for nothing.
+        beyond: max |w| in each column of the linears that are not held, float32 [C]; None if all are.
     """
 
     weights: tuple[Tensor, ...]
@@ -44,6 +47,7 @@ class Group:
     spread: float
     tokens: Tensor
     shift: Tensor | None = None
+    beyond: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ def largest_input(group: Group) -> Tensor:
 
 def largest_weight(group: Group) -> Tensor:
     """Wmax_c = max over linears and rows of |w_rc|: [C]. Of the magnitude: the sign of a weight says nothing here."""
-    return torch.stack([weight.abs().amax(0) for weight in group.weights]).amax(0)
+    columns = [weight.abs().amax(0) for weight in group.weights]
+    return torch.stack(columns if group.beyond is None else [*columns, group.beyond]).amax(0)
 
 
 def shared_maximum(values: Tensor, channels: Tensor) -> Tensor:

@@ -37,10 +37,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("qwen2-moe", tmp_path_factory.mktemp("moe") / "model", num_hidden_layers=1)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_transformers_loads_experts_as_the_table_says(name: str, model: Path, tmp_path: Path) -> None:
-    quantize = {"activations": {"bits": 16}, **RECIPES[name]}
-    plan = quantcli.run({"model": {"path": str(model)}, "output": str(tmp_path), "quantize": quantize}).plan
+@pytest.mark.parametrize(("name", "smooth"), [*((name, None) for name in RECIPES), ("W4A16", {"method": "rotate"})])
+def test_transformers_loads_experts_as_the_table_says(
+    name: str, smooth: dict[str, Any] | None, model: Path, tmp_path: Path
+) -> None:
+    recipe = {"model": {"path": str(model)}, "output": str(tmp_path), "smooth": smooth}
+    plan = quantcli.run({**recipe, "quantize": {"activations": {"bits": 16}, **RECIPES[name]}}).plan
     (verdict,) = (v for v in plan.engines if v.engine == "transformers")
     folder = tmp_path / "export" / "compressed-tensors"
     assert verdict.loads == (name not in ("W8A8", "W4A16, experts in float"))

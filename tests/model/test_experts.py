@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import relu, silu
 from transformers import AutoModelForCausalLM
 
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import SINGLE_NAME, Checkpoint
 from quantcli.model.discovery import discover
+from quantcli.model.experts import _passes_scales
 from quantcli.model.names import weight_tensors
 
 TinyModel = Callable[..., Path]
@@ -46,6 +49,42 @@ def test_linears_of_experts_are_the_parts_of_the_parameters(family: str, tiny_mo
     assert not {*experts.names, *block.routers} & {name for shared in block.inputs for name in shared.linears} - {
         f"{block.name}.mlp.shared_expert_gate"
     }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_up_makes_what_enters_down_of_each_expert(family: str, tiny_model: TinyModel) -> None:
+    block = discover(tiny_model(family)).blocks[-1]
+    (experts,) = block.experts
+    inner = [shared for shared in block.mixed if shared.producer and shared.producer.kind == "linear"]
+    assert [(shared.producer.name, *shared.linears) for shared in inner if shared.producer] == [
+        names[-2:] for names in experts.linears
+    ]
+    assert {shared.width for shared in inner} == {96 if family == "mixtral" else 32}
+
+
+class Inside(nn.Module):
+    """What is between the linears of an expert."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._apply_gate = self.act_fn = act
+
+
+@pytest.mark.parametrize(
+    ("act", "entering", "passes"),
+    [
+        (lambda x: silu(x[..., :4]) * x[..., 4:], 2, True),
+        (lambda x: x[..., :4] * silu(x[..., 4:]), 2, False),
+        (lambda x: silu(x[..., :4]) * x[..., 4:].clamp(-10, 10), 2, False),
+        (lambda x: silu(x[..., :4]) * (x[..., 4:] + 1), 2, False),
+        (lambda x: x[..., :5], 2, False),
+        (relu, 1, True),
+        (lambda x: relu(x).square(), 1, False),
+        (silu, 1, False),
+    ],
+)
+def test_scales_that_pass_from_up_to_down(act: Callable[[Tensor], Tensor], entering: int, passes: bool) -> None:
+    assert _passes_scales(Inside(act), entering) == passes
 
 
 def test_a_dense_block_has_no_experts(tiny_model: TinyModel) -> None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from quantcli.errors import ModelError
 from quantcli.model.discovery import discover
+from quantcli.model.experts import find_experts, matrices
 from quantcli.model.rotation import (
     ModelRotation,
     changes_by,
@@ -31,9 +32,11 @@ from quantcli.quant.orthogonal import Rotation
 
 GOLDEN = Path(__file__).parents[2] / ".." / "shared" / "golden" / "A"
 STREAM = ["llama", "llama-tied", "qwen2", "qwen3", "mistral", "phi3", "gpt2", "falcon", "gpt-neox", "cohere"]
-STREAM += ["opt-unprojected"]
+EXPERTS = ["mixtral", "qwen2-moe", "qwen3-moe", "deepseek-v2", "deepseek-v3"]
+STREAM += ["opt-unprojected", *EXPERTS, *(f"{family}-tied" for family in EXPERTS)]
 CENTRED = {"gpt2", "falcon", "gpt-neox", "cohere", "opt-unprojected"}
-HEADS = [*STREAM[:-1], "gemma2", "gemma3", "opt"]
+LATENT = {family for family in STREAM if family.startswith("deepseek")}
+HEADS = [*(family for family in STREAM if family not in {"opt-unprojected", *LATENT}), "gemma2", "gemma3", "opt"]
 
 Directory = Callable[[str], Path]
 
@@ -45,6 +48,8 @@ def directory(tiny_model) -> Directory:
     def get(family: str) -> Path:
         if family == "opt-unprojected":
             return tiny_model("opt", word_embed_proj_dim=64)
+        if (bare := family.removesuffix("-tied")) in EXPERTS:
+            return tiny_model(bare, tie_word_embeddings=family != bare)
         return tiny_model(family)
 
     return get
@@ -54,7 +59,9 @@ structure_of = cache(discover)
 
 
 def model_of(directory: Path) -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64).eval().requires_grad_(False)
+    settings: dict[str, Any] = {"dtype": torch.float64, "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_pretrained(directory, **settings).double()  # routers too, which stay in float32
+    return model.eval().requires_grad_(False)
 
 
 class _Float64(TorchFunctionMode):
@@ -77,6 +84,14 @@ def rotated(model: nn.Module, structure: Structure, rotation: ModelRotation) -> 
     """The same module with every change carried out; a head that was tied gets a tensor of its own."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     changes, added = rotation_changes(structure, rotation, lambda name: parameters[name].data)
+    for block in structure.blocks if any(block.experts for block in structure.blocks) else ():
+        routers = find_experts(model, block.name).routers
+        own = {linear.name: parameters[f"{path}.weight"] for path, linear in routers.items()}
+        for experts in block.experts:
+            own |= matrices(experts, [parameters[name] for name in experts.parameters])
+        for name, value in own.items():
+            if (change := changes.pop(f"{name}.weight", None)) is not None:
+                value.data.copy_(change(value.data))
     values = {name: change(parameters[name].data) for name, change in changes.items()}
     values |= {name: made.change(parameters[made.origin].data) for name, made in added.items()}
     for name, value in values.items():
@@ -111,7 +126,8 @@ def test_the_stream_is_rotated_and_the_logits_stay(family: str, directory: Direc
     assert rotation_obstacles(structure) == []
     model = model_of(directory(family))
     before, streams_before = logits_of(model), streams(model, structure)
-    rotated(model, structure, ModelRotation(seed=1, hidden=True, heads=True, head_dim=structure.head_dim))
+    heads = family not in LATENT
+    rotated(model, structure, ModelRotation(seed=1, hidden=True, heads=heads, head_dim=structure.head_dim))
     assert_same(logits_of(model), before)
     turn = stream_rotation(structure, 1)
     assert turn.keeps_ones == (family in CENTRED)
@@ -147,7 +163,7 @@ def test_values_are_rotated_and_the_logits_stay(family: str, directory: Director
         assert_same(found, old)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "opt", "mixtral", "qwen2-moe", "deepseek-v3"])
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "opt"])
 def test_refuses_streams_that_cannot_be_rotated(family: str, directory: Directory) -> None:
     structure = structure_of(directory(family))
     obstacles = rotation_obstacles(structure)
@@ -192,6 +208,25 @@ def test_refuses_heads_that_are_not_whole(directory: Directory) -> None:
     assert "how many channels" in heads_obstacles(replace(structure, head_dim=None))[0]
     with pytest.raises(ModelError, match="how many channels an attention head of LlamaForCausalLM has"):
         rotation_changes(structure, ModelRotation(0, hidden=False, heads=True), lambda _: torch.ones(64))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek-v3"])
+def test_routers_and_experts_take_in_what_norms_give(family: str, directory: Directory) -> None:
+    """By hand: every matrix that reads the norm before the experts is W diag(w) R, every one behind it Rᵀ W."""
+    structure = structure_of(directory(family))
+    stored = {name: value.double() for name, value in load_file(directory(family) / "model.safetensors").items()}
+    changes, _ = rotation_changes(structure, ModelRotation(1, hidden=True, heads=False), stored.__getitem__)
+    turn, block = stream_rotation(structure, 1), structure.blocks[-1]
+    gain = stored[f"{block.name}.post_attention_layernorm.weight"]
+    readers = [*block.routers, *(name for expert in block.experts[0].linears for name in expert[:-1])]
+    assert len(readers) == 1 + 2 * len(block.experts[0].linears)
+    for name in readers:
+        weight = stored[f"{name}.weight"]
+        assert_same(changes[f"{name}.weight"](weight), turn.apply(weight * gain))
+    for name in (expert[-1] for expert in block.experts[0].linears):
+        weight = stored[f"{name}.weight"]
+        assert_same(changes[f"{name}.weight"](weight), turn.apply(weight.t()).t())
+    assert not [name for name in changes if name.endswith("correction_bias")]
 
 
 def test_a_bias_on_a_silent_channel_is_refused(directory: Directory) -> None:

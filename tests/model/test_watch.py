@@ -13,10 +13,11 @@ from tiny_models import FAMILIES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from quantcli.model import experts, watch
 from quantcli.model.discovery import discover
-from quantcli.model.experts import find_experts
+from quantcli.model.experts import find_experts, reads_by_a_product
 from quantcli.model.norms import describe_norm, norm_offset, turns_with_its_input
-from quantcli.model.structure import Norm, Producer
+from quantcli.model.structure import Norm, Producer, rotation_obstacles
 from quantcli.model.watch import Watch
 
 structure_of = cache(discover)
@@ -37,9 +38,12 @@ RESIDUAL: dict[tuple[str, ...], tuple[str, str, str]] = {
         "input_layernorm:cb post_attention_layernorm:cb", "attention.dense mlp.dense_4h_to_h", ""
     ),
     ("cohere",): ("input_layernorm:c", "self_attn.o_proj mlp.down_proj", ""),
-    ("mixtral", "qwen2-moe", "deepseek-v3"): (
-        "input_layernorm post_attention_layernorm", "self_attn.o_proj",
-        "mlp.experts holds the weights of many experts",
+    ("mixtral",): ("input_layernorm post_attention_layernorm", "self_attn.o_proj", ""),
+    ("qwen2-moe",): (
+        "input_layernorm post_attention_layernorm", "self_attn.o_proj mlp.shared_expert.down_proj", ""
+    ),
+    ("deepseek-v3",): (
+        "input_layernorm post_attention_layernorm", "self_attn.o_proj mlp.shared_experts.down_proj", ""
     ),
 }  # fmt: skip
 # family → (embeddings, final norm), of models whose stream can be rotated outside of the blocks
@@ -88,12 +92,98 @@ def test_the_linears_that_engines_split_along_the_input(family: str, tiny_model)
         assert linear.splits_input == (linear.name.rpartition(".")[2] in SPLIT), linear.name
 
 
-def test_a_dense_block_beside_experts_has_no_obstacle(tiny_model) -> None:
+MIXTURES = {
+    "mixtral": ("block_sparse_moe.gate", 4, ""),
+    "qwen2-moe": ("mlp.shared_expert.gate_proj", 4, "mlp.shared_expert.up_proj mlp.gate mlp.shared_expert_gate"),
+    "qwen3-moe": ("mlp.gate", 4, ""),
+    "deepseek-v2": ("mlp.gate", 4, "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj"),
+    "deepseek-v3": ("mlp.gate", 8, "mlp.shared_experts.gate_proj mlp.shared_experts.up_proj"),
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_what_experts_read_has_all_of_its_readers(family: str, tiny_model) -> None:
+    """Router, experts, and shared experts with their gate; and they write to the stream beside attention."""
+    first, count, others = MIXTURES[family]
+    structure = structure_of(tiny_model(family))
+    block = structure.blocks[-1]
+    local = f"{block.name}."
+    (shared,) = [shared for shared in block.mixed if shared.producer and shared.producer.kind == "norm"]
+    assert shared.producer is not None
+    assert (shared.producer.name, shared.producer.obstacle) == (f"{local}post_attention_layernorm", "")
+    (experts,) = block.experts
+    entering = {name for names in experts.linears for name in names[:-1]}
+    assert len(experts.linears) == count
+    assert shared.name == local + first
+    assert set(shared.linears) == entering | {local + name for name in [first, *others.split()]}
+    assert len(shared.linears) == len(set(shared.linears))
+    readers = [name for group in block.groups for name in group.linears]
+    assert len(readers) == len(set(readers))
+    assert {name for group in block.inputs for name in group.linears} < set(readers)
+    assert set(block.writers) >= {f"{local}self_attn.o_proj", *(names[-1] for names in experts.linears)}
+
+
+def test_a_dense_block_beside_experts_has_none_of_their_inputs(tiny_model) -> None:
     dense, *sparse = structure_of(tiny_model("deepseek-v3")).blocks
     assert dense.residual is not None
     assert dense.residual.writers == (f"{dense.name}.self_attn.o_proj", f"{dense.name}.mlp.down_proj")
-    assert not dense.residual.obstacle
-    assert all(block.residual.obstacle for block in sparse)
+    assert dense.writers == dense.residual.writers
+    assert dense.groups == dense.inputs
+    assert not dense.mixed
+    assert all(block.mixed for block in sparse)
+
+
+class Router(nn.Module):
+    """Scores of four experts; `inner` makes of the input what is multiplied with the weight."""
+
+    def __init__(self, inner: Callable[[torch.Tensor], torch.Tensor], arguments: int = 1) -> None:
+        super().__init__()
+        self.inner, self.arguments = inner, arguments
+        self.weight = nn.Parameter(torch.empty(4, 24))
+        self.register_buffer("bias", torch.empty(4))
+
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert len(others) + 1 == self.arguments
+        scores = (self.inner(x) @ self.weight.t()).sigmoid()
+        return scores, (scores + sum(others, self.bias)).topk(2)[1]
+
+
+@pytest.mark.parametrize(
+    ("router", "expected"),
+    [
+        (Router(lambda x: x), True),
+        (Router(lambda x: 3 * x), True),
+        (Router(lambda x: nn.functional.rms_norm(x, (24,))), False),
+        (Router(lambda x: x * torch.linspace(0.5, 2, 24)), False),
+        (Router(torch.tanh), False),
+        (Router(lambda x: x, arguments=2), True),
+        (Router(torch.tanh, arguments=2), False),
+        (Router(lambda x: x, arguments=3), False),
+    ],
+)
+def test_routers_that_a_norm_can_give_its_gain_to(router: Router, expected: bool) -> None:
+    before = [router.weight.clone(), router.bias.clone()]
+    assert reads_by_a_product(router) == expected
+    for value, own in zip(before, (router.weight, router.bias), strict=True):
+        torch.testing.assert_close(own, value, equal_nan=True)
+
+
+def test_a_router_that_does_more_is_an_obstacle(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "reads_by_a_product", lambda _router: False)
+    structure = discover(tiny_model("mixtral"))
+    obstacle = "the output of post_attention_layernorm is read by the router mlp.gate, not by linears alone"
+    assert obstacle in rotation_obstacles(structure)
+    (shared,) = [shared for shared in structure.blocks[1].mixed if len(shared.linears) > 1]
+    assert shared.producer is not None
+    assert shared.producer.obstacle == "post_attention_layernorm is also read by something that is no linear"
+
+
+def test_experts_of_an_unknown_form_are_an_obstacle(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "_members", lambda *_: [])
+    structure = discover(tiny_model("mixtral"))
+    obstacle = "mlp.experts holds the weights of many experts in a form that is not known"
+    assert rotation_obstacles(structure) == [obstacle]
+    assert not any(block.mixed for block in structure.blocks)
 
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 99}
@@ -246,11 +336,11 @@ class Toy(nn.Module):
 )
 def test_producers_and_obstacles_of_toys(inner: Any, producers: dict[str, str | None], obstacle: str) -> None:
     model = Toy(inner).to("meta")
-    watch = Watch(model, ["blocks.0"], {"blocks.0"})
+    watch = Watch(model, ["blocks.0"], {"blocks.0": find_experts(model, "blocks.0")})
     with torch.no_grad(), watch.paths:
         model(torch.zeros(1, 5, 8, device="meta"))
     watch.stop()
-    block = watch.block("blocks.0", find_experts(model, "blocks.0"))
+    block = watch.block("blocks.0")
     found = {
         shared.name.removeprefix("blocks.0."): shared.producer
         and shared.producer.name.removeprefix("blocks.0.")

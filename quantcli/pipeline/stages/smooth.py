@@ -5,37 +5,41 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError
 from quantcli.model.structure import Block, SharedInput, Structure, rotatable_heads
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.exactness import (
+    CHECKED_TOKENS,
+    TOLERANCE,
+    Passed,
+    changed_parameters,
+    check_outside,
+    check_rotation,
+    difference,
+    exact_streams,
+    passed,
+)
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import calibration_samples, spread
+from quantcli.pipeline.seen import Seen, inputs_seen
 from quantcli.pipeline.smoothed import ROTATION, folds_file, write_folds
 from quantcli.pipeline.stages.export import checkpoint_files, source_of
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from quantcli.model.checkpoint import Checkpoint
     from quantcli.model.folding import Fold
     from quantcli.model.rotation import ModelRotation
     from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.groups import GroupSource, Outcome, Seen
+    from quantcli.pipeline.groups import GroupSource, Outcome
 
 MANIFEST = "manifest.json"
 HIDDEN = "hidden"
 MODEL = "model"
-CHECKED_TOKENS = 64
-"""Tokens of the first sample on which folds and rotations are checked in float32."""
-TOLERANCE = 1e-4
-"""Largest error of what a block adds to its input, relative, at which a fold in float32 counts as exact. A fold that is
-wrong changes it by as much as its scales; rounding in float32 by about 1e-6."""
 
 
 def _identity(context: Context) -> dict[str, Any]:
@@ -45,6 +49,7 @@ def _identity(context: Context) -> dict[str, Any]:
     return {
         "smooth": recipe.smooth.model_dump(mode="json"),
         "calibration": data_identity(recipe.calibration) if recipe.calibration and recipe.smooth.scales else None,
+        "experts": recipe.calibration.expert_tokens if recipe.calibration and context.expert_inputs else None,
         "schemes": {
             name: [treatment.scheme.to_json(), treatment.weights.full_range]
             for name, treatment in context.plan.treatments.items()
@@ -121,9 +126,9 @@ def _go_through_blocks(
     batches = batched(samples)
     skeleton = context.skeleton(checkpoint=checkpoint)
     stream = BlockStream(skeleton, batches if section.scales else batches[:1])
-    exact, embedded = _exact_streams(context, checkpoint, rotation, batches[0][:1, :CHECKED_TOKENS])
+    exact, embedded = exact_streams(context, checkpoint, rotation, batches[0][:1, :CHECKED_TOKENS])
     if rotation is not None:
-        _check_outside(context, exact, embedded, rotation)
+        check_outside(context, exact, embedded, rotation)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     source = GroupSource(context, checkpoint)
     for text, count in _obstacles(context.plan.structure, source):
@@ -133,9 +138,9 @@ def _go_through_blocks(
         block = context.plan.structure.blocks[index]
         entering = cache.get(0)[:1, :CHECKED_TOKENS]
         if rotation is not None:
-            _check_rotation(context, index, exact, entering, rotation)
-        wanted = [shared for shared in block.inputs if source.folds(shared) or source.clipped(shared)]
-        with stream.block(index) as module, _seen(context, module, block, wanted, len(samples)) as seen:
+            check_rotation(context, index, exact, entering, rotation)
+        wanted = [shared for shared in block.groups if source.folds(shared) or source.clipped(shared)]
+        with stream.block(index) as module, inputs_seen(context, module, block, wanted, len(samples)) as seen:
             for batch in range(len(stream.batches)):
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
         outcomes, clips = _smooth_block(context, index, source, exact[0], entering, seen)
@@ -154,7 +159,7 @@ def _obstacles(structure: Structure, source: GroupSource) -> Iterator[tuple[str,
     same."""
     found: dict[tuple[str, str], list[int]] = {}
     for index, block in enumerate(structure.blocks):
-        for shared in filter(source.folds, block.inputs):
+        for shared in filter(source.folds, block.groups):
             if shared.producer is not None and shared.producer.obstacle:
                 name = shared.name.removeprefix(f"{block.name}.")
                 found.setdefault((name, shared.producer.obstacle), []).append(index)
@@ -174,129 +179,6 @@ def _blocks(indices: list[int]) -> str:
     return f"block{'s' * (len(indices) > 1)} {', '.join(parts)}"
 
 
-def _exact_streams(
-    context: Context, checkpoint: Checkpoint, rotation: ModelRotation | None, tokens: Tensor
-) -> tuple[list[BlockStream], list[Tensor]]:
-    """A short batch through the model in float32, for checks, beside a rotated one also through the original; and what
-    enters the first block of each."""
-    from quantcli.model.stream import BlockStream
-
-    sources: list[dict[str, Any]] = [{"checkpoint": checkpoint}] + [{"original": True}] * (rotation is not None)
-    streams = [BlockStream(context.skeleton(dtype="float32", **source), [tokens]) for source in sources]
-    return streams, [next(iter(list(stream.start()))) for stream in streams]
-
-
-def _check_outside(context: Context, exact: list[BlockStream], embedded: list[Tensor], rotation: ModelRotation) -> None:
-    """Raise ModelError unless rotated embeddings are the original's, rotated, and the head makes the same of them."""
-    import torch
-
-    from quantcli.model.rotation import stream_rotation
-
-    turn = stream_rotation(context.plan.structure, rotation.seed) if rotation.hidden else None
-    pairs = [(embedded[0], embedded[1] if turn is None else turn.apply(embedded[1]))]
-    logits = []
-    for stream, hidden in zip(exact, embedded, strict=True):
-        with stream.head():
-            logits.append(torch.cat([piece for _, piece in stream.logits(hidden)], dim=1))
-    for (found, expected), what in zip([*pairs, (logits[0], logits[1])], ("embedding", "output head"), strict=True):
-        difference = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-        if not difference <= TOLERANCE:
-            raise ModelError(f"Rotated, the {what} gives something else (by {difference:.2g}).",
-                             "Set smooth.rotation.hidden: false.")  # fmt: skip
-
-
-def _check_rotation(
-    context: Context, index: int, exact: list[BlockStream], entering: Tensor, rotation: ModelRotation
-) -> None:
-    """Raise ModelError unless the rotated block puts out what the original does, rotated."""
-    from quantcli.model.rotation import stream_rotation
-
-    turn = stream_rotation(context.plan.structure, rotation.seed) if rotation.hidden else None
-    entering = entering.float()
-    straight = entering if turn is None else turn.apply_transposed(entering)
-    with exact[0].block(index):
-        after = exact[0].run(index, 0, entering)
-    with exact[1].block(index):
-        expected = exact[1].run(index, 0, straight)
-    expected = expected if turn is None else turn.apply(expected)
-    difference = _relative(after, expected, entering)
-    if not difference <= TOLERANCE:
-        raise ModelError(f"Rotated, {context.plan.structure.blocks[index].name} computes something else "
-                         f"(by {difference:.2g} of what it adds).",
-                         "Set smooth.rotation.hidden: false or smooth.rotation.heads: false.")  # fmt: skip
-
-
-def _relative(found: Tensor, expected: Tensor, entering: Tensor) -> float:
-    """‖found − expected‖ / ‖expected − entering‖: against what the block adds, not against what passes through it."""
-    return float((found - expected).norm() / (expected - entering.to(expected.device)).norm().clamp(min=1e-30))
-
-
-@contextmanager
-def _seen(
-    context: Context, module: nn.Module, block: Block, wanted: list[SharedInput], samples: int
-) -> Iterator[dict[str, tuple[SharedInput, Seen]]]:
-    """Statistics of each wanted input and the tokens kept of it, which fill while the block runs.
-
-    The first `search_samples` samples are kept in part; `auto` leaves them out of the statistics, so that it judges
-    on tokens that they have not seen. At most half of the samples are.
-    """
-    from quantcli.calibration.channel_statistics import ChannelStatistics
-    from quantcli.pipeline.groups import Seen
-
-    section = context.recipe.smooth
-    assert section is not None
-    kept = min(section.search_samples, max(1, samples // 2) if section.method == "auto" else samples)
-    per_sample = -(-section.search_tokens // kept)
-    apart = section.method == "auto" and samples > 1
-    device = context.device
-    found = {
-        shared.name: (
-            shared,
-            Seen([], ChannelStatistics(shared.width, device), ChannelStatistics(shared.width, device)),
-        )
-        for shared in wanted
-    }
-
-    position, batch = 0, (0, 0)  # samples before the batch that runs; its samples and tokens of each
-
-    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal position, batch
-        position += batch[0]
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        batch = hidden.shape[0], hidden.shape[1]
-
-    def hook(shared: SharedInput, seen: Seen) -> Any:
-        def look(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            samples, length = batch
-            first = max(0, min(samples, kept - position))
-            if x.numel() == samples * length * shared.width:  # some models take all tokens of a batch in one row
-                x = x.reshape(samples, length, shared.width)
-                searched, others = x[:first], x[first:]
-            else:  # tokens routed to an expert, which still are in the order of samples
-                x = x.reshape(1, -1, shared.width)
-                searched, others = x.tensor_split([x.shape[1] * first // samples], dim=1)
-            for sample in searched:
-                step = max(1, len(sample) // per_sample)
-                seen.tokens.append(sample[::step][:per_sample].float())
-            seen.apart.update(searched if apart else x[:0])
-            seen.rest.update(others if apart else x)
-
-        return look
-
-    handles = [module.register_forward_pre_hook(enter, with_kwargs=True)] + [
-        module.get_submodule(name.removeprefix(f"{block.name}.")).register_forward_pre_hook(
-            hook(shared, seen), with_kwargs=True
-        )
-        for name, (shared, seen) in found.items()
-    ]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _smooth_block(
     context: Context,
     index: int,
@@ -310,52 +192,61 @@ def _smooth_block(
     import torch
 
     kept: list[Fold] = []
-    outcomes = []
+    outcomes: list[Outcome] = []
     clips: dict[str, Tensor] = {}
+    folded = [(shared, own) for shared, own in seen.values() if source.folds(shared)]
     with exact.block(index), torch.no_grad():
-        before = exact.run(index, 0, entering.float()) if seen else entering
+        before = passed(exact, index, entering.float()) if folded else Passed(entering)
 
-        def checked(outcome: Outcome) -> Outcome:
-            if outcome.fold is None:
-                return outcome
-            changed = _changed_parameters(context, exact, [*kept, outcome.fold])
-            after = exact.run_with(index, 0, entering.float(), changed, torch.float32)
-            return outcome.checked(_relative(after, before, entering.float()), TOLERANCE)
+        def checked(found: Sequence[Outcome]) -> list[Outcome]:
+            folds = [outcome.fold for outcome in found if outcome.fold is not None]
+            if not folds:
+                return [*found]
+            changed = changed_parameters(exact, index, [*kept, *folds], source.names)
+            off = difference(passed(exact, index, entering.float(), changed), before, entering.float())
+            return [outcome if outcome.fold is None else outcome.checked(off, TOLERANCE) for outcome in found]
 
-        for shared, own in seen.values():
-            if not source.folds(shared):
-                continue
-            outcome = checked(found := source.smooth(shared, own))
-            if outcome.fold is None and found.fold is not None and found.fold.shift is not None:
-                context.emit(
-                    "warning", fallback="not_smoothed", text=f"{shared.name} is not shifted: {outcome.reason}."
-                )
-                outcome = checked(source.smooth(shared, own, shifting=False))
-            if outcome.fold is not None:
-                kept.append(outcome.fold)
-            if outcome.reason and outcome.cause != "obstacle":
-                context.emit(
-                    "warning", fallback="not_smoothed", text=f"{shared.name} is not smoothed: {outcome.reason}."
-                )
-            context.emit("smoothed", **outcome.to_json())
-            outcomes.append(outcome)
-        changed = _changed_parameters(context, exact, kept)
-        for shared, own in seen.values():
-            clips |= source.clips(shared, own, kept, changed)
+        for groups in _checked_together(context.plan.structure.blocks[index], folded):
+            found = [source.smooth(shared, own) for shared, own in groups]
+            made = checked(found)
+            for place, (shared, own) in enumerate(groups):
+                fold = found[place].fold
+                if made[place].fold is None and fold is not None and fold.shift is not None:
+                    reason = made[place].reason
+                    context.emit("warning", fallback="not_smoothed", text=f"{shared.name} is not shifted: {reason}.")
+                    (made[place],) = checked([source.smooth(shared, own, shifting=False)])
+            kept += [outcome.fold for outcome in made if outcome.fold is not None]
+            _tell(context, made)
+            outcomes += made
+    for shared, own in seen.values():
+        clips |= source.clips(shared, own, kept)
     return outcomes, clips
 
 
-def _changed_parameters(context: Context, exact: BlockStream, folds: list[Fold]) -> dict[str, Tensor]:
-    """The parameters of a resident block in float32 with folds in them."""
-    from quantcli.model.folding import fold_changes
+def _checked_together(
+    block: Block, groups: Iterable[tuple[SharedInput, Seen]]
+) -> Iterable[list[tuple[SharedInput, Seen]]]:
+    """The groups one by one, but those inside the experts of a layer, which are many and of one make, at once."""
+    layers = {name: layer.name for layer in block.experts for name in layer.leaving}
+    found: dict[str, list[tuple[SharedInput, Seen]]] = {}
+    for shared, own in groups:
+        found.setdefault(layers.get(shared.name, shared.name), []).append((shared, own))
+    return found.values()
 
-    def read(name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        parameter: torch.nn.Parameter = getattr(exact.skeleton.module(path), leaf)
-        return parameter.detach().cpu()
 
-    changes = fold_changes(context.plan.structure, folds, read)
-    return {name: change(read(name)) for name, change in changes.items()}
+def _tell(context: Context, outcomes: Sequence[Outcome]) -> None:
+    """Record outcomes, and warn of those that were not by choice, of many experts at once."""
+    reasons: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        context.emit("smoothed", **outcome.to_json())
+        if outcome.reason and outcome.cause != "obstacle":
+            reasons.setdefault(outcome.cause, []).append(outcome)
+    for left in reasons.values():
+        name, reason = left[0].shared.name, left[0].reason
+        text = f"{name} is not smoothed: {reason}."
+        if len(left) > 1:
+            text = f"{name} and {len(left) - 1} more of {len(outcomes)} experts are not smoothed: {reason}."
+        context.emit("warning", fallback="not_smoothed", count=len(left), text=text)
 
 
 def _manifest(context: Context, folder: StageFolder, rotation: ModelRotation | None) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""What smoothing sees of inputs while a block runs: statistics, and some tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from quantcli.model.structure import Block, SharedInput
+from quantcli.pipeline.context import Context
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from quantcli.calibration.channel_statistics import ChannelStatistics
+    from quantcli.model.expert_loop import Weight
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was seen of one input: the tokens that are kept of some samples, statistics of those samples where they are
+    held `apart`, and of the `rest`: all samples where none are. Of one that experts read, also how many tokens were
+    routed to each, by the names of its linears."""
+
+    tokens: list[Tensor]
+    apart: ChannelStatistics
+    rest: ChannelStatistics
+    routed: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def count(self) -> int:
+        """Tokens of which there are statistics."""
+        return self.apart.count + self.rest.count
+
+
+@contextmanager
+def inputs_seen(
+    context: Context, module: nn.Module, block: Block, wanted: Sequence[SharedInput], samples: int
+) -> Iterator[dict[str, tuple[SharedInput, Seen]]]:
+    """Statistics of each wanted input and the tokens kept of it, which fill while the block runs.
+
+    The first `search_samples` samples are kept in part; `auto` leaves them out of the statistics, so that it judges
+    on tokens that they have not seen. At most half of the samples are. An expert's inner input is seen of the tokens
+    that are routed to it.
+    """
+    from quantcli.calibration.channel_statistics import ChannelStatistics
+
+    section = context.recipe.smooth
+    assert section is not None
+    kept = min(section.search_samples, max(1, samples // 2) if section.method == "auto" else samples)
+    per_sample = -(-section.search_tokens // kept)
+    apart = section.method == "auto" and samples > 1
+    device = context.device
+    found = {
+        shared.name: (
+            shared,
+            Seen([], ChannelStatistics(shared.width, device), ChannelStatistics(shared.width, device)),
+        )
+        for shared in wanted
+    }
+
+    position, batch = 0, (0, 0)  # samples before the batch that runs; its samples and tokens of each
+
+    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal position, batch
+        position += batch[0]
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        batch = hidden.shape[0], hidden.shape[1]
+
+    def look(shared: SharedInput, seen: Seen, x: Tensor) -> None:
+        samples, length = batch
+        first = max(0, min(samples, kept - position))
+        if x.numel() == samples * length * shared.width:  # some models take all tokens of a batch in one row
+            x = x.reshape(samples, length, shared.width)
+            searched, others, most = x[:first], x[first:], per_sample
+        else:  # tokens routed to an expert, which still are in the order of samples
+            x = x.reshape(1, -1, shared.width)
+            searched, others = x.tensor_split([x.shape[1] * first // samples], dim=1)
+            most = per_sample * first
+        for sample in searched:
+            step = max(1, len(sample) // max(1, most))
+            seen.tokens.append(sample[::step][:most].float())
+        seen.apart.update(searched if apart else x[:0])
+        seen.rest.update(others if apart else x)
+
+    with ExitStack() as watching:
+        watching.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        for path, hook in _hooks(block, found, look):
+            watched = module.get_submodule(path.removeprefix(f"{block.name}."))
+            watching.callback(watched.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        _see_inside_experts(watching, module, block, found, look)
+        yield found
+
+
+_Look = Callable[[SharedInput, Seen, "Tensor"], None]
+
+
+def _hooks(block: Block, found: dict[str, tuple[SharedInput, Seen]], look: _Look) -> Iterator[tuple[str, Any]]:
+    """Of each input the module that is given it, and the hook that looks at it."""
+
+    def hook(shared: SharedInput, seen: Seen) -> Any:
+        return lambda _module, args, kwargs: look(shared, seen, args[0] if args else next(iter(kwargs.values())))
+
+    modules = {name for shared in block.inputs for name in shared.linears}
+    for shared, seen in found.values():
+        for layer in block.experts:
+            entering = {name: expert for expert, names in enumerate(layer.linears) for name in names[:-1]}
+            if entering.keys() & set(shared.linears):
+                yield layer.name, _counting(entering, seen)
+                if shared.name not in modules:
+                    yield layer.name, hook(shared, seen)
+        if shared.name in modules:
+            yield shared.name, hook(shared, seen)
+
+
+def _counting(entering: dict[str, int], seen: Seen) -> Any:
+    from quantcli.model.expert_loop import chosen_experts
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        counts = chosen_experts(args, kwargs).flatten().bincount(minlength=max(entering.values()) + 1).tolist()
+        seen.routed.update({name: counts[expert] for name, expert in entering.items()})
+
+    return hook
+
+
+def _see_inside_experts(
+    watching: ExitStack, module: nn.Module, block: Block, found: dict[str, tuple[SharedInput, Seen]], look: _Look
+) -> None:
+    from torch.nn.functional import linear
+
+    from quantcli.model.expert_loop import one_by_one
+
+    def compute(name: str, x: Tensor, weight: Weight) -> Tensor:
+        if f"{block.name}.{name}" in found:
+            look(*found[f"{block.name}.{name}"], x)
+        return linear(x, weight())
+
+    for layer in block.local_experts:
+        if any(f"{block.name}.{names[-1]}" in found for names in layer.linears):
+            watching.enter_context(one_by_one(module.get_submodule(layer.name), layer, compute))
