@@ -44,6 +44,7 @@ def longrope(divisors: int, original: int, **keys: float) -> dict[str, Any]:
     return {**changes, "original_max_position_embeddings": original, "max_position_embeddings": 512}
 
 
+TIED = {"tie_word_embeddings": True}
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 GEMMA3 = {"query_pre_attn_scalar": 16, "num_hidden_layers": 6, "layer_types": None}  # the last sees everything
 
@@ -80,7 +81,7 @@ MODELS: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
         },
     ),
     "phi3": ("phi3", W4_ASYM, {}),
-    "phi3, tied": ("phi3", W8, {"tie_word_embeddings": True}),
+    "phi3, tied": ("phi3", W8, TIED),
     # windows are 48 tokens long, and contexts of llama.cpp at least 256: short factors in both, then long ones
     "phi3, longrope": ("phi3", W4, longrope(8, original=256)),
     "phi3, longrope beyond": ("phi3", W8, longrope(8, original=32, attention_factor=1.5)),
@@ -96,20 +97,22 @@ MODELS: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
         },
     ),
     "granite, biases": ("granite", W8, {"attention_multiplier": 0.6, "attention_bias": True, "mlp_bias": True}),
-    "granite, llama3 rope": ("granite", W8, {"attention_multiplier": 0.6, **LLAMA3}),
+    "granite, llama3 rope, tied": ("granite", W8, {"attention_multiplier": 0.6, **LLAMA3, **TIED}),
     "olmo2": ("olmo2", W8, {}),
     "olmo2, yarn": ("olmo2", W4_ASYM, rope("yarn", factor=4.0, original_max_position_embeddings=32)),
     "smollm3": ("smollm3", W4, {}),
-    "smollm3, tied": ("smollm3", W8, {"tie_word_embeddings": True}),
+    "smollm3, tied": ("smollm3", W8, TIED),
     "starcoder2": ("starcoder2", W8, {}),
-    "starcoder2, tied": ("starcoder2", W4_ASYM, {"tie_word_embeddings": True}),
+    "starcoder2, tied": ("starcoder2", W4_ASYM, TIED),
     "stablelm": ("stablelm", W8, {}),
     "stablelm, biases": ("stablelm", W4, {"use_qkv_bias": True, "use_parallel_residual": True}),
     "cohere": ("cohere", W8, {"logit_scale": 0.3}),
     "arcee": ("arcee", W4, {}),
+    "arcee, tied": ("arcee", W8, TIED),
     "seed_oss": ("seed_oss", W8, {}),
-    "seed_oss, no biases": ("seed_oss", W8, {"attention_bias": False}),
+    "seed_oss, no biases, tied": ("seed_oss", W8, {"attention_bias": False, **TIED}),
     "ernie4_5": ("ernie4_5", W4_ASYM, {}),
+    "ernie4_5, tied": ("ernie4_5", W8, TIED),
     "nemotron": ("nemotron", W8, {}),
     "phi": ("phi", W8, {}),
     "phi, yarn": ("phi", W8, rope("yarn", factor=4.0, original_max_position_embeddings=32)),

@@ -1,0 +1,65 @@
+"""GGUF exports, scored by `quantcli eval-ppl --checkpoint` and by llama.cpp (package xllamacpp) on the same tokens.
+
+    python benchmarks/llama_cpp_perplexity.py RUN/export/gguf… --text wiki.test.tokens [--windows 6] [--length 512]
+
+Without --text the built-in test text is read. Results go to BENCHMARKS.md by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from quantcli.calibration.datasets import load_texts
+from quantcli.evaluation.protocols import evaluation_windows
+
+SCRIPT = Path(__file__).parents[1] / "tests" / "serving" / "llama_cpp.py"
+
+
+def by_llama_cpp(export: Path, windows: list[list[int]]) -> float:
+    with tempfile.TemporaryDirectory() as place:
+        questions, answers = Path(place, "questions.json"), Path(place, "answers.json")
+        questions.write_text(json.dumps({"windows": windows}), encoding="utf-8")
+        command = [sys.executable, SCRIPT, export / "model.gguf", questions, answers]
+        subprocess.run(list(map(str, command)), check=True, stderr=subprocess.DEVNULL)
+        lost = json.loads(answers.read_text(encoding="utf-8"))["nll"]
+    return math.exp(sum(lost) / sum(len(window) - 1 for window in windows))
+
+
+def by_quantcli(export: Path, section: dict[str, object]) -> float:
+    command = [sys.executable, "-m", "quantcli", "eval-ppl", "--checkpoint", str(export), "--json", "--quiet"]
+    command += ["--set", f"evaluate.perplexity={json.dumps(section)}"]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return float(found["quantized"]["value"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("exports", type=Path, nargs="+")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--length", type=int, default=512)
+    arguments = parser.parse_args()
+    section: dict[str, object] = {"dataset": "builtin"}
+    if arguments.text is not None:
+        section = {"dataset": "wikitext2", "path": str(arguments.text.absolute())}
+    texts = load_texts(str(section["dataset"]), path=arguments.text, split="test")
+    section |= {"sequence_length": arguments.length, "windows": arguments.windows}
+    print("| export | quantcli `eval-ppl` | llama.cpp | difference |")
+    print("|---|---|---|---|", flush=True)
+    for export in arguments.exports:
+        tokenizer = AutoTokenizer.from_pretrained(export)
+        windows = evaluation_windows(texts, tokenizer, "standard", arguments.length, arguments.windows).windows
+        ours, theirs = by_quantcli(export, section), by_llama_cpp(export, windows)
+        print(f"| {export} | {ours:.3f} | {theirs:.3f} | {theirs / ours - 1:+.2%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
