@@ -39,8 +39,7 @@ class Watch:
         self.readers: dict[int, list[str]] = {}
         self.sources: dict[int, tuple[str, list[int]] | None] = {}
         self.norms: dict[str, nn.Module] = {}
-        self.read_before: dict[str, int] = {}  # of layers of experts: inputs read by then
-        self.sums: dict[str, frozenset[str]] = {}  # what norms and linears read, and what blocks put out
+        self.sums: dict[str, frozenset[str]] = {}  # what norms and linears read, and what blocks put out, in order
         self.entrances: dict[str, frozenset[str]] = {}  # what blocks are given
         self.as_tuple: bool | None = None
         self.handles: list[Any] = []
@@ -51,7 +50,7 @@ class Watch:
             elif name.startswith(unwanted):
                 continue
             elif name in self.layers:
-                self._hook(module, self._enter_experts(name), self._leave_experts(name))
+                self._hook(module, self._enter_linear(name), self._leave_experts(name))
             elif name in routers:
                 self._hook(module, self._enter_router(name, routers[name]), self._leave_router())
             elif is_linear(module):
@@ -97,15 +96,6 @@ class Watch:
         def hook(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
             self.paths.silent -= 1
             self.paths.begin(output, name)
-
-        return hook
-
-    def _enter_experts(self, name: str) -> Any:
-        enter = self._enter_linear(name)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.read_before[name] = len(self.readers)
-            enter(module, args, kwargs)
 
         return hook
 
@@ -185,13 +175,14 @@ class Watch:
         """The block at a path."""
         found = self.wanted[path]
         inside = {name: linear for name, linear in self.linears.items() if name.startswith(f"{path}.")}
-        inputs, places = [], []
-        for place, (key, names) in enumerate(self.readers.items()):
+        order = {name: place for place, name in enumerate(self.sums)}
+        inputs = []
+        for key, names in self.readers.items():
             readers = tuple(name for name in names if name in inside)
             if readers:
                 producer = self._producer(self.sources[key], readers, path)
                 inputs.append(SharedInput(readers, inside[readers[0]].in_features, producer))
-                places.append(place)
+        inputs.sort(key=lambda shared: order[shared.linears[0]])  # a router may have read the same before
         seen = [inside[name] for shared in inputs for name in shared.linears]
         unseen = [linear for linear in inside.values() if linear not in seen]
         residual = self._residual(path, found.experts)
@@ -203,10 +194,10 @@ class Watch:
                  for name in shared.linears}  # fmt: skip
         split |= {*residual.writers, *(name for experts in found.experts for name in experts.leaving)}
         linears = tuple(replace(linear, splits_input=linear.name in split) for linear in linears)
-        # one that was never called stands behind all inputs
-        before = {e.name: self.read_before.get(e.name, len(self.readers)) for e in found.experts}
+        last = len(order)  # one that was never called stands behind all inputs
         experts = tuple(
-            replace(each, inputs_before=sum(place < before[each.name] for place in places)) for each in found.experts
+            replace(e, inputs_before=sum(order[s.linears[0]] < order.get(e.name, last) for s in inputs))
+            for e in found.experts
         )
         mixed = (*self._mixed(path, found), *found.inner)
         return Block(path, linears, tuple(inputs), fused, experts, routers, residual, mixed)
