@@ -122,7 +122,7 @@ def _sentence(event: dict[str, Any]) -> str | None:
         case "finished":
             return f"  {event['seconds']:.1f} s"
         case "tokens":
-            return f"  {event['tokens']} tokens in {event['samples']} sequences"
+            return f"  {event['tokens']} tokens in {event['samples']} sequence{'s' * (event['samples'] != 1)}"
         case "sanity":
             return f"  perplexity {event['perplexity']:.4g}, {event['tokens_per_word']:.2f} tokens a word"
         case "warning" | "note":

@@ -63,8 +63,12 @@ def convert_checkpoint(
     _refuse_place(source, output, overwrite)
     temporary = output.parent / f".{output.name}.{os.getpid()}.part"
     with room_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        clear_leftovers(output)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            clear_leftovers(output)
+            temporary.mkdir()
+        except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+            raise OutputError(f"{output} cannot be made: {error.strerror}.", "Choose another --output.") from error
         try:
             found, score = _written(
                 temporary, form, structure, checkpoint, weights, restrict_permissions, trust_remote_code

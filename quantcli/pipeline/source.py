@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from quantcli.recipe.schema import ModelSection
 if TYPE_CHECKING:
     from quantcli.pipeline.context import Listener
 
+_OF_TOKENIZER = re.compile(r"token|vocab|merges|\.model$")
 CONFIGURATION_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*"]
 
 
@@ -37,9 +39,10 @@ def locate_model(section: ModelSection, *, weights: bool = True, listener: Liste
             return _converted(path, "bfloat16" if section.dtype == "auto" else section.dtype, listener)
         raise ModelError(f"{path} is neither a model directory nor a .gguf file.", "Name the directory that it is in.")
     if local or path.suffix == ".gguf" or section.path.count("/") != 1:
+        named = " A name on the hub is ORG/NAME." if not local and path.suffix != ".gguf" else ""
         raise ModelError(
             f"There is no model at {path}.",
-            "Check model.path or --model; in a recipe relative paths start at its file.",
+            f"Check model.path or --model; in a recipe relative paths start at its file.{named}",
         )
     return _from_hub(section.path, section.revision, weights, listener)
 
@@ -122,7 +125,9 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     except BaseException as error:  # whatever is raised, the files are at fault; a panic of the library is no Exception
         if isinstance(error, MemoryError) or not (isinstance(error, Exception) or "Panic" in type(error).__name__):
             raise
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+        first = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        if not any(_OF_TOKENIZER.search(file.name) for file in directory.iterdir()):
+            first = "there is no file of one"
         raise ModelError(f"{directory} has no usable tokenizer: {first}.",
                          "Put the tokenizer's files beside the weights.") from error  # fmt: skip
 

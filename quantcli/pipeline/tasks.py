@@ -39,7 +39,7 @@ def require_readable(section: TaskSection) -> None:
         from quantcli.pipeline.harness import harness_version
 
         harness_version()
-    elif section.path is not None:
+    else:
         questions_of(section)
 
 

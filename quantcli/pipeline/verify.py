@@ -135,7 +135,7 @@ def _without_export(run: Path, recipe: Recipe) -> QuantcliError:
         return RecipeError(f"{run} has no export: its recipe says export: null.", remedy)
     if not any((run / "export").glob("*/*")):
         return RecipeError(f"{run} has no export yet.", f"Export it: {command}")
-    return VerificationError(f"{run} holds no finished export.", f"Run it: {command}")
+    return VerificationError(f"{run} holds no finished export of its recipe.", f"Run it: {command}")
 
 
 def check_planned(found: Mapping[str, Scheme], planned: Mapping[str, Scheme]) -> None:

@@ -105,12 +105,14 @@ class Document:
         keys = (*keys[:-1], ALIASES.get(keys, keys[-1]))
         section = self.data
         for end in range(1, len(keys)):
-            inner = section.get(keys[end - 1])
+            inner, place = section.get(keys[end - 1]), ".".join(keys[:end])
+            if isinstance(inner, list) or keys[end].isdecimal():
+                raise RecipeError(f"{option}: items of a list are no keys.", f"Set the whole list: {place}=[…].")
             if inner is None:
                 inner = section[keys[end - 1]] = {}
                 self.options[keys[:end]] = option
             if not isinstance(inner, dict):
-                raise RecipeError(f"{option}: {'.'.join(keys[:end])} is no section.", "Name a key as in the recipe.")
+                raise RecipeError(f"{option}: {place} is no section.", "Name a key as in the recipe.")
             section = inner
         section[keys[-1]] = value
         _forget(self.lines, keys)

@@ -112,6 +112,10 @@ def _explain(keys: Keys, details: dict[str, Any]) -> tuple[str, str]:
             remedy = "It must be text; put it in quotes."
         if kind == "int_type" and isinstance(value, str) and value.isdecimal():
             remedy = "It must be a whole number without quotes."
+        if kind == "tuple_type" and isinstance(value, (str, int, float)):
+            remedy = f"It must be a list, as [{value}]."
+        if keys == ("model",) and isinstance(value, str):
+            remedy = f"It must be a section of keys, as {{path: {value}}}."
         return f"is {shown(value)}", remedy
     return f"is {shown(value)}: {details['msg']}", ""
 

@@ -55,6 +55,17 @@ def test_what_verify_and_inspect_have_no_use_for(
     said(quantcli("inspect", finished / "export"), 3, "is neither a model, a checkpoint nor a run", str(export))
 
 
+def test_a_conversion_to_a_place_that_cannot_be_made(
+    quantcli: Callable[..., Any], finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("text")
+    export = finished / "export" / "compressed-tensors"
+    for place in (tmp_path / "file" / "below", Path("/proc/quantcli")):
+        outcome = quantcli("convert", export, "--to", "ascend", "--output", place)
+        said(outcome, 2, f"{place} cannot be made", "Choose another --output")
+    assert (tmp_path / "file").read_text() == "text"
+
+
 def test_what_is_no_recipe(
     quantcli: Callable[..., Any], finished: Path, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

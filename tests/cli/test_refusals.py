@@ -166,8 +166,18 @@ def test_a_model_that_is_not_there(quantcli: Any, recipe_file: RecipeFile, tree:
     file = recipe_file()
     said(quantcli("run", file, "--model", tmp_path / "nowhere"), 3, r"There is no model at .*nowhere", "model.path")
     said(quantcli("plan", file, "--model", tmp_path / "nowhere"), 3, "There is no model at")
+    said(quantcli("plan", file, "--model", "gpt2"), 3, "There is no model at gpt2", "A name on the hub is ORG/NAME")
     assert not (file.parent / "run").exists()
     assert tree(tmp_path) == {}
+
+
+def test_a_model_without_a_tokenizer(quantcli: Any, recipe_file: RecipeFile, model: Path) -> None:
+    file = recipe_file(**{"model.path": str(model)})
+    (model / "tokenizer.json").write_text("{}")
+    said(quantcli("run", file), 3, "has no usable tokenizer: ", "Put the tokenizer's files beside the weights")
+    for part in model.glob("*token*"):
+        part.unlink()
+    said(quantcli("run", file), 3, r"has no usable tokenizer: there is no file of one\. Put")
 
 
 @pytest.mark.parametrize(

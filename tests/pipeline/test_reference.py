@@ -69,6 +69,16 @@ def test_variants_cost_one_pass_of_the_float_model(recipe: Recipe, tmp_path: Pat
     assert "has no results of this model on the same text" in warning
 
 
+def test_a_text_of_one_window_is_told(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("One old sheep saw the hill.")
+    for path, told in ((str(tmp_path / "short.txt"), True), (recipe["evaluate"]["perplexity"]["path"], False)):
+        events: list[dict[str, Any]] = []
+        recipe = changed(recipe, evaluate__perplexity__path=path)
+        quantcli.run_stage("eval-ppl", recipe, listener=events.append)
+        notes = [e["text"] for e in events if e["event"] == "note" and "one window alone" in e["text"]]
+        assert bool(notes) == told == (results(recipe)["quantized"]["error"] is None)
+
+
 def test_damaged_states_are_not_taken_over(recipe: Recipe, tmp_path: Path) -> None:
     ran(recipe)
     file = Path(recipe["output"]) / STATES

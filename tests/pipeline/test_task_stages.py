@@ -209,6 +209,10 @@ def test_questions_that_are_not_there_are_refused_at_once(recipe: Recipe, tmp_pa
     for path in (tmp_path / "none.jsonl", tmp_path):
         with pytest.raises(DataError):
             quantcli.run(changed(recipe, evaluate={"tasks": [{"task": "boolq", "path": str(path)}]}))
+    pytest.importorskip("datasets")
+    for task in ("boolq", "squad"):
+        with pytest.raises(DataError, match="HF_HUB_OFFLINE is set, and no earlier copy is here"):
+            quantcli.run(changed(recipe, evaluate={"tasks": [task]}))
     assert not Path(recipe["output"]).exists()
 
 

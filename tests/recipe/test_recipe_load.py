@@ -452,6 +452,12 @@ def test_overrides_are_yaml_values_that_win_over_the_file(tmp_path: Path) -> Non
         ("output={a: 1, a: 2}", "--set output={a: 1, a: 2}: a: is there twice"),
         ("output=null", "--set output=null: output: is null."),
         ("quantize=null", "--set quantize=null: quantize: is missing."),
+        (
+            "quantize.overrides.0.match=x",
+            "--set quantize.overrides.0.match=x: items of a list are no keys. "
+            "Set the whole list: quantize.overrides=[…].",
+        ),
+        ("export.formats.x=a", "--set export.formats.x=a: items of a list are no keys."),
     ],
 )
 def test_a_wrong_override_is_refused_by_its_name(tmp_path: Path, override: str, start: str) -> None:

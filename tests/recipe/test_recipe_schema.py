@@ -89,6 +89,7 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
         ([("version: 1", "version: 2")], "r.yaml:1: version: is 2", "version: 1"),
         ([("version: 1", "version: true")], "r.yaml:1: version: is true", "whole number"),
         ([("model:", "model: 3\nmodle:")], "r.yaml:2: model: is 3", "section"),
+        ([("model:", "model: ./m\nmodle:")], "r.yaml:2: model: is './m'", "as {path: ./m}."),
         ([("dtype: auto", "dtype: bf16")], "r.yaml:4: model.dtype: is 'bf16'", "Did you mean bfloat16?"),
         ([("device: auto", "device: gpu")], "r.yaml:5: model.device: is 'gpu'", "cuda:N"),
         ([("device: auto", "trust_remote_code: yes")], "r.yaml:5: model.trust_remote_code: is 'yes'", "true or false"),
@@ -185,6 +186,7 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
         ([("device: auto", "cache_memory: 1 gibi")], "r.yaml:5: model.cache_memory: '1 gibi' is no size", "1GiB"),
         ([("device: auto", "cache_memory: -1GiB")], "r.yaml:5: model.cache_memory: '-1GiB' is no size", "1GiB"),
         ([("evaluate:", "bits: 8\nevaluate:")], "r.yaml:27: bits: unknown key", "quantize.weights.bits"),
+        ([("formats: [compressed-tensors]", "formats: awq")], "r.yaml:26: export.formats: is 'awq'", "as [awq]."),
         ([("formats: [compressed-tensors]", "formats: []")], "r.yaml:26: export.formats: is empty", "remove"),
         (
             [("formats: [compressed-tensors]", "formats: [compressed_tensors]")],

@@ -61,6 +61,9 @@ def run(context: Context, folder: StageFolder) -> None:
         return
     text = context.evaluation_text
     context.emit("tokens", samples=len(text.windows), tokens=text.tokens, protocol=section.protocol)
+    if len(text.windows) == 1:
+        context.emit("note", text="The evaluation text fills one window alone, so that no error of its scores can be "
+                     "told. Take a longer text, or a shorter evaluate.perplexity.sequence_length.")  # fmt: skip
     batches = evaluation_batches(text.windows)
     form = context.recipe.export.formats[0]
     quantized, exported = exported_model(context)
