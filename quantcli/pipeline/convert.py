@@ -66,7 +66,7 @@ def convert_checkpoint(
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(output)
-            temporary.mkdir()
+            temporary.mkdir(exist_ok=True)
         except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
             raise OutputError(f"{output} cannot be made: {error.strerror}.", "Choose another --output.") from error
         try:

@@ -396,7 +396,7 @@ def test_verify_of_a_run_without_an_export(
 
 def test_a_model_of_experts(quantcli: Any, tmp_path: Path) -> None:
     model = save_tiny_model("mixtral", tmp_path / "model")
-    said(quantcli("plan", "w4a16-gptq", "--model", model), 2, "is of an expert", "another method")
+    said(quantcli("plan", "w8a8", "--model", model), 2, "is of an expert", "activations.scope: token")
 
 
 def test_an_error_of_ours_is_one_line_and_a_traceback_only_when_asked_for(
