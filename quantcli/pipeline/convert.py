@@ -69,6 +69,7 @@ def convert_checkpoint(
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(output)
+            shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process of our number, as in a container
             temporary.mkdir()
         except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
             raise OutputError(f"{output} cannot be made: {error.strerror}.", "Choose another --output.") from error
