@@ -173,15 +173,13 @@ def _spaced(rules: Mapping[str, Any], tokens: list[str], types: list[int]) -> di
     """
     normal = _steps(rules["normalizer"], "normalizers")
     before = [step for step in _steps(rules["pre_tokenizer"], "pretokenizers") if not (normal and _at_spaces(step))]
-    prefix = any(step["type"] == "Prepend" for step in normal)
-    plain = all(
-        (step["type"] == "Prepend" and step["prepend"] == _SPACE)
-        or (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE)
-        for step in normal
-    )
-    if len(before) == 1 and before[0]["type"] == "Metaspace" and not before[0].get("split", True) and not normal:
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    first = {"type": "Prepend", "prepend": _SPACE}
+    prefix = first in normal
+    plain = spaces in normal and all(step in (spaces, first) for step in normal)
+    if len(before) == 1 and _is_metaspace(before[0]) and not normal:
         prefix = before[0].get("prepend_scheme", "always") != "never"
-    elif before or not normal or not plain:
+    elif before or not plain:
         raise ModelError("has no rules like those by which this tokenizer treats spaces")
     if odd := [own["content"] for own in rules["added_tokens"] if own["normalized"] and _SPACE in own["content"]]:
         raise ModelError(
@@ -198,6 +196,11 @@ def _spaced(rules: Mapping[str, Any], tokens: list[str], types: list[int]) -> di
         elif token == rules["model"].get("unk_token"):
             types[number] = UNKNOWN
     return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
+
+
+def _is_metaspace(step: Mapping[str, Any]) -> bool:
+    """Whether a step makes ▁ of spaces and cuts nowhere."""
+    return step["type"] == "Metaspace" and step.get("replacement") == _SPACE and not step.get("split", True)
 
 
 def _at_spaces(step: Mapping[str, Any]) -> bool:

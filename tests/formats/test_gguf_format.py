@@ -319,6 +319,26 @@ def test_tokenizers_that_llama_cpp_has_no_rules_for_are_refused(
         tokenizer_keys(change_tokenizer(tmp_path, change), 512)
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"normalizer": {"type": "Prepend", "prepend": "▁"}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"}},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never", "split": False}},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}},
+    ],
+)
+def test_other_treatments_of_spaces_are_refused(rules: dict[str, Any], tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    def change(content: dict[str, Any]) -> None:
+        content["model"]["byte_fallback"] = True
+        content.update({"normalizer": None, "pre_tokenizer": None} | rules)
+
+    with pytest.raises(ModelError, match="no rules like those by which this tokenizer treats spaces"):
+        tokenizer_keys(change_tokenizer(tmp_path, change), 512)
+
+
 def test_every_token_has_its_type_and_the_embedding_its_tokens(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<tool>"])
