@@ -113,7 +113,10 @@ MODELS: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
     "seed_oss, no biases, tied": ("seed_oss", W8, {"attention_bias": False, **TIED}),
     "ernie4_5": ("ernie4_5", W4_ASYM, {}),
     "ernie4_5, tied": ("ernie4_5", W8, TIED),
+    "ernie4_5, yarn": ("ernie4_5", W8, rope("yarn", factor=4.0, original_max_position_embeddings=32)),
+    "cohere, yarn": ("cohere", W8, rope("yarn", factor=4.0, original_max_position_embeddings=32)),
     "nemotron": ("nemotron", W8, {}),
+    "nemotron, linear rope": ("nemotron", W8, rope("linear", factor=4.0)),
     "phi": ("phi", W8, {}),
     "phi, yarn": ("phi", W8, rope("yarn", factor=4.0, original_max_position_embeddings=32)),
 }
