@@ -83,6 +83,8 @@ def _load(directory: Path) -> Any:
     except BaseException as error:
         said = _fault(error)
         _require_whole(directory)
+        if not any("token" in file.name or "vocab" in file.name for file in directory.iterdir()):
+            said = "there is no file of one"
         raise ModelError(f"needs a tokenizer, and this model's cannot be read: {said}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError("needs the rules of tokenizer.json, which this model's tokenizer does not have")
