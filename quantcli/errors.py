@@ -77,13 +77,15 @@ def lacks_memory(error: Exception) -> bool:
 
 
 def refusal_of_the_system(error: Exception) -> QuantcliError | None:
-    """What an error of the system or of torch amounts to where nobody said it better: no room, no memory, or a file
-    that this user may not read or write. None for any other."""
+    """What an error of the system or of torch amounts to where nobody said it better: no room, no memory, a file that
+    this user may not read or write, or a name that no file can have. None for any other."""
     text = str(error)
     if lacks_room(error):
         return RoomError(f"No room is left on the disk: {text}.", "Free some, also for temporary files (TMPDIR).")
     if isinstance(error, OSError) and error.errno in NO_ACCESS:
         return ModelError(f"{error.filename}: {error.strerror}.", "Check who may read it and enter its directory.")
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return RecipeError(f"{error.filename!s:.60}…: {error.strerror}.", "Check the path.")
     if lacks_memory(error):
         return RoomError(f"The memory is too small: {text.splitlines()[0]}.", "Use --device cpu or a larger machine.")
     return None

@@ -70,7 +70,7 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
 
 def refuses_model(directory: Path, structure: Structure, tensors: Iterable[str]) -> str:
     """Why the model cannot be in this format, whatever its schemes; empty when it can. `tensors` are the names that its
-    float checkpoint has, as far as they are known."""
+    float checkpoint has, as far as they are known. Raises ModelError for a damaged tokenizer."""
     from quantcli.model.gguf_file import configuration
     from quantcli.model.gguf_tokenizer import tokenizer_keys
 
@@ -84,6 +84,8 @@ def refuses_model(directory: Path, structure: Structure, tensors: Iterable[str])
     try:
         tokenizer_keys(directory, int(config["vocab_size"]))
     except ModelError as error:
+        if error.remedy:  # of a model that no format can mend
+            raise
         return error.message
     return ""
 

@@ -30,16 +30,29 @@ def check_sums(folder: Path) -> int | None:
     if not (folder / SUMS).exists():
         return None
     try:
-        lines = read_regular(folder / SUMS, MAXIMUM_JSON_BYTES).decode("utf-8").splitlines(keepends=True)
+        digests, lines = _read(folder)
     except (ModelError, UnicodeDecodeError) as error:
         raise VerificationError(f"{folder / SUMS} cannot be read: {error}.", "Export it again.") from error
-    found = [_LINE.fullmatch(line) for line in lines]
-    digests = {match[2]: match[1] for match in found if match is not None}
-    if len(digests) != len(lines) or not digests:
+    if len(digests) != lines or not digests:
         raise VerificationError(f"{folder / SUMS} is damaged.", "Export it again.")
     check_digests(folder, digests, "Copy it again from where it was exported.")
     check_strangers(folder, {*digests, SUMS})
     return len(digests)
+
+
+def summed_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint by its SHA256SUMS, as far as that can be read; none where there is none."""
+    try:
+        return [folder / name for name in _read(folder)[0] if (folder / name).is_file()]
+    except (ModelError, UnicodeDecodeError):
+        return []
+
+
+def _read(folder: Path) -> tuple[dict[str, str], int]:
+    """Names → sha256, and the number of lines, also of those that say nothing."""
+    lines = read_regular(folder / SUMS, MAXIMUM_JSON_BYTES).decode("utf-8").splitlines(keepends=True)
+    found = [_LINE.fullmatch(line) for line in lines]
+    return {match[2]: match[1] for match in found if match is not None}, len(lines)
 
 
 def check_digests(folder: Path, digests: Mapping[str, str], remedy: str = "") -> None:

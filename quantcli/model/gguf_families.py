@@ -22,7 +22,8 @@ class Architecture:
     by w + norm_offset. fixed: keys of config.json that a GGUF file has no room for, and the values it computes with;
     implied: the same of values that follow from other keys. further, scales: keys of the file beside those of KEYS →
     key of config.json, of whole numbers and of others; written: keys of the file that say the same for all models.
-    partial: it can rotate a part of each head. ropes: the types of rotary embeddings that it computes.
+    partial: it can rotate a part of each head. ropes: the types of rotary embeddings that it computes. narrow: it loads
+    queries only if all heads together are as wide as the residual stream.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Architecture:
     written: Mapping[str, int] = field(default_factory=dict)
     partial: bool = False
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    narrow: bool = False
 
 
 def head_size(config: Config) -> int:
@@ -90,7 +92,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "mistral": Architecture(
         "llama", neighbours=True, fixed=_SILU, implied={"sliding_window": _no_window}, ropes=_LLAMA
     ),
-    "qwen2": Architecture("qwen2", fixed=_UNLESS_USED),
+    "qwen2": Architecture("qwen2", fixed=_UNLESS_USED, narrow=True),
     "qwen3": Architecture("qwen3", fixed={**_UNLESS_USED, **_UNBIASED}),
     "gemma": Architecture(
         "gemma", norm_offset=1.0, fixed={**_GEMMA, "hidden_act": ("gelu_pytorch_tanh",)}, ropes=("default",)
@@ -123,6 +125,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         written={"attention.sliding_window": 0},
         partial=True,
         ropes=("default", "longrope"),
+        narrow=True,
     ),
     "granite": Architecture(
         "granite",
@@ -137,7 +140,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         ropes=_LLAMA,
     ),
-    "olmo2": Architecture("olmo2", fixed={**_SILU, **_UNBIASED, "tie_word_embeddings": (False,)}),
+    "olmo2": Architecture("olmo2", fixed={**_SILU, **_UNBIASED, "tie_word_embeddings": (False,)}, narrow=True),
     "smollm3": Architecture(
         "smollm3",
         neighbours=True,
@@ -149,6 +152,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed={"hidden_act": ("gelu_pytorch_tanh",), "use_bias": (True,)},
         implied={"sliding_window": _no_window},
         scales=_norms("norm_epsilon"),
+        narrow=True,
     ),
     "stablelm": Architecture(
         "stablelm", fixed={**_SILU, "tie_word_embeddings": (False,)}, scales=_norms("layer_norm_eps"), partial=True
@@ -157,6 +161,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "command-r",
         fixed={**_SILU, **_UNBIASED, "tie_word_embeddings": (True,), "use_qk_norm": (False,)},
         scales=_norms("layer_norm_eps", logit_scale="logit_scale"),
+        narrow=True,
     ),
     "arcee": Architecture("arcee", neighbours=True, fixed={**_UNBIASED, "hidden_act": ("relu2",)}),
     "seed_oss": Architecture("seed_oss", fixed={**_SILU, "attention_out_bias": (False,), "mlp_bias": (False,)}),
@@ -167,12 +172,14 @@ ARCHITECTURES: dict[str, Architecture] = {
         fixed={**_UNBIASED, "hidden_act": ("relu2",), "tie_word_embeddings": (False,)},
         scales=_norms("norm_eps"),
         partial=True,
+        narrow=True,
     ),
     "phi": Architecture(
         "phi2",
         fixed={"hidden_act": ("gelu_new",), "qk_layernorm": (False,), "tie_word_embeddings": (False,)},
         scales=_norms("layer_norm_eps"),
         partial=True,
+        narrow=True,
     ),
 }
 """model_type of config.json → what llama.cpp computes for it. Each was run there by the tests."""

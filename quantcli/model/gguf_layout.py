@@ -46,6 +46,9 @@ def refusal(config: Config, parameters: Iterable[str]) -> str:
     for key, follows in known.implied.items():
         if config[key] != follows(config):
             return f"has no room for {key}: {config[key]!s:.70}, with which this model computes"
+    size, heads = head_size(config), config["num_attention_heads"]
+    if known.narrow and size * heads != config["hidden_size"]:
+        return f"has no room for {heads} heads of {size} channels in a model of {config['hidden_size']} channels"
     for key in (*known.further.values(), *known.scales.values()):
         if config[key] is None:
             return f"needs {key}, which is null in config.json of this model"
@@ -136,14 +139,14 @@ def rope_keys(config: Config) -> dict[str, str | int | float]:
     context = config["max_position_embeddings"]
     original = int(rope.get("original_max_position_embeddings") or context)
     keys["rope.scaling.original_context_length"] = original
+    factor = float(rope.get("factor") or context / original)
     if kind == "longrope":  # the tensors LONG and SHORT say the rest
-        factor = rope.get("factor") or context / original
         attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         return keys | {"rope.scaling.attn_factor": float(rope.get("attention_factor") or attention)}
     wanted = {"attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"}
     if own := sorted(key for key in wanted if rope.get(key) is not None):
         raise ModelError(f"has no room for {own[0]} of rotary embeddings of type yarn")
-    return keys | {"rope.scaling.type": "yarn", "rope.scaling.factor": float(rope["factor"])}
+    return keys | {"rope.scaling.type": "yarn", "rope.scaling.factor": factor}
 
 
 def rope_tensors(config: Config) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import ModelError
+from quantcli.model.checkpoint import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """tokenizer.ggml.token_type"""
@@ -45,7 +46,7 @@ def tokenizer_keys(directory: Path, vocabulary: int) -> dict[str, Any]:
     """Keys of the file → values: the tokens and their types, merges or scores, special tokens and the chat template.
 
     `vocabulary` is the number of rows of the embedding: tokens are added up to it, as unused ones. Raises ModelError
-    for rules that llama.cpp has no name for.
+    for rules that llama.cpp has no name for, and with a remedy for files that are damaged.
     """
     tokenizer = _load(directory)
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -54,7 +55,7 @@ def tokenizer_keys(directory: Path, vocabulary: int) -> dict[str, Any]:
         raise ModelError(f"has no rules for a tokenizer of type {model.get('type')}")
     if model.get("dropout") or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise ModelError("has no rules for the options of this BPE tokenizer")
-    count = len(tokenizer)
+    count = 1 + max([*model["vocab"].values(), *(own["id"] for own in rules["added_tokens"])], default=-1)
     if vocabulary and count > vocabulary:
         raise ModelError(f"has {vocabulary} rows of the embedding for the {count} tokens of this tokenizer")
     tokens, types = _tokens(model["vocab"], rules["added_tokens"], max(vocabulary, count))
@@ -79,11 +80,37 @@ def _load(directory: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"needs a tokenizer, and this model's cannot be read: {str(error).splitlines()[0]}") from error
+    except BaseException as error:
+        said = _fault(error)
+        _require_whole(directory)
+        if not any("token" in file.name or "vocab" in file.name for file in directory.iterdir()):
+            said = "there is no file of one"
+        raise ModelError(f"needs a tokenizer, and this model's cannot be read: {said}") from error
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError("needs the rules of tokenizer.json, which this model's tokenizer does not have")
     return tokenizer
+
+
+def _require_whole(directory: Path) -> None:
+    """Raise ModelError if a file of the tokenizer is there and damaged."""
+    from tokenizers import Tokenizer
+
+    settings, rules = directory / "tokenizer_config.json", directory / "tokenizer.json"
+    try:
+        if settings.is_file():
+            read_json(settings)
+        if rules.is_file():
+            Tokenizer.from_file(str(rules))
+    except BaseException as error:
+        said = error.message if isinstance(error, ModelError) else f"{rules} cannot be read: {_fault(error)}."
+        raise ModelError(said, "Download it again.") from error
+
+
+def _fault(error: BaseException) -> str:
+    """What the libraries say of files, with whatever they raise: a panic of Rust is no Exception. Others go on."""
+    if isinstance(error, MemoryError) or not (isinstance(error, Exception) or "Panic" in type(error).__name__):
+        raise error
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
 
 
 def _tokens(vocabulary: Mapping[str, int], added: list[dict[str, Any]], count: int) -> tuple[list[str], list[int]]:
@@ -148,15 +175,13 @@ def _spaced(rules: Mapping[str, Any], tokens: list[str], types: list[int]) -> di
     """
     normal = _steps(rules["normalizer"], "normalizers")
     before = [step for step in _steps(rules["pre_tokenizer"], "pretokenizers") if not (normal and _at_spaces(step))]
-    prefix = any(step["type"] == "Prepend" for step in normal)
-    plain = all(
-        (step["type"] == "Prepend" and step["prepend"] == _SPACE)
-        or (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE)
-        for step in normal
-    )
-    if len(before) == 1 and before[0]["type"] == "Metaspace" and not before[0].get("split", True) and not normal:
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    first = {"type": "Prepend", "prepend": _SPACE}
+    prefix = first in normal
+    plain = spaces in normal and all(step in (spaces, first) for step in normal)
+    if len(before) == 1 and _is_metaspace(before[0]) and not normal:
         prefix = before[0].get("prepend_scheme", "always") != "never"
-    elif before or not normal or not plain:
+    elif before or not plain:
         raise ModelError("has no rules like those by which this tokenizer treats spaces")
     if odd := [own["content"] for own in rules["added_tokens"] if own["normalized"] and _SPACE in own["content"]]:
         raise ModelError(
@@ -173,6 +198,11 @@ def _spaced(rules: Mapping[str, Any], tokens: list[str], types: list[int]) -> di
         elif token == rules["model"].get("unk_token"):
             types[number] = UNKNOWN
     return {"model": "llama", "pre": "default", "scores": scores, "add_space_prefix": prefix}
+
+
+def _is_metaspace(step: Mapping[str, Any]) -> bool:
+    """Whether a step makes ▁ of spaces and cuts nowhere."""
+    return step["type"] == "Metaspace" and step.get("replacement") == _SPACE and not step.get("split", True)
 
 
 def _at_spaces(step: Mapping[str, Any]) -> bool:

@@ -12,10 +12,10 @@ from quantcli.errors import ModelError, OutputError, RecipeError
 from quantcli.formats import dense
 from quantcli.formats.common import WEIGHT_SUFFIXES
 from quantcli.formats.permissions import FOLDER
-from quantcli.formats.sums import SUMS
+from quantcli.formats.sums import SUMS, summed_files
 from quantcli.formats.table import FORMATS
 from quantcli.model.checkpoint import clear_leftovers
-from quantcli.model.untrusted import checkpoint_entries
+from quantcli.model.untrusted import TEMPLATES, checkpoint_entries
 from quantcli.pipeline.held import model_unheld, split_siblings, unheld
 from quantcli.pipeline.rundir import is_run, removal_rank, room_errors
 from quantcli.pipeline.source import require_checkpoint
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from quantcli.formats.verify import Verified
     from quantcli.model.checkpoint import Checkpoint
     from quantcli.model.structure import Structure
+
+_CHAT = ("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja")
 
 
 def convert_checkpoint(
@@ -42,8 +44,9 @@ def convert_checkpoint(
 
     It is written beside `output`, read back by other code and compared, given a fixed prompt as the source is, and then
     moved there, so that `output` holds all of it or nothing; what a killed conversion left is no checkpoint, and the
-    next one clears it away. With `overwrite`, weights and configurations that were there are replaced, and what has the
-    name of a file that comes along, such as the tokenizer; other files stay. `restrict_permissions` gives files the
+    next one clears it away. With `overwrite`, weights, configurations and chat templates that were there are replaced,
+    what the checksums there name, and what has the name of a file that comes along; other files stay.
+    `restrict_permissions` gives files the
     modes of `formats.permissions` if those are the format's. Raises RecipeError for what the format cannot hold, before
     anything is written, ModelError for a source without codes or with scales that the format does not hold, OutputError
     for an output that is in use, VerificationError where what was written is not what was read.
@@ -66,7 +69,8 @@ def convert_checkpoint(
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(output)
-            temporary.mkdir(exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process of our number, as in a container
+            temporary.mkdir()
         except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
             raise OutputError(f"{output} cannot be made: {error.strerror}.", "Choose another --output.") from error
         try:
@@ -108,11 +112,12 @@ def _refuse_place(source: Path, output: Path, overwrite: bool) -> None:
 
 
 def _replaced(output: Path) -> set[Path]:
-    """Weights and configurations of a checkpoint of any format, by their names."""
+    """What an older checkpoint of any format has left: weights, configurations and chat templates by their names, and
+    what its checksums name."""
     stems = {form.STEM for form in FORMATS.values()}
     patterns = [*(pattern for stem in stems for pattern in weight_files(stem)), *DESCRIPTIONS, SUMS, "config.json"]
-    patterns += [name for form in FORMATS.values() for name in getattr(form, "FILES", ())]
-    return {file for pattern in patterns for file in output.glob(pattern)}
+    patterns += [*_CHAT, *(name for form in FORMATS.values() for name in getattr(form, "FILES", ()))]
+    return {file for pattern in patterns for file in output.glob(pattern)} | {*summed_files(output)}
 
 
 def _written(
@@ -145,15 +150,21 @@ def _written(
 
 def _move(temporary: Path, output: Path) -> None:
     """Every file to its place, at once where nothing is there. Else what is replaced goes before, by `removal_rank`,
-    and files come in the reverse order; the checksums, there throughout, mark what an interruption leaves as ours."""
+    and files come in the reverse order; the checksums, there throughout, mark what an interruption leaves as ours. They
+    are the older ones until all of those files are gone."""
     if not output.exists():
         temporary.rename(output)
         return
     if (mode := temporary.stat().st_mode & 0o777) == FOLDER:
         output.chmod(mode)
-    (temporary / SUMS).replace(output / SUMS)
-    for file in sorted(_replaced(output) - {output / SUMS}, key=removal_rank):
+    replaced = _replaced(output) - {output / SUMS}
+    if not (output / SUMS).exists():
+        shutil.copyfile(temporary / SUMS, output / SUMS)
+    for file in sorted(replaced, key=removal_rank):
         file.unlink()
+    if (output / TEMPLATES).is_dir() and not any((output / TEMPLATES).iterdir()):
+        (output / TEMPLATES).rmdir()
+    (temporary / SUMS).replace(output / SUMS)
     files = [file for file in checkpoint_entries(temporary) if file.is_file()]
     for file in sorted(files, key=removal_rank, reverse=True):
         place = output / file.relative_to(temporary)

@@ -184,8 +184,8 @@ def rank_linears(recipe: Recipe, *, listener: Listener | None = None) -> dict[st
 
 
 def _bring_up_to_date(context: Context, until: str | None) -> None:
-    base = {"layout": LAYOUT, "model": model_identity(context.model), "versions": _versions()}
     """Run what `until` needs. Of the stages that it does not need those count as well that are up to date."""
+    base = {"layout": LAYOUT, "model": model_identity(context.model), "versions": _versions()}
     for stage in STAGES:
         asked = stage.wanted(context.recipe) or stage.name in _asked(context)
         needed = asked and (until is None or stage.name in _needed(until))

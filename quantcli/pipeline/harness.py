@@ -50,6 +50,7 @@ def harness_outcome(context: Context, section: TaskSection, model: Model, asked:
     from huggingface_hub.errors import HfHubHTTPError
     from lm_eval import simple_evaluate
 
+    unreached: Any = HfHubHTTPError.__mro__[1]  # of its HTTP client, which goes by several names
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     name = section.task.removeprefix(HARNESS)
     manager = _task_manager(section.path)
@@ -67,7 +68,10 @@ def harness_outcome(context: Context, section: TaskSection, model: Model, asked:
                 log_samples=True,
                 bootstrap_iters=0,
             )
-        except (ConnectionError, DatasetsError, HfHubHTTPError) as error:  # nothing but its data comes from the hub
+        # nothing but its data comes from the hub
+        except (ConnectionError, FileNotFoundError, DatasetsError, unreached) as error:
+            if isinstance(error, FileNotFoundError) and error.errno is not None:
+                raise  # the system's, of a file of ours
             reason = obstacle or next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise DataError(f"evaluate.tasks: the questions of {name} cannot be had: {reason}.",
                             "Check the network, or set path to a task whose data is local.") from error  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError, OutputError, RecipeError
+from quantcli.errors import ModelError, OutputError, RecipeError, refusal_of_the_system
 from quantcli.model.checkpoint import read_json
 from quantcli.model.hub import hub_asked
 from quantcli.model.untrusted import check_texts, checkpoint_entries
@@ -99,7 +99,6 @@ def _converted(file: Path, dtype: str, listener: Listener | None) -> Path:
 
 def _from_hub(name: str, revision: str | None, weights: bool, listener: Listener | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     patterns = CONFIGURATION_FILES + (["*.safetensors"] if weights else [])
     with hub_asked() as obstacle:
@@ -107,11 +106,14 @@ def _from_hub(name: str, revision: str | None, weights: bool, listener: Listener
             listener({"event": "note", "stage": "", "text": f"What is not there yet of {name} comes from the hub."})
         try:
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-            said = f"the hub gives no such model: {str(error).splitlines()[0].rstrip('.')}"
+        except Exception as error:  # of the hub, the network, the library's HTTP client and its cache
+            if isinstance(error, MemoryError) or refusal_of_the_system(error) is not None:
+                raise
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            said = f"the hub does not give it: {first.rstrip('.')}"
             if obstacle:
                 said = f"{obstacle}, nor is all of it in the hub's cache"
-            remedy = "Check the name, the network, and `hf auth login` for gated models."
+            remedy = "Check the name, the network, and `hf auth login` for gated and private models."
             raise ModelError(f"There is no directory {name}, and {said}.", remedy) from error
 
 

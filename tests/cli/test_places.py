@@ -101,3 +101,9 @@ def test_an_export_that_was_moved_has_no_recipe(quantcli: Callable[..., Any], mo
     said(quantcli("verify", moved), 5, "config.json is not what was exported", "Copy it again")
     (moved / "config.json").unlink()
     said(quantcli("verify", moved), 5, "config.json is missing", "Copy it again")
+
+
+@pytest.mark.parametrize("command", ["plan", "verify", "inspect", "convert", "plan w8a16 --model"])
+def test_a_name_that_no_file_can_have(command: str, quantcli: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--to", "awq", "--output", tmp_path / "out"] if command == "convert" else []
+    said(quantcli(*command.split(), "x" * 300, *options), 2, "…: File name too long.", "Check the path")

@@ -4,6 +4,7 @@ cannot compute is refused, and damage is found."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -256,8 +257,33 @@ def test_models_that_llama_cpp_would_compute_otherwise_are_refused_when_planning
 
 
 def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="needs a tokenizer"):
+    with pytest.raises(RecipeError, match=r"needs a tokenizer, .*: there is no file of one"):
         planned(save_tiny_model("llama", tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b c d"]}}'),
+        ("tokenizer.json", '{"model": {"type": "none"}}'),
+        ("tokenizer.json", '{"added_tokens": [{"id": 3}], "model": '),
+        ("tokenizer_config.json", "[]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_a_fault_of_the_model(file: str, content: str, tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model", with_tokenizer=True)
+    (model / file).write_text(content)
+    with pytest.raises(ModelError, match=re.escape(str(model / file))):
+        planned(model)
+
+
+def test_tokens_beyond_the_embedding_are_counted_by_their_numbers(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    change_tokenizer(tmp_path, lambda content: content["model"]["vocab"].update(far=900))
+    with pytest.raises(ModelError, match="has 600 rows of the embedding for the 901 tokens"):
+        tokenizer_keys(tmp_path, 600)
+    tokens = tokenizer_keys(tmp_path, 901)["tokenizer.ggml.tokens"]
+    assert (tokens[899], tokens[900]) == ("[PAD899]", "far")
 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +316,26 @@ def test_tokenizers_that_llama_cpp_has_no_rules_for_are_refused(
 ) -> None:
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=reason):
+        tokenizer_keys(change_tokenizer(tmp_path, change), 512)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"normalizer": {"type": "Prepend", "prepend": "▁"}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "_"}},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never", "split": False}},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": True}},
+    ],
+)
+def test_other_treatments_of_spaces_are_refused(rules: dict[str, Any], tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+
+    def change(content: dict[str, Any]) -> None:
+        content["model"]["byte_fallback"] = True
+        content.update({"normalizer": None, "pre_tokenizer": None} | rules)
+
+    with pytest.raises(ModelError, match="no rules like those by which this tokenizer treats spaces"):
         tokenizer_keys(change_tokenizer(tmp_path, change), 512)
 
 

@@ -6,6 +6,7 @@ That it computes them is in test_llama_cpp.py.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ def test_transformers_reads_the_same_parameters_of_other_models(
         ("gemma3", {**GEMMA3, "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
          "type linear in sliding layers"),
         ("qwen3", {"attention_bias": True}, "attention_bias: True"),
+        *((family, {"head_dim": 32}, "no room for 4 heads of 32 channels in a model of 64 channels")
+          for family in ("qwen2", "phi3", "olmo2", "starcoder2", "cohere", "nemotron", "phi")),
         ("qwen2", {"rope_parameters": LLAMA3}, "type llama3"),
         ("olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings: True"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 0]}, "no_rope_layers: [1, 0, 1, 0]"),
@@ -146,6 +149,15 @@ def test_longrope_scales_attention_as_transformers_does(original: int, own: dict
     keys = gguf_layout.rope_keys(config.to_dict())
     assert keys["rope.scaling.attn_factor"] == pytest.approx(expected)
     assert keys["rope.scaling.original_context_length"] == original
+
+
+def test_yarn_without_a_factor_stretches_by_the_lengths_as_in_transformers() -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": None, "original_max_position_embeddings": 64}
+    config = tiny_config("llama", rope_parameters=rope)
+    _, scale = ROPE_INIT_FUNCTIONS["yarn"](config, None)
+    factor = gguf_layout.architecture_keys(config.to_dict())["llama.rope.scaling.factor"]
+    assert factor == 4.0
+    assert scale == pytest.approx(1 + 0.1 * math.log(factor))
 
 
 @pytest.mark.parametrize("tensor", ["rope_factors_long.weight", "blk.1.attn_norm.weight", "blk.0.attn_qkv.weight"])

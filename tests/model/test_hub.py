@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,10 +14,12 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
+from quantcli.cli import run_command
 from quantcli.model import hub
 from quantcli.model.hub import hub_asked
 from quantcli.model.structure_cache import find_structure
@@ -136,6 +139,41 @@ def test_a_download_is_silent_and_tried_again(tiny_llama: Path, tmp_path: Path) 
         assert not busy
     again = planned(address, tmp_path)  # the hub is gone, and the copy is there
     assert json.loads(again.stdout)["model"] == json.loads(done.stdout)["model"]
+
+
+def test_a_download_that_breaks_off_is_a_fault_of_the_model(tmp_path: Path) -> None:
+    class Hub(_Empty):
+        def do_GET(self) -> None:
+            body = json.dumps({"id": "some-org/some-model", "sha": REVISION, "siblings": []}).encode()
+            if "/tree/" in self.path:
+                body = json.dumps([{"type": "file", "path": "config.json", "size": 99, "oid": "0" * 40}]).encode()
+            if "/resolve/" in self.path:
+                self.close_connection = True
+                return  # without a word
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+    with served(Hub) as address:
+        done = planned(address, tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "some-org/some-model, and the hub does not give it: " in done.stderr
+
+
+@pytest.mark.parametrize(("error", "status"), [(OSError(errno.ENOSPC, "No space left"), 6), (KeyError("siblings"), 3)])
+def test_a_disk_that_a_download_fills_has_the_status_of_full_disks(
+    online: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, status: int
+) -> None:
+    def failed(*_: Any, **__: Any) -> str:
+        raise error
+
+    online.setattr("huggingface_hub.snapshot_download", failed)
+    online.setattr(hub, "_obstacle", lambda: "")
+    assert run_command(["plan", "w8a16", "--model", "some-org/some-model"]) == status
+    assert ("No room is left" in capsys.readouterr().err) == (status == 6)
 
 
 def _oid(content: bytes) -> str:

@@ -83,3 +83,23 @@ def test_those_of_strangers_are_checked_as_other_files(recipe: Recipe, tmp_path:
     link.symlink_to(tmp_path / "secret")
     with pytest.raises(ModelError, match=r"evil\.jinja leads out of the model"):
         quantcli.run(recipe)
+
+
+@pytest.mark.parametrize("summed", [True, False], ids=["with checksums", "of others"])
+def test_those_of_a_checkpoint_that_is_replaced_go(recipe: Recipe, tmp_path: Path, summed: bool) -> None:
+    """And so does what else its checksums name; what a user has put there stays."""
+    (Path(recipe["model"]["path"]) / "added_tokens.json").write_text("{}")
+    old = quantcli.run(recipe).path / "export" / "compressed-tensors"
+    output = Path(shutil.copytree(old, tmp_path / "converted"))
+    (output / "notes.txt").write_text("mine")
+    if not summed:
+        (output / "SHA256SUMS").unlink()
+        (output / "added_tokens.json").unlink()
+    source = Path(shutil.copytree(old, tmp_path / "source"))
+    for name in ("SHA256SUMS", "added_tokens.json", *BESIDE):
+        (source / name).unlink()
+    convert_checkpoint(source, "ascend", output, overwrite=True)
+    verify_path(output)
+    assert not any((output / name).exists() for name in ("added_tokens.json", *BESIDE, "additional_chat_templates"))
+    assert (output / "notes.txt").read_text() == "mine"
+    assert templates(output) is None

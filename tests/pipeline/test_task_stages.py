@@ -17,6 +17,7 @@ from tiny_models import save_tiny_model, tiny_tokenizer
 import quantcli
 from quantcli.errors import DataError, ModelError, RecipeError, RoomError
 from quantcli.evaluation.tasks import boolq_choices
+from quantcli.model import hub
 from quantcli.pipeline import harness, whole
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.sequences import Model, _padded
@@ -290,17 +291,29 @@ def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_pat
     assert {name for name, metric in found["metrics"].items() if metric.get("lower_is_better")} == {"acc_norm"}
 
 
+@pytest.mark.parametrize("broken", [False, True], ids=["offline", "broken off"])
 def test_questions_that_only_the_hub_has_are_missed_in_our_words(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
 ) -> None:
     pytest.importorskip("lm_eval")
+    from huggingface_hub.errors import HfHubHTTPError
     from lm_eval.tasks import TaskManager
+
+    reason = r"HF_HUB_OFFLINE is set\."
+    if broken:  # as its HTTP client says it, whichever that is
+
+        def load_dataset(*_: Any, **__: Any) -> None:
+            raise HfHubHTTPError.__mro__[1]("the server went away.")
+
+        monkeypatch.setattr(hub, "_obstacle", lambda: "")
+        monkeypatch.setattr("datasets.load_dataset", load_dataset)
+        reason = r"the server went away\."
 
     monkeypatch.setattr(harness, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False))
     place = tmp_path / "tasks"
     place.mkdir()
     (place / "far.yaml").write_text("task: far\ndataset_path: some-org/far\noutput_type: multiple_choice\n")
-    with pytest.raises(DataError, match=r"the questions of far cannot be had: HF_HUB_OFFLINE is set\. Check the net"):
+    with pytest.raises(DataError, match=rf"the questions of far cannot be had: {reason} Check the net"):
         quantcli.run(changed(recipe, evaluate={"tasks": [{"task": "lm-eval/far", "path": str(place)}]}))
 
 
