@@ -23,6 +23,7 @@ from quantcli.errors import ModelError
 from quantcli.evaluation.simulate import forward_of, simulated
 from quantcli.formats.store import Store
 from quantcli.model.structure import Experts
+from quantcli.pipeline import solve
 from quantcli.pipeline.batches import batched
 from quantcli.pipeline.result import MissedGate
 from quantcli.pipeline.samples import calibration_samples
@@ -342,6 +343,30 @@ def test_asymmetric_calibration_is_for_other_linears(recipe_of: RecipeOf) -> Non
     shares = {event["module"]: event["asymmetric"] for event in events(recipe, "linear")}
     assert {share for name, share in shares.items() if ".experts." in name} == {0}
     assert any(share > 0 for name, share in shares.items() if ".shared_experts." in name)
+
+
+def test_a_shared_expert_behind_a_gate_is_not_taken_for_what_it_adds(
+    recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the block before it is, so that a run that goes on there knows the same."""
+    model = save_tiny_model("qwen2-moe", tmp_path / "model", with_tokenizer=True, mlp_only_layers=[0])
+    recipe = recipe_of("qwen2-moe", model__path=str(model), quantize__gptq={"asymmetric": True})
+    found: list[tuple[str, ...]] = []
+    writers = solve._writers
+
+    def keep(*arguments: Any) -> tuple[str, ...]:
+        found.append(writers(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(solve, "_writers", keep)
+    quantcli.run(recipe)
+    first, second = "model.layers.0.", "model.layers.1."
+    assert found == [(f"{first}self_attn.o_proj", f"{first}mlp.down_proj"), (f"{second}self_attn.o_proj",)]
+    again = changed(recipe, output=f"{recipe['output']}-again")
+    with pytest.raises(Interrupted):
+        quantcli.run(again, listener=interrupt("quantize", 1, "block"))
+    quantcli.run(again)
+    assert stored_bytes(again) == stored_bytes(recipe)
 
 
 @pytest.mark.parametrize("method", ["gptq", "signround"])
