@@ -21,7 +21,7 @@ from quantcli.model.hidden import HiddenCache
 from quantcli.model.lockstep import Forward, Lockstep, Routed, stopping
 from quantcli.model.stream import BlockStream
 from quantcli.model.structure import Block, Experts, SharedInput
-from quantcli.pipeline.experts import HIDDEN_EXPERTS, RoutedTokens, warn_of_few
+from quantcli.pipeline.experts import HIDDEN_EXPERTS, RoutedTokens, warn_of_few, weighed_experts
 from quantcli.pipeline.plan import Treatment
 from quantcli.pipeline.treatment import (
     StatisticsOf,
@@ -231,7 +231,10 @@ def _solve_experts(
                 if context.plan.treatments[name].weights.method == "signround":
                     own["tuned"] = False
             yield results
-    warn_of_few(context, layer, counts)
+    # the stage calibrate has warned of those that it observed to be few, for linears that are weighed
+    observed = {name: int(statistics(name)["count"]) for name in weighed_experts(context) if name in counts}
+    told = {name for name, count in observed.items() if count < calibration.expert_tokens}
+    warn_of_few(context, layer, {name: count for name, count in counts.items() if name not in told})
     routed.clear()
 
 

@@ -307,6 +307,38 @@ def test_stages_count_the_experts_whose_tokens_they_use(recipe_of: RecipeOf) -> 
     assert result.to_json()["experts"]["observed"] == 8
 
 
+def test_an_expert_of_few_tokens_counts_once_whatever_is_found_of_it(recipe_of: RecipeOf) -> None:
+    """Its first linears are solved, the last is weighed by what the stage calibrate observes."""
+    weighed = {"match": "*.experts.*.w2", "weights": {"method": "mse"}}
+    recipe = recipe_of(
+        "mixtral", calibration__expert_tokens=10_000, export={"formats": ["compressed-tensors"]},
+        quantize__overrides=[weighed], quantize__rollback={"siblings": "apart"},
+        evaluate={"gates": {"fallbacks": {"data_free_experts": 7}}},
+    )  # fmt: skip
+    with pytest.raises(MissedGate, match="data_free_experts: 8 is above 7") as caught:
+        quantcli.run(recipe)
+    assert len(caught.value.result.to_json()["experts"]["few"]) == 8
+    assert {event["stage"] for event in events(recipe, "warning") if "fallback" in event} == {"calibrate"}
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_a_mixture_is_solved_as_smoothed_and_rotated(asymmetric: bool, recipe_of: RecipeOf) -> None:
+    """To the codes of the smoothed model where that is a model of its own."""
+    recipe = recipe_of(
+        "qwen2-moe", quantize__gptq={"asymmetric": asymmetric},
+        smooth={"method": "iterative", "rotation": {}, "save_model": True},
+    )  # fmt: skip
+    quantcli.run(recipe)
+    apart = changed(
+        recipe, output=f"{recipe['output']}-apart", smooth=None, model__path=f"{recipe['output']}/smooth/model"
+    )
+    quantcli.run(apart)
+    assert stored_bytes(recipe) == stored_bytes(apart)
+    plain = changed(recipe, output=f"{recipe['output']}-plain", smooth=None)
+    quantcli.run(plain)
+    assert stored_bytes(recipe) != stored_bytes(plain)
+
+
 def test_learned_rounding_leaves_experts_as_they_were_solved(recipe_of: RecipeOf) -> None:
     recipe = recipe_of("qwen2-moe", quantize={"weights": {**GROUPS, "method": "signround"}})
     solved_alone = recipe_of("qwen2-moe", "gptq")
