@@ -25,6 +25,7 @@ from quantcli.formats.store import Store
 from quantcli.model.structure import Experts
 from quantcli.pipeline import solve
 from quantcli.pipeline.batches import batched
+from quantcli.pipeline.experts import RoutedTokens
 from quantcli.pipeline.result import MissedGate
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.treatment import replacement, weight_grid
@@ -470,10 +471,31 @@ def test_schemes_are_shared_out_and_ranked_beside_solved_experts(recipe_of: Reci
     assert any(result.plan.kept[name] for name in result.plan.kept if "router" not in result.plan.kept[name])
 
 
-def test_the_estimate_has_what_waits_before_experts(recipe_of: RecipeOf) -> None:
-    recipe = recipe_of("mixtral")
+@pytest.mark.parametrize("limit", ["1GB", "64kB"])
+def test_the_estimate_has_what_waits_before_experts(limit: str, recipe_of: RecipeOf) -> None:
+    """On disk what is more than may be in memory."""
+    recipe = recipe_of("mixtral", model__cache_memory=limit)
     weighed = changed(recipe, quantize__overrides=[{"match": "*.experts.*", "weights": {"method": "mse"}}])
     found, without = quantcli.plan(recipe).estimate, quantcli.plan(weighed).estimate
     states = 16 * 64 * 64 * 4  # samples, tokens of each, hidden size, bytes
-    assert found.memory - without.memory == states
-    assert found.disk - without.disk + (without.tokens - found.tokens) * 64 * 4 == states
+    mapped = limit == "64kB"
+    assert found.memory - without.memory == (64_000 if mapped else states)
+    assert found.disk - without.disk + (without.tokens - found.tokens) * 64 * 4 == (states if mapped else 0)
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 16])
+def test_what_enters_experts_is_on_disk_only_where_memory_ends(limit: int, tmp_path: Path) -> None:
+    states = [torch.randn(6, 8), torch.randn(3, 8)]
+    chosen = [torch.tensor([[0, 1]] * 4 + [[2, 1]] * 2), torch.tensor([[3, 2]] * 3)]
+    folder = tmp_path / "hidden"
+    routed = RoutedTokens(
+        folder, zip(states, chosen, strict=True), [(6, 8), (3, 8)], torch.float32, limit, every_token=False
+    )
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert sizes == ([] if limit > 16 else [9 * 8 * 4])
+    for expert, (rows, others) in enumerate((([0, 1, 2, 3], []), (range(6), []), ([4, 5], [0, 1, 2]), ([], [0, 1, 2]))):
+        wanted = torch.cat([states[0][list(rows)], states[1][others]])
+        assert torch.equal(torch.cat([*routed.of(expert)]), wanted)
+        assert routed.count(expert) == len(wanted)
+    routed.clear()
+    assert not folder.exists()
