@@ -280,9 +280,12 @@ def _writers(passes: Passes, index: int, block: Block) -> tuple[str, ...]:
     if not put_out:
         return ()
     added, parts = left.float() - entering.to(left.device).float(), torch.stack([*put_out.values()], -2)
-    found = torch.linalg.pinv(parts @ parts.mT, hermitian=True) @ (parts @ added.unsqueeze(-1))
-    medians = found.flatten(0, -3).squeeze(-1).median(0).values.tolist()
-    factors = dict(zip(put_out, medians, strict=True))
+    products, sums = (parts @ parts.mT).flatten(0, -3), (parts @ added.unsqueeze(-1)).flatten(0, -3)
+    finite = (products.sum((1, 2)) + sums.sum((1, 2))).isfinite()
+    if not bool(finite.any()):
+        return ()
+    found = torch.linalg.pinv(products[finite], hermitian=True) @ sums[finite]
+    factors = dict(zip(put_out, found.squeeze(-1).median(0).values.tolist(), strict=True))
     return tuple(name for name in block.residual.writers if 0.8 < factors.get(name, 0.0) < 1.25)
 
 

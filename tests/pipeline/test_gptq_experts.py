@@ -441,8 +441,9 @@ def test_other_tokens_for_experts_are_other_work(recipe_of: RecipeOf) -> None:
     assert quantcli.run(changed(plain, calibration__route_all_experts=True)).stages["quantize"]["reused"]
 
 
-def test_inputs_of_experts_that_are_not_finite_are_named(recipe_of: RecipeOf, tmp_path: Path) -> None:
-    recipe = recipe_of("qwen3-moe")
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_inputs_of_experts_that_are_not_finite_are_named(asymmetric: bool, recipe_of: RecipeOf, tmp_path: Path) -> None:
+    recipe = recipe_of("qwen2-moe", quantize__gptq={"asymmetric": asymmetric})
     model = tmp_path / "damaged"
     shutil.copytree(recipe["model"]["path"], model)
     tensors = load_file(model / "model.safetensors")
