@@ -56,18 +56,19 @@ class HiddenCache:
             file.seek(self.offsets[index])
             file.write(_bytes(value))
 
-    def commit(self, position: int) -> None:
-        """What was put becomes the input of block `position`, on disk too."""
+    def commit(self, position: int, *, resumable: bool = True) -> None:
+        """What was put becomes the input of block `position`, on disk too if a run is to go on from there."""
         if self.mapped:
             self._staging().replace(self._file(position))
         else:
-            with replacing(self._file(position)) as temporary, temporary.open("wb") as file:
-                for value in self.staged:
-                    assert value is not None, "every batch is put before a commit"
-                    file.write(_bytes(value))
+            assert all(value is not None for value in self.staged), "every batch is put before a commit"
+            if resumable:
+                with replacing(self._file(position)) as temporary, temporary.open("wb") as file:
+                    file.writelines(_bytes(value) for value in self.staged if value is not None)
             self.memory, self.staged = self.staged, [None] * len(self.shapes)
-        with replacing(self.folder / "hidden.json") as temporary:
-            temporary.write_text(json.dumps(self._description(position)))
+        if resumable:
+            with replacing(self.folder / "hidden.json") as temporary:
+                temporary.write_text(json.dumps(self._description(position)))
         self.position = position
         self._drop_others()
 

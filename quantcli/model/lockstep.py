@@ -30,7 +30,8 @@ class Lockstep:
     forward in `replaced` (by full name), which they have from then on: so an input is seen as the linears before it,
     as quantized by then, make it, and the block is computed once for all of its inputs. What a batch holds while it
     waits stays in memory. With `again`, batches do not wait: each time they start anew from what `enters` gives, which
-    costs a pass for every input and no memory. `written` sums, by batch, what `writers` have put out so far.
+    costs a pass for every input and no memory. `written` sums, by batch, what `writers` have put out so far, of batches
+    that stand somewhere.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class Lockstep:
         self._target = len(self._at)
         for batch in range(len(self._walks)):
             yield self._resume(batch)
-            self._walks[batch] = None
+            self._drop(batch)
 
     def close(self) -> None:
         for batch in range(len(self._walks)):
@@ -93,11 +94,11 @@ class Lockstep:
 
     def _walk(self, batch: int) -> Tensor:
         greenlet.getcurrent().batch = batch
-        self.written.pop(batch, None)
         return self._stream.run(self._index, batch, self._enters(batch))
 
     def _drop(self, batch: int) -> None:
         walk, self._walks[batch] = self._walks[batch], None
+        self.written.pop(batch, None)
         if walk is not None and not walk.dead:
             with torch.inference_mode():
                 walk.throw(GreenletExit)

@@ -106,7 +106,8 @@ def estimate(
     seconds += sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in quantized)
     if tokens:
         seconds += 2.0 * (tokens * linear_weights + headed * structure.width * structure.vocabulary) / _rate()
-    disk = size_after + linear_weights + tokens * structure.width * width + routed
+    disk = size_after + linear_weights + tokens * structure.width * width
+    disk += routed if routed > recipe.model.cache_memory else 0
     if recipe.smooth is not None and recipe.smooth.save_model:
         head = structure.vocabulary * structure.width * (structure.tied and recipe.smooth.unties)
         disk += (sum(map(prod, structure.parameters.values())) + head) * width

@@ -40,7 +40,7 @@ class RoutedTokens:
         for batch, (states, chosen) in enumerate(batches):
             self._states.put(batch, states)
             self._chosen.append(chosen.cpu())
-        self._states.commit(0)
+        self._states.commit(0, resumable=False)
 
     def of(self, expert: int) -> Iterator[Tensor]:
         """The tokens [tokens, width] that an expert computes, on the CPU, batch by batch: those that are routed to it,

@@ -43,16 +43,18 @@ def inputs_seen(
 
     The first `search_samples` samples are kept in part; `auto` leaves them out of the statistics, so that it judges
     on tokens that they have not seen. At most half of the samples are. An expert's inner input is seen of the tokens
-    that are routed to it.
+    that the expert computes, and kept of as many samples as it takes to have `search_tokens`: of a rare expert, those
+    of few samples would be too few to search by.
     """
     from quantcli.calibration.channel_statistics import ChannelStatistics
 
     section = context.recipe.smooth
     assert section is not None
-    kept = min(section.search_samples, max(1, samples // 2) if section.method == "auto" else samples)
+    most_kept = max(1, samples // 2) if section.method == "auto" else samples
+    kept = min(section.search_samples, most_kept)
     per_sample = -(-section.search_tokens // kept)
     apart = section.method == "auto" and samples > 1
-    device = context.device
+    device, inside = context.device, {name for layer in block.experts for name in layer.leaving}
     found = {
         shared.name: (
             shared,
@@ -71,14 +73,16 @@ def inputs_seen(
 
     def look(shared: SharedInput, seen: Seen, x: Tensor) -> None:
         samples, length = batch
-        first = max(0, min(samples, kept - position))
-        if x.numel() == samples * length * shared.width:  # some models take all tokens of a batch in one row
-            x = x.reshape(samples, length, shared.width)
-            searched, others, most = x[:first], x[first:], per_sample
-        else:  # tokens routed to an expert, which still are in the order of samples
+        if shared.name not in inside and x.numel() == samples * length * shared.width:
+            x = x.reshape(samples, length, shared.width)  # some models take all tokens of a batch in one row
+            first, most = max(0, min(samples, kept - position)), per_sample
+            searched, others = x[:first], x[first:]
+        else:  # tokens of an expert, which still are in the order of samples
             x = x.reshape(1, -1, shared.width)
+            room = section.search_tokens - sum(map(len, seen.tokens))
+            first = max(0, min(samples, most_kept - position)) if room else 0
+            most = min(room, per_sample * first)
             searched, others = x.tensor_split([x.shape[1] * first // samples], dim=1)
-            most = per_sample * first
         for sample in searched:
             step = max(1, len(sample) // max(1, most))
             seen.tokens.append(sample[::step][:most].float())
@@ -90,7 +94,9 @@ def inputs_seen(
         for path, hook in _hooks(block, found, look):
             watched = module.get_submodule(path.removeprefix(f"{block.name}."))
             watching.callback(watched.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        _see_inside_experts(watching, module, block, found, look)
+        calibration = context.recipe.calibration
+        every_token = calibration is not None and calibration.route_all_experts
+        _see_inside_experts(watching, module, block, found, look, every_token)
         yield found
 
 
@@ -126,7 +132,12 @@ def _counting(entering: dict[str, int], seen: Seen) -> Any:
 
 
 def _see_inside_experts(
-    watching: ExitStack, module: nn.Module, block: Block, found: dict[str, tuple[SharedInput, Seen]], look: _Look
+    watching: ExitStack,
+    module: nn.Module,
+    block: Block,
+    found: dict[str, tuple[SharedInput, Seen]],
+    look: _Look,
+    every_token: bool,
 ) -> None:
     from torch.nn.functional import linear
 
@@ -139,4 +150,5 @@ def _see_inside_experts(
 
     for layer in block.local_experts:
         if any(f"{block.name}.{names[-1]}" in found for names in layer.linears):
-            watching.enter_context(one_by_one(module.get_submodule(layer.name), layer, compute))
+            loop = one_by_one(module.get_submodule(layer.name), layer, compute, every_token=every_token)
+            watching.enter_context(loop)

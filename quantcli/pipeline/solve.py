@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ from quantcli.model.hidden import HiddenCache
 from quantcli.model.lockstep import Forward, Lockstep, Routed, stopping
 from quantcli.model.stream import BlockStream
 from quantcli.model.structure import Block, Experts, SharedInput
-from quantcli.pipeline.experts import HIDDEN_EXPERTS, RoutedTokens, warn_of_few
+from quantcli.pipeline.experts import HIDDEN_EXPERTS, RoutedTokens, warn_of_few, weighed_experts
 from quantcli.pipeline.plan import Treatment
 from quantcli.pipeline.treatment import (
     StatisticsOf,
@@ -61,8 +61,6 @@ class Passes:
     plain: HiddenCache | None = None
     beside: BlockStream | None = None
     again: bool = False
-    adds_up: bool | None = None
-    """Whether blocks add to the residual stream what their writers put out; None before it is known."""
 
     def waiting_bytes(self) -> int:
         """What all batches hold while they wait inside a block: what entered it, and the widest input of a linear, or
@@ -233,7 +231,10 @@ def _solve_experts(
                 if context.plan.treatments[name].weights.method == "signround":
                     own["tuned"] = False
             yield results
-    warn_of_few(context, layer, counts)
+    # the stage calibrate has warned of those that it observed to be few, for linears that are weighed
+    observed = {name: int(statistics(name)["count"]) for name in weighed_experts(context) if name in counts}
+    told = {name for name, count in observed.items() if count < calibration.expert_tokens}
+    warn_of_few(context, layer, {name: count for name, count in counts.items() if name not in told})
     routed.clear()
 
 
@@ -254,31 +255,38 @@ def _between(holder: nn.Module, layer: Experts, index: int, x: Tensor, replaced:
 def _writers(passes: Passes, index: int, block: Block) -> tuple[str, ...]:
     """The linears whose outputs the resident block adds to the residual stream as they are.
 
-    None where a model scales them first, as Granite does by its residual_multiplier: by the median over tokens t of
-    ⟨d_t, w_t⟩ / ‖w_t‖², with d what the first block that is solved adds and w the sum of those outputs. It is 1, and
-    near 1 where experts, which are no linears, add to the stream too.
+    Not those that a model scales first, as Granite does by its residual_multiplier, and Qwen2-MoE its shared expert by
+    a gate. With d_t what the float block adds to token t, and W_t [n, width] what these linears and layers of experts
+    put out, the median over tokens of c_t = argmin ‖d_t − c_t W_t‖, c_t [n], is near 1 for the others.
     """
     if passes.plain is None or passes.beside is None or block.residual is None or block.residual.obstacle:
         return ()
-    writers = block.residual.writers
-    if passes.adds_up is None and writers:
-        put_out: list[Tensor] = []
-        module, entering = passes.beside.skeleton.module(block.name), passes.plain.get(0).clone()
-        linears = [module.get_submodule(name.removeprefix(f"{block.name}.")) for name in writers]
-        # OPT hands all tokens of a batch to its last linears as one sequence
-        hooks = [
-            linear.register_forward_hook(lambda *call: put_out.append(call[2].float().reshape(entering.shape)))
-            for linear in linears
-        ]
-        try:
-            left = passes.beside.run(index, 0, entering)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        added, whole = left.float() - entering.to(left.device).float(), torch.stack(put_out).sum(0)
-        share = ((added * whole).sum(-1) / whole.square().sum(-1)).median()
-        passes.adds_up = bool((share > 0.8) & (share < 1.25))
-    return writers if passes.adds_up else ()
+    put_out: dict[str, Tensor] = {}
+    module, entering = passes.beside.skeleton.module(block.name), passes.plain.get(0).clone()
+    names = (*block.residual.writers, *block.residual.experts)
+
+    def keep(name: str) -> Callable[..., None]:
+        # OPT hands all tokens of a batch to its last linears as one sequence, as others do to experts
+        return lambda _module, _args, output: put_out.update({name: output.float().reshape(entering.shape)})
+
+    hooks = [
+        module.get_submodule(name.removeprefix(f"{block.name}.")).register_forward_hook(keep(name)) for name in names
+    ]
+    try:
+        left = passes.beside.run(index, 0, entering)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not put_out:
+        return ()
+    added, parts = left.float() - entering.to(left.device).float(), torch.stack([*put_out.values()], -2)
+    products, sums = (parts @ parts.mT).flatten(0, -3), (parts @ added.unsqueeze(-1)).flatten(0, -3)
+    finite = (products.sum((1, 2)) + sums.sum((1, 2))).isfinite()
+    if not bool(finite.any()):
+        return ()
+    found = torch.linalg.pinv(products[finite], hermitian=True) @ sums[finite]
+    factors = dict(zip(put_out, found.squeeze(-1).median(0).values.tolist(), strict=True))
+    return tuple(name for name in block.residual.writers if 0.8 < factors.get(name, 0.0) < 1.25)
 
 
 def _narrows(source: WeightSource, solving: Sequence[str]) -> bool:
@@ -298,7 +306,8 @@ def _shares(values: Tensor) -> Tensor:
 
 
 def _lacking(passes: Passes, batch: int, walk: Lockstep, beside: Lockstep | None) -> Tensor:
-    """What the residual stream of the quantized model lacks, against that of the float model, at this moment."""
+    """What the residual stream of the quantized model lacks, against that of the float model, at this moment; but for
+    what the experts of this block add, which compute other tokens there."""
     assert passes.plain is not None
     assert beside is not None
     device = passes.stream.skeleton.device

@@ -200,10 +200,31 @@ def test_two_passes_go_side_by_side(tiny_model: Callable[..., Path]) -> None:
             assert all(torch.equal(one, other) for one, other in zip(found.finish(), wanted, strict=True))
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_what_writers_put_out_is_summed_while_a_batch_stands(again: bool, tiny_model: Callable[..., Path]) -> None:
+    """And let go of with the batch, so that those that do not wait hold nothing."""
+    stream, hidden = stream_of(tiny_model("llama"))
+    block = stream.skeleton.structure.blocks[0]
+    o_proj, down_proj = (f"{block.name}.{name}" for name in ("self_attn.o_proj", "mlp.down_proj"))
+    last = len(block.inputs) - 1
+    with stream.block(0) as module:
+        plain = [stream.run(0, batch, value.clone()) for batch, value in enumerate(hidden)]
+        with stopping(module, block.name, linears_of(block)):
+            walk = Lockstep(stream, 0, block.inputs, hidden.__getitem__, {}, again=again, writers=(o_proj, down_proj))
+            for batch, _ in enumerate(walk.advance(0)):
+                assert batch not in walk.written
+            for batch, _ in enumerate(walk.advance(last)):
+                assert sorted(walk.written) == ([batch] if again else list(range(batch + 1)))
+            for batch, leaving in enumerate(walk.finish()):
+                assert torch.equal(leaving, plain[batch])
+                torch.testing.assert_close(hidden[batch] + walk.written[batch], plain[batch])
+            assert not walk.written
+
+
 def waiting() -> int:
-    """Passes that are stopped somewhere, and the one that asks."""
+    """Passes that are stopped somewhere: of a thread itself there is a greenlet, too, once it has had another."""
     gc.collect()
-    return sum(type(each) is greenlet and bool(each) for each in gc.get_objects())
+    return sum(type(each) is greenlet and bool(each) and hasattr(each, "lockstep") for each in gc.get_objects())
 
 
 @pytest.mark.parametrize("how", ["close", "error", "abandon"])
@@ -219,6 +240,7 @@ def test_ending_early_leaves_nothing_behind(how: str, again: bool, tiny_model: C
             list(walk.advance(0))
             values = walk.advance(1)
             next(values)
+            assert waiting() > greenlets
             if how == "error":
                 raise RuntimeError("something else")
             if how == "close":

@@ -23,7 +23,9 @@ from quantcli.errors import ModelError
 from quantcli.evaluation.simulate import forward_of, simulated
 from quantcli.formats.store import Store
 from quantcli.model.structure import Experts
+from quantcli.pipeline import solve
 from quantcli.pipeline.batches import batched
+from quantcli.pipeline.experts import RoutedTokens
 from quantcli.pipeline.result import MissedGate
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.treatment import replacement, weight_grid
@@ -306,6 +308,38 @@ def test_stages_count_the_experts_whose_tokens_they_use(recipe_of: RecipeOf) -> 
     assert result.to_json()["experts"]["observed"] == 8
 
 
+def test_an_expert_of_few_tokens_counts_once_whatever_is_found_of_it(recipe_of: RecipeOf) -> None:
+    """Its first linears are solved, the last is weighed by what the stage calibrate observes."""
+    weighed = {"match": "*.experts.*.w2", "weights": {"method": "mse"}}
+    recipe = recipe_of(
+        "mixtral", calibration__expert_tokens=10_000, export={"formats": ["compressed-tensors"]},
+        quantize__overrides=[weighed], quantize__rollback={"siblings": "apart"},
+        evaluate={"gates": {"fallbacks": {"data_free_experts": 7}}},
+    )  # fmt: skip
+    with pytest.raises(MissedGate, match="data_free_experts: 8 is above 7") as caught:
+        quantcli.run(recipe)
+    assert len(caught.value.result.to_json()["experts"]["few"]) == 8
+    assert {event["stage"] for event in events(recipe, "warning") if "fallback" in event} == {"calibrate"}
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_a_mixture_is_solved_as_smoothed_and_rotated(asymmetric: bool, recipe_of: RecipeOf) -> None:
+    """To the codes of the smoothed model where that is a model of its own."""
+    recipe = recipe_of(
+        "qwen2-moe", quantize__gptq={"asymmetric": asymmetric},
+        smooth={"method": "iterative", "rotation": {}, "save_model": True},
+    )  # fmt: skip
+    quantcli.run(recipe)
+    apart = changed(
+        recipe, output=f"{recipe['output']}-apart", smooth=None, model__path=f"{recipe['output']}/smooth/model"
+    )
+    quantcli.run(apart)
+    assert stored_bytes(recipe) == stored_bytes(apart)
+    plain = changed(recipe, output=f"{recipe['output']}-plain", smooth=None)
+    quantcli.run(plain)
+    assert stored_bytes(recipe) != stored_bytes(plain)
+
+
 def test_learned_rounding_leaves_experts_as_they_were_solved(recipe_of: RecipeOf) -> None:
     recipe = recipe_of("qwen2-moe", quantize={"weights": {**GROUPS, "method": "signround"}})
     solved_alone = recipe_of("qwen2-moe", "gptq")
@@ -342,6 +376,30 @@ def test_asymmetric_calibration_is_for_other_linears(recipe_of: RecipeOf) -> Non
     shares = {event["module"]: event["asymmetric"] for event in events(recipe, "linear")}
     assert {share for name, share in shares.items() if ".experts." in name} == {0}
     assert any(share > 0 for name, share in shares.items() if ".shared_experts." in name)
+
+
+def test_a_shared_expert_behind_a_gate_is_not_taken_for_what_it_adds(
+    recipe_of: RecipeOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the block before it is, so that a run that goes on there knows the same."""
+    model = save_tiny_model("qwen2-moe", tmp_path / "model", with_tokenizer=True, mlp_only_layers=[0])
+    recipe = recipe_of("qwen2-moe", model__path=str(model), quantize__gptq={"asymmetric": True})
+    found: list[tuple[str, ...]] = []
+    writers = solve._writers
+
+    def keep(*arguments: Any) -> tuple[str, ...]:
+        found.append(writers(*arguments))
+        return found[-1]
+
+    monkeypatch.setattr(solve, "_writers", keep)
+    quantcli.run(recipe)
+    first, second = "model.layers.0.", "model.layers.1."
+    assert found == [(f"{first}self_attn.o_proj", f"{first}mlp.down_proj"), (f"{second}self_attn.o_proj",)]
+    again = changed(recipe, output=f"{recipe['output']}-again")
+    with pytest.raises(Interrupted):
+        quantcli.run(again, listener=interrupt("quantize", 1, "block"))
+    quantcli.run(again)
+    assert stored_bytes(again) == stored_bytes(recipe)
 
 
 @pytest.mark.parametrize("method", ["gptq", "signround"])
@@ -383,8 +441,9 @@ def test_other_tokens_for_experts_are_other_work(recipe_of: RecipeOf) -> None:
     assert quantcli.run(changed(plain, calibration__route_all_experts=True)).stages["quantize"]["reused"]
 
 
-def test_inputs_of_experts_that_are_not_finite_are_named(recipe_of: RecipeOf, tmp_path: Path) -> None:
-    recipe = recipe_of("qwen3-moe")
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_inputs_of_experts_that_are_not_finite_are_named(asymmetric: bool, recipe_of: RecipeOf, tmp_path: Path) -> None:
+    recipe = recipe_of("qwen2-moe", quantize__gptq={"asymmetric": asymmetric})
     model = tmp_path / "damaged"
     shutil.copytree(recipe["model"]["path"], model)
     tensors = load_file(model / "model.safetensors")
@@ -413,10 +472,31 @@ def test_schemes_are_shared_out_and_ranked_beside_solved_experts(recipe_of: Reci
     assert any(result.plan.kept[name] for name in result.plan.kept if "router" not in result.plan.kept[name])
 
 
-def test_the_estimate_has_what_waits_before_experts(recipe_of: RecipeOf) -> None:
-    recipe = recipe_of("mixtral")
+@pytest.mark.parametrize("limit", ["1GB", "64kB"])
+def test_the_estimate_has_what_waits_before_experts(limit: str, recipe_of: RecipeOf) -> None:
+    """On disk what is more than may be in memory."""
+    recipe = recipe_of("mixtral", model__cache_memory=limit)
     weighed = changed(recipe, quantize__overrides=[{"match": "*.experts.*", "weights": {"method": "mse"}}])
     found, without = quantcli.plan(recipe).estimate, quantcli.plan(weighed).estimate
     states = 16 * 64 * 64 * 4  # samples, tokens of each, hidden size, bytes
-    assert found.memory - without.memory == states
-    assert found.disk - without.disk + (without.tokens - found.tokens) * 64 * 4 == states
+    mapped = limit == "64kB"
+    assert found.memory - without.memory == (64_000 if mapped else states)
+    assert found.disk - without.disk + (without.tokens - found.tokens) * 64 * 4 == (states if mapped else 0)
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 16])
+def test_what_enters_experts_is_on_disk_only_where_memory_ends(limit: int, tmp_path: Path) -> None:
+    states = [torch.randn(6, 8), torch.randn(3, 8)]
+    chosen = [torch.tensor([[0, 1]] * 4 + [[2, 1]] * 2), torch.tensor([[3, 2]] * 3)]
+    folder = tmp_path / "hidden"
+    routed = RoutedTokens(
+        folder, zip(states, chosen, strict=True), [(6, 8), (3, 8)], torch.float32, limit, every_token=False
+    )
+    sizes = [file.stat().st_size for file in folder.iterdir()]
+    assert sizes == ([] if limit > 16 else [9 * 8 * 4])
+    for expert, (rows, others) in enumerate((([0, 1, 2, 3], []), (range(6), []), ([4, 5], [0, 1, 2]), ([], [0, 1, 2]))):
+        wanted = torch.cat([states[0][list(rows)], states[1][others]])
+        assert torch.equal(torch.cat([*routed.of(expert)]), wanted)
+        assert routed.count(expert) == len(wanted)
+    routed.clear()
+    assert not folder.exists()

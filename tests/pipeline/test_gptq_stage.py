@@ -351,12 +351,15 @@ def test_experts_of_another_method_are_quantized_before_all_others(recipe: Recip
     assert found < wanted
 
 
-def test_inputs_that_are_not_finite_are_named(recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_inputs_that_are_not_finite_are_named(asymmetric: bool, recipe: Recipe, tmp_path: Path) -> None:
     model = save_tiny_model("llama", tmp_path / "model", with_tokenizer=True)
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.input_layernorm.weight"][3] = torch.inf
     save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    recipe = changed(recipe, model__path=str(model), export=None, evaluate=None)
+    recipe = changed(
+        recipe, model__path=str(model), quantize__gptq={"asymmetric": asymmetric}, export=None, evaluate=None
+    )
     with pytest.raises(ModelError, match=r"model\.layers\.1\.self_attn\.q_proj: input values are not finite"):
         quantcli.run(recipe)
 

@@ -21,8 +21,9 @@ import quantcli
 from quantcli.errors import ModelError
 from quantcli.model import rotation
 from quantcli.model.structure import Block, Producer
-from quantcli.pipeline import engine, estimate, groups
+from quantcli.pipeline import batches, engine, estimate, groups
 from quantcli.pipeline.exactness import Passed, difference
+from quantcli.pipeline.seen import Seen
 from quantcli.pipeline.verify import verify_path
 from quantcli.recipe import load_recipe
 
@@ -246,6 +247,52 @@ def test_experts_that_saw_few_tokens_keep_what_is_inside(recipe: Callable[..., R
     assert sum(event["count"] for event in told) == len(few)
     assert len(told) <= 2
     assert distance(asked) < EXACT
+
+
+def inside_experts(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
+    """What the stage sees of the inner inputs of experts, one after the other."""
+    found: list[Seen] = []
+    smooth = groups.GroupSource.smooth
+
+    def keep(source: groups.GroupSource, shared: Any, seen: Seen, **keys: Any) -> Any:
+        if ".experts." in shared.name and shared.name.endswith(("w2", "down_proj")):
+            found.append(seen)
+        return smooth(source, shared, seen, **keys)
+
+    monkeypatch.setattr(groups.GroupSource, "smooth", keep)
+    smoothed(recipe)
+    return found
+
+
+@pytest.mark.parametrize("method", ["iterative", "auto"])
+def test_tokens_inside_experts_are_kept_of_as_many_samples_as_it_takes(
+    method: str, recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By method auto of half of them at most, which are no part of the other statistics."""
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 2 * 24)
+    asked = recipe("mixtral", {"method": method, "search_samples": 4, "search_tokens": 64})
+    asked["calibration"]["samples"] = 16
+    found = inside_experts(asked, monkeypatch)
+    assert len(found) == 8
+    assert sum(seen.count for seen in found) == 2 * 2 * 16 * 24  # layers, experts a token, samples, tokens of each
+    for seen in found:
+        kept = seen.apart.count if method == "auto" else seen.count
+        assert sum(map(len, seen.tokens)) == min(64, kept)
+        assert max(map(len, seen.tokens)) <= 2 * 64 / 4, "of two samples"
+        assert seen.rest.count
+        assert (seen.apart.count > 0) == (method == "auto")
+
+
+def test_all_tokens_are_seen_inside_experts_where_the_recipe_sends_them_there(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = recipe("qwen2-moe", {"method": "iterative", "save_model": True})
+    asked["calibration"] |= {"route_all_experts": True, "expert_tokens": 4 * 24}
+    found = inside_experts(asked, monkeypatch)
+    assert [(seen.count, sum(map(len, seen.tokens))) for seen in found] == [(4 * 24, 64)] * 8
+    assert distance(asked) < EXACT
+    plain = {**asked, "calibration": asked["calibration"] | {"route_all_experts": False}}
+    assert "few tokens" in {outcome["cause"] for outcome in smoothed(plain)}, "it is other work"
 
 
 def test_folds_inside_experts_that_change_the_block_are_undone_together(

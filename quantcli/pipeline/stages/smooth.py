@@ -22,6 +22,7 @@ from quantcli.pipeline.exactness import (
     exact_streams,
     passed,
 )
+from quantcli.pipeline.experts import tokens_of_experts
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import calibration_samples, spread
 from quantcli.pipeline.seen import Seen, inputs_seen
@@ -49,7 +50,7 @@ def _identity(context: Context) -> dict[str, Any]:
     return {
         "smooth": recipe.smooth.model_dump(mode="json"),
         "calibration": data_identity(recipe.calibration) if recipe.calibration and recipe.smooth.scales else None,
-        "experts": recipe.calibration.expert_tokens if recipe.calibration and context.expert_inputs else None,
+        "experts": tokens_of_experts(context) if recipe.calibration and context.expert_inputs else None,
         "schemes": {
             name: [treatment.scheme.to_json(), treatment.weights.full_range]
             for name, treatment in context.plan.treatments.items()
