@@ -52,6 +52,14 @@ def measured(command: list[str]) -> tuple[float, float]:
     return seconds, usage.ru_maxrss * 1024 / 1e9
 
 
+def scored(checkpoint: Path, section: dict[str, object]) -> float:
+    """The perplexity of a checkpoint by `quantcli eval-ppl`, on the text of this section `evaluate.perplexity`."""
+    command = [*QUANTCLI, "eval-ppl", "--checkpoint", str(checkpoint), "--json", "--quiet"]
+    command += ["--set", f"evaluate.perplexity={json.dumps(section)}"]
+    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return float(found["quantized"]["value"])
+
+
 def report(label: str, runs: list[tuple[float, float]]) -> None:
     seconds = sorted(run[0] for run in runs)
     print(

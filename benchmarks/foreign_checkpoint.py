@@ -12,12 +12,11 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from bench import scored
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -35,12 +34,8 @@ def by_transformers(checkpoint: Path, text: str, windows: int, length: int) -> f
 
 
 def by_quantcli(checkpoint: Path, text: Path, windows: int, length: int, arithmetic: str) -> float:
-    section = {"dataset": "text", "path": str(text.absolute()), "sequence_length": length, "windows": windows}
-    section["arithmetic"] = arithmetic
-    command = [sys.executable, "-m", "quantcli", "eval-ppl", "--checkpoint", str(checkpoint), "--json", "--quiet"]
-    command += ["--set", f"evaluate.perplexity={json.dumps(section)}"]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return float(found["quantized"]["value"])
+    section: dict[str, object] = {"dataset": "text", "path": str(text.absolute()), "arithmetic": arithmetic}
+    return scored(checkpoint, section | {"sequence_length": length, "windows": windows})
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench import scored
 from transformers import AutoTokenizer
 
 from quantcli.calibration.datasets import load_texts
@@ -31,13 +32,6 @@ def by_llama_cpp(export: Path, windows: list[list[int]]) -> float:
         subprocess.run(list(map(str, command)), check=True, stderr=subprocess.DEVNULL)
         lost = json.loads(answers.read_text(encoding="utf-8"))["nll"]
     return math.exp(sum(lost) / sum(len(window) - 1 for window in windows))
-
-
-def by_quantcli(export: Path, section: dict[str, object]) -> float:
-    command = [sys.executable, "-m", "quantcli", "eval-ppl", "--checkpoint", str(export), "--json", "--quiet"]
-    command += ["--set", f"evaluate.perplexity={json.dumps(section)}"]
-    found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return float(found["quantized"]["value"])
 
 
 def main() -> None:
@@ -57,7 +51,7 @@ def main() -> None:
     for export in arguments.exports:
         tokenizer = AutoTokenizer.from_pretrained(export)
         windows = evaluation_windows(texts, tokenizer, "standard", arguments.length, arguments.windows).windows
-        ours, theirs = by_quantcli(export, section), by_llama_cpp(export, windows)
+        ours, theirs = scored(export, section), by_llama_cpp(export, windows)
         print(f"| {export} | {ours:.3f} | {theirs:.3f} | {theirs / ours - 1:+.2%} |", flush=True)
 
 

@@ -65,6 +65,17 @@ class RoomError(QuantcliError):
     exit_code = 6
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, without a full stop; its kind if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+def is_of_library(error: BaseException) -> bool:
+    """Whether what was raised on reading a file is for the file to answer for: whatever a library raises, also a panic
+    of Rust, which is no Exception, but not exhausted memory, interruptions and exits."""
+    return not isinstance(error, MemoryError) and (isinstance(error, Exception) or "Panic" in type(error).__name__)
+
+
 def lacks_room(error: Exception) -> bool:
     """Whether a disk is full, as the system says it or torch."""
     return (isinstance(error, OSError) and error.errno in NO_ROOM) or "No space left" in str(error)

@@ -38,7 +38,17 @@ _COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
 }  # fmt: skip
 _BARE: dict[str, Any] = {**_SPECIAL, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
+# attention of compressed keys and values, before experts
+_LATENT: dict[str, Any] = {
+    **_COMMON,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "moe_intermediate_size": 32,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _COMMON),
     "llama-tied": ("llama", {**_COMMON, "tie_word_embeddings": True}),
@@ -87,14 +97,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v3": (
         "deepseek_v3",
         {
-            **_COMMON,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
-            "qk_rope_head_dim": 8,
-            "moe_intermediate_size": 32,
+            **_LATENT,
             "n_routed_experts": 8,
             "num_experts_per_tok": 2,
             "n_group": 2,
@@ -118,14 +121,7 @@ _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek-v2": (
         "deepseek_v2",
         {
-            **_COMMON,
-            "num_key_value_heads": 4,
-            "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "v_head_dim": 16,
-            "qk_rope_head_dim": 8,
-            "moe_intermediate_size": 32,
+            **_LATENT,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "n_shared_experts": 1,

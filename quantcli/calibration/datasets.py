@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quantcli.calibration.builtin_text import builtin_documents
-from quantcli.errors import DataError
+from quantcli.errors import DataError, first_line
 from quantcli.model.hub import hub_asked
 
 DEFAULT_FIELDS = ("text", "prompt", "inputs_pretokenized", "content")
@@ -322,7 +322,7 @@ def _parquet_documents(file: Path, field: str | None) -> list[Document]:
         column = _choose_field(table.schema_arrow.names, field, str(file))
         values = table.read(columns=[column]).column(column).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise DataError(f"The file {file} cannot be read as parquet: {_first_line(error)}.", "Check path.") from error
+        raise DataError(f"The file {file} cannot be read as parquet: {first_line(error)}.", "Check path.") from error
     return _column_documents(values, column, str(file))
 
 
@@ -353,7 +353,7 @@ def _hub_table(name: str, config: str | None, split: str) -> Any:
         try:
             return load_dataset(name, config, split=split)
         except Exception as error:  # whatever network, cache, hub and data set reader raise
-            reason = f"{obstacle}, and no earlier copy is here" if obstacle else _first_line(error)
+            reason = f"{obstacle}, and no earlier copy is here" if obstacle else first_line(error)
             raise DataError(
                 f"The hub data set {name}, split {split}, cannot be read: {reason}.",
                 "Check name, split and network, or set path to a local copy.",
@@ -412,7 +412,3 @@ def _unknown(dataset: str) -> DataError:
 
 def _at(path: Path | None) -> str:
     return "" if path is None else f" at {path}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -23,7 +23,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     read_field,
 )
 
-from quantcli.errors import ModelError, OutputError, QuantcliError, RoomError
+from quantcli.errors import ModelError, OutputError, QuantcliError, RoomError, is_of_library
 from quantcli.model.checkpoint import clear_leftovers
 from quantcli.model.gguf_header import check_header
 from quantcli.model.gguf_layout import computed
@@ -233,10 +233,10 @@ def _at_fault(what: str, remedy: str) -> Iterator[None]:
     """Whatever other packages raise on reading the file in the body, the file is at fault."""
     try:
         yield
-    except (QuantcliError, MemoryError):
+    except QuantcliError:
         raise
     except BaseException as error:
-        if not (isinstance(error, Exception) or "Panic" in type(error).__name__):  # of Rust, which is no Exception
+        if not is_of_library(error):
             raise
         raise ModelError(f"{what}: {' '.join(str(error).split())}.", remedy) from error
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quantcli.errors import ModelError
+from quantcli.errors import ModelError, first_line, is_of_library
 from quantcli.model.checkpoint import read_json
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
@@ -81,7 +81,9 @@ def _load(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except BaseException as error:
-        said = _fault(error)
+        if not is_of_library(error):
+            raise
+        said = first_line(error)
         _require_whole(directory)
         if not any("token" in file.name or "vocab" in file.name for file in directory.iterdir()):
             said = "there is no file of one"
@@ -102,15 +104,10 @@ def _require_whole(directory: Path) -> None:
         if rules.is_file():
             Tokenizer.from_file(str(rules))
     except BaseException as error:
-        said = error.message if isinstance(error, ModelError) else f"{rules} cannot be read: {_fault(error)}."
+        if not is_of_library(error):
+            raise
+        said = error.message if isinstance(error, ModelError) else f"{rules} cannot be read: {first_line(error)}."
         raise ModelError(said, "Download it again.") from error
-
-
-def _fault(error: BaseException) -> str:
-    """What the libraries say of files, with whatever they raise: a panic of Rust is no Exception. Others go on."""
-    if isinstance(error, MemoryError) or not (isinstance(error, Exception) or "Panic" in type(error).__name__):
-        raise error
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
 
 
 def _tokens(vocabulary: Mapping[str, int], added: list[dict[str, Any]], count: int) -> tuple[list[str], list[int]]:

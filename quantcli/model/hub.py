@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from quantcli.errors import first_line
+
 SECONDS = 5.0
 """How long the hub may take to answer at all. What is asked of it then has its libraries' own patience and retries."""
 
@@ -39,6 +41,6 @@ def _obstacle() -> str:
     try:
         get_session().head(constants.ENDPOINT, timeout=SECONDS)  # whatever it says, it answers
     except Exception as error:  # of the library's HTTP client, which is not the same in all of its versions
-        said = re.sub(r"\[Errno -?\d+\] ", "", next(iter(str(error).splitlines()), type(error).__name__)).rstrip(".")
+        said = re.sub(r"\[Errno -?\d+\] ", "", first_line(error))
         return f"{constants.ENDPOINT} cannot be reached ({said})"
     return ""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import DataError, RecipeError
+from quantcli.errors import DataError, RecipeError, first_line
 from quantcli.model.hub import hub_asked
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.sequences import Query, Reply
@@ -72,7 +72,7 @@ def harness_outcome(context: Context, section: TaskSection, model: Model, asked:
         except (ConnectionError, FileNotFoundError, DatasetsError, unreached) as error:
             if isinstance(error, FileNotFoundError) and error.errno is not None:
                 raise  # the system's, of a file of ours
-            reason = obstacle or next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+            reason = obstacle or first_line(error)
             raise DataError(f"evaluate.tasks: the questions of {name} cannot be had: {reason}.",
                             "Check the network, or set path to a task whose data is local.") from error  # fmt: skip
     subtasks = sorted(results["samples"])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import ModelError, OutputError, RecipeError, refusal_of_the_system
+from quantcli.errors import ModelError, OutputError, RecipeError, first_line, is_of_library, refusal_of_the_system
 from quantcli.model.checkpoint import read_json
 from quantcli.model.hub import hub_asked
 from quantcli.model.untrusted import check_texts, checkpoint_entries
@@ -109,8 +109,7 @@ def _from_hub(name: str, revision: str | None, weights: bool, listener: Listener
         except Exception as error:  # of the hub, the network, the library's HTTP client and its cache
             if isinstance(error, MemoryError) or refusal_of_the_system(error) is not None:
                 raise
-            first = next(iter(str(error).splitlines()), type(error).__name__)
-            said = f"the hub does not give it: {first.rstrip('.')}"
+            said = f"the hub does not give it: {first_line(error)}"
             if obstacle:
                 said = f"{obstacle}, nor is all of it in the hub's cache"
             remedy = "Check the name, the network, and `hf auth login` for gated and private models."
@@ -124,10 +123,10 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     check_texts(directory)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
-    except BaseException as error:  # whatever is raised, the files are at fault; a panic of the library is no Exception
-        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or "Panic" in type(error).__name__):
+    except BaseException as error:
+        if not is_of_library(error):
             raise
-        first = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
+        first = first_line(error)
         if not any(_OF_TOKENIZER.search(file.name) for file in directory.iterdir()):
             first = "there is no file of one"
         raise ModelError(f"{directory} has no usable tokenizer: {first}.",

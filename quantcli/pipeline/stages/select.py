@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
+from quantcli.pipeline.experts import tokens_of_experts
 from quantcli.pipeline.plan import reads_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import SELECTION, calibration_samples
@@ -27,7 +28,7 @@ def _identity(context: Context) -> dict[str, Any]:
     assert section is not None
     return {
         "calibration": data_identity(section),
-        "experts": [section.expert_tokens, section.route_all_experts],
+        "experts": tokens_of_experts(context),
         "quantize": context.recipe.quantize.model_dump(mode="json"),
         "dtype": context.recipe.model.dtype,
         "device": context.device,
