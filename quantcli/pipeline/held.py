@@ -131,15 +131,17 @@ def _without_added_biases(recipe: Recipe) -> str:
             return f"{name} does not hold biases that the architecture lacks"
     if recipe.smooth.save_model:
         return "the model that smooth.save_model asks for cannot have biases that its architecture lacks"
-    if recipe.quantize.rollback.ranks or recipe.quantize.target is not None:
-        return "a linear that is rolled back later could not keep a bias that the architecture lacks"
+    if recipe.quantize.rollback.target is not None or recipe.quantize.target is not None:
+        return "a target needs to be free to roll every linear back, and those in float cannot have such biases"
     return ""
 
 
-def shift_note(addable: Collection[str], reason: str) -> list[str]:
-    """What a shift means where the architecture lacks biases, as notes of the plan: by what `addable_biases` says."""
+def shift_note(addable: Collection[str], reason: str, ranked: bool) -> list[str]:
+    """What a shift means where the architecture lacks biases, as notes of the plan: by what `addable_biases` says.
+    `ranked`: linears are rolled back by rank."""
     if addable:
-        return ["A shift may add biases to norms and linears that have none, for engines that read them."]
+        kept = " Linears that get one are not rolled back by rank." if ranked else ""
+        return [f"A shift may add biases to norms and linears that have none, for engines that read them.{kept}"]
     return [f"Linears are smoothed without a shift where they or their norm have no bias: {reason}."] if reason else []
 
 

@@ -145,8 +145,8 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     _refuse_rotation(recipe, structure)
     notes += left_out_note(recipe, quantized, attention)
     biases, why_none = addable_biases(recipe, structure, {linear.name: scheme for linear, scheme in quantized})
-    notes += shift_note(biases, why_none)
     section = recipe.quantize.rollback
+    notes += shift_note(biases, why_none, section.level > 0)
     if ranked is None and section.level:
         notes.append(
             f"After calibration {section.level} more are rolled back: those of the highest {section.ranked_by}."

@@ -242,7 +242,8 @@ def structures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path
         ({"export__formats": ["ascend", "dense"]}, "dense does not hold biases"),
         ({"export": None, "evaluate": None}, "no export is made"),
         ({"smooth__save_model": True}, "smooth.save_model asks for cannot have biases"),
-        ({"quantize__rollback__level": 2}, "rolled back later"),
+        ({"quantize__rollback__target": {"kl_divergence": 0.1}}, "free to roll every linear back"),
+        ({"quantize__target": {"bits_per_weight": 12}}, "free to roll every linear back"),
         ({"quantize__activations__scope": "token"}, "where inputs are static"),
         ({"quantize__activations__scope": "mix"}, "where inputs are static"),
         ({"quantize__activations": {"bits": 16}}, "where inputs are static"),
@@ -303,6 +304,27 @@ def test_a_group_with_a_linear_in_float_is_not_shifted(tmp_path: Path, prose: Pa
     assert f"{ATTENTION}.q_proj.bias" not in biases
     assert "model.layers.0.input_layernorm.bias" not in biases
     assert f"{MLP}.gate_proj.bias" in biases
+
+
+def test_what_has_got_a_bias_is_not_rolled_back_by_rank(tmp_path: Path, prose: Path) -> None:
+    """Nor what engines fuse with it: the most sensitive of the others are."""
+    model = with_outliers("llama", tmp_path / "model")
+    recipe = asked(model, prose, tmp_path / "run", quantize__rollback__level=3, smooth__folds=["norm"])
+    (note,) = (note for note in quantcli.plan(recipe).notes if note.startswith("A shift may add"))
+    assert "not rolled back by rank" in note
+    with opened(recipe, until="verify") as context:
+        biased_linears = {name.removesuffix(".bias") for name in added_biases(context.checkpoint)}
+        schemes = context.plan.schemes
+    ranking = [entry["name"] for entry in read(recipe, "sensitivity", "sensitivity.json")["linears"]]
+    others = [name for name in ranking if name.endswith(("o_proj", "down_proj"))]
+    assert set(ranking) - set(schemes) == set(others[:3])
+    assert biased_linears & set(ranking[: ranking.index(others[2])])
+    everything = changed(recipe, quantize__rollback__level=40)
+    with opened(everything, until="sensitivity") as context:
+        assert {name.rpartition(".")[2] for name in set(ranking) - set(context.plan.schemes)} == {"o_proj", "down_proj"}
+    warnings = [event["text"] for event in map(json.loads, (tmp_path / "run" / "events.jsonl").read_text().splitlines())
+                if event["event"] == "warning"]  # fmt: skip
+    assert any("all but 10, which have biases that a shift added, are rolled back" in text for text in warnings)
 
 
 def test_another_format_beside_smooths_again(tmp_path: Path, prose: Path) -> None:
