@@ -11,7 +11,8 @@ linear X with weight [n, k]:
     WFP8AFP8_DYNAMIC X.weight float8_e4m3fn [n, k]
     W8A8, W8A8S,     X.input_scale, X.input_offset float32 [1]; X.quant_bias int32 [n]; X.deq_scale [n], float32 for
     W8A8_MIX         bfloat16 models, else int64 that holds the bits of the float32
-    FLOAT            X.weight, X.bias; a bias stays beside every other type, too
+    FLOAT            X.weight, X.bias; a bias stays beside every other type, too. Norms N have N.weight and N.bias,
+                     which engines add where the architecture has none, too, if the name ends in `norm.bias`
 
 and of an attention module A: for C8 A.k_proj.kv_cache_scale and .kv_cache_offset, and A.v_proj's, float32 [kv_heads ·
 head_size]; for FAQuant A.fa_q.scale float32 [heads, 1] and .offset int8, and A.fa_k's and A.fa_v's [kv_heads, 1].
@@ -58,7 +59,6 @@ WRITES_TIED_HEAD = True
 ONE_SCHEME = False
 FLOAT16_SCALES = False
 RESTRICTED = True
-SPARE_BIASES = True
 
 DESCRIPTION = "quant_model_description.json"
 ONE_GROUP_SIZE = True
@@ -111,6 +111,12 @@ def attention_refusal(attention: AttentionScheme) -> str:
     if attention.heads and attention.kv != "none":
         return "holds either an int8 cache or int8 products a head, not both"
     return ""
+
+
+def takes_added_bias(scheme: Scheme) -> bool:
+    """Whether engines add a bias that the architecture lacks to what a linear of this scheme puts out: where it is in
+    quant_bias, which they look for in any case. A bias in float they take for architectures alone that have one."""
+    return scheme.activations == "static"
 
 
 def type_name(scheme: Scheme) -> str:

@@ -20,7 +20,7 @@ TABLE = Path(__file__).with_name("engines.yaml")
 UNPACKING = frozenset({"transformers"})
 """Engines that unpack weights on loading: they compute with any scheme, and gain no speed by it."""
 
-Part = Literal["format", "linears", "attention", "experts"]
+Part = Literal["format", "linears", "attention", "experts", "biases"]
 
 _SCHEME = {field.name for field in fields(Scheme)} | {"int8_products", "scheme", "inputs", "marlin_groups"}
 FACTS: dict[Part, frozenset[str]] = {
@@ -28,6 +28,7 @@ FACTS: dict[Part, frozenset[str]] = {
     "linears": frozenset(_SCHEME | {"multiples_of_32", "odd", "of_experts", "outside", "one_layout"}),
     "attention": frozenset({"kv", "heads", "scheme"}),
     "experts": frozenset(_SCHEME | {"in_float", "alike", "alone", "most"}),
+    "biases": frozenset(),
 }
 """What rows may ask for, and name in their notes, besides the fields of a scheme:
 
@@ -112,18 +113,20 @@ def verdicts(
     formats: Sequence[str] = ("compressed-tensors",),
     kept: Collection[str] = (),
     experts: Sequence[Collection[str]] = (),
+    *,
+    biases: bool = False,
 ) -> list[Verdict]:
     """For each engine that reads one of the formats, whether it loads a checkpoint of these linears and this attention.
 
     A mixed model is loaded by an engine only if every scheme is; the note is about the first that is not. `kept` are
-    linears that stay in float beside them; `experts` the linears of the experts of each layer. An engine that reads
-    several of the formats is named with each.
+    linears that stay in float beside them; `experts` the linears of the experts of each layer; `biases` says that some
+    may be added to the architecture's. An engine that reads several of the formats is named with each.
     """
     read = [(form, engine) for form in formats for engine in table().names if table().reads(engine, form)]
     times = Counter(engine for _, engine in read)
     found = []
     for form, engine in read:
-        verdict = _verdict(engine, form, linears, attention, kept, experts)
+        verdict = _verdict(engine, form, linears, attention, kept, experts, biases=biases)
         found.append(replace(verdict, engine=f"{verdict.engine} ({form})") if times[engine] > 1 else verdict)
     return found
 
@@ -157,6 +160,8 @@ def _verdict(
     attention: AttentionScheme | None,
     kept: Collection[str],
     experts: Sequence[Collection[str]],
+    *,
+    biases: bool = False,
 ) -> Verdict:
     name, joined = table().names[engine], table().joins.get((engine, form), "")
     asked = list(_asked(linears, attention, {name for layer in experts for name in layer}))
@@ -176,6 +181,11 @@ def _verdict(
     counts = Counter(scheme for _, scheme in linears)
     for expert in of_experts:
         row, note = _decide(engine, form, "experts", _facts_of_experts(expert, of_experts, counts))
+        if not row.loads:
+            return Verdict(name, False, note, row.source)
+        found.append(("", row, note))
+    if biases:
+        row, note = _decide(engine, form, "biases", {})
         if not row.loads:
             return Verdict(name, False, note, row.source)
         found.append(("", row, note))

@@ -22,7 +22,7 @@ from quantcli.formats.store import Store
 from quantcli.formats.sums import write_sums
 from quantcli.model import npy_names
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, file_digest, read_json, replacing
-from quantcli.model.folding import added_tensors
+from quantcli.model.folding import unties
 from quantcli.model.names import checkpoint_prefix
 from quantcli.model.structure import Linear, Structure
 from quantcli.model.untrusted import check_links, checkpoint_entries
@@ -305,7 +305,7 @@ def _float_config(source: Source, dtype: str) -> dict[str, Any]:
     if not {"dtype", "torch_dtype"} & config.keys():
         config["dtype"] = dtype  # without it readers would take float32
     config.pop("quantize", None)  # MindIE's, of a source in its format
-    if added_tensors(source.checkpoint):  # a head that was tied has a weight of its own
+    if unties(source.checkpoint):  # a head that was tied has a weight of its own
         config["tie_word_embeddings"] = False
     return config
 

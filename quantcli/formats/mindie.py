@@ -31,13 +31,13 @@ ONE_SCHEME = False
 FLOAT16_SCALES = False
 RESTRICTED = True
 ONE_GROUP_SIZE = True
-SPARE_BIASES = True
 
 type_name = ascend.type_name
 layout = ascend.layout
 encode = ascend.encode
 reading = ascend.reading
 decode = ascend.decode
+takes_added_bias = ascend.takes_added_bias
 attention_refusal = ascend.attention_refusal
 attention_names = ascend.attention_names
 attention_tensors = ascend.attention_tensors

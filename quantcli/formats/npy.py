@@ -38,9 +38,9 @@ WRITES_TIED_HEAD = True
 ONE_SCHEME = False
 FLOAT16_SCALES = False
 RESTRICTED = True
-SPARE_BIASES = True
 
 decode = ascend.decode
+takes_added_bias = ascend.takes_added_bias
 attention_refusal = ascend.attention_refusal
 attention_names = ascend.attention_names
 attention_tensors = ascend.attention_tensors

@@ -37,8 +37,8 @@ class QuantizedCheckpoint:
 
     (q − z)·s is computed in float32 and rounded to the model's dtype, as engines do that unpack weights. `linears` are
     the model's linears by name, `weights` the float checkpoint's name of each one's weight, `config` what config.json
-    says. A checkpoint in which nothing is quantized has neither schemes nor attention. Raises ModelError for a format
-    that is not known.
+    says. A checkpoint in which nothing is quantized has neither schemes nor attention. `added_biases` are those that
+    the architecture lacks, by the names of parameters. Raises ModelError for a format that is not known.
     """
 
     def __init__(self, directory: Path, linears: Mapping[str, Linear], weights: Mapping[str, str]) -> None:
@@ -48,6 +48,7 @@ class QuantizedCheckpoint:
         self.form = find_format(directory, config)
         self.dtype = _declared_dtype(directory, config)
         self.linears = linears
+        self.added_biases: tuple[str, ...] = ()
         self.schemes: dict[str, Scheme] = {}
         self.attention: AttentionScheme | None = None
         if self.form is not None:

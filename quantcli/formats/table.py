@@ -21,7 +21,7 @@ NAME, STEM (of its weight files, or a pattern of it), WRITES_TIED_HEAD, ONE_SCHE
 stem, where the model's schemes decide what STEM is a pattern of;
 RESTRICTED, where files get the modes of `formats.permissions`;
 ONE_GROUP_SIZE, where groups have one size in a checkpoint;
-SPARE_BIASES, where biases of zeros are written that the model has no parameter for;
+takes_added_bias, where norms may have biases that the architecture lacks: the schemes of linears that may, too;
 type_name, where each linear has a type by name, which engines want to be one for those that they join;
 refusal, layout, encode, decode: a linear as tensors and back;
 attention_refusal, attention_names, attention_tensors: the scales of an attention module;

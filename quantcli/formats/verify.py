@@ -21,7 +21,7 @@ from quantcli.errors import ModelError, VerificationError
 from quantcli.formats import verify_ascend, verify_dense, verify_gguf, verify_gptq
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.checkpoint import Checkpoint, read_json
-from quantcli.model.folding import added_tensors
+from quantcli.model.folding import added_biases, unties
 from quantcli.model.names import checkpoint_prefix
 from quantcli.model.npy_file import NpyCheckpoint
 from quantcli.model.workers import linear_workers
@@ -78,8 +78,12 @@ def verify_checkpoint(
         config = read_json(folder / "config.json")
         about = verify_ascend.description_name(form, store) if of_ascend else _DESCRIPTIONS.get(form)
         description = read_json(folder / about) if about else {}
-    if added_tensors(source) and config.get("tie_word_embeddings") is not False:
+    if unties(source) and config.get("tie_word_embeddings") is not False:
         raise VerificationError(f"{folder}: config.json ties an output head that is not.", "Export again.")
+    if biases := added_biases(source):
+        if not of_ascend:
+            raise VerificationError(f"{folder}: the architecture has no {biases[0]}, nor has {form}.", "Export again.")
+        verify_ascend.check_added_biases(biases, store, weights)
     _check_model(config, source, store, verify_ascend.config_additions(form, store))
     paths = {module: checkpoint_prefix(module, weights) for module in store.attention_modules}
     if of_ascend:
@@ -145,7 +149,7 @@ def _check_model(config: Mapping[str, Any], source: Checkpoint, store: Store, ad
     wanted |= {key: store.dtype for key in ("dtype", "torch_dtype") if key in wanted} or {"dtype": store.dtype}
     if isinstance(inner := wanted.get("text_config"), dict):
         wanted["text_config"] = inner | {key: store.dtype for key in ("dtype", "torch_dtype") if key in inner}
-    if added_tensors(source):
+    if unties(source):
         wanted["tie_word_embeddings"] = False
     wanted |= additions
     found = _unquantized(config)

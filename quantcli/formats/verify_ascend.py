@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -100,6 +100,18 @@ def check_description(
                 f"{wanted.get(name)!r}.",
                 "Export again.",
             )
+
+
+def check_added_biases(biases: Iterable[str], store: Store, weights: Mapping[str, str]) -> None:
+    """Biases that the architecture lacks are of linears whose quant_bias has them, or of norms that engines give one,
+    which they know by `norm.bias`. `biases` are parameters, `weights` as above. Raises VerificationError."""
+    for name in biases:
+        owner = name.removesuffix(".bias")
+        scheme = store.schemes.get(owner)
+        static = scheme is not None and _type(scheme) in ("W8A8", "W8A8S")
+        if not (static if owner in weights else name.endswith("norm.bias")):
+            raise VerificationError(f"{name} is added to the architecture, and no engine would add it.",
+                                    "Smooth again.")  # fmt: skip
 
 
 def check_description_alone(checkpoint: QuantizedCheckpoint, structure: Structure, weights: Mapping[str, str]) -> None:

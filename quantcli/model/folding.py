@@ -39,10 +39,13 @@ class Fold:
 
 @dataclass(frozen=True)
 class Added:
-    """A tensor that a checkpoint lacks, of the shape and dtype of tensor `origin`, and made from it."""
+    """A tensor that a checkpoint lacks, of the dtype of tensor `origin`: of its shape and made from it; or, without a
+    change, zeros of another shape, the bias that the architecture lacks and that is `parameter` of the model."""
 
     origin: str
-    change: Change
+    change: Change | None
+    shape: tuple[int, ...] = ()
+    parameter: str = ""
 
 
 def fold_changes(
@@ -61,6 +64,22 @@ def fold_changes(
         for name in fold.linears:
             _change_consumer(fold, linears[name], steps, read)
     return {name: changed_by(own) for name, own in steps.items()}
+
+
+def missing_biases(structure: Structure, folds: Iterable[Fold]) -> list[str]:
+    """The biases that shifts go to and the structure lacks, by the names of their parameters."""
+    owners = (name for fold in folds if fold.shift is not None for name in (fold.producer.name, *fold.linears))
+    return list(dict.fromkeys(bias for name in owners if (bias := f"{name}.bias") not in structure.parameters))
+
+
+def exact_shift(bias: Tensor, shift: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The shift [C] float32 that a bias stored in `dtype` gives away exactly with a scale: b − s · round((b − z)/s).
+
+    bias: the norm's [C], shift: z [C], scale: s [C]. A channel whose bias `dtype` could not hold is not shifted.
+    """
+    stored = ((bias.double() - shift.double()) / scale.double()).to(dtype).double()
+    exact = bias.double() - stored * scale.double()
+    return torch.where(torch.isfinite(exact), exact, 0.0).float()
 
 
 def exact_scale(weight: Tensor, scale: Tensor, offset: float, dtype: torch.dtype) -> Tensor:
@@ -91,10 +110,12 @@ class TransformedCheckpoint(Checkpoint):
         self.directory = checkpoint.directory
         self.files = checkpoint.files
         self.entries = checkpoint.entries | {
-            name: replace(checkpoint.entries[tensor.origin], name=name) for name, tensor in own.items()
+            name: replace(entry, name=name, shape=tensor.shape or entry.shape)
+            for name, tensor in own.items()
+            if (entry := checkpoint.entries.get(tensor.origin)) is not None
         }
         self.added = {**added_tensors(checkpoint), **own}
-        self._made = {name: (name, change) for name, change in changes.items()}
+        self._made: dict[str, tuple[str, Change | None]] = {name: (name, change) for name, change in changes.items()}
         self._made |= {name: (tensor.origin, tensor.change) for name, tensor in own.items()}
         for origin, _ in self._made.values():
             if origin not in checkpoint:
@@ -107,13 +128,27 @@ class TransformedCheckpoint(Checkpoint):
         for name in wanted:
             if name in self._made:
                 origin, change = self._made[name]
-                tensors[name] = change(self.checkpoint.read([origin])[origin])
+                if change is None:
+                    wide = torch.float64 if self.entries[name].dtype == "F64" else torch.float32
+                    tensors[name] = torch.zeros(self.entries[name].shape, dtype=wide)
+                else:
+                    tensors[name] = change(self.checkpoint.read([origin])[origin])
         return tensors
 
 
 def added_tensors(checkpoint: Checkpoint) -> dict[str, Added]:
     """The tensors that a checkpoint has beside those of its files."""
     return checkpoint.added if isinstance(checkpoint, TransformedCheckpoint) else {}
+
+
+def added_biases(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The biases among them that the architecture lacks, by the names that they have as parameters."""
+    return tuple(tensor.parameter for tensor in added_tensors(checkpoint).values() if tensor.parameter)
+
+
+def unties(checkpoint: Checkpoint) -> bool:
+    """Whether an output head that was tied is among them."""
+    return any(not tensor.parameter for tensor in added_tensors(checkpoint).values())
 
 
 def changed_by(steps: Sequence[Step], between: torch.dtype = torch.float32) -> Change:

@@ -36,8 +36,9 @@ class Skeleton:
     """A causal LM whose parameters are on the meta device until `resident` fills them from the checkpoint.
 
     `checkpoint` takes the place of the weights in `directory`, for instance a quantized checkpoint that is read as a
-    float one; `untied` says that its output head is a tensor of its own, whatever config.json says. Buffers (rotary
-    tables and the like) are real, because the model computes them from its configuration.
+    float one; `untied` says that its output head is a tensor of its own, whatever config.json says. Biases of the
+    structure that the architecture lacks are added: a linear adds its own, and what a norm puts out gets the norm's.
+    Buffers (rotary tables and the like) are real, because the model computes them from its configuration.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Skeleton:
         self.checkpoint: TensorSource = Checkpoint(directory) if checkpoint is None else checkpoint
         with _parameters_on_meta():
             self.model = build_model(self.config, self.dtype, trust_remote_code)
+            _add_biases(self.model, self.structure)
         self.model.eval().requires_grad_(False)
         _keep_float32(self.model, self.dtype)
         self.sources, self.unused_tensors = map_parameters(self.model, self.checkpoint.entries)
@@ -246,6 +248,23 @@ def find_blocks(model: nn.Module, config: Any) -> list[str]:
     matching = [entry for entry in lists if len(entry[1]) == depth]
     path, found = max(matching or lists, key=lambda e: (-e[0].count("."), sum(p.numel() for p in e[1].parameters())))
     return [f"{path}.{i}" for i in range(len(found))]
+
+
+def _add_biases(model: nn.Module, structure: Structure) -> None:
+    state, linears = model.state_dict(), {linear.name for linear in structure.linears()}
+    for name, shape in structure.parameters.items():
+        owner = name.removesuffix(".bias")
+        if name in state or owner == name:
+            continue
+        module, dtype = model.get_submodule(owner), state[f"{owner}.weight"].dtype
+        module.register_parameter("bias", nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), False))
+        if owner not in linears:
+            module.register_forward_hook(_plus_bias)
+
+
+def _plus_bias(norm: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    bias: Tensor = norm.bias  # type: ignore[assignment]
+    return (output + bias).to(output.dtype)
 
 
 def _keep_float32(model: nn.Module, dtype: torch.dtype) -> None:

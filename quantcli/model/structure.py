@@ -5,7 +5,7 @@ It is found by `quantcli.model.discovery` from one watched forward, never from a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -241,6 +241,31 @@ class Structure:
                 "final_norm": Norm(**content["final_norm"]) if content["final_norm"] else None,
             }
         )
+
+
+def biased(structure: Structure, biases: Collection[str]) -> Structure:
+    """The structure with biases that its architecture lacks, of linears of modules and of norms, by the names that
+    they have as parameters."""
+    if not biases:
+        return structure
+    shapes = {f"{linear.name}.bias": (linear.out_features,) for linear in structure.linears()}
+    owners = {name: name.removesuffix(".bias") for name in biases}
+    added = {name: shapes.get(name) or structure.parameters[f"{owner}.weight"] for name, owner in owners.items()}
+
+    def block(each: Block) -> Block:
+        linears = tuple(replace(own, bias=own.bias or f"{own.name}.bias" in added) for own in each.linears)
+        if each.residual is None:
+            return replace(each, linears=linears)
+        norms = tuple(replace(own, bias=own.bias or f"{own.name}.bias" in added) for own in each.residual.norms)
+        return replace(each, linears=linears, residual=replace(each.residual, norms=norms))
+
+    return replace(structure, blocks=tuple(map(block, structure.blocks)), parameters={**structure.parameters, **added})
+
+
+def rms_norms(structure: Structure) -> list[Norm]:
+    """The norms before linears of blocks that are RMSNorm as engines have it: x / rms(x) · w, and no (1 + w)."""
+    norms = (norm for block in structure.blocks if block.residual is not None for norm in block.residual.norms)
+    return [norm for norm in norms if not norm.centred and norm.weight_offset == 0]
 
 
 def rotation_obstacles(structure: Structure) -> list[str]:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.model.structure import Linear
+from quantcli.model.structure import Linear, Structure, biased
 from quantcli.pipeline.plan import Plan
 from quantcli.pipeline.rundir import RunDirectory, StageFolder
 from quantcli.recipe.schema import Recipe
@@ -103,16 +103,23 @@ class Context:
     @property
     def untied(self) -> bool:
         """Whether smoothing gave an output head that was tied a weight of its own."""
-        from quantcli.model.folding import added_tensors
+        from quantcli.model.folding import unties
 
-        return bool(added_tensors(self.checkpoint))
+        return unties(self.checkpoint)
+
+    @property
+    def structure(self) -> Structure:
+        """The plan's, with the biases that smoothing added."""
+        from quantcli.model.folding import added_biases
+
+        return biased(self.plan.structure, added_biases(self.checkpoint))
 
     def skeleton(
         self, *, original: bool = False, checkpoint: Checkpoint | None = None, dtype: str | None = None
     ) -> Any:
         """The float model without its weights, which are read as smoothed, as stored if `original`, or from another
         `checkpoint`; in the recipe's dtype or another."""
-        from quantcli.model.folding import added_tensors
+        from quantcli.model.folding import added_biases, unties
         from quantcli.model.skeleton import Skeleton
 
         section = self.recipe.model
@@ -120,12 +127,12 @@ class Context:
             checkpoint = self.checkpoint
         return Skeleton(
             self.model,
-            self.plan.structure,
+            self.plan.structure if checkpoint is None else biased(self.plan.structure, added_biases(checkpoint)),
             dtype=dtype or section.dtype,
             device=self.device,
             trust_remote_code=section.trust_remote_code,
             checkpoint=checkpoint,
-            untied=checkpoint is not None and bool(added_tensors(checkpoint)),
+            untied=checkpoint is not None and unties(checkpoint),
         )
 
     def hidden_cache(self, path: Path, stream: BlockStream) -> HiddenCache:

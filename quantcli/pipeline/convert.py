@@ -61,6 +61,9 @@ def convert_checkpoint(
     reason = unheld(form, quantized, checkpoint.attention)
     if reason := reason or model_unheld(form, source, structure, checkpoint.entries):
         raise RecipeError(f"--to: {reason}", "Choose another format.")
+    if checkpoint.added_biases and not hasattr(FORMATS[form], "takes_added_bias"):
+        reason = f"{form} does not hold biases that the architecture lacks, such as {checkpoint.added_biases[0]}."
+        raise RecipeError(f"--to: {reason}", "Choose another format.")
     if reason := split_siblings(form, structure, checkpoint.schemes):
         raise RecipeError(f"--to: {reason}", "Choose another format, or quantize them alike.")
     _refuse_place(source, output, overwrite)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from quantcli.model.structure import Producer, SharedInput
+from quantcli.model.structure import Producer, SharedInput, biased
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.estimate import JUDGED_WEIGHTS
 from quantcli.pipeline.plan import excluded_from_smoothing
@@ -123,14 +123,17 @@ class _Tried(NamedTuple):
 
 
 class GroupSource:
-    """Finds the scale of one group after the other, with the float weights of a checkpoint."""
+    """Finds the scale of one group after the other, with the float weights of a checkpoint, which has zeros for the
+    biases that shifts may add."""
 
     def __init__(self, context: Context, checkpoint: Checkpoint) -> None:
-        from quantcli.pipeline.smoothed import changeable_tensors
+        from quantcli.model.folding import added_biases
+        from quantcli.pipeline.smoothed import added_names, changeable_tensors
 
         self.context = context
         self.checkpoint = checkpoint
-        self.names = changeable_tensors(context.recipe, checkpoint, context.plan.structure)
+        self.structure = biased(context.plan.structure, added_biases(checkpoint))
+        self.names = changeable_tensors(context.recipe, checkpoint, context.plan.structure) | added_names(checkpoint)
         self.excluded = excluded_from_smoothing(context.recipe, context.plan.structure)
         self.targets: dict[Treatment, Target] = {}
         layers = [experts for block in context.plan.structure.blocks for experts in block.experts]
@@ -168,7 +171,7 @@ class GroupSource:
                 if fold.shift is not None:
                     tokens = tokens - fold.shift.to(tokens.device)
                 tokens = tokens / fold.scale.to(tokens.device)
-        changes = fold_changes(self.context.plan.structure, folds, self._read)
+        changes = fold_changes(self.structure, folds, self._read)
         found = {}
         for name in names:
             target, change = self._target(name), changes.get(f"{name}.weight")
@@ -220,9 +223,9 @@ class GroupSource:
             facts[f"error_{key}"] = _short(loss)
         if shift is None and bool((scale == 1).all()):
             return Outcome(shared, facts, None)
-        return Outcome(
-            shared, facts, Fold(producer, shared.linears, scale.cpu(), None if shift is None else shift.cpu())
-        )
+        if shift is not None:
+            shift = self._stored_shift(producer, shift, scale).cpu()
+        return Outcome(shared, facts, Fold(producer, shared.linears, scale.cpu(), shift))
 
     def _tried(self, producer: Producer, group: Group, whole: Group, targets: Targets) -> _Tried:
         from quantcli.smoothing.group import largest_input
@@ -278,9 +281,14 @@ class GroupSource:
         return (tensor.t().contiguous() if self.context.linears[linear].transposed else tensor).to(self.context.device)
 
     def _stored_dtype(self, parameter: str) -> torch.dtype:
-        """The dtype that the checkpoint's file holds a parameter in."""
+        """The dtype that an export holds a parameter in: that of the checkpoint's file, or the recipe's."""
+        import torch
+
         from quantcli.model.writer import DTYPE_NAMES
 
+        if (dtype := self.context.recipe.model.dtype) != "auto":
+            found: torch.dtype = getattr(torch, dtype)
+            return found
         names = {name: dtype for dtype, name in DTYPE_NAMES.items()}
         return names[self.checkpoint.entries[self.names[parameter]].dtype]
 
@@ -341,25 +349,36 @@ class GroupSource:
         if producer.kind == "linear":
             return scale
         weight = self._read(f"{producer.name}.weight").to(scale.device)
-        dtype = self.context.recipe.model.dtype
-        stored = self._stored_dtype(f"{producer.name}.weight") if dtype == "auto" else getattr(torch, dtype)
         whole = scale.new_ones(len(weight))
         channels = torch.tensor(producer.channels(len(scale)), device=scale.device)
         whole[channels] = scale
+        stored = self._stored_dtype(f"{producer.name}.weight")
         return exact_scale(weight, whole, producer.weight_offset, stored)[channels].to(scale)
 
+    def _stored_shift(self, producer: Producer, shift: Tensor, scale: Tensor) -> Tensor:
+        """The shift that the bias of a norm gives away exactly, likewise."""
+        import torch
+
+        from quantcli.model.folding import exact_shift
+
+        if producer.kind == "linear":
+            return shift
+        channels = torch.tensor(producer.channels(len(scale)), device=scale.device)
+        bias = self._read(f"{producer.name}.bias").to(scale.device)[channels]
+        return exact_shift(bias, shift, scale, self._stored_dtype(f"{producer.name}.bias"))
+
     def _shift(self, shared: SharedInput, group: Group) -> Tensor | None:
-        """The middle of each channel, if the recipe shifts and every bias that would take it exists. What a product
-        with another activation passes on is scaled by it, and cannot be shifted."""
+        """The middle of each channel, if the recipe shifts and every bias that would take it exists or may be added.
+        What a product with another activation passes on is scaled by it, and cannot be shifted."""
         from quantcli.smoothing.group import shared_maximum
 
-        section, structure = self.context.recipe.smooth, self.context.plan.structure
+        section = self.context.recipe.smooth
         assert section is not None
         assert shared.producer is not None
         owners = (shared.producer.name, *shared.linears)
         if not section.shift or fold_kind(shared.producer) == "mlp":
             return None
-        if any(f"{name}.bias" not in structure.parameters for name in owners):
+        if any(f"{name}.bias" not in self.structure.parameters for name in owners):
             return None
         high = shared_maximum(group.maximum, group.channels)
         low = -shared_maximum(-group.minimum, group.channels)

@@ -12,7 +12,7 @@ from quantcli.formats import dense
 from quantcli.formats.engines import refusal as engine_refusal
 from quantcli.formats.table import FORMATS
 from quantcli.model.checkpoint import Checkpoint
-from quantcli.model.structure import Linear, Structure
+from quantcli.model.structure import Linear, Structure, rms_norms
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.schema import Recipe
 
@@ -95,6 +95,54 @@ def refuse_unheld(
             if reason:
                 raise RecipeError(f"export.formats: {reason}", "Leave out quantize.rollback.siblings: apart, or choose "
                                   "another format.")  # fmt: skip
+
+
+def addable_biases(recipe: Recipe, structure: Structure, schemes: Mapping[str, Scheme]) -> tuple[list[str], str]:
+    """The biases that a shift of the recipe may add to the architecture, by the names of parameters; and, where that is
+    none of those that it lacks, why.
+
+    `schemes` are those of quantized linears. Every format has to hold them, and engines to add them: those of RMSNorm,
+    and of linears whose scheme says so.
+    """
+    section = recipe.smooth
+    if section is None or not section.shift:
+        return [], ""
+    groups = [s for block in structure.blocks for s in block.groups if s.producer is not None]
+    owners = dict.fromkeys(name for s in groups if s.producer for name in (s.producer.name, *s.linears))
+    lacking = [name for name in owners if f"{name}.bias" not in structure.parameters]
+    if not lacking or (reason := _without_added_biases(recipe)):
+        return [], reason if lacking else ""
+    forms = [FORMATS[name] for name in recipe.export.formats] if recipe.export else []
+    norms = {norm.name for norm in rms_norms(structure) if norm.name.endswith("norm")}
+    taken = {name for name, scheme in schemes.items() if all(form.takes_added_bias(scheme) for form in forms)}
+    if not taken.intersection(lacking):
+        return [], "engines add biases that the architecture lacks where inputs are static and of 8 bits"
+    return [f"{name}.bias" for name in lacking if name in taken or name in norms], ""
+
+
+def _without_added_biases(recipe: Recipe) -> str:
+    """Why no linear may have a bias that the architecture lacks, in words; empty if some may."""
+    assert recipe.smooth is not None
+    formats = recipe.export.formats if recipe.export else ()
+    if not formats:
+        return "no export is made that would hold biases which the architecture lacks"
+    for name in formats:
+        if not hasattr(FORMATS[name], "takes_added_bias"):
+            return f"{name} does not hold biases that the architecture lacks"
+    if recipe.smooth.save_model:
+        return "the model that smooth.save_model asks for cannot have biases that its architecture lacks"
+    if recipe.quantize.rollback.target is not None or recipe.quantize.target is not None:
+        return "a target needs to be free to roll every linear back, and those in float cannot have such biases"
+    return ""
+
+
+def shift_note(addable: Collection[str], reason: str, ranked: bool) -> list[str]:
+    """What a shift means where the architecture lacks biases, as notes of the plan: by what `addable_biases` says.
+    `ranked`: linears are rolled back by rank."""
+    if addable:
+        kept = " Linears that get one are not rolled back by rank." if ranked else ""
+        return [f"A shift may add biases to norms and linears that have none, for engines that read them.{kept}"]
+    return [f"Linears are smoothed without a shift where they or their norm have no bias: {reason}."] if reason else []
 
 
 def siblings_note(recipe: Recipe) -> list[str]:

@@ -16,7 +16,14 @@ from quantcli.formats.engines import Verdict, verdicts
 from quantcli.model.structure import Linear, Structure, heads_obstacles, rotation_obstacles
 from quantcli.pipeline.estimate import Estimate, estimate
 from quantcli.pipeline.fused import refuse_split, rolled_back_along
-from quantcli.pipeline.held import left_out_note, refuse_unheld, refuse_unloaded, siblings_note
+from quantcli.pipeline.held import (
+    addable_biases,
+    left_out_note,
+    refuse_unheld,
+    refuse_unloaded,
+    shift_note,
+    siblings_note,
+)
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
@@ -137,7 +144,9 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     excluded_from_smoothing(recipe, structure)
     _refuse_rotation(recipe, structure)
     notes += left_out_note(recipe, quantized, attention)
+    biases, why_none = addable_biases(recipe, structure, {linear.name: scheme for linear, scheme in quantized})
     section = recipe.quantize.rollback
+    notes += shift_note(biases, why_none, section.level > 0)
     if ranked is None and section.level:
         notes.append(
             f"After calibration {section.level} more are rolled back: those of the highest {section.ranked_by}."
@@ -167,6 +176,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         refuse_unheld(recipe, model, structure, changed, attention)
         refuse_unloaded(recipe, changed, attention, (), layers)
     _refuse_size(recipe, after, ranked)
+    formats = recipe.export.formats if recipe.export else ()
     by_method = [(p.linear, p.treatment.weights) for p in planned if p.treatment is not None]
     return Plan(
         model=model,
@@ -179,7 +189,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         size_after=after,
         bits_per_weight=8 * stored / max(1, weights),
         estimate=estimate(recipe, structure, after, by_method, _passes(recipe)),
-        engines=tuple(verdicts(quantized, attention, recipe.export.formats, kept, layers)) if recipe.export else (),
+        engines=tuple(verdicts(quantized, attention, formats, kept, layers, biases=bool(biases))),
     )
 
 

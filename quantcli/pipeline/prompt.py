@@ -19,11 +19,11 @@ from quantcli.formats import ascend, dense
 from quantcli.formats.reader import QuantizedCheckpoint
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.formats.verify_ascend import FORMS, expected_attention, expected_linear
-from quantcli.model.folding import added_tensors
+from quantcli.model.folding import added_biases, unties
 from quantcli.model.names import checkpoint_prefix
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
-from quantcli.model.structure import Structure
+from quantcli.model.structure import Structure, biased
 from quantcli.pipeline.stages import eval_ppl
 from quantcli.quant.grid import QuantizedWeight, dequantize
 
@@ -70,11 +70,11 @@ def _logits(read: QuantizedCheckpoint, source: Source, structure: Structure, pha
     """float32 [1, TOKENS, vocabulary] of a model that computes as engines do with what `read` gives."""
     skeleton = Skeleton(
         source.checkpoint.directory,
-        structure,
+        biased(structure, added_biases(source.checkpoint)),
         dtype=read.dtype,
         trust_remote_code=trust,
         checkpoint=read,
-        untied=bool(added_tensors(source.checkpoint)),
+        untied=unties(source.checkpoint),
     )
     stream = BlockStream(skeleton, [_prompt(structure)])
     (hidden,) = stream.start()

@@ -2,6 +2,7 @@
 
 The stage's folder holds one safetensors file a block, `block-00000.safetensors`, float32: `X.scale` [C] and, if
 channels are shifted too, `X.shift` [C] for each shared input X that is folded; an input without them stays as it is.
+Where a shift needs a bias that the architecture lacks, that bias is added: which ones follows from the shifts.
 `L.clip` [out, groups], or [1, 1] for a weight of one scale, are bounds that the weight of linear L is held within when
 it is quantized, and only then.
 `rotation.json` holds the rotation that comes before, if there is one: scales are those of the rotated model.
@@ -10,14 +11,14 @@ it is quantized, and only then.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import Checkpoint, read_json, replacing
-from quantcli.model.structure import Structure
+from quantcli.model.structure import Structure, biased
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ def smoothed_checkpoint(recipe: Recipe, model: Path, structure: Structure, folde
 
     Raises ModelError if a file of the stage is missing, damaged or of another model.
     """
+    from quantcli.model.folding import missing_biases
+
     checkpoint, section = Checkpoint(model), recipe.smooth
     if section is None:
         return checkpoint
@@ -43,7 +46,10 @@ def smoothed_checkpoint(recipe: Recipe, model: Path, structure: Structure, folde
         checkpoint = rotated_checkpoint(checkpoint, structure, read_rotation(folder), names)
     if section.scales:
         folds = [fold for index in range(len(structure.blocks)) for fold in read_folds(folder, index, structure)]
-        checkpoint = folded_checkpoint(checkpoint, structure, folds, names)
+        biases = missing_biases(structure, folds)
+        checkpoint = biased_checkpoint(checkpoint, structure, biases, names)
+        names |= added_names(checkpoint)
+        checkpoint = folded_checkpoint(checkpoint, biased(structure, biases), folds, names)
     return checkpoint
 
 
@@ -63,6 +69,27 @@ def rotated_checkpoint(
         for name, tensor in added.items()
     }
     return TransformedCheckpoint(checkpoint, {names[name]: change for name, change in changes.items()}, heads)
+
+
+def biased_checkpoint(
+    checkpoint: Checkpoint, structure: Structure, biases: Collection[str], names: Mapping[str, str]
+) -> Checkpoint:
+    """The checkpoint with zeros for biases that the model lacks, beside the weights that `names` maps to its tensors:
+    what they add is up to the folds."""
+    from quantcli.model.folding import Added, TransformedCheckpoint
+
+    shapes, added = biased(structure, biases).parameters, {}
+    for bias in biases:
+        weight = names[f"{bias.removesuffix('.bias')}.weight"]
+        added[f"{weight.removesuffix('.weight')}.bias"] = Added(weight, None, shapes[bias], bias)
+    return TransformedCheckpoint(checkpoint, {}, added) if added else checkpoint
+
+
+def added_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensor of every bias that was added to the checkpoint, by its parameter."""
+    from quantcli.model.folding import added_tensors
+
+    return {added.parameter: name for name, added in added_tensors(checkpoint).items() if added.parameter}
 
 
 def folded_checkpoint(

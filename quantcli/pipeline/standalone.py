@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError, RecipeError
-from quantcli.model.structure import Structure
+from quantcli.model.structure import Structure, biased, rms_norms
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.batches import evaluation_batches
 from quantcli.pipeline.samples import windows_of
@@ -30,6 +30,7 @@ def open_checkpoint(
     directory: Path, *, trust_remote_code: bool = False
 ) -> tuple[Structure, QuantizedCheckpoint, dict[str, str]]:
     """The structure of the model, its checkpoint, and the name of each linear's weight in it; a tied head has none.
+    Biases that the architecture lacks, after a shift of channels, are in the structure, too.
 
     Raises ModelError for a format that is not known, for biases that the model has no place for, and for a tensor below
     a linear that its scheme does not have.
@@ -43,27 +44,50 @@ def open_checkpoint(
     found = {module: _weight_name(module, names) for module in linears}
     weights = {module: name for module, name in found.items() if name}
     checkpoint = QuantizedCheckpoint(directory, linears, weights)
-    if getattr(checkpoint.form, "SPARE_BIASES", False):
-        _drop_zero_biases(structure, checkpoint)
+    if hasattr(checkpoint.form, "takes_added_bias"):
+        structure = _with_added_biases(structure, checkpoint)
     if checkpoint.form is not None:
         _refuse_left_over(structure, checkpoint, weights, trust_remote_code)
     return structure, checkpoint, weights
 
 
-def _drop_zero_biases(structure: Structure, checkpoint: QuantizedCheckpoint) -> None:
-    """Leave out biases that the model has no parameter for, as msModelSlim writes for norms after m1 to m5.
+def _with_added_biases(structure: Structure, checkpoint: QuantizedCheckpoint) -> Structure:
+    """The structure with the biases of the checkpoint that the architecture lacks, as after a shift of channels; those
+    that are zeros, as msModelSlim writes for norms after m1 to m5, are left out of the checkpoint.
 
-    Raises ModelError for one that is not zero, as after a shift of channels: the model would compute something else.
+    Raises ModelError for one that engines do not add, and for a norm's that a linear behind it does not take back: the
+    model would compute something else.
     """
-    known = {name for parameter in structure.parameters for name in (parameter, parameter.partition(".")[2])}
+    assert checkpoint.form is not None
+    known = {name: whole for whole in structure.parameters for name in (whole, whole.partition(".")[2])}
+    present, found = set(structure.parameters), {}
     for name in list(checkpoint.entries):
         module = name.removesuffix(".bias")
         if module == name or name in known or f"{module}.weight" not in known:
             continue
+        bias = known[f"{module}.weight"].removesuffix("weight") + "bias"
+        present.add(bias)
         if bool(checkpoint.read([name])[name].float().any()):
-            raise ModelError(f"{checkpoint.directory}: {name} is not zero, and the model has no such bias.",
+            found[bias] = name
+        else:
+            del checkpoint.entries[name]
+    norms = {norm.name for norm in rms_norms(structure)}
+    for bias, name in found.items():
+        owner = bias.removesuffix(".bias")
+        scheme = checkpoint.schemes.get(owner)
+        if owner not in norms and (scheme is None or not checkpoint.form.takes_added_bias(scheme)):
+            kind = "" if owner not in checkpoint.linears else f" of {scheme.name if scheme else 'a linear in float'}"
+            raise ModelError(f"{checkpoint.directory}: {name} is not zero, and the model has no such bias. Engines add "
+                             f"none{kind} that the architecture lacks.",
                              "Quantize again without a shift of channels.")  # fmt: skip
-        del checkpoint.entries[name]
+    for shared in (shared for block in structure.blocks for shared in block.groups):
+        moved = found.get(f"{shared.producer.name}.bias") if shared.producer and shared.producer.name in norms else None
+        lost = [linear for linear in shared.linears if moved is not None and f"{linear}.bias" not in present]
+        if lost:
+            raise ModelError(f"{checkpoint.directory}: {moved} is not zero, and {lost[0]} has no bias that takes the "
+                             "shift back.", "Quantize it again.")  # fmt: skip
+    checkpoint.added_biases = tuple(found)
+    return biased(structure, found)
 
 
 def _refuse_left_over(

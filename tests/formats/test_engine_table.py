@@ -94,6 +94,8 @@ def test_no_row_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
             verdicts([(linear, scheme)], None, [form], (), [[EXPERT.name]] if linear is EXPERT else ())
         for attention in ATTENTION:
             verdicts([], attention, [form])
+        if hasattr(FORMATS[form], "takes_added_bias"):
+            verdicts([], None, [form], biases=True)
         verdicts([], None, [form], [EXPERT.name], [[EXPERT.name]])
         verdicts([(Q, held[0])], None, [form], [EXPERT.name], [[EXPERT.name]])
         for _ in range(300):
@@ -124,6 +126,18 @@ def test_a_verdict_names_its_source() -> None:
     (vllm,) = (v for v in apart if v.engine == "vLLM on a GPU")
     assert "joins" in vllm.note
     assert "packed_modules_mapping" in vllm.source
+
+
+def test_engines_that_add_the_biases_of_a_shift_are_named_with_their_source() -> None:
+    linears = [(Q, Scheme(8, activations="static", activations_symmetric=False))]
+    for form in ("ascend", "mindie"):
+        for plain, biased in zip(
+            verdicts(linears, None, [form]), verdicts(linears, None, [form], biases=True), strict=True
+        ):
+            assert biased.loads
+            assert biased.note == f"{plain.note}; adds the biases of a shift"
+            assert biased.source.startswith(f"{plain.source}; {biased.engine.partition(' ')[0]}")
+    assert "AscendRMSNorm" in next(v.source for v in verdicts(linears, None, ["ascend"], biases=True))
 
 
 def test_an_engine_is_refused_only_if_it_loads_no_format() -> None:

@@ -116,6 +116,24 @@ DIRECT: list[tuple[str, str, Callable[[Group], Tensor], list[tuple[str, int]]]] 
 ]
 
 
+@pytest.mark.parametrize(("what", "layer"), NORMS)
+def test_shifts_and_the_biases_that_they_make(what: str, layer: int) -> None:
+    """z is the middle of each channel; the norm's new bias is −z / s, those of its linears are W z, of which the folds
+    behind them divide rows."""
+    group, block = group_of("A", what, layer), f"model.layers.{layer}"
+    saved, factors = (
+        load_file(GOLDEN / "A" / "v1_iter_smooth_asym" / f"{name}.safetensors") for name in ("weights", "scales")
+    )
+    shift = (group.maximum + group.minimum) / 2
+    norm = f"{block}.{SCALES[what].removesuffix('.norm_scale')}"
+    torch.testing.assert_close(saved[f"{norm}.bias"], -shift / factors[f"{norm}.norm_scale"], rtol=1e-5, atol=1e-6)
+    for name, weight in zip(LINEARS[what], group.weights, strict=True):
+        bias, wanted, rows = saved[f"{block}.{name}.bias"], weight @ shift, factors.get(f"{block}.{name}.row_times")
+        if rows is not None:  # which are recorded up to a factor
+            bias, wanted = bias / bias.norm(), wanted * rows / (wanted * rows).norm()
+        torch.testing.assert_close(bias, wanted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("model", "case", "find", "groups"), DIRECT, ids=[f"{m}-{c}" for m, c, _, _ in DIRECT])
 def test_scales_without_a_search(
     model: str, case: str, find: Callable[[Group], Tensor], groups: list[tuple[str, int]]

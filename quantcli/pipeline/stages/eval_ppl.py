@@ -107,7 +107,7 @@ def exported_model(context: Context) -> tuple[Skeleton, QuantizedCheckpoint]:
     exported = exported_checkpoint(context)
     skeleton = Skeleton(
         context.model,
-        context.plan.structure,
+        context.structure,
         dtype=exported.dtype,
         device=context.device,
         trust_remote_code=context.recipe.model.trust_remote_code,

@@ -75,7 +75,7 @@ def run(context: Context, folder: StageFolder) -> None:
     output, with the linear and those that are fused with it quantized and the rest in float; kl_divergence that of the
     model's logits, in nats a token, quantized likewise, and the only one that costs a pass through the model for each
     group: it is measured where the recipe ranks by it. A metric that is not finite is null, and above every number; the
-    output head has no errors, and without one a linear comes last.
+    output head has no errors, and without one a linear comes last. Linears of `_fixed` are ranked, not rolled back.
     """
     names = context.plan.rankable
     observed = _observed(context)
@@ -91,11 +91,12 @@ def run(context: Context, folder: StageFolder) -> None:
     section = context.recipe.quantize.rollback
     metric = section.ranked_by
     ranking = sorted(names, key=lambda name: -_comparable(rows[name], metric))
-    level = section.level
-    if level > len(ranking):
+    level, fixed = section.level, _fixed(context)
+    if level > len(set(names) - fixed):
+        kept = f"all but {len(fixed)}, which have biases that a shift added," if fixed else "all of them"
         context.emit("warning", text=f"quantize.rollback.level is {level}, and {len(ranking)} linears are quantized: "
-                     "all of them are rolled back.")  # fmt: skip
-    chosen = ranking[:level]
+                     f"{kept} are rolled back.")  # fmt: skip
+    chosen = [name for name in ranking if name not in fixed][:level]
     content = {
         "metric": metric,
         "linears": [{"name": name, **rows[name]} for name in ranking],
@@ -105,6 +106,16 @@ def run(context: Context, folder: StageFolder) -> None:
         context.emit("sensitivity", module=name, **rows[name])
     write_json(folder.path / RESULT, content)
     folder.add(folder.path / RESULT)
+
+
+def _fixed(context: Context) -> set[str]:
+    """Linears that stay as they are, for engines read a bias that a shift added to them beside their codes alone; and
+    those that are fused with them."""
+    from quantcli.model.folding import added_biases
+
+    biased = {name.removesuffix(".bias") for name in added_biases(context.checkpoint)}
+    groups = fused_groups(context.plan.structure, context.plan.rankable)
+    return {name for group in groups if biased.intersection(group) for name in group}
 
 
 def _comparable(row: Metrics, metric: str) -> float:

@@ -23,6 +23,7 @@ from quantcli.pipeline.exactness import (
     passed,
 )
 from quantcli.pipeline.experts import tokens_of_experts
+from quantcli.pipeline.held import addable_biases
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import calibration_samples, spread
 from quantcli.pipeline.seen import Seen, inputs_seen
@@ -46,7 +47,7 @@ MODEL = "model"
 def _identity(context: Context) -> dict[str, Any]:
     recipe = context.recipe
     assert recipe.smooth is not None
-    section = recipe.model
+    section, biases = recipe.model, _addable(context)
     return {
         "smooth": recipe.smooth.model_dump(mode="json"),
         "calibration": data_identity(recipe.calibration) if recipe.calibration and recipe.smooth.scales else None,
@@ -56,6 +57,7 @@ def _identity(context: Context) -> dict[str, Any]:
             for name, treatment in context.plan.treatments.items()
         },
         "model": {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code, "device": context.device},
+        **({"biases": biases} if biases else {}),  # which depend on the formats
     }
 
 
@@ -72,6 +74,11 @@ def run(context: Context, folder: StageFolder) -> None:
         folder.add(folder.path / MANIFEST)
     if section.save_model:
         _save_model(context, folder)
+
+
+def _addable(context: Context) -> list[str]:
+    schemes = {name: scheme for name, (_, scheme) in context.plan.schemes.items()}
+    return addable_biases(context.recipe, context.plan.structure, schemes)[0]
 
 
 def _rotated(context: Context, folder: StageFolder) -> tuple[Checkpoint, ModelRotation | None]:
@@ -109,6 +116,7 @@ def _go_through_blocks(
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
     from quantcli.pipeline.groups import GroupSource
+    from quantcli.pipeline.smoothed import biased_checkpoint, changeable_tensors
 
     section = context.recipe.smooth
     assert section is not None
@@ -127,11 +135,14 @@ def _go_through_blocks(
     batches = batched(samples)
     skeleton = context.skeleton(checkpoint=checkpoint)
     stream = BlockStream(skeleton, batches if section.scales else batches[:1])
-    exact, embedded = exact_streams(context, checkpoint, rotation, batches[0][:1, :CHECKED_TOKENS])
+    biases = _addable(context)
+    names = changeable_tensors(context.recipe, checkpoint, context.plan.structure)
+    shiftable = biased_checkpoint(checkpoint, context.plan.structure, biases, names)
+    exact, embedded = exact_streams(context, shiftable, rotation, batches[0][:1, :CHECKED_TOKENS])
     if rotation is not None:
         check_outside(context, exact, embedded, rotation)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
-    source = GroupSource(context, checkpoint)
+    source = GroupSource(context, shiftable)
     for text, count in _obstacles(context.plan.structure, source):
         context.emit("warning", fallback="not_smoothed", count=count, text=text)
     for index in range(stream.enter(cache, cache.resume(recorded)), context.blocks):
