@@ -14,6 +14,7 @@ from typing import Any
 from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import Verdict, verdicts
 from quantcli.model.structure import Linear, Structure, heads_obstacles, rotation_obstacles
+from quantcli.model.untrusted import brings_code
 from quantcli.pipeline.estimate import Estimate, estimate
 from quantcli.pipeline.fused import refuse_split, rolled_back_along
 from quantcli.pipeline.held import left_out_note, refuse_unheld, refuse_unloaded, siblings_note
@@ -54,7 +55,8 @@ class PlannedLinear:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of a run. Sizes in bytes; `bits_per_weight` counts scales and covers only quantized linears."""
+    """The decisions of a run. Sizes in bytes; `bits_per_weight` counts scales and covers only quantized linears.
+    `own_code`: the model comes with code that the recipe lets run, and engines have to be told to."""
 
     model: Path
     structure: Structure
@@ -68,6 +70,7 @@ class Plan:
     estimate: Estimate
     engines: tuple[Verdict, ...]
     warnings: tuple[str, ...] = ()
+    own_code: bool = False
 
     @property
     def schemes(self) -> dict[str, tuple[int, Scheme]]:
@@ -180,6 +183,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         bits_per_weight=8 * stored / max(1, weights),
         estimate=estimate(recipe, structure, after, by_method, _passes(recipe)),
         engines=tuple(verdicts(quantized, attention, recipe.export.formats, kept, layers)) if recipe.export else (),
+        own_code=recipe.model.trust_remote_code and brings_code(model),
     )
 
 

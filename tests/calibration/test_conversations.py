@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow
 import pytest
 from pyarrow import parquet
+from tiny_models import BOS, EOS, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from quantcli.calibration.datasets import load_documents, load_texts
 from quantcli.errors import DataError
 from quantcli.pipeline.batches import calibration_tokens, texts_of
 from quantcli.recipe.data import CalibrationSection
-from tests.tiny_models import BOS, EOS, tiny_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system comes first') }}"
