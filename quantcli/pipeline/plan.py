@@ -148,6 +148,11 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         notes += siblings_note(recipe)
     if ranked is None and section.target:
         notes.append("After calibration the fewest linears that meet rollback.target are rolled back.")
+    if any(p.treatment is not None and _blind(p.treatment.weights) for p in planned):
+        notes.append(
+            "Scales are searched by the error of weights alone, which clips some that matter: add a calibration "
+            "section, or set weights.method: minmax."
+        )
     if section.last_linear is False and structure.head is not None and structure.tied:
         notes.append("The output head is tied to the embedding and stays in float.")
     if recipe.calibration is not None and not reads_calibration(recipe):
@@ -376,6 +381,11 @@ def _treatments(
 def _settled(weights: WeightsSection, calibrated: bool) -> WeightsSection:
     """With the importance that `auto` stands for."""
     return weights.model_copy(update={"importance": "second_moment" if weights.weighed(calibrated) else "none"})
+
+
+def _blind(weights: WeightsSection) -> bool:
+    """Whether few bits are searched without knowing the inputs, where the plain range measured better."""
+    return weights.method == "mse" and weights.importance == "none" and weights.type == "int" and weights.bits < 8
 
 
 _MODES = {"tensor": "static", "token": "dynamic", "mix": "mix"}
