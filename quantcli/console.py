@@ -164,19 +164,21 @@ def show_result(result: RunResult) -> None:
     console.print(f"Report: {result.path / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
     loading = {verdict.engine for verdict in result.plan.engines if verdict.loads}
     for export in result.to_json()["exports"]:
-        if command := _serving_command(export, loading):
+        if command := _serving_command(export, loading, result.plan.own_code):
             console.print(f"Serve it: {command}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _serving_command(export: str, loading: Collection[str]) -> str:
-    """What serves an export; empty where no such command is known, or its engine is not among those that load it."""
+def _serving_command(export: str, loading: Collection[str], own_code: bool) -> str:
+    """What serves an export, of a model that may run its own code; empty where no such command is known, or its engine
+    is not among those that load it."""
     form, place = Path(export).name, shlex.quote(export)
     if form == "gguf":
         return f"llama-server -m {shlex.quote(f'{export}/model.gguf')}"
+    trust = " --trust-remote-code" * own_code
     if form == "ascend":
-        return f"vllm serve {place} --quantization ascend"
+        return f"vllm serve {place} --quantization ascend{trust}"
     serves = form not in ("mindie", "numpy") and any(engine.startswith("vLLM on") for engine in loading)
-    return f"vllm serve {place}" if serves else ""
+    return f"vllm serve {place}{trust}" if serves else ""
 
 
 def show_plan(plan: Plan, *, verbose: bool) -> None:

@@ -102,14 +102,19 @@ class Export:
     def split(self) -> set[str]:
         return {linear.name for linear in self.structure.matrices() if linear.splits_input}
 
+    @property
+    def transposed(self) -> set[str]:
+        return {linear.name for linear in self.structure.matrices() if linear.transposed}
+
     def reader(self) -> QuantizedCheckpoint:
         return QuantizedCheckpoint(self.folder, self.linears, self.source.weights)
 
     def verify(self) -> Verified:
         source = self.source
         return verify_checkpoint(
-            self.folder, self.store, source.checkpoint, source.weights, source.cast, self.form, source.tied, self.split
-        )
+            self.folder, self.store, source.checkpoint, source.weights, source.cast, self.form, source.tied, self.split,
+            self.transposed,
+        )  # fmt: skip
 
     def write(self, folder: Path) -> list[Path]:
         """Export once more, elsewhere; the files in the order in which they were finished."""

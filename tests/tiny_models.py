@@ -6,6 +6,7 @@ FAMILIES       names that `save_tiny_model` and `tiny_config` know
 tiny_config    the transformers configuration of a family; keyword arguments override its keys
 save_tiny_model  a model directory (safetensors, config.json and, if asked for, a tokenizer)
 tiny_tokenizer   a byte-level BPE tokenizer of at most 512 tokens, made for `VOCABULARY`
+save_seeing_model  a model of text and images
 token_batches    random token ids of several lengths
 
 Two decoder blocks (Gemma 3 has four, DeepSeek three, so that both kinds of block occur), hidden size 64, intermediate
@@ -165,6 +166,27 @@ def save_tiny_model(
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     if with_tokenizer:
         tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def save_seeing_model(directory: Path, kind: str = "gemma3") -> Path:
+    """A random model of text and images in `directory`: Gemma 3, or `mistral3`, with a tied head, and a tokenizer."""
+    seed = torch.random.get_rng_state()
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+              "image_size": 28, "patch_size": 14}  # fmt: skip
+    if kind == "gemma3":
+        text = {**_COMMON, **FAMILIES["gemma3"][1]}
+        config = transformers.Gemma3Config(
+            text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=510
+        )
+    else:
+        text, pixtral = {**_COMMON, "model_type": "mistral"}, {**vision, "model_type": "pixtral"}
+        config = transformers.Mistral3Config(text_config=text, vision_config=pixtral, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    torch.random.set_rng_state(seed)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
     return directory
 
 

@@ -11,70 +11,99 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quantcli.calibration.builtin_text import builtin_documents
+from quantcli.calibration.conversations import CONVERSATION_FIELDS, Turn, rendered, turns_of
 from quantcli.errors import DataError, first_line
 from quantcli.model.hub import hub_asked
 
-DEFAULT_FIELDS = ("text", "prompt", "inputs_pretokenized", "content")
+DEFAULT_FIELDS = ("text", "prompt", "inputs_pretokenized", "content", *CONVERSATION_FIELDS)
 PROMPT_FIELDS = ("prompt", "inputs_pretokenized")
 """Columns whose rows are prompts, complete by themselves; rows of other columns may be pieces of one text."""
 
 
 class Document(NamedTuple):
-    """One document of a data set: its text, its place in the words of a message, and whether it is one prompt."""
+    """One document of a data set: its text, its place in the words of a message, and whether it is one prompt.
+
+    A conversation has turns; its text is empty until a tokenizer's template has made it, with special tokens of its
+    own.
+    """
 
     text: str
     place: str
     prompt: bool = False
+    turns: tuple[Turn, ...] = ()
 
 
 Loader = Callable[[Path | None, str | None, str], list[Document]]
 
 
-def load_texts(dataset: str, *, path: Path | None = None, field: str | None = None, split: str = "train") -> list[str]:
+def load_texts(
+    dataset: str,
+    *,
+    path: Path | None = None,
+    field: str | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    tokenizer: Any = None,
+) -> list[str]:
     """The texts of load_documents, with its arguments and errors."""
-    return [document.text for document in load_documents(dataset, path=path, field=field, split=split)]
+    found = load_documents(dataset, path=path, field=field, split=split, subset=subset, tokenizer=tokenizer)
+    return [document.text for document in found]
 
 
 def load_documents(
-    dataset: str, *, path: Path | None = None, field: str | None = None, split: str = "train"
+    dataset: str,
+    *,
+    path: Path | None = None,
+    field: str | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    tokenizer: Any = None,
 ) -> list[Document]:
     """The documents of a data set, in a fixed order, without those that are blank.
 
     Args:
         dataset: a key of DATASETS, or a hub name with a slash, which the `datasets` library reads.
-        path: local file or directory; required for text, jsonl and parquet, optional for wikitext2 and boolq, refused
-            otherwise.
-        field: the column that holds the text (jsonl, parquet, hub); by default the first of DEFAULT_FIELDS present,
-            in JSON lines the first that is not null in the row.
+        path: local file or directory; required for text, lines, jsonl and parquet, optional for wikitext2 and boolq,
+            refused otherwise.
+        field: the column that holds the text or the messages (jsonl, parquet, hub); by default the first of
+            DEFAULT_FIELDS present, in JSON lines the first that is not null in the row.
         split: for hub data sets, builtin (train, test: disjoint) and directories of wikitext2 and boolq; a file is
             read whole.
+        subset: of a hub data set that has several.
+        tokenizer: a transformers tokenizer, whose template makes text of conversations; without it their text is empty.
 
     Raises:
-        DataError: the name is unknown, an option does not apply, the data is missing, unreadable or empty, or a prompt
-            is blank.
+        DataError: the name is unknown, an option does not apply, the data is missing, unreadable or empty, a prompt is
+            blank, or a conversation is none that the template takes.
     """
     if "/" in dataset:
-        documents = _load_hub(dataset, path, field, split)
+        documents = _load_hub(dataset, path, field, split, subset)
     elif dataset in DATASETS:
         documents = DATASETS[dataset](path, field, split)
     else:
         raise _unknown(dataset)
+    if tokenizer is not None:
+        documents = [
+            each._replace(text=rendered(each.turns, tokenizer, each.place)) if each.turns else each
+            for each in documents
+        ]
     for document in documents:
-        if document.prompt and not document.text.strip():
+        _require_characters(document)
+        if document.prompt and not document.text.strip() and not document.turns:
             raise DataError(f"{document.place}: the prompt is empty.", "Fill it, or remove the row.")
-    documents = [document for document in documents if document.text.strip()]
+    documents = [document for document in documents if document.text.strip() or document.turns]
     if not documents:
         raise DataError(f"The data set {dataset}{_at(path)} holds no text.", "Choose data that holds text.")
     return documents
 
 
-def data_fingerprint(dataset: str, path: Path | None, field: str | None, split: str) -> str:
+def data_fingerprint(dataset: str, path: Path | None, field: str | None, split: str, subset: str | None = None) -> str:
     """SHA-256, in hexadecimal, of what decides the text that load_texts returns for the same arguments.
 
-    That is the contents of local files (not their place), the built-in text itself, or a hub data set's name and split;
-    a hub data set that changes under its name is not noticed.
+    That is the contents of local files (not their place), the built-in text itself, or a hub data set's name, subset
+    and split; a hub data set that changes under its name is not noticed.
     """
-    digest = hashlib.sha256(json.dumps([dataset, field]).encode())
+    digest = hashlib.sha256(json.dumps([dataset, field, *([] if subset is None else [subset])]).encode())
     if "/" in dataset or (dataset in ("wikitext2", "boolq") and path is None):
         digest.update(b"split " + split.encode())
     elif dataset == "builtin":
@@ -172,6 +201,17 @@ def _load_text(path: Path | None, field: str | None, split: str) -> list[Documen
     return [Document(_read_text(file), str(file)) for file in _files(path, "text")]
 
 
+def _load_lines(path: Path | None, field: str | None, split: str) -> list[Document]:
+    """One prompt a line."""
+    _refuse_field(field, "lines")
+    return [
+        Document(line, f"{file}:{number}", prompt=True)
+        for file in _files(path, "lines")
+        for number, line in enumerate(_read_text(file).split("\n"), start=1)
+        if line.strip()
+    ]
+
+
 def _load_jsonl(path: Path | None, field: str | None, split: str) -> list[Document]:
     documents = []
     for file in _files(path, "jsonl"):
@@ -187,13 +227,13 @@ def _load_parquet(path: Path | None, field: str | None, split: str) -> list[Docu
     return [document for file in _files(path, "parquet") for document in _parquet_documents(file, field)]
 
 
-def _load_hub(name: str, path: Path | None, field: str | None, split: str) -> list[Document]:
+def _load_hub(name: str, path: Path | None, field: str | None, split: str, subset: str | None) -> list[Document]:
     if path is not None:
         raise DataError(
             f"The hub data set {name} takes no path, but got {path}.",
-            "Drop path, or set dataset to the file's kind: text, jsonl or parquet.",
+            "Drop path, or set dataset to the file's kind: text, lines, jsonl or parquet.",
         )
-    return _hub_documents(_hub_table(name, None, split), field, name)
+    return _hub_documents(_hub_table(name, subset, split), field, name)
 
 
 DATASETS: dict[str, Loader] = {
@@ -201,11 +241,18 @@ DATASETS: dict[str, Loader] = {
     "wikitext2": _load_wikitext2,
     "boolq": _load_boolq,
     "text": _load_text,
+    "lines": _load_lines,
     "jsonl": _load_jsonl,
     "parquet": _load_parquet,
 }
 
-_SUFFIXES = {"text": (".txt", ".md"), "jsonl": (".jsonl",), "parquet": (".parquet",), "boolq": (".jsonl",)}
+_SUFFIXES = {
+    "text": (".txt", ".md"),
+    "lines": (".txt",),
+    "jsonl": (".jsonl",),
+    "parquet": (".parquet",),
+    "boolq": (".jsonl",),
+}
 # Names of a split in file names; the last is the hub's.
 _SPLITS = dict.fromkeys(("valid", "dev", "validation"), ("valid", "dev", "validation"))
 
@@ -297,19 +344,32 @@ def _read_text(file: Path) -> str:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The objects of a file of JSON lines, each with its place."""
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{file}:{number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            raise DataError(f"{place}: no valid JSON: {reason}.", "Write one JSON object a line.") from error
+    """The objects of a file of JSON lines, or of one JSON list, each with its place. A text in the place of an object
+    is a prompt."""
+    text = _read_text(file)
+    if text.lstrip().startswith("["):
+        items = _parsed(text, str(file), "Write one JSON list, or one JSON object a line.")
+        numbered: Iterable[tuple[Any, str]] = [
+            (item, f"{file}, item {number}") for number, item in enumerate(items, start=1)
+        ]
+    else:
+        remedy = "Write one JSON object a line."
+        lines = ((line, f"{file}:{number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+        numbered = ((_parsed(line, place, remedy), place) for line, place in lines)
+    for row, place in numbered:
+        if isinstance(row, str):
+            row = {"prompt": row}
         if not isinstance(row, dict):
-            raise DataError(f"{place}: not a JSON object.", "Write one JSON object a line.")
+            raise DataError(f"{place}: not a JSON object, nor a text.", "Write one JSON object a line.")
         yield row, place
+
+
+def _parsed(text: str, place: str, remedy: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+        raise DataError(f"{place}: no valid JSON: {reason}.", remedy) from error
 
 
 def _parquet_documents(file: Path, field: str | None) -> list[Document]:
@@ -390,11 +450,25 @@ def _column_documents(values: Iterable[Any], column: str, place: str) -> list[Do
 
 
 def _document(value: Any, column: str, place: str) -> Document:
+    if isinstance(value, list):
+        return Document("", place, prompt=True, turns=turns_of(value, place))
     if not isinstance(value, str):
         raise DataError(
             f"{place}: the field holds {type(value).__name__}, not text.", "Set field to one that holds text."
         )
     return Document(value, place, prompt=column in PROMPT_FIELDS)
+
+
+def _require_characters(document: Document) -> None:
+    """Refuse a text with half of a surrogate pair, which JSON can say and UTF-8, and with it a tokenizer, cannot."""
+    try:
+        document.text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(document.text[error.start]):04x}"
+        raise DataError(
+            f"{document.place}: character {error.start + 1} of the text is {half}, which is half a character.",
+            "Mend the row, or remove it.",
+        ) from error
 
 
 def _refuse_field(field: str | None, dataset: str) -> None:

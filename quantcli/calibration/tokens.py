@@ -53,6 +53,7 @@ class Source:
         places: where each document stands, for messages; as many as texts, or none.
         packing: how documents become samples, as in tokenize.
         share: weight of the source among those of a mix; positive, on any scale.
+        special: whether the tokenizer adds its special tokens; texts of conversations have them.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Source:
     packing: Packing
     places: Sequence[str] = ()
     share: float = 1.0
+    special: bool = True
 
 
 def draw(
@@ -98,6 +100,7 @@ def draw(
             seed=seed,
             places=source.places,
             name=source.name,
+            special=source.special,
         )
         drawn.append(found)
         notes += found.notes
@@ -121,6 +124,7 @@ def tokenize(
     seed: int,
     places: Sequence[str] = (),
     name: str = "The calibration text",
+    special: bool = True,
 ) -> TokenSet:
     """Samples of at most `sequence_length` tokens, cut from documents.
 
@@ -134,6 +138,7 @@ def tokenize(
         tokenizer: a transformers tokenizer.
         places: where each text stands, for the notes; its number where there are none.
         name: what notes and errors call the texts.
+        special: whether the tokenizer adds its special tokens.
 
     Raises:
         DataError: the texts hold no token (packed: fewer than two).
@@ -144,10 +149,10 @@ def tokenize(
     filled = [text for text, _ in numbered]
     empty: list[int] = []
     if packing == "line":
-        chosen, documents_used, empty = _lines(tokenizer, filled, samples, sequence_length, seed)
+        chosen, documents_used, empty = _lines(tokenizer, filled, samples, sequence_length, seed, special)
         unit = "documents"
     else:
-        chosen, documents_used = _windows(tokenizer, filled, samples, sequence_length, seed)
+        chosen, documents_used = _windows(tokenizer, filled, samples, sequence_length, seed, special)
         unit = f"windows of {sequence_length} tokens"
     if not chosen:
         raise DataError(f"{name} is empty to this tokenizer.", "Choose a data set, field or file that holds text.")
@@ -197,9 +202,14 @@ def tokens_per_word(tokenizer: Any, text: str) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _windows(tokenizer: Any, texts: list[str], samples: int, length: int, seed: int) -> tuple[list[list[int]], int]:
+def _windows(
+    tokenizer: Any, texts: list[str], samples: int, length: int, seed: int, special: bool
+) -> tuple[list[list[int]], int]:
     joined = _SEPARATOR.join(texts)
-    encoded = _encode_start(tokenizer, joined, samples * length) if seed == 0 else _encode(tokenizer, joined)
+    if seed == 0:
+        encoded = _encode_start(tokenizer, joined, samples * length, special)
+    else:
+        encoded = _encode(tokenizer, joined, special)
     ids: list[int] = encoded.input_ids
     count = len(ids) // length
     if count == 0:
@@ -221,10 +231,10 @@ def _windows(tokenizer: Any, texts: list[str], samples: int, length: int, seed: 
 
 
 def _lines(
-    tokenizer: Any, texts: list[str], samples: int, length: int, seed: int
+    tokenizer: Any, texts: list[str], samples: int, length: int, seed: int, special: bool
 ) -> tuple[list[list[int]], int, list[int]]:
     """The samples, the number of texts used, and those that gave no token."""
-    special = set(tokenizer.all_special_ids)
+    idle = set(tokenizer.all_special_ids)
     order = list(range(len(texts)))
     if seed != 0:
         random.Random(seed).shuffle(order)
@@ -233,8 +243,8 @@ def _lines(
     for index in order:
         if len(chosen) == samples:
             break
-        ids: list[int] = _encode_start(tokenizer, texts[index], length).input_ids
-        if special.issuperset(ids):
+        ids: list[int] = _encode_start(tokenizer, texts[index], length, special).input_ids
+        if idle.issuperset(ids):
             empty.append(index)
         else:
             chosen.append(ids[:length])
@@ -267,12 +277,13 @@ def _doubts(samples: list[list[int]], sequence_length: int, evaluated_length: in
     return doubts
 
 
-def _encode(tokenizer: Any, text: str) -> Any:
-    """The tokenizer's encoding with its usual special tokens; without its warning, for the text is cut afterwards."""
-    return tokenizer(text, verbose=False)
+def _encode(tokenizer: Any, text: str, special: bool = True) -> Any:
+    """The tokenizer's encoding, with its usual special tokens or none; without its warning, for the text is cut
+    afterwards."""
+    return tokenizer(text, verbose=False, add_special_tokens=special)
 
 
-def _encode_start(tokenizer: Any, text: str, needed: int) -> Any:
+def _encode_start(tokenizer: Any, text: str, needed: int, special: bool = True) -> Any:
     """An encoding whose first `needed` tokens are those of the whole text, found without encoding a long rest.
 
     Tokenizers with a pre-tokenizer cut the text into pieces from left to right and encode each alone, so a cut of the
@@ -284,7 +295,7 @@ def _encode_start(tokenizer: Any, text: str, needed: int) -> Any:
         cut = text.rfind("\n", characters // 2, characters)
         if cut < 0:
             break
-        encoded = _encode(tokenizer, text[:cut])
+        encoded = _encode(tokenizer, text[:cut], special)
         pieces = encoded.word_ids()
         inner = [piece for piece in pieces[needed - 1 :] if piece is not None]
         if len(inner) > 1 and inner[-1] - inner[0] > 16:
@@ -292,7 +303,7 @@ def _encode_start(tokenizer: Any, text: str, needed: int) -> Any:
         if len(pieces) > needed + 64:  # enough tokens, but too few pieces: it does not split the text
             break
         characters *= 4
-    return _encode(tokenizer, text)
+    return _encode(tokenizer, text, special)
 
 
 def _characters(encoded: Any, start: int, stop: int, length: int) -> tuple[int, int]:

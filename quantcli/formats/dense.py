@@ -1,9 +1,9 @@
 """dense, the dequantized model as an ordinary float checkpoint, for any program that loads one (fake quantization).
 
-Of a linear X there is X.weight [out, in] in the model's dtype: (q − z)·s in float32, rounded once, as engines unpack
-weights. config.json says nothing of quantization, so any tool takes the checkpoint for a float one. What the weights
-went through stands in quantization.json, with what the checkpoint does not have: integer inputs of linears and
-quantized caches happen while a model runs, and no float weight can hold them.
+Of a linear X there is X.weight, [out, in] or transposed as the model stores it, in its dtype: (q − z)·s in float32,
+rounded once, as engines unpack weights. config.json says nothing of quantization, so any tool takes the checkpoint for
+a float one. What the weights went through stands in quantization.json, with what the checkpoint does not have: integer
+inputs of linears and quantized caches happen while a model runs, and no float weight can hold them.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ def left_out(schemes: Iterable[Scheme], attention: AttentionScheme | None) -> st
 
 def refusal(linear: Linear, scheme: Scheme) -> str:
     """Why this format cannot hold the linear under the scheme; empty when it can."""
-    return "writes weights as [out, in], and this model's are stored transposed (Conv1D)" if linear.transposed else ""
+    return ""
 
 
 def layout(linear: Linear, scheme: Scheme, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Tensors that stand for X.weight: suffix → (dtype, shape)."""
-    return {"weight": (dtype, (linear.out_features, linear.in_features))}
+    shape = linear.out_features, linear.in_features
+    return {"weight": (dtype, shape[::-1] if linear.transposed else shape)}
 
 
 def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, linear: Linear) -> dict[str, Tensor]:
@@ -60,7 +61,8 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
 
     from quantcli.quant.grid import dequantize
 
-    return {"weight": dequantize(stored.weight, getattr(torch, dtype))}
+    weight = dequantize(stored.weight, getattr(torch, dtype))
+    return {"weight": weight.t().contiguous() if linear.transposed else weight}
 
 
 def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:

@@ -59,13 +59,15 @@ def verify_checkpoint(
     form: str = "compressed-tensors",
     tied: Mapping[str, str] | None = None,
     split: Collection[str] = (),
+    transposed: Collection[str] = (),
 ) -> Verified:
     """Check that the checkpoint holds the store's codes and scales exactly, and the float model's other tensors.
 
     Every linear of the store is quantized and nothing else is; no scale is zero or not finite; the JSON files say what
     the tensors are, and of the model what the float one's say. Other files beside the weights are not looked at. `tied`
     maps a head that is tied and not in the float checkpoint to its embedding; `split` are linears that engines split
-    along their input. Raises VerificationError with the module and the difference.
+    along their input, `transposed` those whose weights the model stores as [in, out]. Raises VerificationError with the
+    module and the difference.
     """
     if form == "gguf":
         nbytes = verify_gguf.check_gguf(folder, store, source, weights, cast)
@@ -112,7 +114,8 @@ def verify_checkpoint(
         for module in store.schemes:
             parts = by_prefix.get(weights[module].removesuffix(".weight"), {})
             bias = parts.pop("bias", None)
-            jobs.append(workers.submit(_check_module, module, checkpoint, parts, store, form, bias, module in split))
+            how = (module in split, module in transposed)
+            jobs.append(workers.submit(_check_module, module, checkpoint, parts, store, form, bias, *how))
             for name in parts.values():
                 del left[name]
         try:
@@ -188,6 +191,7 @@ def _check_module(
     form: str,
     bias: str | None,
     split: bool,
+    transposed: bool,
 ) -> None:
     with _damage():
         tensors = checkpoint.read(parts.values())
@@ -196,6 +200,7 @@ def _check_module(
     stored, scheme = store.read(module), store.schemes[module]
     if form == "dense":
         _usable(module, "its scale", stored.weight.scale)
+        found = {k: t.t() if transposed and k == "weight" else t for k, t in found.items()}
     if form in verify_ascend.FORMS:
         wanted = verify_ascend.expected_linear(stored, scheme, store.dtype, bias_value, split)
         if form == "numpy":  # which has no bfloat16

@@ -179,7 +179,8 @@ def _weight_files(directory: Path) -> list[Path]:
     pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
     if pickled:
         raise ModelError(f"{directory} holds pickled weights ({pickled[0]}), which can run code when they are read.",
-                         "Save the model with save_pretrained, which writes safetensors, and use that.")  # fmt: skip
+                         "Save the model with save_pretrained, which writes safetensors, and use that "
+                         "(docs/troubleshooting.md shows how).")  # fmt: skip
     raise ModelError(f"{directory} holds no safetensors weights.", f"Expected {SINGLE_NAME} or {INDEX_NAME}.")
 
 

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from quantcli.errors import ModelError
 from quantcli.model.structure import Structure
 
+TEXT_ALONE = "Save its text model alone, as docs/troubleshooting.md shows, and quantize that."
+"""What to do with a model of several parts."""
+
 
 @dataclass
 class ParameterSource:
@@ -90,6 +93,8 @@ def map_parameters(model: nn.Module, checkpoint_names: Iterable[str]) -> tuple[d
         sources |= dict.fromkeys(source.targets, source)
     _share_tied(model, sources)
     missing = [name for name in state if name not in sources]
+    if missing and any("language_model" in name.split(".")[:2] for name in unused):
+        raise ModelError("the checkpoint holds a model of text and images, whose text model is one part.", TEXT_ALONE)
     if missing:
         raise ModelError(f"the checkpoint lacks {missing[0]} ({len(missing)} of {len(state)} parameters are missing).",
                          "It belongs to another architecture, or is incomplete.")  # fmt: skip

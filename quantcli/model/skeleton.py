@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json, stored_dtype
-from quantcli.model.names import map_parameters
+from quantcli.model.names import TEXT_ALONE, map_parameters
 from quantcli.model.rotation import untied as untied_structure
 from quantcli.model.structure import Structure
 from quantcli.model.untrusted import check_texts
@@ -148,7 +148,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
 
     path = directory / "config.json"
     if not path.is_file():
-        raise ModelError(f"{directory} holds no config.json.", "model.path must be a Hugging Face model directory.")
+        raise _no_model(directory)
     check_texts(directory)
     content = read_json(path)
     try:
@@ -170,12 +170,26 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
             declared, config = getattr(config, "dtype", None), config.get_text_config(decoder=True)
             if getattr(config, "dtype", None) is None:
                 config.dtype = declared
+        several = config.get_text_config(decoder=True) is not config and not hasattr(config, "vocab_size")
     except Exception as error:  # likewise
         raise ModelError(f"{path}: {_one_line(error)}.", "Check that value, or download the file again.") from error
+    if several:
+        what = "is of text and images, and its text model is one part"
+        raise ModelError(f"{path}: model_type {config.model_type!r} {what}.", TEXT_ALONE)
     check_size(path, config)
     if _declared(config) is None and (stored := stored_dtype(directory)) is not None:
         config.dtype = DTYPES[stored]
     return config
+
+
+def _no_model(directory: Path) -> ModelError:
+    """What a directory without config.json is in the place of a model."""
+    if (directory / "adapter_config.json").is_file():
+        remedy = "Merge it into its model (peft's merge_and_unload), save that by save_pretrained, and use it."
+        return ModelError(f"{directory} is an adapter, not a model.", remedy)
+    inside = sorted(file.parent for file in directory.glob("snapshots/*/config.json"))  # a folder of the hub's cache
+    remedy = f"The model is {inside[-1]}." if inside else "model.path must be a Hugging Face model directory."
+    return ModelError(f"{directory} holds no config.json.", remedy)
 
 
 def check_size(path: Path, config: Any) -> None:

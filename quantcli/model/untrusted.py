@@ -76,6 +76,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def brings_code(directory: Path) -> bool:
+    """Whether a model's configuration, or its tokenizer's, names Python code that lies beside it."""
+    files = [directory / name for name in ("config.json", "tokenizer_config.json")]
+    return any("auto_map" in parse_object(read_regular(f, MAXIMUM_JSON_BYTES), str(f)) for f in files if f.is_file())
+
+
 def check_texts(directory: Path) -> None:
     """Raise ModelError for a file beside the weights that transformers may read whole and that is not regular or is
     larger than MAXIMUM_JSON_BYTES. Folders are left alone, and so are links to nothing."""

@@ -7,11 +7,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.errors import DataError
 from quantcli.recipe.data import CalibrationSection, MixSection, PerplexitySection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantcli.calibration.datasets import Document
     from quantcli.calibration.tokens import TokenSet
 
 _SourceSection = CalibrationSection | MixSection | PerplexitySection
@@ -43,15 +45,12 @@ def evaluation_batches(windows: Sequence[Sequence[int]]) -> list[Tensor]:
     return [torch.tensor([window]) for window in windows]
 
 
-def texts_of(section: CalibrationSection | PerplexitySection) -> list[str]:
-    """The documents that a section of a recipe names; those of a mix one source after the other, whatever its share."""
-    from quantcli.calibration.datasets import load_texts
+def texts_of(section: CalibrationSection | PerplexitySection, tokenizer: Any = None) -> list[str]:
+    """The documents that a section of a recipe names; those of a mix one source after the other, whatever its share.
 
-    return [
-        text
-        for source in _sources(section)
-        for text in load_texts(source.dataset, path=_path(source), field=source.field, split=source.split)
-    ]
+    `tokenizer` makes texts of conversations; without it they are empty.
+    """
+    return [document.text for source in _sources(section) for document in _documents(source, tokenizer)]
 
 
 def calibration_tokens(section: CalibrationSection, tokenizer: Any, evaluated_length: int | None = None) -> TokenSet:
@@ -64,19 +63,18 @@ def calibration_tokens(section: CalibrationSection, tokenizer: Any, evaluated_le
     Raises:
         DataError: a data set is missing, unreadable or holds no token.
     """
-    from quantcli.calibration.datasets import load_documents
     from quantcli.calibration.tokens import Source, draw
 
     sources = []
     for index, source in enumerate(_sources(section)):
-        documents = load_documents(source.dataset, path=_path(source), field=source.field, split=source.split)
+        documents = _documents(source, tokenizer)
         name, share, packing = "The calibration text", 1.0, section.packing
         if isinstance(source, MixSection):
             name, share = f"calibration.mix[{index}] ({source.path or source.dataset})", source.share
         if packing == "auto":
             packing = "line" if all(document.prompt for document in documents) else "packed"
         texts, places = [document.text for document in documents], [document.place for document in documents]
-        sources.append(Source(name, texts, packing, places, share))
+        sources.append(Source(name, texts, packing, places, share, special=not _conversations(documents)))
     return draw(
         tokenizer,
         sources,
@@ -92,12 +90,38 @@ def data_identity(section: CalibrationSection | PerplexitySection) -> dict[str, 
     from quantcli.calibration.datasets import data_fingerprint
 
     digests = [
-        data_fingerprint(source.dataset, _path(source), source.field, source.split) for source in _sources(section)
+        data_fingerprint(source.dataset, _path(source), source.field, source.split, source.subset)
+        for source in _sources(section)
     ]
     keys = section.model_dump(
         exclude={"path": True, "mix": {"__all__": {"path"}}, "expert_tokens": True, "route_all_experts": True}
     )
     return {**keys, "text": digests[0] if len(digests) == 1 else digests}
+
+
+def _documents(source: _SourceSection, tokenizer: Any) -> list[Document]:
+    from quantcli.calibration.datasets import load_documents
+
+    return load_documents(
+        source.dataset,
+        path=_path(source),
+        field=source.field,
+        split=source.split,
+        subset=source.subset,
+        tokenizer=tokenizer,
+    )
+
+
+def _conversations(documents: Sequence[Document]) -> bool:
+    """Whether these are conversations, whose texts hold all special tokens. Raises DataError if only some are."""
+    told = next((document for document in documents if document.turns), None)
+    plain = next((document for document in documents if not document.turns), None)
+    if told is not None and plain is not None:
+        raise DataError(
+            f"{told.place} is a conversation, and {plain.place} is text.",
+            "Set field to the one that is meant, or make two sources of them (calibration.mix).",
+        )
+    return told is not None
 
 
 def _sources(section: CalibrationSection | PerplexitySection) -> Sequence[_SourceSection]:

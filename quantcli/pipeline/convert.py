@@ -147,7 +147,8 @@ def _written(
     for _ in restricted(folder, files) if restrict_permissions and restricts(FORMATS[form]) else files:
         pass
     split = [name for name, linear in checkpoint.linears.items() if linear.splits_input]
-    found = verify_checkpoint(folder, store, read_as_float, weights, None, form, tied, split)
+    turned = [name for name, linear in checkpoint.linears.items() if linear.transposed]
+    found = verify_checkpoint(folder, store, read_as_float, weights, None, form, tied, split, turned)
     return found, check_prompt(folder, form, store, source, structure, trust_remote_code=trust_remote_code)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import Verdict, verdicts
 from quantcli.model.structure import Linear, Structure, heads_obstacles, rotation_obstacles
+from quantcli.model.untrusted import brings_code
 from quantcli.pipeline.estimate import Estimate, estimate
 from quantcli.pipeline.fused import refuse_split, rolled_back_along
 from quantcli.pipeline.held import (
@@ -61,7 +62,8 @@ class PlannedLinear:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions of a run. Sizes in bytes; `bits_per_weight` counts scales and covers only quantized linears."""
+    """The decisions of a run. Sizes in bytes; `bits_per_weight` counts scales and covers only quantized linears.
+    `own_code`: the model comes with code that the recipe lets run, and engines have to be told to."""
 
     model: Path
     structure: Structure
@@ -75,6 +77,7 @@ class Plan:
     estimate: Estimate
     engines: tuple[Verdict, ...]
     warnings: tuple[str, ...] = ()
+    own_code: bool = False
 
     @property
     def schemes(self) -> dict[str, tuple[int, Scheme]]:
@@ -154,6 +157,11 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         notes += siblings_note(recipe)
     if ranked is None and section.target:
         notes.append("After calibration the fewest linears that meet rollback.target are rolled back.")
+    if any(p.treatment is not None and _blind(p.treatment.weights) for p in planned):
+        notes.append(
+            "Scales are searched by the error of weights alone, which clips some that matter: add a calibration "
+            "section, or set weights.method: minmax."
+        )
     if section.last_linear is False and structure.head is not None and structure.tied:
         notes.append("The output head is tied to the embedding and stays in float.")
     if recipe.calibration is not None and not reads_calibration(recipe):
@@ -190,6 +198,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         bits_per_weight=8 * stored / max(1, weights),
         estimate=estimate(recipe, structure, after, by_method, _passes(recipe)),
         engines=tuple(verdicts(quantized, attention, formats, kept, layers, biases=bool(biases))),
+        own_code=recipe.model.trust_remote_code and brings_code(model),
     )
 
 
@@ -382,6 +391,11 @@ def _treatments(
 def _settled(weights: WeightsSection, calibrated: bool) -> WeightsSection:
     """With the importance that `auto` stands for."""
     return weights.model_copy(update={"importance": "second_moment" if weights.weighed(calibrated) else "none"})
+
+
+def _blind(weights: WeightsSection) -> bool:
+    """Whether few bits are searched without knowing the inputs, where the plain range measured better."""
+    return weights.method == "mse" and weights.importance == "none" and weights.type == "int" and weights.bits < 8
 
 
 _MODES = {"tensor": "static", "token": "dynamic", "mix": "mix"}

@@ -7,7 +7,7 @@ the float checkpoint, and the logits have to be the same, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +23,7 @@ from quantcli.model.folding import added_biases, unties
 from quantcli.model.names import checkpoint_prefix
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
-from quantcli.model.structure import Structure, biased
+from quantcli.model.structure import Linear, Structure, biased
 from quantcli.pipeline.stages import eval_ppl
 from quantcli.quant.grid import QuantizedWeight, dequantize
 
@@ -44,7 +44,7 @@ def check_prompt(
     linears = {linear.name: linear for linear in structure.matrices()}
     try:
         exported = QuantizedCheckpoint(folder, linears, source.weights)
-        stored = cast("QuantizedCheckpoint", _Stored(form, store, source))
+        stored = cast("QuantizedCheckpoint", _Stored(form, store, source, linears))
         phases: list[Phase] = ["prefill"]
         if any(scheme.activations == "mix" for scheme in stored.schemes.values()):
             phases.append("decode")
@@ -88,7 +88,7 @@ def _logits(read: QuantizedCheckpoint, source: Source, structure: Structure, pha
 class _Stored:
     """What a QuantizedCheckpoint gives, from the store and the float checkpoint, as an export of `form` holds it."""
 
-    def __init__(self, form: str, store: Store, source: Source) -> None:
+    def __init__(self, form: str, store: Store, source: Source, linears: Mapping[str, Linear]) -> None:
         floats = form == dense.NAME  # weights alone, and those dequantized
         self.form, self.store, self.source, self.dtype = form, store, source, store.dtype
         self.entries = source.checkpoint.entries
@@ -96,6 +96,7 @@ class _Stored:
         self.attention = None if floats else store.attention
         self.attention_modules = [] if floats else list(store.attention_modules)
         self.weights = {source.weights[module]: module for module in store.schemes}
+        self.transposed = {name for name, linear in linears.items() if linear.transposed}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self._weight(name) if name in self.weights else self.source.read(name) for name in names}
@@ -122,7 +123,9 @@ class _Stored:
         return {part: tensor for name, tensor in held.items() if tensor is not None and (part := names[name])}
 
     def _weight(self, name: str) -> Tensor:
-        return dequantize(self.read_linear(self.weights[name]).weight, getattr(torch, self.dtype))
+        module = self.weights[name]
+        weight = dequantize(self.read_linear(module).weight, getattr(torch, self.dtype))
+        return weight.t() if module in self.transposed else weight
 
 
 def _of_channels(zero_point: Tensor | None, count: int) -> Tensor | None:

@@ -14,9 +14,20 @@ from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.experts import few_tokens, solved_experts, weighed_experts
 from quantcli.pipeline.gates import Gate, Worst, judged, message_of, remove_reports, worst_linears, write_reports
-from quantcli.pipeline.plan import Plan
+from quantcli.pipeline.plan import Plan, match_names
 from quantcli.pipeline.rundir import room_errors
-from quantcli.pipeline.stages import allocate, calibrate, eval_ppl, eval_tasks, export, quantize, smooth, throughput
+from quantcli.pipeline.stages import (
+    allocate,
+    calibrate,
+    eval_ppl,
+    eval_tasks,
+    export,
+    quantize,
+    search,
+    sensitivity,
+    smooth,
+    throughput,
+)
 from quantcli.recipe.schema import Recipe
 
 
@@ -32,6 +43,7 @@ class RunResult:
     smoothing: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
     allocation: dict[str, Any] | None = None
+    rolled_back: dict[str, str] | None = None
     sizes: dict[str, Any] | None = None
     tasks: dict[str, Any] | None = None
     throughput: dict[str, Any] | None = None
@@ -55,6 +67,7 @@ class RunResult:
             "smoothing": self.smoothing,
             "experts": self.experts,
             "allocation": self.allocation,
+            "rolled_back": self.rolled_back,
             "sizes": self.sizes,
             "peak_memory": self.peak_memory,
         }
@@ -79,6 +92,7 @@ def run_result(context: Context) -> RunResult:
         smoothing=_found(context, smooth.STAGE.name, smooth.MANIFEST),
         experts=_experts(context),
         allocation=_allocation(context),
+        rolled_back=_rolled_back(context),
         sizes=_sizes(context),
         tasks=_found(context, eval_tasks.STAGE.name, eval_tasks.RESULTS),
         throughput=_found(context, throughput.STAGE.name, throughput.RESULTS),
@@ -139,6 +153,16 @@ def _allocation(context: Context) -> dict[str, Any] | None:
     found = _found(context, allocate.STAGE.name, allocate.RESULT)
     keys = ("target", "bits_per_weight", "size", "error", "linears")
     return None if found is None else {key: found[key] for key in keys}
+
+
+def _rolled_back(context: Context) -> dict[str, str] | None:
+    """Linears that were rolled back by their rank or by a search, and what went along with them → why; not those that
+    the recipe names."""
+    section, linears = context.recipe.quantize.rollback, context.plan.linears
+    if not {sensitivity.STAGE.name, search.STAGE.name} & context.results.keys():
+        return None
+    named = match_names(section.names, [each.linear.name for each in linears], "quantize.rollback.names")
+    return {p.linear.name: p.reason for p in linears if p.rolled_back and p.linear.name not in named}
 
 
 def _sizes(context: Context) -> dict[str, Any] | None:

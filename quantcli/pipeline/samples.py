@@ -43,7 +43,7 @@ def windows_of(section: PerplexitySection, tokenizer: Any) -> EvaluationText:
     from quantcli.evaluation.protocols import evaluation_windows
 
     return evaluation_windows(
-        texts_of(section),
+        texts_of(section, tokenizer),
         tokenizer,
         section.protocol,
         section.sequence_length,

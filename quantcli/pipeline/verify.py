@@ -75,7 +75,10 @@ def verify_export(
     check_strangers(folder, digests)
     check_sums(folder)
     split = [linear.name for linear in structure.matrices() if linear.splits_input]
-    found = verify_checkpoint(folder, store, source.checkpoint, source.weights, source.cast, form, source.tied, split)
+    turned = [linear.name for linear in structure.matrices() if linear.transposed]
+    found = verify_checkpoint(
+        folder, store, source.checkpoint, source.weights, source.cast, form, source.tied, split, turned
+    )
     score = check_prompt(folder, form, store, source, structure, trust_remote_code=trust_remote_code)
     return {**asdict(found), "prompt": score, "files": digests}
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from quantcli.recipe.fields import Count, Fraction, Length, Section, Text, refusal
 
-NAMED_DATASETS = ("builtin", "wikitext2", "boolq", "text", "jsonl", "parquet")
+NAMED_DATASETS = ("builtin", "wikitext2", "boolq", "text", "lines", "jsonl", "parquet")
 
 
 def _known_dataset(name: str) -> str:
@@ -19,7 +19,7 @@ def _known_dataset(name: str) -> str:
         "",
         f"{name!r} is no known dataset",
         f"Use one of {', '.join(NAMED_DATASETS)} or a hub name such as Salesforce/wikitext; "
-        "a local file goes in `path`, with dataset text, jsonl or parquet.",
+        "a local file goes in `path`, with dataset text, lines, jsonl or parquet.",
     )
 
 
@@ -27,21 +27,23 @@ Dataset = Annotated[Text, AfterValidator(_known_dataset)]
 
 
 def _check_source(section: CalibrationSection | MixSection | PerplexitySection, default_split: str) -> None:
-    """Refuse path, field and split where the dataset has no use for them."""
+    """Refuse path, field, split and subset where the dataset has no use for them."""
     dataset, on_hub = section.dataset, "/" in section.dataset
-    if section.path is None and dataset in ("text", "jsonl", "parquet"):
+    if section.path is None and dataset in ("text", "lines", "jsonl", "parquet"):
         raise refusal("path", f"is missing, and dataset {dataset} reads a local file", "Name the file.")
     if section.path is not None and (dataset == "builtin" or on_hub):
         raise refusal(
             "path",
             f"is a local file, but dataset {dataset} is {'on the hub' if on_hub else 'part of quantcli'}",
-            "Remove the path or use dataset text, jsonl or parquet.",
+            "Remove the path or use dataset text, lines, jsonl or parquet.",
         )
-    if section.field is not None and dataset in ("builtin", "wikitext2", "boolq", "text"):
+    if section.field is not None and dataset in ("builtin", "wikitext2", "boolq", "text", "lines"):
         raise refusal("field", f"names a column, and dataset {dataset} has none to choose", "Remove the key.")
     asks_hub = on_hub or (dataset in ("wikitext2", "boolq") and section.path is None)
     if section.split != default_split and not asks_hub:
         raise refusal("split", f"is for datasets on the hub; dataset {dataset} here has no splits", "Remove the key.")
+    if section.subset is not None and not on_hub:
+        raise refusal("subset", f"is for names on the hub, and dataset is {dataset}", "Remove the key.")
 
 
 class _CalibrationSource(Section):
@@ -49,15 +51,16 @@ class _CalibrationSource(Section):
 
     dataset: Dataset = Field(
         default="builtin",
-        description="builtin, wikitext2, boolq, text, jsonl, parquet, or a hub name such as Salesforce/wikitext.",
+        description="builtin, wikitext2, boolq, text, lines, jsonl, parquet, or a hub name (Salesforce/wikitext).",
     )
     path: Text | None = Field(
         default=None, description="Local file or directory; without it wikitext2 and boolq ask the hub."
     )
     field: Text | None = Field(
-        default=None, description="Column that holds the text, for jsonl, parquet and hub datasets."
+        default=None, description="Column that holds the text or the messages, for jsonl, parquet and hub datasets."
     )
     split: Text = Field(default="train", description="Split of a hub dataset.")
+    subset: Text | None = Field(default=None, description="Subset of a hub dataset that has several.")
 
 
 class MixSection(_CalibrationSource):
@@ -73,11 +76,14 @@ class MixSection(_CalibrationSource):
         return self
 
 
+_SOURCE_DEFAULTS = (("dataset", "builtin"), ("path", None), ("field", None), ("split", "train"), ("subset", None))
+
+
 class CalibrationSection(_CalibrationSource):
     """The text on which activations are observed."""
 
     mix: Annotated[tuple[MixSection, ...], Field(strict=False)] = Field(
-        default=(), description="Several sources in place of dataset, path, field and split."
+        default=(), description="Several sources in place of dataset, path, field, split and subset."
     )
     samples: Count = Field(default=64, description="Number of sequences.")
     sequence_length: Length = Field(default=512, description="Tokens in a sequence.")
@@ -103,7 +109,7 @@ class CalibrationSection(_CalibrationSource):
         if not self.mix:
             _check_source(self, "train")
             return self
-        for key, default in (("dataset", "builtin"), ("path", None), ("field", None), ("split", "train")):
+        for key, default in _SOURCE_DEFAULTS:
             if getattr(self, key) != default:
                 raise refusal(key, "is replaced by mix, which names its sources itself", "Move it into an item of mix.")
         named = [source.model_dump(exclude={"share"}) for source in self.mix]
@@ -118,13 +124,14 @@ class PerplexitySection(Section):
 
     dataset: Dataset = Field(
         default="builtin",
-        description="builtin, wikitext2, text, jsonl, parquet, or a hub name such as Salesforce/wikitext.",
+        description="builtin, wikitext2, text, lines, jsonl, parquet, or a hub name such as Salesforce/wikitext.",
     )
     path: Text | None = Field(default=None, description="Local file or directory; without it wikitext2 asks the hub.")
     field: Text | None = Field(
-        default=None, description="Column that holds the text, for jsonl, parquet and hub datasets."
+        default=None, description="Column that holds the text or the messages, for jsonl, parquet and hub datasets."
     )
     split: Text = Field(default="test", description="Split of a hub dataset.")
+    subset: Text | None = Field(default=None, description="Subset of a hub dataset that has several.")
     sequence_length: Length = Field(default=1024, description="Tokens in a window.")
     windows: Count | None = Field(default=40, description="At most this many windows; null takes the whole text.")
     protocol: Literal["standard", "golden-stick", "lm-eval"] = Field(

@@ -86,6 +86,11 @@ class Document:
         """Whether the value at `keys` was given by an option."""
         return any(keys[:end] in self.options for end in range(1, len(keys) + 1))
 
+    @property
+    def overridden(self) -> bool:
+        """Whether any value was given by --set."""
+        return any(option.startswith("--set") for option in self.options.values())
+
     def get(self, keys: Keys) -> Any:
         """The value at `keys`, or None."""
         value: Any = self.data

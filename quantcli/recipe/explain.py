@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -66,6 +67,8 @@ def recipe_error(error: ValidationError, document: Document) -> RecipeError:
         if details["type"] == "recipe" and details["ctx"]["key"]:
             keys = (*keys, *(int(part) if part.isdigit() else part for part in details["ctx"]["key"].split(".")))
         wrong, remedy = _explain(keys, details)  # type: ignore[arg-type]
+        if remedy.startswith("Remove it") and document.overridden and not document.from_command_line(keys):
+            remedy = remedy.replace("Remove it", f"Remove it{_unset(keys)}", 1)
         found.append(
             (
                 document.line(keys),
@@ -80,6 +83,20 @@ def recipe_error(error: ValidationError, document: Document) -> RecipeError:
     if len(found) > MAX_ERRORS:
         messages.append(f"... and {len(found) - MAX_ERRORS} more.")
     return RecipeError("\n".join(messages))
+
+
+def _unset(keys: Keys) -> str:
+    """How an option takes back a key that stands in the file: by its default, if it is a plain value of no list."""
+    if not all(isinstance(key, str) for key in keys):
+        return ""
+    section: type[BaseModel] = Recipe
+    for key in keys[:-1]:
+        kind = section.model_fields[str(key)].annotation
+        section = next(t for t in (*get_args(kind), kind) if isinstance(t, type) and issubclass(t, BaseModel))
+    default = section.model_fields[str(keys[-1])].get_default()
+    if default is not None and not isinstance(default, (str, int, float)):
+        return ""
+    return f" (--set {dotted(keys)}={default if isinstance(default, str) else json.dumps(default)})"
 
 
 def _explain(keys: Keys, details: dict[str, Any]) -> tuple[str, str]:

@@ -9,6 +9,9 @@ from typing import Any
 
 from quantcli.report.numbers import rate, size
 
+MOST_NAMES = 64
+"""Linears that are rolled back: so many are named, and the rest counted."""
+
 
 def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(label, value): what got which scheme, size and perplexity before and after, time, memory, files."""
@@ -18,6 +21,8 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     yield "schemes", ", ".join(f"{_count(n, 'linear')} {scheme}" for scheme, n in counts.items())
     if allocation := result.get("allocation"):
         yield "mixed bits", _allocated(allocation)
+    if found := result.get("rolled_back"):
+        yield "rolled back", _rolled_back(found)
     if smoothing := result.get("smoothing"):
         yield "smoothing", _smoothed(smoothing)
     if (experts := result.get("experts")) and experts["few"]:
@@ -61,6 +66,14 @@ def _allocated(found: Mapping[str, Any]) -> str:
     bound = f"{target['size']:g} GB" if "size" in target else f"{target['bits_per_weight']:g} bits"
     shared = ", ".join(f"{_count(count, 'linear')} {name}" for name, count in found["linears"].items())
     return f"{found['bits_per_weight']:.3f} bits a weight for at most {bound}: {shared}"
+
+
+def _rolled_back(found: Mapping[str, str]) -> str:
+    """Linears by name, each with what it was ranked by where that is known."""
+    ranks = {name: why.partition(", to ")[0].removeprefix("rolled back by ") for name, why in found.items()}
+    shown = [f"{name} ({rank})" if rank != found[name].partition(", to ")[0] else name for name, rank in ranks.items()]
+    more = len(shown) - MOST_NAMES
+    return ", ".join(shown[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _smoothed(found: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow
 import pytest
@@ -250,6 +251,72 @@ def test_options_that_do_not_apply_and_an_absent_hub_are_refused(arguments: dict
     with pytest.raises(DataError, match=message) as caught:
         load_texts(**arguments)  # type: ignore[arg-type]
     assert caught.value.remedy
+
+
+def test_every_line_of_a_file_of_lines_is_a_prompt(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_bytes("中国的首都在哪里？\r\n\r\n请做一首诗歌：\r\n".encode("utf-8-sig"))
+    (tmp_path / "a.txt").write_text("one\u2028line\n  \n two", encoding="utf-8")
+    found = load_documents("lines", path=tmp_path)
+    assert [document.text for document in found] == ["one\u2028line", " two", "中国的首都在哪里？", "请做一首诗歌："]
+    assert [document.place.rpartition("/")[2] for document in found] == ["a.txt:1", "a.txt:3", "b.txt:1", "b.txt:3"]
+    assert all(document.prompt for document in found)
+
+
+def test_a_json_list_is_read_like_lines_and_its_texts_are_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.json"  # as msModelSlim's calibration sets of large models
+    file.write_text(json.dumps(["中国的首都在哪里？", {"text": "a"}, {"prompt": "b"}], indent=2))
+    documents = load_documents("jsonl", path=file)
+    assert [(document.text, document.prompt) for document in documents] == [
+        ("中国的首都在哪里？", True),
+        ("a", False),
+        ("b", True),
+    ]
+    assert documents[1].place == f"{file}, item 2"
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('"one"\n"two"\n')
+    assert load_texts("jsonl", path=lines) == ["one", "two"]
+    for content, message in (
+        ("[1]", "item 1: not a JSON object"),
+        ('["a"', "no valid JSON"),
+        ("[" * 10**5, "no valid"),
+    ):
+        file.write_text(content)
+        with pytest.raises(DataError, match=message):
+            load_texts("jsonl", path=file)
+
+
+@pytest.mark.parametrize("dataset", ["jsonl", "boolq"])
+def test_half_a_character_is_an_error_that_names_its_line(tmp_path: Path, dataset: str) -> None:
+    file = tmp_path / "data.jsonl"
+    file.write_text(
+        '{"text": "a", "question": "q", "passage": "p"}\n{"text": "a\\ud83d", "question": "q\\ud83d", "passage": ""}'
+    )
+    if dataset == "boolq":
+        file.write_text(file.read_text().replace('"passage": ""', '"passage": "p"'))
+    with pytest.raises(DataError, match=r"data.jsonl:2: character \d+ of the text is \\ud83d"):
+        load_texts(dataset, path=file)
+    file.write_text('{"text": "\\ud83d\\ude00"}')
+    assert load_texts("jsonl", path=file) == ["\U0001f600"]
+
+
+def test_a_subset_of_a_hub_data_set_is_asked_for_and_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Table(dict[str, list[str]]):
+        column_names = ("text",)
+
+    def load_dataset(name: str, config: str | None, *, split: str) -> Table:
+        asked.append((name, config, split))
+        return Table(text=["a"])
+
+    library = ModuleType("datasets")
+    library.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    assert load_texts("owner/name", split="validation", subset="en") == ["a"]
+    assert load_texts("owner/name") == ["a"]
+    assert asked == [("owner/name", "en", "validation"), ("owner/name", None, "train")]
+    prints = {data_fingerprint("owner/name", None, None, "train", subset) for subset in (None, "en", "de")}
+    assert len(prints) == 3
 
 
 def test_missing_column_and_column_of_numbers_are_refused(tmp_path: Path) -> None:

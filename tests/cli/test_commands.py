@@ -505,3 +505,20 @@ def test_no_command_serves_what_no_engine_loads(quantcli: Any, recipe_file: Reci
     )  # fmt: skip
     assert three.status == 0
     assert "Serve it" not in three.out
+
+
+def test_a_model_that_runs_its_own_code_is_served_with_leave_to(quantcli: Any, tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own_llama", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'own_llama'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    run = ("run", "w8a16", "--model", model, "--set", "evaluate=null", "--set", "model.trust_remote_code=true")
+    found = quantcli(*run, "--output", tmp_path / "out")
+    place = tmp_path / "out" / "export" / "compressed-tensors"
+    assert f"Serve it: vllm serve {place} --trust-remote-code" in found.out.splitlines()
+    assert (place / "own.py").read_text() == (model / "own.py").read_text()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from doc_blocks import MODEL
-from tiny_models import save_tiny_model
+from safetensors.torch import load_file
+from tiny_models import save_seeing_model, save_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -16,12 +19,26 @@ def example_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model("llama", tmp_path_factory.mktemp("example") / "model", with_tokenizer=True)
 
 
+@pytest.fixture(scope="session")
+def other_models(example_model: Path) -> dict[str, Path]:
+    """Models that have to be saved anew before they are quantized, by the names that examples give them."""
+    seeing = save_seeing_model(example_model.parent / "seeing")
+    pickled = shutil.copytree(example_model, example_model.parent / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    return {"gemma-3-4b-it": seeing, "old-model": pickled}
+
+
 @pytest.fixture
-def examples(example_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def examples(
+    example_model: Path, other_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
     """An empty directory, made the current one, with the files that examples name; a tiny model stands for theirs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(example_model.parent / "cache"))
     (tmp_path / MODEL).symlink_to(example_model)
+    for name, model in other_models.items():
+        (tmp_path / name).symlink_to(model)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / f"{MODEL}.gguf").symlink_to(example_model)
     sentence = "The river came down from the hills in the spring and carried the winter with it.\n"

@@ -4,6 +4,7 @@ evaluation of the packed export computes."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,29 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_exports import SCHEMES, WEIGHT_ONLY, Export, export_tiny, flip_bit
 from tiny_models import save_tiny_model, token_batches
+from transformers import AutoTokenizer
 
+import quantcli
 from quantcli.errors import ModelError, RecipeError, VerificationError
 from quantcli.formats import dense
 from quantcli.formats.engines import verdicts
 from quantcli.formats.export import export_checkpoint
+from quantcli.formats.store import Store
+from quantcli.formats.verify import verify_checkpoint
+from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.discovery import discover
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.inspect import inspect_path
 from quantcli.pipeline.plan import make_plan
+from quantcli.pipeline.samples import windows_of
 from quantcli.pipeline.verify import verify_path
 from quantcli.quant.grid import dequantize
 from quantcli.quant.scheme import AttentionScheme
+from quantcli.recipe.data import PerplexitySection
 from quantcli.recipe.schema import Recipe
 
 Exported = Callable[..., Export]
@@ -52,6 +60,40 @@ def evaluated(made: Export) -> torch.Tensor:
             hidden = stream.run(index, 0, hidden)
     with stream.head():
         return torch.cat([logits for _, logits in stream.logits(hidden)], 1)
+
+
+@pytest.mark.parametrize("smooth", [None, {"method": "smoothquant"}], ids=str)
+def test_linears_that_are_stored_transposed_are_written_so(tmp_path: Path, smooth: dict[str, Any] | None) -> None:
+    """GPT-2, whose weights [in, out] no other format holds: transformers computes what was measured."""
+    model = save_tiny_model("gpt2", tmp_path / "model", with_tokenizer=True)
+    recipe = {
+        "model": {"path": str(model), "sanity_check": "off"},
+        "calibration": {"samples": 8, "sequence_length": 32},
+        "smooth": smooth,
+        "quantize": {"weights": {"bits": 4, "granularity": "group", "group_size": 32, "method": "gptq"}},
+        "export": {"formats": ["dense"]},
+        "evaluate": {"perplexity": {"sequence_length": 32, "windows": 3}, "generate": None},
+        "output": str(tmp_path / "run"),
+    }
+    outcome = quantcli.run(recipe)
+    folder, store = tmp_path / "run" / "export" / "dense", Store(tmp_path / "run" / "quantize")
+    stored = load_file(folder / "model.safetensors")
+    square, wide = "transformer.h.1.attn.c_proj", "transformer.h.0.mlp.c_fc"
+    for name in (square, wide):
+        assert torch.equal(stored[f"{name}.weight"].t(), dequantize(store.read(name).weight, torch.float32))
+    assert stored[f"{wide}.weight"].shape == (64, 256)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    text = windows_of(PerplexitySection(sequence_length=32, windows=3), AutoTokenizer.from_pretrained(folder))
+    with torch.inference_mode():
+        losses = [loaded(ids, labels=ids).loss for ids in torch.tensor(text.windows)[:, None]]
+    assert math.isclose(math.exp(sum(losses) / 3), outcome.perplexity["quantized"]["value"], rel_tol=1e-5)
+    if smooth is None:  # the square one, whose shape does not tell, laid the other way round
+        save_file(
+            stored | {f"{square}.weight": stored[f"{square}.weight"].t().contiguous()}, folder / "model.safetensors"
+        )
+        weights = {name: f"{name}.weight" for name in store.schemes}
+        with pytest.raises(VerificationError, match=square):
+            verify_checkpoint(folder, store, Checkpoint(model), weights, None, "dense", transposed=set(weights))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_config
+from tiny_models import FAMILIES, save_seeing_model, tiny_config
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from quantcli.errors import ModelError
 from quantcli.model.discovery import discover
+from quantcli.model.skeleton import Skeleton
 from quantcli.model.structure import Block, Structure
 from quantcli.model.structure_cache import find_structure
 
@@ -330,6 +331,28 @@ def test_unusable_configurations(content: str | None, message: str, remedy: str,
     with pytest.raises(ModelError, match=message) as caught:
         find_structure(tmp_path)
     assert remedy in caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_a_model_of_text_and_images_is_told_from_a_damaged_one(tmp_path: Path, kind: str) -> None:
+    model = save_seeing_model(tmp_path / "model", kind)
+    with pytest.raises(ModelError, match="of text and images") as caught:
+        Skeleton(model, find_structure(model))
+    assert "Save its text model alone" in caught.value.remedy
+
+
+def test_what_is_no_model_is_called_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="lora is an adapter, not a model") as caught:
+        find_structure(tmp_path / "lora")
+    assert "merge_and_unload" in caught.value.remedy
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0a1b"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"holds no config\.json") as caught:
+        find_structure(tmp_path / "models--org--name")
+    assert str(snapshot) in caught.value.remedy
 
 
 def test_code_from_the_checkpoint_is_not_run(tmp_path: Path) -> None:

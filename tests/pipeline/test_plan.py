@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from tiny_models import save_tiny_model, tiny_config
 
+import quantcli
 from quantcli.errors import ModelError, RecipeError
 from quantcli.model.structure import Block, Experts, Linear, SharedInput, Structure
 from quantcli.pipeline.estimate import BASE_MEMORY, Estimate
@@ -601,3 +602,22 @@ def test_discovered_siblings_are_those_of_the_engines(tmp_path: Path) -> None:
     structure = discover(save_tiny_model("qwen2", tmp_path / "model"))
     plan = planned(structure, **TOKEN, rollback={"names": ["*.0.*.v_proj"]})
     assert kept(plan) == {f"0.self_attn.{short}" for short in ATTENTION}
+
+
+@pytest.mark.parametrize(
+    ("weights", "calibration", "noted"),
+    [
+        ({"bits": 4, "method": "mse"}, None, True),
+        ({"bits": 4, "method": "mse", "importance": "none"}, {}, True),
+        ({"bits": 4, "method": "mse"}, {}, False),
+        ({"bits": 8, "method": "mse"}, None, False),
+        ({"bits": 8, "type": "float", "method": "mse"}, None, False),
+        ({"bits": 4, "method": "minmax"}, None, False),
+    ],
+)
+def test_a_search_of_few_bits_without_inputs_is_noted(
+    tiny_llama: Path, weights: dict[str, Any], calibration: dict[str, Any] | None, noted: bool
+) -> None:
+    recipe = {"model": {"path": str(tiny_llama)}, "calibration": calibration, "quantize": {"weights": weights}}
+    found = quantcli.plan({**recipe, "output": "out"}).notes
+    assert any("by the error of weights alone" in note for note in found) == noted

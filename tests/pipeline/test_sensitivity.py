@@ -152,8 +152,11 @@ def test_siblings_go_along_and_are_noted(ranked: Recipe, recipe: Recipe, metric:
     chosen = set(ranking[:level])
     along = next(group for group in groups if ranking[level - 1] in group) - chosen
     assert along
-    plan = quantcli.run_stage("quantize", changed(recipe, quantize__rollback={"level": level, "metric": metric})).plan
+    recipe = changed(recipe, quantize__rollback={"level": level, "metric": metric})
+    result = quantcli.run_stage("quantize", recipe)
+    plan = result.plan
     assert {name for name in plan.kept if name != "lm_head"} == chosen | along
+    assert result.to_json()["rolled_back"] == {name: plan.kept[name] for name in plan.kept if name != "lm_head"}
     last = ranking[level - 1].rpartition(".")[2]
     assert {plan.kept[name] for name in along} == {f"fused with {last} in serving engines"}
     note = f"{len(along)} linears are rolled back because engines fuse them with one that is."

@@ -99,7 +99,7 @@ def recipe(model_of: Callable[[str], Path], prose: Path, tmp_path: Path) -> Call
             "evaluate": {"perplexity": {**text, "sequence_length": 32, "windows": 4}},
             "output": str(tmp_path / "run"),
         }
-        if family == "gpt2":  # whose linears are transposed, which no format holds
+        if family == "gpt2":  # whose linears are transposed, which of the formats dense alone holds
             whole |= {"export": None, "evaluate": None}
         return changed(whole, **values)
 

@@ -604,3 +604,32 @@ def test_recipes_need_no_torch() -> None:
     root = str(Path(__file__).parents[2])
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "unset"),
+    [
+        ("w4a16", "quantize.weights.granularity=channel", "quantize.weights.group_size=null"),
+        ("w8a8", "quantize.activations.method=histogram", "quantize.activations.aggregation=max"),
+        ("w4a16-awq", "smooth.method=rotate", "smooth.folds=null"),
+    ],
+)
+def test_a_key_of_the_file_that_an_option_made_useless_is_taken_back_by_another(
+    recipe: str, override: str, unset: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, [override], model="org/name", output="out")
+    assert f"Remove it (--set {unset})" in caught.value.remedy
+    taken_back = [override, unset]
+    if recipe == "w4a16-awq":
+        with pytest.raises(RecipeError, match=r"smooth\.search_tokens") as caught:
+            load_recipe(recipe, taken_back, model="org/name", output="out")
+        taken_back.append(caught.value.remedy.split("--set ")[1].split(")")[0])
+    load_recipe(recipe, taken_back, model="org/name", output="out")
+
+
+def test_a_key_in_a_file_alone_is_simply_removed(tmp_path: Path) -> None:
+    text = MINIMAL.replace("quantize: {}", "quantize: {weights: {group_size: 64}}")
+    assert refused(tmp_path, text).endswith("Remove it.")
+    item = MINIMAL.replace("{}", "{overrides: [{match: a, weights: {group_size: 64}}]}")
+    assert "--set" not in refused(tmp_path, item, "quantize.weights.bits=4")

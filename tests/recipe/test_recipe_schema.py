@@ -140,7 +140,7 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
         (
             [("seed: 0", "mix:\n- weird: 1")],
             "r.yaml:12: calibration.mix[0].weird: unknown key",
-            "Keys of calibration.mix: dataset, path, field, split, share.",
+            "Keys of calibration.mix: dataset, path, field, split, subset, share.",
         ),
         (
             [("seed: 0", "mix:\n- share: 1\n- dataset: builtin")],

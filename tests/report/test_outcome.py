@@ -126,3 +126,20 @@ def test_mixed_bits_are_told_with_their_budget() -> None:
     rows = dict(outcome_rows(PLAN, {**RESULT, "allocation": {**found, "target": {"size": 0.07}}}))
     assert "for at most 0.07 GB:" in rows["mixed bits"]
     assert "mixed bits" not in dict(outcome_rows(PLAN, RESULT))
+
+
+def test_linears_that_were_ranked_or_found_are_named_with_their_rank() -> None:
+    ranked = {
+        "model.layers.1.mlp.down_proj": "rolled back by range_parm 5.523, to W8A8-dynamic",
+        "model.layers.0.mlp.gate_proj": "rolled back by range_parm 4.381",
+        "model.layers.0.mlp.up_proj": "fused with gate_proj in serving engines",
+    }
+    rows = dict(outcome_rows(PLAN, {**RESULT, "rolled_back": ranked}))
+    assert rows["rolled back"] == (
+        "model.layers.1.mlp.down_proj (range_parm 5.523), model.layers.0.mlp.gate_proj (range_parm 4.381), "
+        "model.layers.0.mlp.up_proj"
+    )
+    many = {f"model.layers.{i}.mlp.down_proj": "rolled back to reach KL 0.01" for i in range(70)}
+    rows = dict(outcome_rows(PLAN, {**RESULT, "rolled_back": many}))
+    assert rows["rolled back"].endswith("model.layers.63.mlp.down_proj and 6 more")
+    assert "rolled back" not in dict(outcome_rows(PLAN, {**RESULT, "rolled_back": {}}))

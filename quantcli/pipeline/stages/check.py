@@ -53,7 +53,9 @@ def run(context: Context, folder: StageFolder) -> None:
     assert section is not None
     tokenizer = context.tokenizer()
     length = min(TOKENS, known_positions(context.model) or TOKENS)
-    found = tokenize(tokenizer, texts_of(section), samples=1, sequence_length=length, packing="packed", seed=0)
+    found = tokenize(
+        tokenizer, texts_of(section, tokenizer), samples=1, sequence_length=length, packing="packed", seed=0
+    )
     require_known_tokens(found.samples, context.plan.structure.vocabulary)
     if found.tokens_per_word > MOST_TOKENS_A_WORD:
         _report(context, f"The tokenizer cuts this text into {found.tokens_per_word:.1f} tokens a word; sane ones need "

@@ -54,7 +54,9 @@ def run(context: Context, folder: StageFolder) -> None:
 
     wanted, section = _tokens(context.recipe)
     length = min(wanted, known_positions(context.model) or wanted)
-    text = tokenize(context.tokenizer(), texts_of(section), samples=1, sequence_length=length, packing="packed", seed=0)
+    tokenizer = context.tokenizer()
+    texts = texts_of(section, tokenizer)
+    text = tokenize(tokenizer, texts, samples=1, sequence_length=length, packing="packed", seed=0)
     exported, weights = exported_checkpoint(context), float_source(context).weights
     stream = BlockStream(context.skeleton(), batched(text.samples))
     (hidden,) = stream.start()
