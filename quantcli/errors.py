@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+from pathlib import Path
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -87,10 +89,32 @@ def lacks_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
 
 
+def directory_for_file(place: Path) -> OutputError:
+    """What a directory amounts to that has the name of a file."""
+    return OutputError(f"{place} is a directory where a file belongs.", "Move it elsewhere and run again.")
+
+
+def in_the_way(error: Exception) -> OutputError | None:
+    """What an error of the system amounts to that comes of a directory with the name of a file, or of a file or a link
+    with that of a directory. None for any other."""
+    if not isinstance(error, OSError) or error.filename is None:
+        return None
+    place = Path(os.fsdecode(error.filename if error.filename2 is None else error.filename2))
+    if error.errno == errno.EISDIR:
+        return directory_for_file(place)
+    if error.errno in (errno.EEXIST, errno.ENOTDIR):
+        found = next((each for each in (place, *place.parents) if os.path.lexists(each)), place)
+        return OutputError(f"{found} stands where a directory belongs.", "Move it elsewhere and run again.")
+    return None
+
+
 def refusal_of_the_system(error: Exception) -> QuantcliError | None:
     """What an error of the system or of torch amounts to where nobody said it better: no room, no memory, a file that
-    this user may not read or write, or a name that no file can have. None for any other."""
+    this user may not read or write, a directory in the place of a file or the other way round, or a name that no file
+    can have. None for any other."""
     text = str(error)
+    if (found := in_the_way(error)) is not None:
+        return found
     if lacks_room(error):
         return RoomError(f"No room is left on the disk: {text}.", "Free some, also for temporary files (TMPDIR).")
     if isinstance(error, OSError) and error.errno in NO_ACCESS:

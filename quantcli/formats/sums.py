@@ -42,10 +42,15 @@ def check_sums(folder: Path) -> int | None:
 
 def summed_files(folder: Path) -> list[Path]:
     """The files of a checkpoint by its SHA256SUMS, as far as that can be read; none where there is none."""
+    return [folder / name for name in sums_of(folder) if (folder / name).is_file()]
+
+
+def sums_of(folder: Path) -> dict[str, str]:
+    """Names → sha256 by the SHA256SUMS of a folder, as far as that can be read."""
     try:
-        return [folder / name for name in _read(folder)[0] if (folder / name).is_file()]
+        return _read(folder)[0]
     except (ModelError, UnicodeDecodeError):
-        return []
+        return {}
 
 
 def _read(folder: Path) -> tuple[dict[str, str], int]:
@@ -70,6 +75,11 @@ def check_digests(folder: Path, digests: Mapping[str, str], remedy: str = "") ->
 
 def check_strangers(folder: Path, names: Collection[str]) -> None:
     """Raise VerificationError for a file that an engine may read and that is none of `names`."""
-    for file in checkpoint_entries(folder):
-        if file.relative_to(folder).as_posix() not in names and file.suffix in _READ_BY_ENGINES:
+    for file in read_by_engines(folder):
+        if file.relative_to(folder).as_posix() not in names:
             raise VerificationError(f"{file} was not exported, and engines may read it.", "Move it elsewhere.")
+
+
+def read_by_engines(folder: Path) -> list[Path]:
+    """What of a checkpoint's folder an engine may read."""
+    return [file for file in checkpoint_entries(folder) if file.suffix in _READ_BY_ENGINES]

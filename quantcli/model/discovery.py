@@ -7,8 +7,8 @@ is added to the residual stream, and what reads it, is followed likewise.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from quantcli.model.channel_paths import ListIndexing
 from quantcli.model.experts import FoundExperts, find_experts
 from quantcli.model.skeleton import build_model, find_blocks, load_config, resolve_dtype
 from quantcli.model.structure import Block, Residual, SharedInput, Structure
+from quantcli.model.waiting import held_while_waiting
 from quantcli.model.watch import Watch, first_argument
 
 PROBE_TOKENS = 8
@@ -61,7 +62,7 @@ def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure
     for path in paths:
         first_of_kind.setdefault(_make(model.get_submodule(path)), path)
     watch = _watch_forward(model, paths, {path: find_experts(model, path) for path in first_of_kind.values()})
-    watched = {path: watch.block(path) for path in first_of_kind.values()}
+    watched = _with_held(model, paths, {path: watch.block(path) for path in first_of_kind.values()}, watch.as_tuple)
     blocks = []
     for path in paths:
         kind = first_of_kind[_make(model.get_submodule(path))]
@@ -108,7 +109,8 @@ def _watch_forward(model: nn.Module, paths: list[str], wanted: dict[str, FoundEx
     watch = Watch(model, paths, wanted)
     tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     try:
-        with _passed_through(model, paths, wanted, watch), torch.no_grad(), ListIndexing(watch.paths), watch.paths:
+        passing = _passed_through(model, paths, wanted, lambda: watch.as_tuple)
+        with passing, torch.no_grad(), ListIndexing(watch.paths), watch.paths:
             model(input_ids=tokens, use_cache=False)
     except Exception as error:  # whatever a model's code raises, it cannot be followed
         raise ModelError(f"{type(model).__name__} cannot be followed without its weights: {error}.",
@@ -118,13 +120,34 @@ def _watch_forward(model: nn.Module, paths: list[str], wanted: dict[str, FoundEx
     return watch
 
 
+def _with_held(
+    model: nn.Module, paths: list[str], watched: dict[str, Block], as_tuple: bool | None
+) -> dict[str, Block]:
+    """The blocks with what a pass through them holds, with attention computed as transformers does by default."""
+    with suppress(Exception):  # whatever a model raises that has no other than its own
+        model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    stops = {
+        path: [*(name for shared in block.inputs for name in shared.linears), *(layer.name for layer in block.experts)]
+        for path, block in watched.items()
+    }
+
+    def run(tokens: int) -> None:
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=False)
+
+    with _passed_through(model, paths, watched, lambda: as_tuple), torch.no_grad():
+        held = held_while_waiting(model, stops, run)
+    return {path: replace(block, held=held[path]) for path, block in watched.items()}
+
+
 @contextmanager
-def _passed_through(model: nn.Module, paths: list[str], wanted: Collection[str], watch: Watch) -> Iterator[None]:
+def _passed_through(
+    model: nn.Module, paths: list[str], wanted: Collection[str], as_tuple: Callable[[], bool | None]
+) -> Iterator[None]:
     """Blocks outside `wanted` return their input, in the form in which the first block returns its output."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = first_argument(args, kwargs)
-        return (hidden,) if watch.as_tuple else hidden
+        return (hidden,) if as_tuple() else hidden
 
     others = [model.get_submodule(path) for path in paths if path not in wanted]
     try:
@@ -169,4 +192,5 @@ def _renamed(block: Block, old: str, new: str) -> Block:
             tuple(map(name, block.residual.experts)),
         ),
         tuple(map(renamed, block.mixed)),
+        block.held,
     )

@@ -140,6 +140,9 @@ class Block:
     `linears` are those of modules and of `experts`. `routers` choose among experts, or weigh what they put out; they
     are among the linears, too. `inputs` have the linears of modules alone; `mixed` are inputs that linears of experts
     read, each with all of its readers: routers and shared experts too.
+
+    held: values that a pass holds at most where it is about to read one of `inputs` or to enter `experts`, beside what
+    entered the block: for each token, and for each pair of tokens of a sequence, as scores of attention are.
     """
 
     name: str
@@ -150,6 +153,7 @@ class Block:
     routers: tuple[str, ...] = ()
     residual: Residual | None = None
     mixed: tuple[SharedInput, ...] = ()
+    held: tuple[float, float] = (0.0, 0.0)
 
     @property
     def groups(self) -> tuple[SharedInput, ...]:
@@ -216,6 +220,13 @@ class Structure:
         yield from self.linears()
         if self.head_linear is not None:
             yield self.head_linear
+
+    def waiting_values(self, tokens: int, pairs: int, compared: bool) -> int:
+        """Values that passes over `tokens` tokens, `pairs` with each other in sequences, hold while they wait inside a
+        block (`Block.held`): what entered it, what it has made and, if it is `compared` with another pass, what it has
+        added to the residual stream."""
+        made = max(tokens * block.held[0] + pairs * block.held[1] for block in self.blocks)
+        return int(tokens * self.width * (1 + compared) + made)
 
     @property
     def head_linear(self) -> Linear | None:
@@ -369,6 +380,7 @@ def _block(content: dict[str, Any]) -> Block:
             tuple(residual["experts"]),
         ),
         tuple(map(_input, content["mixed"])),
+        tuple(content["held"]),
     )
 
 

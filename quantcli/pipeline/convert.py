@@ -8,18 +8,18 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from quantcli.errors import ModelError, OutputError, RecipeError
+from quantcli.errors import ModelError, OutputError, RecipeError, directory_for_file
 from quantcli.formats import dense
 from quantcli.formats.common import WEIGHT_SUFFIXES
 from quantcli.formats.permissions import FOLDER
-from quantcli.formats.sums import SUMS, summed_files
+from quantcli.formats.sums import SUMS, read_by_engines, sums_of, write_sums
 from quantcli.formats.table import FORMATS
-from quantcli.model.checkpoint import clear_leftovers
+from quantcli.model.checkpoint import clear_leftovers, file_digest
 from quantcli.model.untrusted import TEMPLATES, checkpoint_entries
 from quantcli.pipeline.held import model_unheld, split_siblings, unheld
+from quantcli.pipeline.replaced import named_files, replaced_files
 from quantcli.pipeline.rundir import is_run, removal_rank, room_errors
 from quantcli.pipeline.source import require_checkpoint
-from quantcli.pipeline.stages.export import DESCRIPTIONS, weight_files
 from quantcli.pipeline.standalone import open_checkpoint
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from quantcli.formats.verify import Verified
     from quantcli.model.checkpoint import Checkpoint
     from quantcli.model.structure import Structure
-
-_CHAT = ("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja")
 
 
 def convert_checkpoint(
@@ -44,10 +42,10 @@ def convert_checkpoint(
 
     It is written beside `output`, read back by other code and compared, given a fixed prompt as the source is, and then
     moved there, so that `output` holds all of it or nothing; what a killed conversion left is no checkpoint, and the
-    next one clears it away. With `overwrite`, weights, configurations and chat templates that were there are replaced,
-    what the checksums there name, and what has the name of a file that comes along; other files stay.
-    `restrict_permissions` gives files the
-    modes of `formats.permissions` if those are the format's. Raises RecipeError for what the format cannot hold, before
+    next one clears it away. With `overwrite` the files of the checkpoint that was there are replaced
+    (`pipeline.replaced`), and what has the name of a file that comes along; other files stay, and those of them that
+    engines may read are named (`beside`). `restrict_permissions` gives files the modes of `formats.permissions` if
+    those are the format's. Raises RecipeError for what the format cannot hold, before
     anything is written, ModelError for a source without codes or with scales that the format does not hold, OutputError
     for an output that is in use, VerificationError where what was written is not what was read.
     """
@@ -80,9 +78,10 @@ def convert_checkpoint(
             found, score = _written(
                 temporary, form, structure, checkpoint, weights, restrict_permissions, trust_remote_code
             )
-            _move(temporary, output)
+            written = _move(temporary, output)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    beside = [file.name for file in read_by_engines(output) if file not in written]
     missing = dense.left_out(checkpoint.schemes.values(), checkpoint.attention) if form == dense.NAME else ""
     return {
         "output": str(output),
@@ -93,6 +92,7 @@ def convert_checkpoint(
         "prompt": score,
         "bytes": found.nbytes,
         "left_out": missing or None,
+        "beside": f"{', '.join(beside)}: not replaced, and engines may read it; move it elsewhere" if beside else None,
     }
 
 
@@ -108,19 +108,10 @@ def _refuse_place(source: Path, output: Path, overwrite: bool) -> None:
         raise OutputError(f"{output} holds something else than a checkpoint.", "Choose an empty or a new directory.")
     if not overwrite:
         raise OutputError(f"{output} holds a checkpoint already.", "Choose another --output, or say --overwrite.")
-    replaced = _replaced(output)
+    replaced = replaced_files(output)
     for file in sorted(file for suffix in WEIGHT_SUFFIXES for file in output.glob(f"*{suffix}")):
         if file not in replaced:  # engines would load it beside the new weights
             raise OutputError(f"{file} is not a name of the weights of any format.", "Choose another --output.")
-
-
-def _replaced(output: Path) -> set[Path]:
-    """What an older checkpoint of any format has left: weights, configurations and chat templates by their names, and
-    what its checksums name."""
-    stems = {form.STEM for form in FORMATS.values()}
-    patterns = [*(pattern for stem in stems for pattern in weight_files(stem)), *DESCRIPTIONS, SUMS, "config.json"]
-    patterns += [*_CHAT, *(name for form in FORMATS.values() for name in getattr(form, "FILES", ()))]
-    return {file for pattern in patterns for file in output.glob(pattern)} | {*summed_files(output)}
 
 
 def _written(
@@ -152,25 +143,31 @@ def _written(
     return found, check_prompt(folder, form, store, source, structure, trust_remote_code=trust_remote_code)
 
 
-def _move(temporary: Path, output: Path) -> None:
-    """Every file to its place, at once where nothing is there. Else what is replaced goes before, by `removal_rank`,
-    and files come in the reverse order; the checksums, there throughout, mark what an interruption leaves as ours. They
-    are the older ones until all of those files are gone."""
+def _move(temporary: Path, output: Path) -> set[Path]:
+    """Every file to its place, at once where nothing is there; where they are. Else what is replaced goes before, by
+    `removal_rank`, and files come in the reverse order; the checksums, there throughout, mark what an interruption
+    leaves as ours. They are the older ones until all of those files are gone, or name those of them that have no name
+    of their own."""
+    entries = [file for file in checkpoint_entries(temporary) if file.is_file()]
+    places = {file: output / file.relative_to(temporary) for file in entries}
     if not output.exists():
         temporary.rename(output)
-        return
+        return {*places.values()}
     if (mode := temporary.stat().st_mode & 0o777) == FOLDER:
         output.chmod(mode)
-    replaced = _replaced(output) - {output / SUMS}
+    replaced = replaced_files(output) - {output / SUMS}
+    for place in {*replaced, *places.values()}:
+        if place.is_dir():
+            raise directory_for_file(place)
     if not (output / SUMS).exists():
-        shutil.copyfile(temporary / SUMS, output / SUMS)
+        own = {file.name: file_digest(file) for file in named_files(output)}
+        write_sums(output, sums_of(temporary) | own)
     for file in sorted(replaced, key=removal_rank):
         file.unlink()
     if (output / TEMPLATES).is_dir() and not any((output / TEMPLATES).iterdir()):
         (output / TEMPLATES).rmdir()
     (temporary / SUMS).replace(output / SUMS)
-    files = [file for file in checkpoint_entries(temporary) if file.is_file()]
-    for file in sorted(files, key=removal_rank, reverse=True):
-        place = output / file.relative_to(temporary)
-        place.parent.mkdir(mode=file.parent.stat().st_mode & 0o777, exist_ok=True)
-        file.replace(place)
+    for file in sorted((file for file in entries if file.name != SUMS), key=removal_rank, reverse=True):
+        places[file].parent.mkdir(mode=file.parent.stat().st_mode & 0o777, exist_ok=True)
+        file.replace(places[file])
+    return {*places.values()}

@@ -36,6 +36,8 @@ SECONDS_A_WEIGHT = {
 SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 350e-9, 1000e-9)
 # What it holds of its widest group of linears in float32, in copies of its weights (on a block of 44 M weights).
 SMOOTHING_COPIES = (1.5, 5.5, 11.0, 11.0)
+SOLVING_MATRICES = 4
+"""Float32 matrices [in, in] that exist at a time while a linear is solved; one more with asymmetric calibration."""
 # Of stage distill, measured on blocks of 3.5 M and 44 M weights in bfloat16, W8A8 and W4A16, within a fifth: bytes of
 # each value that a linear of a block reads or puts out, with float inputs and with quantized ones, whose codes are
 # floats with a gradient; and logits of both models with logarithms and gradients, model.stream.GRADED_BYTES at a time,
@@ -85,6 +87,7 @@ def estimate(
         memory += max(outer + HEAD_MEMORY * bool(scored), block_weights * width * (2 if scored else 1)) + 2 * hidden
     routed = observed * structure.width * width if _solves_experts(structure, quantized) else 0
     memory += min(routed, recipe.model.cache_memory)
+    memory += _solving_memory(recipe, structure, observed, quantized)
     tokens = passes * observed + 2 * scored
     headed = 2 * scored
     if recipe.quantize.distill is not None:
@@ -127,6 +130,22 @@ def _solves_experts(structure: Structure, quantized: Collection[tuple[Linear, We
     """Whether what enters a layer of experts is kept while these are solved."""
     experts = {name for block in structure.blocks for layer in block.experts for name in layer.names}
     return any(linear.name in experts and weights.solves for linear, weights in quantized)
+
+
+def _solving_memory(
+    recipe: Recipe, structure: Structure, observed: int, quantized: Collection[tuple[Linear, WeightsSection]]
+) -> int:
+    """Bytes that weights take which are solved: what all calibration tokens hold inside a block, if they wait there,
+    and the matrices [in, in] of the widest input."""
+    section, calibration = recipe.quantize, recipe.calibration
+    widths = [linear.in_features for linear, weights in quantized if weights.solves]
+    if calibration is None or not widths:
+        return 0
+    compared = section.gptq.asymmetric or section.tunes
+    waiting = structure.waiting_values(observed, observed * calibration.sequence_length, compared)
+    waiting = int(waiting * (1 + section.gptq.compared * compared)) * (2 if structure.dtype != "float32" else 4)
+    matrices = SOLVING_MATRICES + section.gptq.asymmetric
+    return (waiting if waiting <= recipe.model.cache_memory else 0) + 4 * matrices * max(widths) ** 2
 
 
 def _smoothing_cost(section: SmoothSection, quantized: Collection[tuple[Linear, WeightsSection]]) -> int:

@@ -14,10 +14,8 @@ import yaml
 from quantcli.errors import OutputError, RecipeError
 from quantcli.model.checkpoint import read_json, replacing
 from quantcli.pipeline.gates import FOLDER, Gate, Worst, worst_sentences
-from quantcli.pipeline.rundir import RECIPE, RECORD, current_events, is_run, room_errors, write_json
+from quantcli.pipeline.rundir import PAGE, RECIPE, RECORD, SUMMARY, current_events, is_run, room_errors, write_json
 
-SUMMARY = "summary.json"
-PAGE = "report.html"
 _GATE = tuple(field.name for field in fields(Gate))
 _FACTS = ("event", "stage", "module", "scheme")
 _OBSERVED = re.compile(r"block-(\d+)\.safetensors")

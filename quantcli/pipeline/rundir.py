@@ -19,7 +19,17 @@ from hashlib import sha256
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
-from quantcli.errors import NO_ACCESS, NO_ROOM, OutputError, QuantcliError, RoomError, lacks_memory, lacks_room
+from quantcli.errors import (
+    NO_ACCESS,
+    NO_ROOM,
+    OutputError,
+    QuantcliError,
+    RoomError,
+    directory_for_file,
+    in_the_way,
+    lacks_memory,
+    lacks_room,
+)
 from quantcli.model.checkpoint import file_digest, replacing
 from quantcli.model.npy_names import WEIGHTS
 
@@ -27,6 +37,8 @@ RECORD = "run.json"
 RECIPE = "recipe.yaml"
 EDITED_RECIPE = "recipe.edited.yaml"
 EVENTS = "events.jsonl"
+SUMMARY = "summary.json"
+PAGE = "report.html"
 STAGE_RECORD = "stage.json"
 KIND = "quantcli run"
 # Where a directory itself cannot be locked: network file systems want a file that is open for writing.
@@ -66,14 +78,22 @@ class RunDirectory:
         path, digest = self.path / stage / RECIPE, sha256(text.encode()).hexdigest()
         key = f"{stage} recipe".strip()
         found = file_digest(path) if path.is_file() else digest
-        edited = found not in (digest, self.record.get(key))
+        edited = found not in [digest, *self._written(key)]
         if edited:
             path.replace(path.with_name(EDITED_RECIPE))
-        self.record[key] = digest
+        # both are ours while either may be what a kill leaves
+        self.record[key] = [digest] if edited else sorted({found, digest})
         self.write_record()
         with replacing(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        self.record[key] = [digest]
+        self.write_record()
         return edited
+
+    def _written(self, key: str) -> list[str]:
+        """The digests that a recipe has if nobody has edited it; a single one in runs of earlier versions."""
+        known = self.record.get(key, [])
+        return known if isinstance(known, list) else [known]
 
     def append_event(self, event: dict[str, Any]) -> None:
         """One line in events.jsonl. A line that a kill cut short is ended first."""
@@ -129,9 +149,7 @@ class StageFolder:
         self.files = {name: digest for name, digest in files.items() if name not in lost}
         self.sizes = {name: sizes[name] for name in self.files}
         self._remove(lost)
-        for leftover in self.path.rglob(".*.part"):
-            if _LEFTOVER.fullmatch(leftover.name):
-                leftover.unlink()
+        _clear_leftovers(self.path.rglob(".*.part"))
         self.fingerprint, self.writes, self._part = fingerprint, writes, part
         self._write(complete=False)
         return sorted(before - {"", *map(_folder, self.files), *written})
@@ -229,9 +247,7 @@ def open_run(path: Path, model: Path) -> Iterator[RunDirectory]:
                 raise
             raise OutputError(f"{path} cannot be made: {error.strerror}.", "Choose another output.") from error
         with _locked(path):
-            for name in os.listdir(path):
-                if _LEFTOVER.fullmatch(name):
-                    (path / name).unlink()
+            _clear_leftovers(path.iterdir())
             run = RunDirectory(path)
             run.write_record()
             try:
@@ -275,6 +291,9 @@ def check_place(path: Path, model: Path) -> None:
     if names and not is_run(path):
         what = f"something else ({names[0]})" if RECORD not in names else f"a {RECORD} that is foreign or damaged"
         raise OutputError(f"{path} holds {what}.", "Choose an empty or a new directory.")
+    for file in (path / name for name in (RECIPE, EDITED_RECIPE, EVENTS, SUMMARY, PAGE)):
+        if file.is_dir():  # some are written when all work is done
+            raise directory_for_file(file)
 
 
 @contextmanager
@@ -294,6 +313,8 @@ def room_errors(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in NO_ACCESS:
             raise OutputError(f"{place}: {error.strerror}.", "Choose another output.") from error
+        if (found := in_the_way(error)) is not None:
+            raise found from error
         raise
     except RuntimeError as error:
         # torch reports a full disk and an exhausted device as RuntimeError
@@ -304,6 +325,13 @@ def room_errors(path: Path) -> Iterator[None]:
                 f"The memory is too small: {str(error).splitlines()[0]}.", "Use --device cpu or a larger machine."
             ) from error
         raise
+
+
+def _clear_leftovers(files: Iterable[Path]) -> None:
+    """Remove the temporary files of `replacing` among these."""
+    for file in list(files):
+        if _LEFTOVER.fullmatch(file.name) and not file.is_dir():
+            file.unlink()
 
 
 def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:

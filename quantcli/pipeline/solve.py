@@ -63,15 +63,13 @@ class Passes:
     again: bool = False
 
     def waiting_bytes(self) -> int:
-        """What all batches hold while they wait inside a block: what entered it, and the widest input of a linear, or
-        before experts their input and what shared ones put out."""
+        """What all batches hold while they wait inside a block."""
         skeleton = self.stream.skeleton
-        blocks = skeleton.structure.blocks
-        widths = [shared.width for block in blocks for shared in block.inputs]
-        width = max(*widths, 2 * skeleton.structure.width * any(block.experts for block in blocks))
         streams = [self.stream] if self.beside is None else [self.stream, self.beside]
-        tokens = sum(batch.numel() for stream in streams for batch in stream.batches)
-        return tokens * (skeleton.structure.width + width) * skeleton.dtype.itemsize
+        shapes = [batch.shape for stream in streams for batch in stream.batches]
+        tokens, pairs = sum(shape.numel() for shape in shapes), sum(shape.numel() * shape[-1] for shape in shapes)
+        values = skeleton.structure.waiting_values(tokens, pairs, self.beside is not None)
+        return values * skeleton.dtype.itemsize
 
 
 def solve_block(

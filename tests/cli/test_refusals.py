@@ -435,6 +435,8 @@ def test_a_disk_that_runs_full(recipe_file: RecipeFile, tmp_path: Path) -> None:
     ("error", "status", "words"),
     [
         (PermissionError(errno.EACCES, "Permission denied", "/m/config.json"), 3, "/m/config.json: Permission denied"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/r/a.json"), 2, "/r/a.json is a directory where a file"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/dev/null/a"), 2, "/dev/null stands where a directory"),
         (OSError(errno.ENOSPC, "No space left on device"), 6, "No room is left"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 6, "The memory is too small"),
         (RuntimeError("shapes differ"), 1, "Internal error: RuntimeError: shapes differ"),

@@ -13,7 +13,7 @@ import pytest
 from tiny_models import save_tiny_model
 
 import quantcli
-from quantcli.errors import DataError, GateError, RecipeError, VerificationError
+from quantcli.errors import DataError, GateError, OutputError, RecipeError, VerificationError
 from quantcli.pipeline.verify import verify_path
 
 Recipe = dict[str, Any]
@@ -253,6 +253,57 @@ def test_an_edited_recipe_in_the_run_directory_is_kept(done: Recipe) -> None:
     assert (run / "recipe.edited.yaml").read_text() == edited
     assert "# why" not in (run / "recipe.yaml").read_text()
     assert any("recipe.edited.yaml" in event.get("text", "") for event in events)
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe.edited.yaml", "events.jsonl", "summary.json", "report.html"])
+def test_a_directory_with_the_name_of_a_file_of_a_run_is_refused_before_any_work(
+    name: str, done: Recipe, tree: Callable[[Path], Tree]
+) -> None:
+    place = Path(done["output"], name)
+    place.unlink(missing_ok=True)
+    (place / "mine").mkdir(parents=True)
+    before = tree(place.parent)
+    with pytest.raises(OutputError, match=f"{name} is a directory where a file belongs. Move it elsewhere"):
+        quantcli.run(done)
+    assert tree(place.parent) == before
+    place.rename(place.with_name("mine"))
+    assert worked(done) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("calibrate", "stands where a directory belongs"),
+        ("calibrate/stage.json", "is a directory where a file belongs"),
+        ("quantize/block-00001.safetensors", "is a directory where a file belongs"),
+        ("reference/states", "stands where a directory belongs"),
+        ("export/compressed-tensors", "stands where a directory belongs"),
+        ("export/compressed-tensors/model.safetensors", "is a directory where a file belongs"),
+    ],
+)
+def test_what_is_in_the_way_of_a_stage_is_named_and_kept(name: str, why: str, done: Recipe) -> None:
+    place = Path(done["output"], name)
+    if place.is_dir():
+        shutil.rmtree(place)
+        place.write_text("mine")
+    else:
+        place.unlink()
+        (place / "mine").mkdir(parents=True)
+    kind = place.is_dir()
+    with pytest.raises(OutputError, match=f"{name} {why}. Move it elsewhere and run again"):
+        quantcli.run(done)
+    assert place.is_dir() == kind
+    place.rename(Path(done["output"], "mine"))
+    assert name.partition("/")[0] in worked(done)
+    assert worked(done) == []
+
+
+def test_a_directory_that_is_called_like_a_leftover_is_left_alone(done: Recipe) -> None:
+    places = [Path(done["output"], folder, ".new.4711.part") for folder in ("", "quantize")]
+    for place in places:
+        (place / "mine").mkdir(parents=True)
+    assert worked(changed(done, "quantize.weights.method", "mse"))[1:] == ["quantize", "export", "verify", *MEASURED]
+    assert all((place / "mine").is_dir() for place in places)
 
 
 def test_every_byte_of_an_export_is_verified(done: Recipe) -> None:

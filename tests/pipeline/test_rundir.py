@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from quantcli.errors import OutputError, RoomError
-from quantcli.pipeline.rundir import StageFolder, check_place, open_run, room_errors
+from quantcli.pipeline.rundir import RunDirectory, StageFolder, check_place, open_run, room_errors
 
 Tree = dict[str, str]
 
@@ -110,6 +111,47 @@ def test_files_of_another_fingerprint_go_with_what_a_kill_left_unrecorded(tmp_pa
     StageFolder(tmp_path).begin("two", ("block-*.bin",))
     assert "block-1.bin" not in os.listdir(tmp_path)
     assert "mine.txt" in os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("kill", range(4))
+@pytest.mark.parametrize("later", ["one", "two", "three"])
+@pytest.mark.parametrize("edits", [False, True])
+def test_a_recipe_is_edited_only_if_somebody_edited_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kill: int, later: str, edits: bool
+) -> None:
+    """Whichever of the renames of a write a kill comes before, and whatever recipe comes next."""
+    RunDirectory(tmp_path).write_recipe("one")
+    RunDirectory(tmp_path).write_recipe("one")
+    left, replace = [kill], os.replace
+
+    def killing(*places: Path) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace(*places)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killing)
+        if kill < 3:
+            with pytest.raises(KeyboardInterrupt):
+                RunDirectory(tmp_path).write_recipe("two")
+        else:
+            RunDirectory(tmp_path).write_recipe("two")
+    recipe, kept = tmp_path / "recipe.yaml", tmp_path / "recipe.edited.yaml"
+    assert recipe.read_text() == ("two" if kill > 1 else "one")
+    if edits:
+        recipe.write_text("mine")
+    assert RunDirectory(tmp_path).write_recipe(later) == edits
+    assert recipe.read_text() == later
+    assert kept.exists() == edits
+    assert not edits or kept.read_text() == "mine"
+
+
+def test_the_digest_of_a_recipe_that_an_earlier_version_wrote_is_known(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("one")
+    digest = hashlib.sha256(b"one").hexdigest()
+    (tmp_path / "run.json").write_text(json.dumps({"kind": "quantcli run", "stages": {}, "recipe": digest}))
+    assert not RunDirectory(tmp_path).write_recipe("two")
 
 
 @pytest.mark.parametrize(
