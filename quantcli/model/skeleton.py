@@ -170,12 +170,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
             declared, config = getattr(config, "dtype", None), config.get_text_config(decoder=True)
             if getattr(config, "dtype", None) is None:
                 config.dtype = declared
-        several = config.get_text_config(decoder=True) is not config and not hasattr(config, "vocab_size")
     except Exception as error:  # likewise
         raise ModelError(f"{path}: {_one_line(error)}.", "Check that value, or download the file again.") from error
-    if several:
-        what = "is of text and images, and its text model is one part"
-        raise ModelError(f"{path}: model_type {config.model_type!r} {what}.", TEXT_ALONE)
     check_size(path, config)
     if _declared(config) is None and (stored := stored_dtype(directory)) is not None:
         config.dtype = DTYPES[stored]
@@ -231,6 +227,9 @@ def build_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
     from transformers.initialization import no_init_weights
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    if config.get_text_config(decoder=True) is not config and not hasattr(config, "vocab_size"):
+        what = "is of text and images, and its text model is one part"
+        raise ModelError(f"config.json: model_type {config.model_type!r} {what}.", TEXT_ALONE)
     with no_init_weights():
         try:
             if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
