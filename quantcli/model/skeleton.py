@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json, stored_dtype
-from quantcli.model.names import TEXT_ALONE, map_parameters
+from quantcli.model.names import map_parameters
 from quantcli.model.rotation import untied as untied_structure
 from quantcli.model.structure import Structure
 from quantcli.model.untrusted import check_texts
@@ -168,12 +168,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
             declared, config = getattr(config, "dtype", None), config.get_text_config(decoder=True)
             if getattr(config, "dtype", None) is None:
                 config.dtype = declared
-        several = config.get_text_config(decoder=True) is not config and not hasattr(config, "vocab_size")
     except Exception as error:  # likewise
         raise ModelError(f"{path}: {_one_line(error)}.", "Check that value, or download the file again.") from error
-    if several:
-        what = "is of text and images, and its text model is one part"
-        raise ModelError(f"{path}: model_type {config.model_type!r} {what}.", TEXT_ALONE)
     check_size(path, config)
     if _declared(config) is None and (stored := stored_dtype(directory)) is not None:
         config.dtype = DTYPES[stored]
