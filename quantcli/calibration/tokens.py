@@ -150,10 +150,10 @@ def tokenize(
     empty: list[int] = []
     if packing == "line":
         chosen, documents_used, empty = _lines(tokenizer, filled, samples, sequence_length, seed, special)
-        unit = "documents"
+        unit = "document" + "s" * (len(chosen) != 1)
     else:
         chosen, documents_used = _windows(tokenizer, filled, samples, sequence_length, seed, special)
-        unit = f"windows of {sequence_length} tokens"
+        unit = f"window{'s' * (len(chosen) != 1)} of {sequence_length} tokens"
     if not chosen:
         raise DataError(f"{name} is empty to this tokenizer.", "Choose a data set, field or file that holds text.")
 

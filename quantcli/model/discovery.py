@@ -19,6 +19,7 @@ from torch import nn
 from quantcli.errors import ModelError, QuantcliError
 from quantcli.model.channel_paths import ListIndexing
 from quantcli.model.experts import FoundExperts, find_experts
+from quantcli.model.names import TEXT_ALONE
 from quantcli.model.skeleton import build_model, find_blocks, load_config, resolve_dtype
 from quantcli.model.structure import Block, Residual, SharedInput, Structure
 from quantcli.model.waiting import held_while_waiting
@@ -47,6 +48,9 @@ def discover(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = 
 @torch.inference_mode(False)  # inside it products are not taken apart, and nothing could be followed
 def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure:
     config = load_config(directory, trust_remote_code=trust_remote_code)
+    if config.get_text_config(decoder=True) is not config and not hasattr(config, "vocab_size"):
+        what = f"model_type {config.model_type!r} is of text and images, and its text model is one part"
+        raise ModelError(f"{directory / 'config.json'}: {what}.", TEXT_ALONE)
     compute = resolve_dtype(config, dtype)
     # eager attention keeps values visible as an operand on every device; the structure does not depend on the kernel
     config._attn_implementation = "eager"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from textwrap import shorten
 from typing import Any
 
 from quantcli.errors import ModelError
@@ -45,7 +46,8 @@ def refusal(config: Config, parameters: Iterable[str]) -> str:
             return f"has no room for {key}: {config[key]}, with which this model computes"
     for key, follows in known.implied.items():
         if config[key] != follows(config):
-            return f"has no room for {key}: {config[key]!s:.70}, with which this model computes"
+            value = shorten(str(config[key]), 70, placeholder=" …")
+            return f"has no room for {key}: {value}, with which this model computes"
     size, heads = head_size(config), config["num_attention_heads"]
     if known.narrow and size * heads != config["hidden_size"]:
         return f"has no room for {heads} heads of {size} channels in a model of {config['hidden_size']} channels"

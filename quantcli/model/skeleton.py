@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json, stored_dtype
-from quantcli.model.names import TEXT_ALONE, map_parameters
+from quantcli.model.names import map_parameters
 from quantcli.model.rotation import untied as untied_structure
 from quantcli.model.structure import Structure
 from quantcli.model.untrusted import check_texts

@@ -112,6 +112,10 @@ def allocation_of(recipe: Recipe, model: Path, structure: Structure) -> Allocati
         assert target.bits_per_weight is not None
         budget, unit = int(target.bits_per_weight * weights / 8), "bits_per_weight"
     least, most = (sum(map(extreme, costs)) for extreme in (min, max))
+    if least == most:
+        form = recipe.export.formats[0] if recipe.export else "compressed-tensors"
+        raise RecipeError(f"quantize.target: all candidates take the same room in {form}, so nothing is to be shared.",
+                          "Name a format first in export.formats that packs weights.")  # fmt: skip
     if not least <= budget <= most:
         low, high = ((others + cost) / 1e9 if unit == "size" else 8 * cost / weights for cost in (least, most))
         what = "GB" if unit == "size" else "bits a weight"

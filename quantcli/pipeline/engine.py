@@ -107,7 +107,8 @@ def plan_recipe(recipe: Recipe) -> Plan:
 
 def _plan(recipe: Recipe, model: Path) -> Plan:
     if (method := quantized_as(model)) is not None:
-        raise ModelError(f"{model} is already quantized ({method}).", "Start from the float model.")
+        how = " docs/troubleshooting.md shows how FP8 blocks become one." if method == "fp8" else ""
+        raise ModelError(f"{model} is already quantized ({method}).", f"Start from the float model.{how}")
     section = recipe.model
     structure = find_structure(model, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     plan = make_plan(recipe, model, structure)

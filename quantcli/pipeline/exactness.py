@@ -81,11 +81,15 @@ def check_rotation(
         after = passed(exact[0], index, entering)
     with exact[1].block(index):
         expected = passed(exact[1], index, straight)
+    name = context.plan.structure.blocks[index].name
+    if not expected.hidden.isfinite().all():
+        raise ModelError(f"{name} puts out values that are not finite in float32, too.",
+                         "The checkpoint is damaged; get it again.")  # fmt: skip
     if turn is not None:
         expected = replace(expected, hidden=turn.apply(expected.hidden))
     off = difference(after, expected, entering)
     if not off <= TOLERANCE:
-        raise ModelError(f"Rotated, {context.plan.structure.blocks[index].name} computes something else "
+        raise ModelError(f"Rotated, {name} computes something else "
                          f"(by {off:.2g} of what it adds).",
                          "Set smooth.rotation.hidden: false or smooth.rotation.heads: false.")  # fmt: skip
 

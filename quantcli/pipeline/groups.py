@@ -275,8 +275,11 @@ class GroupSource:
         )
 
     def _weight(self, linear: str, change: Change | None = None) -> Tensor:
-        """The float weight [out, in], as it is or changed."""
+        """The float weight [out, in], as it is or changed. Raises ModelError for values that are not finite."""
+        from quantcli.pipeline.treatment import require_finite_weight
+
         tensor = self._read(f"{linear}.weight")
+        require_finite_weight(linear, tensor)
         tensor = tensor if change is None else change(tensor)
         return (tensor.t().contiguous() if self.context.linears[linear].transposed else tensor).to(self.context.device)
 

@@ -458,8 +458,10 @@ def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequen
     for p in planned:
         treatment = p.treatment if p.linear.name in names else None
         if treatment is not None and treatment.scheme.observed:
+            dynamic = "W8A8-fp8" if treatment.scheme.type == "float" else "W8A8-dynamic"
             raise RecipeError(f"quantize: {p.linear.name} is of an expert; engines have no static scales for those.",
-                              "Give experts activations.scope: token, by an override that matches them.")  # fmt: skip
+                              "Give experts a scale for every token, as by "
+                              f'overrides: [{{match: "*.experts.*", scheme: {dynamic}}}].')  # fmt: skip
 
 
 def stored_bytes(recipe: Recipe, linear: Linear, scheme: Scheme, dtype: str) -> int:

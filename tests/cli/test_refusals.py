@@ -396,7 +396,10 @@ def test_verify_of_a_run_without_an_export(
 
 def test_a_model_of_experts(quantcli: Any, tmp_path: Path) -> None:
     model = save_tiny_model("mixtral", tmp_path / "model")
-    said(quantcli("plan", "w8a8", "--model", model), 2, "is of an expert", "activations.scope: token")
+    for recipe, scheme in (("w8a8", "W8A8-dynamic"), ("w8a8-fp8-static", "W8A8-fp8")):
+        override = f'[{{match: "*.experts.*", scheme: {scheme}}}]'
+        said(quantcli("plan", recipe, "--model", model), 2, "is of an expert", f"overrides: {override}")
+        assert quantcli("plan", recipe, "--model", model, "--set", f"quantize.overrides={override}").status == 0
 
 
 def test_an_error_of_ours_is_one_line_and_a_traceback_only_when_asked_for(

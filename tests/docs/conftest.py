@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from doc_blocks import MODEL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import save_seeing_model, save_tiny_model
 
 
@@ -26,7 +26,26 @@ def other_models(example_model: Path) -> dict[str, Path]:
     pickled = shutil.copytree(example_model, example_model.parent / "pickled")
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
-    return {"gemma-3-4b-it": seeing, "old-model": pickled}
+    return {"gemma-3-4b-it": seeing, "old-model": pickled, "model-fp8": _in_fp8(example_model)}
+
+
+def _in_fp8(model: Path) -> Path:
+    """The model in bfloat16, its linears in FP8 with a scale for each block of 32 × 32."""
+    folder, side = shutil.copytree(model, model.parent / "fp8"), 32
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            blocks = tensor.view(len(tensor) // side, side, -1, side)
+            scale = blocks.abs().amax((1, 3)) / 448
+            tensors[f"{name}_scale_inv"] = scale
+            tensors[name] = (blocks / scale[:, None, :, None]).view_as(tensor).to(torch.float8_e4m3fn)
+        else:
+            tensors[name] = tensor.bfloat16()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    scheme = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [side, side]}
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16", "quantization_config": scheme}))
+    return folder
 
 
 @pytest.fixture

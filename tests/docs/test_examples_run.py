@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from doc_blocks import DOCUMENTS, MODEL, ROOT, Command, blocks, codes, commands, prose, section, text_of
 
-from quantcli import plan
+from quantcli import plan, run_stage
+from quantcli.errors import ModelError
 from quantcli.recipe import load_recipe, shipped_names, shipped_path
 
 Quantcli = Callable[[list[str]], tuple[int, str, str]]
@@ -94,6 +96,30 @@ def test_python_runs(document: Path, index: int, examples: Path, capsys: pytest.
     code = compile(blocks(document, "python")[index], f"{document.name}, python block {index}", "exec")
     exec(code, {"__name__": "__main__"})
     assert capsys.readouterr().out.strip()  # every example shows something
+
+
+def test_models_that_are_saved_anew_as_shown_are_the_same_and_can_be_quantized(examples: Path) -> None:
+    """What troubleshooting.md does to weights in .bin files, in FP8 blocks, and beside a vision tower."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, FineGrainedFP8Config
+
+    for code in blocks(ROOT / "docs" / "troubleshooting.md", "python"):
+        exec(code, {"__name__": "__main__"})
+    fp8 = {"quantization_config": FineGrainedFP8Config(dequantize=True)}
+    seeing = AutoModelForImageTextToText.from_pretrained("./gemma-3-4b-it")
+    tokens = torch.arange(3, 40)[None]
+    for original, saved in (
+        (AutoModelForCausalLM.from_pretrained("./old-model"), "./old-model-safetensors"),
+        (AutoModelForCausalLM.from_pretrained("./model-fp8", **fp8), "./model-bf16"),
+        (seeing, "./gemma-3-4b-text"),
+    ):
+        with torch.inference_mode():
+            wanted = original(input_ids=tokens).logits
+            assert torch.equal(AutoModelForCausalLM.from_pretrained(saved)(input_ids=tokens).logits, wanted)
+        assert plan("w4a16", model=saved, output="out").schemes
+    for refused in ("./old-model", "./model-fp8", "./gemma-3-4b-it"):
+        with pytest.raises(ModelError) as caught:
+            run_stage("quantize", "w8a16", model=refused, output="out")
+        assert "docs/troubleshooting.md" in caught.value.remedy
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)

@@ -152,6 +152,14 @@ def test_a_budget_that_leaves_no_choice_is_refused(recipe: Recipe, target: Recip
     assert re.search(message, str(caught.value))
 
 
+def test_a_format_in_which_all_candidates_are_alike_is_refused(recipe: Recipe) -> None:
+    recipe = changed(recipe, quantize__target={"bits_per_weight": 5}, export={"formats": ["dense"]})
+    with pytest.raises(RecipeError, match="all candidates take the same room in dense") as caught:
+        quantcli.plan(recipe)
+    assert "export.formats" in caught.value.remedy
+    quantcli.plan(changed(recipe, export={"formats": ["compressed-tensors", "dense"]}))
+
+
 def test_a_recipe_that_names_every_linear_is_refused(recipe: Recipe) -> None:
     recipe["quantize"]["overrides"] = [{"match": "*", "weights": {"bits": 8}}]
     with pytest.raises(RecipeError, match="no linear is left to choose a scheme for"):

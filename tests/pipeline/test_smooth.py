@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
@@ -19,7 +21,7 @@ from tiny_models import save_tiny_model, token_batches
 from torch import Tensor
 
 import quantcli
-from quantcli.errors import RecipeError
+from quantcli.errors import ModelError, RecipeError
 from quantcli.model import folding
 from quantcli.model.structure import Producer, SharedInput
 from quantcli.model.structure_cache import find_structure
@@ -486,3 +488,16 @@ def test_awq_clips_weights_of_one_scale_by_one_bound(recipe: Callable[..., Recip
                 assert float(scale.abs()) * 8 <= float(bounds) * 1.01
                 held += 1
     assert held == 14
+
+
+@pytest.mark.parametrize("method", ["auto", "m1", "m2", "m3", "m4", "m5", "m6", "rotate"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_damaged_weight_is_named(recipe: Callable[..., Recipe], tmp_path: Path, method: str, value: float) -> None:
+    whole = recipe("llama", {"method": method})
+    model = Path(shutil.copytree(whole["model"]["path"], tmp_path / "damaged"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_proj.weight"][3, 5] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    place = r"layers\.1 puts out" if method == "rotate" else r"layers\.1\.self_attn\.k_proj\.weight holds"
+    with pytest.raises(ModelError, match=f"{place} values that are not finite"):
+        quantcli.run_stage("smooth", changed(whole, model__path=str(model)))
