@@ -5,8 +5,8 @@
 
 GROUP 0 is a scale a channel; INPUTS are the bits of inputs with a scale a token, 16 (float) if not given.
 
-Prints seconds and peak memory. The calibration samples are the first SAMPLES (64) windows of 512 tokens of TEXT, as in
-quantcli.
+Prints seconds and peak memory. The calibration samples are the first SAMPLES (64) windows of 512 tokens of TEXT, each
+from a BOS token where the tokenizer has texts start with one, as in quantcli.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ LENGTH = 512
 def main(source: str, text: str, out: str, bits: int, group: int, inputs: int = 16, samples: int = 64) -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    ids = tokenizer(Path(text).read_text(encoding="utf-8")).input_ids
-    windows = [ids[start : start + LENGTH] for start in range(0, samples * LENGTH, LENGTH)]
+    ids = tokenizer(Path(text).read_text(encoding="utf-8"), add_special_tokens=False).input_ids
+    begin = tokenizer("").input_ids  # a BOS token, where texts start with one
+    own = LENGTH - len(begin)
+    windows = [begin + ids[start : start + own] for start in range(0, samples * own, own)]
     grid = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
     weights = QuantizationArgs(num_bits=bits, type="int", symmetric=True, **grid)
     tokens = QuantizationArgs(num_bits=inputs, type="int", symmetric=True, strategy="token", dynamic=True)

@@ -71,6 +71,7 @@ def draw(
     samples: int,
     sequence_length: int,
     seed: int,
+    begin: Sequence[int] = (),
     evaluated_length: int | None = None,
 ) -> TokenSet:
     """`samples` samples from all sources together, in proportion to their shares, each source spread over the whole.
@@ -81,6 +82,7 @@ def draw(
 
     Args:
         tokenizer: a transformers tokenizer.
+        begin: as tokenize takes it.
         evaluated_length: tokens in a sequence that the model is to be measured on, if it is.
 
     Raises:
@@ -100,6 +102,7 @@ def draw(
             seed=seed,
             places=source.places,
             name=source.name,
+            begin=begin,
             special=source.special,
         )
         drawn.append(found)
@@ -124,13 +127,15 @@ def tokenize(
     seed: int,
     places: Sequence[str] = (),
     name: str = "The calibration text",
+    begin: Sequence[int] = (),
     special: bool = True,
 ) -> TokenSet:
     """Samples of at most `sequence_length` tokens, cut from documents.
 
     packed: the documents are joined by blank lines, tokenized once with the special tokens that the tokenizer adds,
-    and cut into windows without overlap. With seed 0 the first `samples` windows are used; with another seed, a random
-    choice of all windows, in text order. A text that fills no window gives one shorter sample.
+    and cut into windows without overlap, each of which starts with the tokens `begin`. With seed 0 the first `samples`
+    windows are used; with another seed, a random choice of all windows, in text order. A text that fills no window
+    gives one shorter sample.
     line: one sample a document, cut off at `sequence_length`; a seed other than 0 shuffles the documents first.
     Documents in which the tokenizer finds nothing but special tokens are passed over, and a note says where they stand.
 
@@ -138,6 +143,8 @@ def tokenize(
         tokenizer: a transformers tokenizer.
         places: where each text stands, for the notes; its number where there are none.
         name: what notes and errors call the texts.
+        begin: what every text starts with where the model is served, a BOS token as a rule; it counts among the tokens
+            of a packed sample.
         special: whether the tokenizer adds its special tokens.
 
     Raises:
@@ -152,7 +159,7 @@ def tokenize(
         chosen, documents_used, empty = _lines(tokenizer, filled, samples, sequence_length, seed, special)
         unit = "document" + "s" * (len(chosen) != 1)
     else:
-        chosen, documents_used = _windows(tokenizer, filled, samples, sequence_length, seed, special)
+        chosen, documents_used = _windows(tokenizer, filled, samples, sequence_length, seed, special, list(begin))
         unit = f"window{'s' * (len(chosen) != 1)} of {sequence_length} tokens"
     if not chosen:
         raise DataError(f"{name} is empty to this tokenizer.", "Choose a data set, field or file that holds text.")
@@ -203,7 +210,7 @@ def tokens_per_word(tokenizer: Any, text: str) -> float:
 
 
 def _windows(
-    tokenizer: Any, texts: list[str], samples: int, length: int, seed: int, special: bool
+    tokenizer: Any, texts: list[str], samples: int, length: int, seed: int, special: bool, begin: list[int]
 ) -> tuple[list[list[int]], int]:
     joined = _SEPARATOR.join(texts)
     if seed == 0:
@@ -211,14 +218,16 @@ def _windows(
     else:
         encoded = _encode(tokenizer, joined, special)
     ids: list[int] = encoded.input_ids
-    count = len(ids) // length
+    origin = len(begin) if begin and ids[: len(begin)] == begin else 0  # each window gets a beginning of its own
+    length = max(1, length - len(begin))
+    count = (len(ids) - origin) // length
     if count == 0:
-        starts = [0] if len(ids) > 1 else []
+        chosen = [0] if len(ids) > origin + (not begin) else []
     elif seed == 0:
-        starts = [window * length for window in range(min(samples, count))]
+        chosen = list(range(min(samples, count)))
     else:
-        chosen = random.Random(seed).sample(range(count), min(samples, count))
-        starts = [window * length for window in sorted(chosen)]
+        chosen = sorted(random.Random(seed).sample(range(count), min(samples, count)))
+    starts = [origin + window * length for window in chosen]
 
     document_starts = [0]
     for text in texts[:-1]:
@@ -227,7 +236,7 @@ def _windows(
     for start in starts:
         first, last = _characters(encoded, start, min(start + length, len(ids)), len(joined))
         used.update(range(bisect_right(document_starts, first) - 1, bisect_right(document_starts, last)))
-    return [ids[start : start + length] for start in starts], len(used)
+    return [begin + ids[start : start + length] for start in starts], len(used)
 
 
 def _lines(

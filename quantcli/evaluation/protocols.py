@@ -51,6 +51,7 @@ def evaluation_windows(
     windows: int | None,
     *,
     stride: int | None = None,
+    begin: Sequence[int] = (),
     batch: int = 1,
     dataset: str = "text",
 ) -> EvaluationText:
@@ -60,6 +61,7 @@ def evaluation_windows(
         tokenizer: a transformers tokenizer.
         windows: use at most so many, from the start; null for all.
         stride: of standard, the tokens from the start of a window to that of the next; null for `sequence_length`.
+        begin: of standard, what every window starts with, a BOS token as a rule.
         batch: of golden-stick, the windows in a batch.
         dataset: what the texts come from, as recipes name it: lm-eval cuts wikitext2 into articles, golden-stick takes
             rows of tables as they are.
@@ -74,32 +76,44 @@ def evaluation_windows(
     if protocol == "golden-stick":
         rows = dataset == "parquet" or "/" in dataset
         return _golden_stick(text, tokenizer, sequence_length, windows, batch, rows)
-    return _standard(text, tokenizer, sequence_length, windows, stride or sequence_length)
+    return _standard(text, tokenizer, sequence_length, windows, stride, list(begin))
 
 
-def _standard(text: str, tokenizer: Any, length: int, windows: int | None, stride: int) -> EvaluationText:
+def _standard(
+    text: str, tokenizer: Any, length: int, windows: int | None, stride: int | None, begin: list[int]
+) -> EvaluationText:
     """The documents, joined by blank lines, are tokenized once with the special tokens that the tokenizer adds. A
     window of `length` tokens begins every `stride` tokens; one that would end behind the text is dropped, unless it is
-    the only one. Each window is scored from its second token on, but no token that an earlier window scored."""
+    the only one. Each window is scored from its second token on, but no token that an earlier window scored. With
+    `begin` a window is that and so many tokens fewer of the text, all of which it scores, but for those of an earlier
+    one."""
     ids = tokenizer(text, verbose=False).input_ids if text else []
-    starts = list(range(0, len(ids) - length + 1, stride)) or [0]
-    cut = [ids[start : start + length] for start in starts]
-    if len(cut[0]) < 2:
+    origin = len(begin) if begin and ids[: len(begin)] == begin else 0
+    own = max(1, length - len(begin))
+    step = stride or own
+    starts = list(range(origin, len(ids) - own + 1, step)) or [origin]
+    cut = [begin + ids[start : start + own] for start in starts]
+    lead = max(1, len(begin))
+    if len(cut[0]) <= lead:
         raise _too_short(ids, length, "standard")
     kept = cut[:windows]
-    apart = "without overlap" if stride == length else f"every {stride} tokens"
-    scored = "its second token on" if stride >= length else "behind the end of the one before it on"
+    first = [lead, *(max(lead, len(begin) + own - step) for _ in kept[1:])]
+    apart = "without overlap" if step == own else f"every {step} tokens"
+    scored = "behind the end of the one before it on"
+    if step >= own:
+        scored = "its second token on" if lead == 1 else "the first token of the text on"
+    begun = f"; each starts with {' '.join(map(str, begin))}, as the tokenizer starts a text" if begin else ""
     return EvaluationText(
         protocol="standard",
         windows=kept,
-        tokens=len(kept[0]) - 1 + sum(min(stride, length - 1) for _ in kept[1:]),
+        tokens=sum(len(window) - scored_from for window, scored_from in zip(kept, first, strict=True)),
         masked_token=None,
         description=(
             "Protocol standard: the text as it stands, tokenized once with the tokenizer's special tokens; windows of "
-            f"{length} tokens {apart}{_limited(kept, len(cut))}; a last short window is dropped unless it is the only "
-            f"one; each window is scored from {scored}, every prediction counts."
+            f"{length} tokens {apart}{_limited(kept, len(cut))}{begun}; a last short window is dropped unless it is "
+            f"the only one; each window is scored from {scored}, every prediction counts."
         ),
-        first=[1, *(max(1, length - stride) for _ in kept[1:])] if stride < length else [],
+        first=[] if set(first) == {1} else first,
     )
 
 

@@ -227,9 +227,6 @@ def build_model(config: Any, dtype: torch.dtype, trust_remote_code: bool = False
     from transformers.initialization import no_init_weights
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if config.get_text_config(decoder=True) is not config and not hasattr(config, "vocab_size"):
-        what = "is of text and images, and its text model is one part"
-        raise ModelError(f"config.json: model_type {config.model_type!r} {what}.", TEXT_ALONE)
     with no_init_weights():
         try:
             if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:

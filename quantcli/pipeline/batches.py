@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import DataError
+from quantcli.errors import DataError, RecipeError
 from quantcli.recipe.data import CalibrationSection, MixSection, PerplexitySection
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def calibration_tokens(section: CalibrationSection, tokenizer: Any, evaluated_le
 
     Raises:
         DataError: a data set is missing, unreadable or holds no token.
+        RecipeError: as `beginning`.
     """
     from quantcli.calibration.tokens import Source, draw
 
@@ -81,8 +82,30 @@ def calibration_tokens(section: CalibrationSection, tokenizer: Any, evaluated_le
         samples=section.samples,
         sequence_length=section.sequence_length,
         seed=section.seed,
+        begin=beginning(tokenizer, section.bos, "calibration.bos"),
         evaluated_length=evaluated_length,
     )
+
+
+def beginning(tokenizer: Any, wanted: bool | None, key: str) -> list[int]:
+    """What sequences cut out of a text begin with: the special tokens that the tokenizer puts before every text, or
+    those that are `wanted`; nothing if they are not.
+
+    A model that was always shown its BOS token reads a text without it as nothing that it knows: the perplexity of
+    Gemma 3 270M on wikitext-2 is 134 without and 53 with it.
+
+    Raises:
+        RecipeError: they are wanted, and the tokenizer has none.
+    """
+    if wanted is False:
+        return []
+    text = "a"
+    plain: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    whole: list[int] = tokenizer(text, verbose=False).input_ids
+    added = next((i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain), 0)
+    if not added and wanted and tokenizer.bos_token_id is None:
+        raise RecipeError(f"{key}: is true, and the tokenizer has no BOS token.", "Remove the key.")
+    return whole[:added] or ([tokenizer.bos_token_id] if wanted else [])
 
 
 def data_identity(section: CalibrationSection | PerplexitySection) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quantcli.pipeline.batches import calibration_tokens, texts_of
+from quantcli.pipeline.batches import beginning, calibration_tokens, texts_of
 from quantcli.pipeline.context import Context
 from quantcli.recipe.data import PerplexitySection
 
@@ -49,6 +49,7 @@ def windows_of(section: PerplexitySection, tokenizer: Any) -> EvaluationText:
         section.sequence_length,
         section.windows,
         stride=section.stride,
+        begin=beginning(tokenizer, section.bos, "evaluate.perplexity.bos") if section.protocol == "standard" else (),
         batch=section.batch_size,
         dataset=section.dataset,
     )

@@ -92,6 +92,10 @@ class CalibrationSection(_CalibrationSource):
         description="packed joins texts and cuts full sequences; line takes one text a sequence; "
         "auto is line for prompts, packed for other text.",
     )
+    bos: bool | None = Field(
+        default=None,
+        description="Start packed sequences with the BOS token; null does where the tokenizer starts texts with it.",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=0, description="Seed of the choice of sequences.")
     expert_tokens: Count = Field(
         default=64, description="An expert that sees fewer tokens than these is quantized without them."
@@ -141,6 +145,11 @@ class PerplexitySection(Section):
         default=None,
         description="Protocol standard: tokens from the start of a window to that of the next; null for no overlap.",
     )
+    bos: bool | None = Field(
+        default=None,
+        description="Protocol standard: start windows with the BOS token; null does where the tokenizer starts texts "
+        "with it.",
+    )
     batch_size: Count = Field(
         default=1,
         description="Protocol golden-stick: windows in a batch; the mean over batches of their means is taken.",
@@ -156,7 +165,8 @@ class PerplexitySection(Section):
     @model_validator(mode="after")
     def _check(self) -> PerplexitySection:
         _check_source(self, "test")
-        for key, protocol, default in (("stride", "standard", None), ("batch_size", "golden-stick", 1)):
+        own = (("stride", "standard", None), ("bos", "standard", None), ("batch_size", "golden-stick", 1))
+        for key, protocol, default in own:
             if self.protocol != protocol and getattr(self, key) != default:
                 wrong = f"has no meaning in protocol {self.protocol}"
                 raise refusal(key, wrong, f"Remove it, or set protocol: {protocol}.")

@@ -43,19 +43,22 @@ def log_probabilities(model: Path, ids: list[int]) -> Tensor:
     return loaded(torch.tensor([ids])).logits[0].double().log_softmax(-1)
 
 
+@pytest.mark.parametrize("bos", [False, True])
 @pytest.mark.parametrize("stride", [7, 20, 31, 45])
-def test_windows_that_overlap_score_each_token_once(tiny_llama: Path, prose: Path, stride: int) -> None:
+def test_windows_that_overlap_score_each_token_once(tiny_llama: Path, prose: Path, stride: int, bos: bool) -> None:
     length = 31
     ids = transformers.AutoTokenizer.from_pretrained(tiny_llama)(prose.read_text()).input_ids
     total, count, seen = 0.0, 0, 0
-    for start in range(0, len(ids) - length + 1, stride):
-        logp = log_probabilities(tiny_llama, ids[start : start + length])
-        for position in range(1, length):
+    begin = [ids.pop(0)] if bos else []
+    own = length - len(begin)
+    for start in range(0, len(ids) - own + 1, stride):
+        logp = log_probabilities(tiny_llama, begin + ids[start : start + own])
+        for position in range(0 if bos else 1, own):
             if start + position >= seen:
-                total -= logp[position - 1, ids[start + position]].item()
+                total -= logp[len(begin) + position - 1, ids[start + position]].item()
                 count += 1
-        seen = start + length
-    found = measured(tiny_llama, prose, sequence_length=length, stride=stride)
+        seen = start + own
+    found = measured(tiny_llama, prose, sequence_length=length, stride=stride, bos=None if bos else False)
     assert found["tokens"] == count
     assert found["quantized"]["value"] == pytest.approx(math.exp(total / count), rel=1e-6)
     if stride < length:

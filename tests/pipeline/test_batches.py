@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import BOS, tiny_tokenizer
+from tokenizers import processors
 from transformers import ByT5Tokenizer
 
 from quantcli.calibration.datasets import load_texts
-from quantcli.errors import DataError
-from quantcli.pipeline.batches import calibration_tokens, data_identity, texts_of
+from quantcli.errors import DataError, RecipeError
+from quantcli.pipeline.batches import beginning, calibration_tokens, data_identity, texts_of
+from quantcli.pipeline.samples import windows_of
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
 
 
@@ -101,3 +104,57 @@ def test_an_empty_prompt_in_a_mix_is_named_with_its_line(files: Path) -> None:
     mixed = section(mix=[{"dataset": "builtin"}, {"dataset": "jsonl", "path": str(files / "bad.jsonl")}])
     with pytest.raises(DataError, match=r"bad\.jsonl:2: the prompt is empty"):
         calibration_tokens(mixed, ByT5Tokenizer())
+
+
+@pytest.mark.parametrize(("wanted", "begun"), [(None, [BOS]), (True, [BOS]), (False, [])])
+def test_sequences_begin_as_the_tokenizer_begins_texts(tmp_path: Path, wanted: bool | None, begun: list[int]) -> None:
+    tokenizer, text = tiny_tokenizer(), "The hill is as high as the river is deep. " * 9
+    (tmp_path / "t.txt").write_text(text)
+    found = calibration_tokens(
+        section(dataset="text", path=str(tmp_path / "t.txt"), samples=4, sequence_length=10, bos=wanted), tokenizer
+    )
+    whole = tokenizer(text).input_ids
+    text_ids, own = whole[len(begun) :], 10 - len(begun)
+    assert found.samples == [[*begun, *text_ids[own * i : own * i + own]] for i in range(4)]
+    scored = windows_of(
+        PerplexitySection(dataset="text", path=str(tmp_path / "t.txt"), sequence_length=10, windows=4, bos=wanted),
+        tokenizer,
+    )
+    assert scored.windows == found.samples
+    assert scored.tokens == 36
+    assert ("each starts with 1," in scored.description) == bool(begun)
+
+
+def test_windows_that_overlap_begin_so_and_score_each_token_once(tmp_path: Path) -> None:
+    tokenizer, text = tiny_tokenizer(), "The hill is as high as the river is deep. " * 9
+    (tmp_path / "t.txt").write_text(text)
+    keys = {"dataset": "text", "path": str(tmp_path / "t.txt"), "sequence_length": 10, "windows": None}
+    found = windows_of(PerplexitySection.model_validate({**keys, "stride": 4}), tokenizer)
+    scored = [token for window, first in zip(found.windows, found.first, strict=True) for token in window[first:]]
+    assert scored == tokenizer(text).input_ids[1 : 1 + len(scored)]
+    assert len(scored) == found.tokens == 9 + 4 * (len(found.windows) - 1)
+    assert {window[0] for window in found.windows} == {BOS}
+
+
+def test_a_tokenizer_that_begins_with_nothing_is_asked_for_its_bos(tmp_path: Path) -> None:
+    assert beginning(ByT5Tokenizer(), None, "calibration.bos") == []
+    with pytest.raises(RecipeError, match=r"calibration\.bos: is true, and the tokenizer has no BOS token"):
+        beginning(ByT5Tokenizer(), True, "calibration.bos")
+    silent = tiny_tokenizer()
+    silent.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert beginning(silent, None, "calibration.bos") == []
+    assert beginning(silent, True, "calibration.bos") == [BOS]
+
+
+def test_a_short_text_is_one_sample_that_begins_so(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("The hill")
+    tokenizer = tiny_tokenizer()
+    found = calibration_tokens(
+        section(dataset="text", path=str(tmp_path / "t.txt"), samples=4, sequence_length=100), tokenizer
+    )
+    assert found.samples == [tokenizer("The hill").input_ids]
+
+
+def test_bos_is_of_protocol_standard() -> None:
+    with pytest.raises(ValueError, match="bos"):
+        PerplexitySection(protocol="lm-eval", bos=True)

@@ -312,7 +312,7 @@ def test_only_the_folds_that_are_asked_for(folds: list[str], recipe: Callable[..
 
 
 def test_shifts_go_into_biases(recipe: Callable[..., Recipe]) -> None:
-    asked = recipe("opt", {"method": "m1", "shift": True, "save_model": True})
+    asked = recipe("opt", {"method": "m1", "shift": True, "save_model": True}, calibration__bos=False)
     smoothed(asked)
     shifts = {name: value for name, value in scales(asked).items() if name.endswith(".shift")}
     assert {name.rsplit(".", 2)[-2] for name in shifts} == {"q_proj", "fc1"}
@@ -331,7 +331,8 @@ def test_shifts_go_into_biases(recipe: Callable[..., Recipe]) -> None:
 @pytest.mark.parametrize("scope", ["tensor", "token"])
 @pytest.mark.parametrize("method", ["m1", "auto"])
 def test_a_shift_never_makes_the_error_larger(method: str, scope: str, recipe: Callable[..., Recipe]) -> None:
-    asked = recipe("opt", {"method": method, "shift": True}, quantize__activations={"bits": 8, "scope": scope})
+    inputs = {"bits": 8, "scope": scope}
+    asked = recipe("opt", {"method": method, "shift": True}, quantize__activations=inputs, calibration__bos=False)
     shifted = {outcome["input"]: outcome for outcome in smoothed(asked)}
     taken = {name for name, outcome in shifted.items() if outcome.get("shifted")}
     assert 0 < len(taken) < len([outcome for outcome in shifted.values() if "shifted" in outcome])
@@ -345,7 +346,7 @@ def test_a_fold_whose_shift_fails_the_check_is_tried_without(
 ) -> None:
     """A producer whose bias keeps what its readers' biases get as well."""
     monkeypatch.setattr(folding, "_shift_and_divide", lambda scale, _shift: lambda bias: bias.div_(scale.to(bias)))
-    asked = recipe("opt", {"method": "m1", "shift": True, "save_model": True})
+    asked = recipe("opt", {"method": "m1", "shift": True, "save_model": True}, calibration__bos=False)
     outcomes = smoothed(asked)
     assert all(outcome["kept"] and outcome["difference"] < 1e-5 for outcome in outcomes)
     assert {f"{outcome['input']}.scale" for outcome in outcomes} == scales(asked).keys()
@@ -440,7 +441,7 @@ def test_what_depends_on_smoothing_runs_again(recipe: Callable[..., Recipe]) -> 
 
 
 def test_the_outcome_of_a_group_tells_what_scales_did_to_its_outliers(recipe: Callable[..., Recipe]) -> None:
-    asked = recipe("llama-tied", {"method": "m1"})
+    asked = recipe("llama-tied", {"method": "m1"}, calibration__bos=False)
     outcomes = smoothed(asked)
     other = smoothed(changed(asked, smooth__alpha=0.0))
     for outcome, without in zip(outcomes, other, strict=True):

@@ -17,13 +17,13 @@ from tiny_models import save_tiny_model
 from transformers.pytorch_utils import Conv1D
 
 import quantcli
-from quantcli.evaluation.protocols import EvaluationText, evaluation_windows
+from quantcli.evaluation.protocols import EvaluationText
 from quantcli.evaluation.scores import Scores
 from quantcli.formats.store import Store
 from quantcli.model.discovery import discover
 from quantcli.pipeline import trial
-from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context
+from quantcli.pipeline.samples import windows_of
 from quantcli.pipeline.trial import TrialModel
 from quantcli.quant.grid import dequantize
 
@@ -39,9 +39,7 @@ def text_of(context: Context) -> EvaluationText:
     assert context.recipe.evaluate is not None
     section = context.recipe.evaluate.perplexity
     assert section is not None
-    return evaluation_windows(
-        texts_of(section), context.tokenizer(), section.protocol, section.sequence_length, section.windows
-    )
+    return windows_of(section, context.tokenizer())
 
 
 @contextmanager
