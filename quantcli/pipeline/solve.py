@@ -222,7 +222,7 @@ def _solve_experts(
                 for tokens in routed.of(index):
                     x = tokens.to(device)
                     hessian.update(x if members[0] != names[-1] else _between(holder, layer, index, x, replaced))
-                results = _solve_input(source, members, hessian, section, statistics, {}, shrinks=True)
+                results = _solve_input(source, members, hessian, section, statistics, {})
                 facts = {"asymmetric": 0.0} if section.asymmetric else {}
             for name, (_, own) in results.items():
                 own |= facts
@@ -365,25 +365,24 @@ def _solve_input(
     section: GptqSection,
     statistics: StatisticsOf,
     aims: dict[str, Tensor],
-    shrinks: bool = False,
 ) -> Results:
     """The linears that read one input, those of one treatment at once. What was aimed at by those to be tuned
-    is added to `aims`. `shrinks`: the Hessian counts for as much as its tokens tell (`quant.shrinkage`)."""
+    is added to `aims`."""
     release_freed_memory()
     moments = hessian.moments()
     if not bool(torch.isfinite(moments.diagonal()).all()):
         raise ModelError(f"{names[0]}: input values are not finite during calibration.",
                          "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
-    seen: Facts = {"tokens": hessian.tokens}
-    if shrinks:
-        moments, share = shrunk(moments, hessian.tokens)
-        seen["shrunk"] = float(f"{share:.3g}")
     context = source.context
     groups = _alike(names, context.plan.treatments, source.one_scale)
     compared = hessian.compared_moments()
     aimed = [_aimed(source, members, hessian, moments if compared is None else compared) for members in groups]
     del compared
     hessian.forget_compared()
+    seen: Facts = {"tokens": hessian.tokens}
+    if section.shrink:
+        moments, share = shrunk(moments, hessian.tokens, section.damping)
+        seen["shrunk"] = float(f"{share:.3g}")
     try:
         curvature = factored(moments, section.damping)
     except ValueError as error:

@@ -20,6 +20,10 @@ class GptqSection(Section):
     sweeps: Annotated[int, BeforeValidator(whole, json_schema_input_type=int), Field(ge=0, le=100)] = Field(
         default=2, description="How often scales are fitted to the codes, and codes changed one channel at a time."
     )
+    shrink: bool = Field(
+        default=True,
+        description="Draw second moments of few tokens towards those of each channel alone.",
+    )
     prefix: Literal["quantized", "float"] = Field(
         default="quantized", description="What a linear's inputs come from: the quantized linears before it, or float."
     )

@@ -210,6 +210,8 @@ def _v1(meta: dict[str, Any], case: str) -> Recipe:
     if weights["bits"] == 4:
         weights["full_range"] = False
     section: Recipe = {"weights": weights, "rollback": {"siblings": "apart"}}
+    if weights["method"] == "gptq":  # theirs, too, aims at the calibration samples and at no others
+        section["gptq"] = {"shrink": False}
     act = config.get("act")
     if act is None:
         return section

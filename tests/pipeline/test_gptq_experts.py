@@ -151,7 +151,7 @@ def check_by_hand(recipe: Recipe) -> int:
                         continue
                     hessian = (inputs.double().t() @ inputs.double() / len(inputs)).float()
                     treatment, whole = plan.treatments[names[0]], torch.cat([floats[f"{n}.weight"] for n in names])
-                    hessian, share = shrunk(hessian, len(inputs))
+                    hessian, share = shrunk(hessian, len(inputs), section.damping)
                     curvature = factored(hessian, section.damping)
                     wanted, _ = solved(whole, weight_grid(treatment, "float32"), curvature, section.sweeps)
                     parts = [store.read(name).weight for name in names]
@@ -364,6 +364,7 @@ def test_tuning_meets_experts_as_they_are_quantized(recipe_of: RecipeOf) -> None
     starts = []
     for name, change in (("run", {"weights": {"bits": 2}}), ("float", {"scheme": "float"})):
         quantize = {"weights": weights, "overrides": [{"match": "*.experts.*", **change}]}
+        quantize["gptq"] = {"shrink": False}  # so that of these samples little is lost where experts lose nothing
         recipe = recipe_of("mixtral", name, quantize=quantize)
         quantcli.run(recipe)
         starts.append({event["tuned_from"] for event in events(recipe, "linear") if "tuned_from" in event})

@@ -28,6 +28,7 @@ from quantcli.pipeline.treatment import replacement, weight_grid
 from quantcli.quant.gptq import factored
 from quantcli.quant.grid import QuantizedWeight
 from quantcli.quant.refine import output_error
+from quantcli.quant.shrinkage import shrunk
 from quantcli.quant.solver import solved
 
 Recipe = dict[str, Any]
@@ -112,6 +113,8 @@ def check_by_hand(recipe: Recipe) -> None:
             if any(context.plan.treatments[name].weights.solves for name in planned):
                 before = replaced if section.prefix == "quantized" else {}
                 hessian = moments_of(model, batches, planned[0], before, experts)
+                if section.shrink:
+                    hessian, _ = shrunk(hessian, sum(batch.numel() for batch in batches), section.damping)
                 curvature = factored(hessian, section.damping)
             for name in planned:
                 treatment = context.plan.treatments[name]
@@ -137,6 +140,7 @@ def compare(name: str, ours: QuantizedWeight, wanted: QuantizedWeight, weight: T
 SCHEMES: dict[str, Recipe] = {
     "4 bits, groups of 32": {"weights": GROUPS},
     "2 bits, groups of 16, asymmetric": {"weights": {**GROUPS, "bits": 2, "group_size": 16, "symmetric": False}},
+    "not shrunk": {"weights": GROUPS, "gptq": {"shrink": False}},
     "3 bits a channel, head too": {
         "weights": {"bits": 3, "method": "gptq"},
         "rollback": {"last_linear": False},

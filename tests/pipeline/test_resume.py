@@ -151,8 +151,12 @@ def test_what_a_killed_run_leaves_is_not_taken_for_that_of_a_changed_recipe(
 def test_what_a_kill_at_any_moment_leaves_ends_in_the_same_bytes(
     static_recipe: Callable[[Path], Recipe], tree: Callable[[Path], Tree], tmp_path: Path
 ) -> None:
+    from tiny_models import save_tiny_model
+
     run = tmp_path / "run"
     recipe = static_recipe(run)
+    model = save_tiny_model("llama", tmp_path / "model", with_tokenizer=True)  # of two blocks
+    recipe["model"]["path"] = str(model)
     run.mkdir()
     copies = Copies(run, tmp_path / "copies")
     with counted(copies):

@@ -261,6 +261,17 @@ def harness_task(place: Path, name: str, rows: list[dict[str, Any]], rest: str) 
     return place
 
 
+@pytest.fixture
+def no_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of a directory alone: the library's own thirteen thousand files take it fifteen seconds to read."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+
+    def manager(path: str | None) -> Any:
+        return tasks.TaskManager(include_path=path, include_defaults=False)
+
+    monkeypatch.setattr(harness, "_task_manager", manager)
+
+
 def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_path: Path) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
@@ -293,11 +304,9 @@ def test_a_task_of_the_harness_is_what_the_harness_finds(recipe: Recipe, tmp_pat
 
 @pytest.mark.parametrize("broken", [False, True], ids=["offline", "broken off"])
 def test_questions_that_only_the_hub_has_are_missed_in_our_words(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_other_tasks: None, broken: bool
 ) -> None:
-    pytest.importorskip("lm_eval")
     from huggingface_hub.errors import HfHubHTTPError
-    from lm_eval.tasks import TaskManager
 
     reason = r"HF_HUB_OFFLINE is set\."
     if broken:  # as its HTTP client says it, whichever that is
@@ -309,7 +318,6 @@ def test_questions_that_only_the_hub_has_are_missed_in_our_words(
         monkeypatch.setattr("datasets.load_dataset", load_dataset)
         reason = r"the server went away\."
 
-    monkeypatch.setattr(harness, "_task_manager", lambda path: TaskManager(include_path=path, include_defaults=False))
     place = tmp_path / "tasks"
     place.mkdir()
     (place / "far.yaml").write_text("task: far\ndataset_path: some-org/far\noutput_type: multiple_choice\n")
@@ -318,7 +326,7 @@ def test_questions_that_only_the_hub_has_are_missed_in_our_words(
 
 
 def test_a_task_that_generates_says_how_far_it_is_and_is_what_the_harness_finds(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_other_tasks: None
 ) -> None:
     lm_eval = pytest.importorskip("lm_eval")
     from lm_eval.models.huggingface import HFLM
@@ -373,10 +381,9 @@ def of_two_minds(place: Path, boolq: Path) -> Path:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_boolq_is_what_the_harness_finds_on_the_same_prompts(
-    recipe: Recipe, boolq: Path, tmp_path: Path, scheme: str
+    recipe: Recipe, boolq: Path, tmp_path: Path, no_other_tasks: None, scheme: str
 ) -> None:
     """By its task, which asks as `boolq` does, and by its own model of transformers, whatever the size of a batch."""
-    pytest.importorskip("lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
