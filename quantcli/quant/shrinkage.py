@@ -16,8 +16,7 @@ def shrunk(hessian: Tensor, tokens: int, damping: float = 0.0) -> tuple[Tensor, 
     Schäfer & Strimmer 2005: with r_ij = H_ij / √(H_ii H_jj) found from n tokens, the least expected square of the error
     of all r_ij is at  ρ = Σ_{i≠j} Var(r_ij) / Σ_{i≠j} r_ij²,  Var(r_ij) ≈ (1 − r_ij²)² / n.  Channels that never held
     anything have no part in it. H [in, in] float32, E[x xᵀ] over n = `tokens`. Since (1 − ρ) H + ρ diag H =
-    (1 − ρ) (H + ρ / (1 − ρ) diag H), damping by a share of each channel does as much as a ρ of its size; twice as much changes nothing
-    that can be measured (BENCHMARKS.md).
+    (1 − ρ) (H + ρ / (1 − ρ) diag H), damping by a share of each channel does as much as a ρ of its size.
     """
     diagonal = hessian.diagonal().clone()
     unit = torch.where(diagonal > 0, diagonal, torch.inf).rsqrt()
