@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from quantcli.calibration.datasets import load_texts
 from quantcli.evaluation.protocols import evaluation_windows
+from quantcli.pipeline.batches import beginning
 
 SCRIPT = Path(__file__).parents[1] / "tests" / "serving" / "llama_cpp.py"
 
@@ -50,7 +51,9 @@ def main() -> None:
     print("|---|---|---|---|", flush=True)
     for export in arguments.exports:
         tokenizer = AutoTokenizer.from_pretrained(export)
-        windows = evaluation_windows(texts, tokenizer, "standard", arguments.length, arguments.windows).windows
+        begin = beginning(tokenizer, None, "bos")
+        length, count = arguments.length, arguments.windows
+        windows = evaluation_windows(texts, tokenizer, "standard", length, count, begin=begin).windows
         ours, theirs = scored(export, section), by_llama_cpp(export, windows)
         print(f"| {export} | {ours:.3f} | {theirs:.3f} | {theirs / ours - 1:+.2%} |", flush=True)
 

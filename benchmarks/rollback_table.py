@@ -22,6 +22,7 @@ from quantcli.calibration.datasets import load_texts
 from quantcli.evaluation.protocols import EvaluationText, evaluation_windows
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.pipeline import engine
+from quantcli.pipeline.batches import beginning
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.plan import Treatment, make_plan
 from quantcli.pipeline.rundir import open_run
@@ -125,7 +126,9 @@ def main() -> None:
             engine.choose_device(recipe.model.device),
             results=result.stages,
         )
-        text = evaluation_windows(texts, context.tokenizer(), "standard", 1024, arguments.windows)
+        tokenizer = context.tokenizer()
+        begin = beginning(tokenizer, None, "bos")
+        text = evaluation_windows(texts, tokenizer, "standard", 1024, arguments.windows, begin=begin)
         measure(context, ranking, text, arguments)
 
 

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 import transformers
 
-from quantcli.calibration.datasets import load_texts
-from quantcli.evaluation.protocols import evaluation_windows
 from quantcli.evaluation.scores import WindowScores, mean_and_error
+from quantcli.pipeline.samples import windows_of
+from quantcli.recipe.data import PerplexitySection
 
 HERE = Path(__file__).parent
 VLLM_PYTHON = os.environ.get("VLLM_PYTHON") and os.path.abspath(os.environ["VLLM_PYTHON"])
@@ -113,8 +113,9 @@ def served(in_vllm: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[
         results = json.loads((output / "eval-ppl" / "results.json").read_text())
         checkpoint = output / "export" / results["checkpoint"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
-        texts, scored = load_texts("builtin", split="test"), results["per_window"]
-        windows = evaluation_windows(texts, tokenizer, "standard", results["sequence_length"], len(scored)).windows
+        scored = results["per_window"]
+        asked = PerplexitySection(sequence_length=results["sequence_length"], windows=len(scored))
+        windows = windows_of(asked, tokenizer).windows
         counted = [WindowScores(tokens=len(window) - 1) for window in windows]
         assert [row[0] for row in scored] == [window.tokens for window in counted]
 
