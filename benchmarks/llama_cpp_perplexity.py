@@ -18,9 +18,8 @@ from pathlib import Path
 from bench import scored
 from transformers import AutoTokenizer
 
-from quantcli.calibration.datasets import load_texts
-from quantcli.evaluation.protocols import evaluation_windows
-from quantcli.pipeline.batches import beginning
+from quantcli.pipeline.samples import windows_of
+from quantcli.recipe.data import PerplexitySection
 
 SCRIPT = Path(__file__).parents[1] / "tests" / "serving" / "llama_cpp.py"
 
@@ -45,15 +44,11 @@ def main() -> None:
     section: dict[str, object] = {"dataset": "builtin"}
     if arguments.text is not None:
         section = {"dataset": "wikitext2", "path": str(arguments.text.absolute())}
-    texts = load_texts(str(section["dataset"]), path=arguments.text, split="test")
     section |= {"sequence_length": arguments.length, "windows": arguments.windows}
     print("| export | quantcli `eval-ppl` | llama.cpp | difference |")
     print("|---|---|---|---|", flush=True)
     for export in arguments.exports:
-        tokenizer = AutoTokenizer.from_pretrained(export)
-        begin = beginning(tokenizer, None, "bos")
-        length, count = arguments.length, arguments.windows
-        windows = evaluation_windows(texts, tokenizer, "standard", length, count, begin=begin).windows
+        windows = windows_of(PerplexitySection.model_validate(section), AutoTokenizer.from_pretrained(export)).windows
         ours, theirs = scored(export, section), by_llama_cpp(export, windows)
         print(f"| {export} | {ours:.3f} | {theirs:.3f} | {theirs / ours - 1:+.2%} |", flush=True)
 

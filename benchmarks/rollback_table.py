@@ -18,18 +18,18 @@ from pathlib import Path
 
 import torch
 
-from quantcli.calibration.datasets import load_texts
-from quantcli.evaluation.protocols import EvaluationText, evaluation_windows
+from quantcli.evaluation.protocols import EvaluationText
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.pipeline import engine
-from quantcli.pipeline.batches import beginning
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.plan import Treatment, make_plan
 from quantcli.pipeline.rundir import open_run
+from quantcli.pipeline.samples import windows_of
 from quantcli.pipeline.stages.calibrate import read_statistics
 from quantcli.pipeline.treatment import input_parameters, observed_of, with_input
 from quantcli.pipeline.trial import TrialModel
 from quantcli.recipe import load_recipe
+from quantcli.recipe.data import PerplexitySection
 
 CHOICES = ("How can we learning machine learning: yes", "How can we learning machine learning: no")
 
@@ -116,7 +116,7 @@ def main() -> None:
     )
     ranking = engine.rank_linears(recipe)["linears"]
     result = engine.run_recipe(recipe, until="quantize")
-    texts = load_texts("wikitext2", path=arguments.text, split="test")
+    scored = PerplexitySection(dataset="wikitext2", path=str(arguments.text), windows=arguments.windows)
     with open_run(Path(recipe.output), result.plan.model) as run:
         context = Context(
             recipe,
@@ -126,10 +126,7 @@ def main() -> None:
             engine.choose_device(recipe.model.device),
             results=result.stages,
         )
-        tokenizer = context.tokenizer()
-        begin = beginning(tokenizer, None, "bos")
-        text = evaluation_windows(texts, tokenizer, "standard", 1024, arguments.windows, begin=begin)
-        measure(context, ranking, text, arguments)
+        measure(context, ranking, windows_of(scored, context.tokenizer()), arguments)
 
 
 def measure(
