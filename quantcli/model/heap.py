@@ -18,6 +18,8 @@ KEPT_BYTES = 128 << 20
 """Free memory at the end of the heap that stays the process's."""
 HEAP_BLOCK_BYTES = 32 << 20
 """The largest block that the heap serves: what glibc itself would go up to."""
+SMALL_BLOCK_BYTES = 128 << 10
+"""The same before any block was freed."""
 
 
 @cache
@@ -48,6 +50,25 @@ def large_blocks_kept(size: int) -> Iterator[None]:
         mallopt(_MMAP_MAX, _MMAPS)
         mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
         trim(0)
+
+
+@contextmanager
+def large_blocks_apart() -> Iterator[None]:
+    """While the body runs, each block of more than SMALL_BLOCK_BYTES comes from the system and goes back at once.
+
+    For large blocks that are freed at once between small ones that stay, such as matrices of modules whose parameters
+    go to the meta device: in the heap they would leave holes in whose pages, a few more with every block of the model,
+    later tensors come to lie.
+    """
+    mallopt = _function("mallopt")
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, SMALL_BLOCK_BYTES)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, HEAP_BLOCK_BYTES)
 
 
 def release_freed_memory() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, read_json, stored_dtype
+from quantcli.model.heap import large_blocks_apart
 from quantcli.model.names import map_parameters
 from quantcli.model.rotation import untied as untied_structure
 from quantcli.model.structure import Structure
@@ -60,7 +61,7 @@ class Skeleton:
             self.config.tie_word_embeddings = False
         self.dtype = resolve_dtype(self.config, dtype)
         self.checkpoint: TensorSource = Checkpoint(directory) if checkpoint is None else checkpoint
-        with _parameters_on_meta():
+        with large_blocks_apart(), _parameters_on_meta():
             self.model = build_model(self.config, self.dtype, trust_remote_code)
             _add_biases(self.model, self.structure)
         self.model.eval().requires_grad_(False)

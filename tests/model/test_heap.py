@@ -31,6 +31,35 @@ def test_tensors_that_come_again_find_their_pages() -> None:
     assert int(found.stdout) < 1000  # new pages for all would be 115,200
 
 
+HOLES = """
+import torch
+from pathlib import Path
+from quantcli.model.heap import keep_freed_memory, large_blocks_apart
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+keep_freed_memory()
+small = []
+with large_blocks_apart():
+    for _ in range(32):  # matrices of 4 MiB that go at once, between small objects that stay
+        torch.empty(1 << 20)
+        small.append([torch.zeros(256) for _ in range(64)])
+before = resident()
+kept = []
+for _ in range(32):  # what comes and goes later lies where something small was freed, not where a matrix was
+    kept.append(torch.ones(1 << 17))
+    torch.ones(3 << 18)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_blocks_that_go_at_once_leave_no_holes() -> None:
+    found = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 24 << 20  # 16 MiB stay; with holes 113 were resident
+
+
 LOGITS = """
 import resource, torch
 from pathlib import Path
