@@ -30,6 +30,7 @@ _TITLES = {
     "sensitivity": "Ranking linears by sensitivity",
     "search": "Searching the fewest linears to roll back",
     "allocate": "Trying schemes for a number of bits",
+    "curvature": "Looking how errors of outputs add up",
     "quantize": "Quantizing",
     "distill": "Tuning scales and norms",
     "export": "Writing checkpoints",

@@ -36,6 +36,10 @@ SECONDS_A_WEIGHT = {
 SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 350e-9, 1000e-9)
 # What it holds of its widest group of linears in float32, in copies of its weights (on a block of 44 M weights).
 SMOOTHING_COPIES = (1.5, 5.5, 11.0, 11.0)
+SECONDS_A_MIXED_WEIGHT = 1200e-9
+"""Of rounding with what outputs are to each other, which little of runs on more than one core."""
+MOST_OUTPUTS = 2048
+"""Outputs of a part; those of a wider linear are taken in parts of one size, and each part by itself."""
 SOLVING_MATRICES = 4
 """Float32 matrices [in, in] that exist at a time while a linear is solved; one more with asymmetric calibration."""
 # Of stage distill, measured on blocks of 3.5 M and 44 M weights in bfloat16, W8A8 and W4A16, within a fifth: bytes of
@@ -93,6 +97,8 @@ def estimate(
     if recipe.quantize.distill is not None:
         memory = max(memory, BASE_MEMORY + _distillation_memory(recipe, structure, observed, quantized))
         headed += 3 * recipe.quantize.distill.passes * observed  # of the float model once, of the other with gradients
+    if recipe.quantize.mixes and calibration is not None:
+        memory = max(memory, BASE_MEMORY + _curvature_memory(recipe, structure, quantized))
     if recipe.smooth is not None:
         hidden = min(observed * structure.width * width, recipe.model.cache_memory)
         memory = max(memory, BASE_MEMORY + _smoothing_memory(recipe.smooth, structure, outer, quantized) + 2 * hidden)
@@ -110,6 +116,13 @@ def estimate(
     if tokens:
         seconds += 2.0 * (tokens * linear_weights + headed * structure.width * structure.vocabulary) / _rate()
     disk = size_after + linear_weights + tokens * structure.width * width
+    if recipe.quantize.mixes and calibration is not None:
+        backward = _backward_tokens(recipe)
+        mixed = [linear for linear, weights in quantized if _mixed(weights)]
+        seconds += 2.0 * backward * (4 * linear_weights + 3 * structure.width * structure.vocabulary) / _rate()
+        seconds += SECONDS_A_MIXED_WEIGHT * sum(linear.weights for linear in mixed)
+        disk += sum(2 * linear.out_features * min(linear.out_features, MOST_OUTPUTS) for linear in mixed)
+        disk += (len(structure.blocks) + 2) * backward * structure.width * width
     disk += routed if routed > recipe.model.cache_memory else 0
     if recipe.smooth is not None and recipe.smooth.save_model:
         head = structure.vocabulary * structure.width * (structure.tied and recipe.smooth.unties)
@@ -146,6 +159,36 @@ def _solving_memory(
     waiting = int(waiting * (1 + section.gptq.compared * compared)) * (2 if structure.dtype != "float32" else 4)
     matrices = SOLVING_MATRICES + section.gptq.asymmetric
     return (waiting if waiting <= recipe.model.cache_memory else 0) + 4 * matrices * max(widths) ** 2
+
+
+def _mixed(weights: WeightsSection) -> bool:
+    """Whether weights are rounded with what their outputs are to each other; experts and the head are counted too."""
+    return weights.method == "gptq" and weights.granularity != "tensor"
+
+
+def _backward_tokens(recipe: Recipe) -> int:
+    """Tokens that run backward through the float model."""
+    assert recipe.calibration is not None
+    samples = min(recipe.calibration.samples, recipe.quantize.gptq.output_samples or 0)
+    return samples * recipe.calibration.sequence_length
+
+
+def _curvature_memory(
+    recipe: Recipe, structure: Structure, quantized: Collection[tuple[Linear, WeightsSection]]
+) -> int:
+    """Most bytes of stage curvature, beside the process itself: a block and the copy of it that has gradients, those
+    of a batch, two matrices of each linear's outputs, the head with its logits, and hidden states at every block."""
+    width, tokens = 2 if structure.dtype != "float32" else 4, _backward_tokens(recipe)
+    mixed = {linear.name for linear, weights in quantized if _mixed(weights)}
+    most = 0
+    for block in structure.blocks:
+        values = sum(linear.in_features + linear.out_features for linear in block.linears)
+        held = min(BATCH_TOKENS, tokens) * values * GRADED_VALUE[False] * width // 2
+        held += 2 * width * sum(linear.weights for linear in block.linears)
+        of_outputs = [linear.out_features for linear in block.linears if linear.name in mixed]
+        most = max(most, held + sum(8 * outputs * min(outputs, MOST_OUTPUTS) for outputs in of_outputs))
+    states = min((len(structure.blocks) + 2) * tokens * structure.width * width, recipe.model.cache_memory)
+    return max(most, structure.vocabulary * structure.width * width + GRADED_HEAD) + states
 
 
 def _smoothing_cost(section: SmoothSection, quantized: Collection[tuple[Linear, WeightsSection]]) -> int:

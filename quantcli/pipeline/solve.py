@@ -21,6 +21,7 @@ from quantcli.model.hidden import HiddenCache
 from quantcli.model.lockstep import Forward, Lockstep, Routed, stopping
 from quantcli.model.stream import BlockStream
 from quantcli.model.structure import Block, Experts, SharedInput
+from quantcli.pipeline.curvature import read_outputs
 from quantcli.pipeline.experts import HIDDEN_EXPERTS, RoutedTokens, warn_of_few, weighed_experts
 from quantcli.pipeline.plan import Treatment
 from quantcli.pipeline.treatment import (
@@ -36,8 +37,10 @@ from quantcli.pipeline.treatment import (
 )
 from quantcli.pipeline.tune import tune_block
 from quantcli.quant.compensate import compensation
-from quantcli.quant.gptq import factored
-from quantcli.quant.grid import QuantizedWeight
+from quantcli.quant.gptq import Curvature, factored
+from quantcli.quant.grid import QuantizedWeight, WeightGrid
+from quantcli.quant.outputs import mixed_outputs
+from quantcli.quant.refine import relative_error
 from quantcli.quant.rounding import LearnedRounding
 from quantcli.quant.shrinkage import shrunk
 from quantcli.quant.solver import solved
@@ -397,6 +400,10 @@ def _solve_input(
         facts = {"damping": curvature.damping} | seen | facts
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)
+        quantized, gained = _mixed(source, members, rows, target, quantized, grid, curvature, section.sweeps)
+        if gained:
+            facts["outputs"] = gained
+            lost = relative_error(target, quantized, curvature.hessian)
         facts["error"] = float(f"{lost:.6g}")
         for name, zeros, part in zip(members, zero_rows, _split(quantized, rows), strict=True):
             entry = StoredLinear(part)
@@ -408,6 +415,42 @@ def _solve_input(
         if treatment.weights.method == "signround":
             aims |= dict(zip(members, target.split(rows), strict=True))
     return found
+
+
+def _mixed(
+    source: WeightSource,
+    members: Sequence[str],
+    rows: Sequence[int],
+    target: Tensor,
+    quantized: QuantizedWeight,
+    grid: WeightGrid,
+    curvature: Curvature,
+    sweeps: int,
+) -> tuple[QuantizedWeight, float | None]:
+    """Codes and scales under what the outputs of each linear are to each other, where stage `curvature` found that, and
+    the share of the loss that they take away, over all members."""
+    known = {name: read_outputs(source.context, name) for name in members}
+    if all(each is None for each in known.values()):
+        return quantized, None
+    codes, scales, zeros = [], [], []
+    before = after = 0.0
+    ends = [sum(rows[: at + 1]) for at in range(len(rows))]
+    for name, end, count in zip(members, ends, rows, strict=True):
+        outputs = known[name]
+        parts = [None] if outputs is None else list(outputs.to(target.device))
+        for number, own in enumerate(parts):
+            size = count // len(parts)
+            each = slice(end - count + number * size, end - count + (number + 1) * size)
+            zero = None if quantized.zero_point is None else quantized.zero_point[each]
+            part = QuantizedWeight(quantized.codes[each], quantized.scale[each], zero)
+            if own is not None:
+                part, lost, left = mixed_outputs(target[each], part, grid, curvature, own, sweeps)
+                before, after = before + lost, after + left
+            codes.append(part.codes)
+            scales.append(part.scale)
+            zeros += [] if part.zero_point is None else [part.zero_point]
+    found = QuantizedWeight(torch.cat(codes), torch.cat(scales), torch.cat(zeros) if zeros else None)
+    return found, round(1 - after / before, 3) if before > 0 else 0.0
 
 
 def _aimed(

@@ -31,8 +31,9 @@ class Curvature:
     hessian: Tensor
 
 
-def factored(hessian: Tensor, damping: float = 0.01) -> Curvature:
+def factored(hessian: Tensor, damping: float = 0.01, natural: bool = False) -> Curvature:
     """Factor a Hessian H [in, in] float32 for `gptq`. Channels that never held anything are left without compensation.
+    `natural` keeps channels in their own order.
 
     Damping is relative to each channel, as Marquardt has it: H_jj (1 + damping). Where H does not factor it is
     multiplied by 10, then by 100; `Curvature.damping` says which one was used. Raises ValueError for a Hessian that
@@ -42,6 +43,8 @@ def factored(hessian: Tensor, damping: float = 0.01) -> Curvature:
     if not bool(torch.isfinite(diagonal).all()):
         raise ValueError("the Hessian holds values that are not finite")
     order = torch.argsort(diagonal, descending=True, stable=True)
+    if natural:
+        order = torch.arange(len(diagonal), device=hessian.device)
     # Solved for channels of variance one: the factor's rounding is then relative to each channel
     unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[order]
     for step in DAMPING_STEPS:

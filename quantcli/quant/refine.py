@@ -18,6 +18,13 @@ def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     return (difference @ hessian).mul_(difference).sum(1)
 
 
+def relative_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
+    """Σ (w − ŵ) H (w − ŵ)ᵀ / Σ w H wᵀ over all rows; 0 for a weight of zeros."""
+    whole = (weight.float() @ hessian).mul_(weight).sum()
+    lost = output_error(weight, quantized, hessian).sum()
+    return float(lost / whole) if whole > 0 else 0.0
+
+
 def refitted(weight: Tensor, quantized: QuantizedWeight, grid: WeightGrid, hessian: Tensor) -> QuantizedWeight:
     """Scales that fit the codes better, a group at a time with all others as they are by then.
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from quantcli.quant.gptq import Curvature, gptq
 from quantcli.quant.grid import QuantizedWeight, WeightGrid
-from quantcli.quant.refine import descended, output_error, refitted
+from quantcli.quant.refine import descended, refitted, relative_error
 from quantcli.quant.search import mse
 
 
@@ -23,6 +23,4 @@ def solved(weight: Tensor, grid: WeightGrid, curvature: Curvature, sweeps: int) 
     for _ in range(sweeps):
         found = refitted(weight, found, grid, hessian)
         found = descended(weight, found, grid, hessian, curvature.order)
-    whole = (weight.float() @ hessian).mul_(weight).sum()
-    lost = output_error(weight, found, hessian).sum()
-    return found, float(lost / whole) if whole > 0 else 0.0
+    return found, relative_error(weight, found, hessian)

@@ -319,6 +319,9 @@ class QuantizeSection(Section):
         if self.solves and any(t and t[1].observed and t[1].propagation == "quantized" for t in treatments):
             raise refusal("activations.propagation", "quantized has no rule beside weights of method gptq",
                           "Set propagation: float.")  # fmt: skip
+        if self.gptq.output_samples is not None and not self.mixes:
+            raise refusal("gptq.output_samples", "has no effect: no weights of method gptq with a scale a row or group",
+                          "Set weights.method: gptq, or remove it.")  # fmt: skip
         if self.weights.bits == 16 and not (self.overrides or self.kv_cache or self.attention):
             raise refusal("weights.bits", "is 16, so nothing is quantized", "Set 8, 4, 3 or 2, or add kv_cache.")
         if self.target is not None:
@@ -336,6 +339,13 @@ class QuantizeSection(Section):
         """Whether the weights of any linear are found from calibration by the quantize stage itself."""
         treatments = [self.treatment(None), *map(self.treatment, self.overrides)]
         return any(t is not None and t[0].solves for t in treatments)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether any weights are rounded with what their outputs are to each other."""
+        treatments = [self.treatment(None), *map(self.treatment, self.overrides)]
+        weights = [t[0] for t in treatments if t is not None and t[0].method == "gptq"]
+        return self.gptq.output_samples is not None and any(w.granularity != "tensor" for w in weights)
 
     def treatment(self, override: OverrideSection | None) -> tuple[WeightsSection, ActivationsSection] | None:
         """Weights and activations of linears that an override matches (None: of all others); None for float."""

@@ -31,6 +31,10 @@ class GptqSection(Section):
         default=False,
         description="Aim at the outputs of the float model, whose inputs differ from those of the quantized one.",
     )
+    output_samples: Count | None = Field(
+        default=None,
+        description="Calibration samples whose gradients tell how errors of outputs add up in the loss; null for none.",
+    )
     compared: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0,
         description="Share of the calibration samples that the float model runs beside, for asymmetric and signround.",

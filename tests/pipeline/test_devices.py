@@ -104,7 +104,8 @@ def test_the_simulated_device_computes(elsewhere: ProcessPoolExecutor) -> None:
             id="static, rolled back and tuned",
         ),
         pytest.param(
-            {"quantize": {"weights": GROUPS | {"method": "gptq"}, "gptq": {"asymmetric": True}}}, id="gptq, asymmetric"
+            {"quantize": {"weights": GROUPS | {"method": "gptq"}, "gptq": {"asymmetric": True, "output_samples": 2}}},
+            id="gptq, asymmetric, outputs",
         ),
         pytest.param(
             {"quantize": TOKEN, "smooth": {"method": "auto", "rotation": {}}},

@@ -370,6 +370,29 @@ def test_the_estimate_counts_what_tuning_by_gradients_takes(tmp_path: Path) -> N
     assert estimated(8, {"passes": 3}).tokens == estimated(8, {}).tokens + 8 * 4096
 
 
+def test_the_estimate_counts_gradients_of_outputs(tmp_path: Path) -> None:
+    from quantcli.model.discovery import discover
+
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152, "num_hidden_layers": 30}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "dtype": "bfloat16"}
+    tiny_config("llama-tied", **sizes, **heads).save_pretrained(tmp_path)
+    structure = discover(tmp_path)
+
+    def estimated(samples: int | None, **weights: Any) -> Estimate:
+        whole = {"model": {"path": "m/n"}, "calibration": {"samples": 64, "sequence_length": 512}, "output": "o"}
+        group = {"bits": 4, "granularity": "group", "group_size": 64, "method": "gptq"}
+        quantize = {"weights": {**group, **weights}, "gptq": {"output_samples": samples}}
+        return make_plan(load_recipe(whole | {"quantize": quantize}), tmp_path, structure).estimate
+
+    plain, mixed = estimated(None), estimated(16)
+    linears = [linear for block in structure.blocks for linear in block.linears]
+    states = 32 * 16 * 512 * 576 * 2
+    assert mixed.disk - plain.disk == states + sum(2 * linear.out_features**2 for linear in linears)
+    assert mixed.seconds > plain.seconds + 1e-6 * sum(linear.weights for linear in linears)
+    assert estimated(128).disk == estimated(64).disk > mixed.disk  # of no more samples than there are
+    assert mixed.memory == pytest.approx(1.05e9, rel=1 / 5)  # as measured
+
+
 def test_the_estimate_counts_what_smoothing_holds_and_saves(tmp_path: Path) -> None:
     from quantcli.model.discovery import discover
 

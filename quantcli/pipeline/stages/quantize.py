@@ -303,7 +303,7 @@ def _writes(context: Context) -> tuple[str, ...]:
 
 STAGE = Stage(
     "quantize",
-    ("select", "smooth", "calibrate", "sensitivity", "search", "allocate"),
+    ("select", "smooth", "calibrate", "sensitivity", "search", "allocate", "curvature"),
     lambda _: True,
     _identity,
     run,

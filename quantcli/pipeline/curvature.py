@@ -1,0 +1,166 @@
+"""How errors of outputs add up in the loss: second moments of their gradients, one block in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quantcli.pipeline.estimate import MOST_OUTPUTS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from quantcli.model.hidden import HiddenCache
+    from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.context import Context
+
+FOLDER = "curvature"
+MOST_ENERGY = 30.0
+"""What a token counts at most, as a multiple of the median: few tokens have gradients of a hundred times that."""
+
+
+def mixed_linears(context: Context) -> list[str]:
+    """The linears of blocks that are solved with what their outputs are to each other: those of `gptq` with a scale a
+    row or finer, experts apart, whose tokens other ones route."""
+    treatments = context.plan.treatments
+    return [
+        name
+        for name, index in context.linear_blocks.items()
+        if index < context.blocks
+        and name in treatments
+        and name not in context.expert_inputs
+        and treatments[name].weights.method == "gptq"
+        and treatments[name].scheme.granularity != "tensor"
+    ]
+
+
+def block_file(folder: Path, index: int) -> Path:
+    return folder / f"block-{index:05d}.safetensors"
+
+
+def read_outputs(context: Context, linear: str) -> Tensor | None:
+    """G of a linear [parts, size, size] float32 on the CPU, or None where none was found."""
+    from safetensors import safe_open
+
+    section = context.recipe.quantize.gptq
+    if section.output_samples is None or linear not in mixed_linears(context):
+        return None
+    with safe_open(block_file(context.folder(FOLDER), context.linear_blocks[linear]), framework="pt") as opened:
+        moment = opened.get_tensor(f"{linear}.second_moment")
+        found: Tensor = opened.get_tensor(f"{linear}.correlation").float()
+    root = moment.sqrt().view(len(found), -1)
+    return found.mul_(root.unsqueeze(-1)).mul_(root.unsqueeze(-2))
+
+
+@dataclass
+class OutputMoments:
+    """E[g gᵀ] of the gradients g of `width` outputs, in parts, from two halves of the samples that know nothing of each
+    other."""
+
+    width: int
+    device: torch.device | str
+    samples: int = 0
+    halves: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        size = next(each for each in range(min(self.width, MOST_OUTPUTS), 0, -1) if self.width % each == 0)
+        shape = self.width // size, size, size
+        self.halves = [torch.zeros(shape, device=self.device) for _ in range(2)]
+
+    def update(self, gradients: Tensor) -> None:
+        """Gradients [samples, tokens, width]. Tokens of more than MOST_ENERGY times the median energy count as much."""
+        gradients = gradients.float()
+        energy = gradients.square().sum(-1, keepdim=True)
+        most = MOST_ENERGY * energy.median()
+        gradients = gradients * (most / energy.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1).sqrt()
+        for sample in gradients:
+            half = self.halves[self.samples % 2]
+            parts = sample.view(len(sample), *half.shape[:2]).transpose(0, 1)
+            half.baddbmm_(parts.mT, parts)
+            self.samples += 1
+
+    def shrunk(self) -> tuple[Tensor, Tensor, float]:
+        """(correlations float16 [parts, size, size], second moments float32 [width], the share t that was kept).
+
+        With R_a and R_b the correlations of the halves off the diagonal and R their mean, chance has no part in
+        ⟨R_a, R_b⟩, so that  t = ⟨R_a, R_b⟩ / ⟨R, R⟩,  in [0, 1], makes t R least wrong in the mean of squares.
+        """
+        first, second = self.halves
+        moment = (first + second).diagonal(dim1=1, dim2=2).clone()
+        unit = torch.where(moment > 0, moment, torch.inf).rsqrt()
+        for half in self.halves:
+            half.mul_(unit.unsqueeze(-1)).mul_(unit.unsqueeze(-2)).diagonal(dim1=1, dim2=2).zero_()
+        agreed = 4 * float((first * second).sum(dtype=torch.float64))
+        whole = first.add_(second)
+        size = float(whole.square().sum(dtype=torch.float64))
+        share = min(1.0, max(0.0, agreed / size)) if size > 0 else 0.0
+        whole.mul_(share).diagonal(dim1=1, dim2=2).fill_(1)
+        return whole.to("cpu", torch.float16), moment.flatten().cpu() / max(1, self.samples), share
+
+
+def sampled_gradients(stream: BlockStream, hidden: Tensor, generator: torch.Generator) -> Tensor:
+    """∂ Σ −log p(y) / ∂ hidden of states that left the last block, one y drawn for each token from what the model
+    itself predicts: E[g gᵀ] of them is the Fisher information. The head is resident."""
+    hidden = hidden.to(stream.skeleton.device, copy=True).requires_grad_()
+    for piece in stream.pieces(hidden):
+        with torch.enable_grad():
+            logp = torch.log_softmax(stream.head_logits(hidden[piece], {}), -1)
+        chances = logp.detach().flatten(0, -2).exp().cumsum(-1)
+        drawn = torch.rand(len(chances), 1, generator=generator).to(chances.device) * chances[:, -1:]
+        label = torch.searchsorted(chances, drawn).clamp_(max=chances.shape[-1] - 1)
+        (-logp.flatten(0, -2).gather(1, label).sum()).backward()
+    assert hidden.grad is not None
+    return hidden.grad
+
+
+def block_moments(
+    stream: BlockStream,
+    index: int,
+    entering: HiddenCache,
+    upstream: HiddenCache,
+    linears: Mapping[str, int],
+) -> dict[str, OutputMoments]:
+    """The moments of each of `linears`, by name with its outputs, of one block; `upstream`, gradients of what leaves
+    the block, becomes that of what enters it."""
+    path, device = stream.skeleton.blocks[index], stream.skeleton.device
+    found = {name: OutputMoments(width, device) for name, width in linears.items()}
+    with stream.block(index) as module:
+        for batch, tokens in enumerate(stream.batches):
+            with _graded(module, path, found, tokens.shape):
+                hidden = entering.get(batch).to(device, copy=True).requires_grad_()
+                with torch.enable_grad():
+                    left = stream.differentiable(index, batch, hidden, {})
+                left.backward(upstream.get(batch).to(device))
+            assert hidden.grad is not None
+            upstream.put(batch, hidden.grad)
+    upstream.commit(index, resumable=False)
+    return found
+
+
+@contextmanager
+def _graded(module: nn.Module, path: str, found: Mapping[str, OutputMoments], shape: Sequence[int]) -> Iterator[None]:
+    """Gradients of outputs go to `found` while a batch [samples, tokens] runs backward."""
+
+    def take(name: str, gradients: Tensor) -> None:
+        # OPT hands all tokens of a batch to its last linears as one sequence
+        found[name].update(gradients.reshape(*shape, -1))
+
+    def see(name: str, _module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(take, name))
+
+    handles = [
+        module.get_submodule(name.removeprefix(f"{path}.")).register_forward_hook(partial(see, name)) for name in found
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
