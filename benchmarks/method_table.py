@@ -5,7 +5,7 @@ python benchmarks/method_table.py MODEL CALIBRATION_TEXT EVALUATION_TEXT [--bits
 
 Symmetric, groups of 64, inputs in float; nothing is smoothed. Texts are files, read as wikitext-2's. Perplexity and KL
 are those of `quantcli eval-ppl --checkpoint EXPORT --model MODEL`, for exports of both tools. Seconds are those of each
-tool's own clock around quantization (of quantcli the stages calibrate and quantize), memory is the most of the process.
+tool's own clock around quantization (of quantcli calibrate, curvature and quantize), memory is the most of the process.
 A line is printed as a run ends; an export that is there is not made again.
 """
 
@@ -29,6 +29,11 @@ METHODS: dict[str, list[str]] = {
     "mse, second moment": ["quantize.weights.method=mse", "quantize.weights.importance=second_moment"],
     "gptq": ["quantize.weights.method=gptq"],
     "gptq, asymmetric": ["quantize.weights.method=gptq", "quantize.gptq.asymmetric=true"],
+    "gptq, asymmetric, outputs": [
+        "quantize.weights.method=gptq",
+        "quantize.gptq.asymmetric=true",
+        "quantize.gptq.output_samples=16",
+    ],
     "signround": ["quantize.weights.method=signround"],
 }
 
@@ -46,7 +51,7 @@ def quantized(arguments: argparse.Namespace, bits: int, method: str, output: Pat
     command = [*QUANTCLI, "run", "w4a16", "--quiet", "--model", arguments.model, "--output", str(output)]
     _, peak = measured([*command, *(part for change in changes for part in ("--set", change))])
     stages = json.loads((output / "run.json").read_text(encoding="utf-8"))["stages"]
-    return sum(stages[name]["seconds"] for name in ("calibrate", "quantize") if name in stages), peak
+    return sum(stages[name]["seconds"] for name in ("calibrate", "curvature", "quantize") if name in stages), peak
 
 
 def by_peer(arguments: argparse.Namespace, bits: int, output: Path) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,8 @@ def mixed_outputs(
             if lost < least:
                 found, least = tried, lost
                 break
+        else:  # as another sweep would end
+            break
     return (found, before, least) if least < before else (start, before, before)
 
 
@@ -80,15 +83,14 @@ class _Layout:
         values[self.rows[:, None], self.columns] = laid.reshape(values.shape).to(dtype)
         return values
 
-    def waves(self) -> list[tuple[Tensor, Tensor]]:
-        """Lots that are under way at a time, and the chunk where each of them is: a lot waits for earlier lots to have
-        done the chunk before it begins it, so that each is one behind the other."""
+    def waves(self) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
+        """Lots that are under way at a time, as a slice and as numbers; the chunk where each of them is, and the first
+        of these. A lot waits for earlier lots to have done a chunk before it begins it, so that each is one behind."""
         chunks = len(self.columns) // self.chunk
-        found = []
         for wave in range(self.lots + chunks - 1):
-            lots = torch.arange(max(0, wave - chunks + 1), min(self.lots - 1, wave) + 1, device=self.rows.device)
-            found.append((lots, wave - lots))
-        return found
+            first, last = max(0, wave - chunks + 1), min(self.lots - 1, wave)
+            who = torch.arange(first, last + 1, device=self.rows.device)
+            yield slice(first, last + 1), who, wave - who, wave - last
 
 
 def _layout(weight: Tensor, curvature: Curvature, outputs: Tensor) -> _Layout:
@@ -125,7 +127,7 @@ def _rounded(
     given = factored(mixing, natural=True).factor.view(lots, lot, -1)
     own = given.view(lots, lot, lots, lot).diagonal(dim1=0, dim2=2).permute(2, 1, 0).contiguous()
     moved, codes = torch.zeros_like(aims), torch.zeros_like(aims)
-    for who, where in layout.waves():
+    for those, who, where, near in layout.waves():
         aim = aims[who, :, where]  # [lots, rows, channels]; moved by earlier rows, and below by earlier channels
         left = (aim + moved[who, :, where]).transpose(1, 2).contiguous()
         step = steps[who, :, where].transpose(1, 2).contiguous()
@@ -139,10 +141,11 @@ def _rounded(
             if j + 1 < chunk:
                 left[:, j + 1 :].baddbmm_(upper[:, j, j + 1 :, None], error[:, j, None], alpha=-1)
         codes[who, :, where] = code.transpose(1, 2)
-        moved[who] -= torch.bmm(error.transpose(1, 2), across[where]).view(len(who), lot, chunks, chunk)
+        later = torch.bmm(error.transpose(1, 2), across[where, :, near * chunk :])
+        moved[those, :, near:] -= later.view(len(who), lot, -1, chunk)
         lost = aim - ((code if zero is None else code - zero) * step).transpose(1, 2)
-        blame = torch.linalg.solve_triangular(own[who], lost, upper=False)
-        pushed = torch.bmm(given[who].transpose(1, 2), blame)  # [lots, rows of all, channels]
+        blame = torch.linalg.solve_triangular(own[those], lost, upper=False)
+        pushed = torch.bmm(given[those].transpose(1, 2), blame)  # [lots, rows of all, channels]
         aims.view(lots * lot, chunks, chunk)[:, where] -= pushed.transpose(0, 1)
     return QuantizedWeight(layout.natural(codes, grid.code_dtype), start.scale, start.zero_point)
 
@@ -166,11 +169,11 @@ def _descended(
     steepness = mixing.diagonal().view(lots, lot) * caution
     given = mixing.view(-1, lots, lot).transpose(0, 1)  # [lots, rows of all, rows]
     pull = mixing @ layout.lay(weight.float() - dequantize(start)).reshape(len(mixing), -1)  # G (W − Ŵ)
-    for who, where in layout.waves():
-        slope = torch.bmm(pull.view(lots, lot, -1)[who], towards[where]).transpose(1, 2).contiguous()
+    for those, who, where, _ in layout.waves():
+        slope = torch.bmm(pull.view(lots, lot, -1)[those], towards[where]).transpose(1, 2).contiguous()
         step = steps[who, :, where].transpose(1, 2).contiguous()
         code = codes[who, :, where].transpose(1, 2).contiguous()
-        steep, near, changes = steepness[who], within[where], torch.empty_like(code)
+        steep, near, changes = steepness[those], within[where], torch.empty_like(code)
         for j in range(chunk):
             new = torch.nan_to_num(slope[:, j] / (step[:, j] * steep * near[:, j, j, None]), 0.0, 0.0, 0.0)
             nearest_codes_(new.add_(code[:, j]), None, grid)
@@ -180,6 +183,6 @@ def _descended(
                 felt = (changes[:, j] * steep)[:, None]
                 slope[:, j + 1 :].baddbmm_(near[:, j, j + 1 :, None], felt, alpha=-1)
         codes[who, :, where] = code.transpose(1, 2)
-        pushed = torch.bmm(given[who], changes.transpose(1, 2))
+        pushed = torch.bmm(given[those], changes.transpose(1, 2))
         pull.view(lots * lot, chunks, chunk)[:, where] -= pushed.transpose(0, 1)
     return QuantizedWeight(layout.natural(codes, grid.code_dtype), start.scale, start.zero_point)
