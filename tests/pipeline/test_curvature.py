@@ -13,7 +13,7 @@ from tiny_models import save_tiny_model
 from torch import Tensor
 
 import quantcli
-from quantcli.errors import RecipeError
+from quantcli.errors import ModelError, RecipeError
 from quantcli.pipeline import curvature
 from quantcli.pipeline.batches import batched
 from quantcli.pipeline.curvature import OutputMoments, mixed_linears, read_outputs
@@ -144,6 +144,12 @@ def test_a_run_that_stopped_there_ends_in_the_same_bytes(recipe: Recipe, moment:
     for stage in ("curvature", "quantize"):
         assert found.stages[stage]["files"] == wanted.stages[stage]["files"]
     assert not [*Path(recipe["output"]).glob("curvature/*/*")]
+
+
+def test_gradients_that_are_not_finite_are_named(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curvature, "sampled_gradients", lambda _stream, hidden, _generator: hidden * torch.inf)
+    with pytest.raises(ModelError, match=r"model\.layers\.\d+\.\S+: gradients of its outputs are not finite"):
+        quantcli.run(recipe)
 
 
 def test_experts_are_solved_without(recipe: Recipe, tmp_path: Path) -> None:

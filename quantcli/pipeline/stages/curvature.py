@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+from quantcli.errors import ModelError
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder
@@ -40,6 +41,7 @@ def _identity(context: Context) -> dict[str, Any]:
 
 def run(context: Context, folder: StageFolder) -> None:
     """Writes block-00000.safetensors …: of each linear correlations of its outputs' gradients, and their squares.
+    Raises ModelError, with the linear, for gradients that are not finite.
 
     The float model runs once over the samples, what enters each block is kept, and then the blocks run again, the last
     one first, with gradients.
@@ -72,6 +74,9 @@ def run(context: Context, folder: StageFolder) -> None:
         tensors: dict[str, Tensor] = {}
         for name, moments in block_moments(stream, index, entering, gradients, wanted).items():
             correlation, second_moment, share = moments.shrunk()
+            if not bool(second_moment.isfinite().all()):
+                raise ModelError(f"{name}: gradients of its outputs are not finite.",
+                                 "Try model.dtype: float32, or leave out quantize.gptq.output_samples.")  # fmt: skip
             tensors |= {f"{name}.correlation": correlation, f"{name}.second_moment": second_moment}
             context.emit("outputs", module=name, kept=round(share, 3))
         entering.clear()
