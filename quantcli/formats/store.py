@@ -32,7 +32,7 @@ from torch import Tensor
 
 from quantcli.errors import ModelError
 from quantcli.model.checkpoint import read_json, replacing
-from quantcli.model.writer import PlannedTensor, split_shards, write_safetensors
+from quantcli.model.writer import write_tensors
 from quantcli.quant.grid import QuantizedWeight
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
@@ -87,9 +87,7 @@ def write_block(
     """Write the linears of one block, and by attention module the tensors of ATTENTION_PARTS; returns the sha256."""
     tensors = {f"{name}.{part}": t for name, stored in linears.items() for part, t in stored.tensors().items()}
     tensors |= {f"{name}.{part}": t for name, parts in (attention or {}).items() for part, t in parts.items()}
-    planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    (shard,) = split_shards(planned, 1 << 62)
-    return write_safetensors(block_file(folder, index), shard, tensors.__getitem__, {"format": "quantcli-store"})
+    return write_tensors(block_file(folder, index), tensors, "quantcli-store")
 
 
 def write_manifest(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
@@ -54,6 +54,12 @@ def write_safetensors(
                 raise ValueError(f"{path}: {tensor.dtype} {tuple(tensor.shape)} was planned as {expected}")
             _put(file, digest.update, tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], form: str) -> str:
+    """The same for tensors that are there already; `form` names what the file is. Returns the sha256."""
+    planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return write_safetensors(path, planned, tensors.__getitem__, {"format": form})
 
 
 def _put(file: IO[bytes], digest: Callable[[bytes | memoryview], None], data: bytes | memoryview) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from quantcli.formats.store import block_file
 from quantcli.pipeline.estimate import MOST_OUTPUTS
+from quantcli.quant.outputs import largest_divisor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,28 +30,20 @@ MOST_ENERGY = 30.0
 def mixed_linears(context: Context) -> list[str]:
     """The linears of blocks that are solved with what their outputs are to each other: those of `gptq` with a scale a
     row or finer, experts apart, whose tokens other ones route."""
-    treatments = context.plan.treatments
-    return [
-        name
-        for name, index in context.linear_blocks.items()
-        if index < context.blocks
-        and name in treatments
-        and name not in context.expert_inputs
-        and treatments[name].weights.method == "gptq"
-        and treatments[name].scheme.granularity != "tensor"
-    ]
+    return [name for name in context.linear_blocks if _mixed(context, name)]
 
 
-def block_file(folder: Path, index: int) -> Path:
-    return folder / f"block-{index:05d}.safetensors"
+def _mixed(context: Context, linear: str) -> bool:
+    treatment = context.plan.treatments.get(linear)
+    inside = context.linear_blocks[linear] < context.blocks and linear not in context.expert_inputs
+    return inside and treatment is not None and treatment.weights.mixed
 
 
 def read_outputs(context: Context, linear: str) -> Tensor | None:
     """G of a linear [parts, size, size] float32 on the CPU, or None where none was found."""
     from safetensors import safe_open
 
-    section = context.recipe.quantize.gptq
-    if section.output_samples is None or linear not in mixed_linears(context):
+    if context.recipe.quantize.gptq.output_samples is None or not _mixed(context, linear):
         return None
     with safe_open(block_file(context.folder(FOLDER), context.linear_blocks[linear]), framework="pt") as opened:
         moment = opened.get_tensor(f"{linear}.second_moment")
@@ -67,10 +60,10 @@ class OutputMoments:
     width: int
     device: torch.device | str
     samples: int = 0
-    halves: list[Tensor] = field(default_factory=list)
+    halves: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        size = next(each for each in range(min(self.width, MOST_OUTPUTS), 0, -1) if self.width % each == 0)
+        size = largest_divisor(self.width, MOST_OUTPUTS)
         shape = self.width // size, size, size
         self.halves = [torch.zeros(shape, device=self.device) for _ in range(2)]
 

@@ -118,7 +118,8 @@ def estimate(
     disk = size_after + linear_weights + tokens * structure.width * width
     if recipe.quantize.mixes and calibration is not None:
         backward = _backward_tokens(recipe)
-        mixed = [linear for linear, weights in quantized if _mixed(weights)]
+        # experts and the head are counted too, which are solved without
+        mixed = [linear for linear, weights in quantized if weights.mixed]
         seconds += 2.0 * backward * (4 * linear_weights + 3 * structure.width * structure.vocabulary) / _rate()
         seconds += SECONDS_A_MIXED_WEIGHT * sum(linear.weights for linear in mixed)
         disk += sum(2 * linear.out_features * min(linear.out_features, MOST_OUTPUTS) for linear in mixed)
@@ -161,11 +162,6 @@ def _solving_memory(
     return (waiting if waiting <= recipe.model.cache_memory else 0) + 4 * matrices * max(widths) ** 2
 
 
-def _mixed(weights: WeightsSection) -> bool:
-    """Whether weights are rounded with what their outputs are to each other; experts and the head are counted too."""
-    return weights.method == "gptq" and weights.granularity != "tensor"
-
-
 def _backward_tokens(recipe: Recipe) -> int:
     """Tokens that run backward through the float model."""
     assert recipe.calibration is not None
@@ -179,7 +175,7 @@ def _curvature_memory(
     """Most bytes of stage curvature, beside the process itself: a block and the copy of it that has gradients, those
     of a batch, two matrices of each linear's outputs, the head with its logits, and hidden states at every block."""
     width, tokens = 2 if structure.dtype != "float32" else 4, _backward_tokens(recipe)
-    mixed = {linear.name for linear, weights in quantized if _mixed(weights)}
+    mixed = {linear.name for linear, weights in quantized if weights.mixed}
     most = 0
     for block in structure.blocks:
         values = sum(linear.in_features + linear.out_features for linear in block.linears)

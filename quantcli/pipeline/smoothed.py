@@ -108,7 +108,7 @@ def folds_file(folder: Path, index: int) -> Path:
 
 def write_folds(folder: Path, index: int, folds: Iterable[Fold], clips: Mapping[str, Tensor] | None = None) -> str:
     """Write scales, shifts and clips of a block, an empty file if there are none; returns the sha256."""
-    from quantcli.model.writer import PlannedTensor, write_safetensors
+    from quantcli.model.writer import write_tensors
 
     tensors: dict[str, Tensor] = {}
     for fold in folds:
@@ -116,8 +116,7 @@ def write_folds(folder: Path, index: int, folds: Iterable[Fold], clips: Mapping[
         if fold.shift is not None:
             tensors[f"{fold.linears[0]}.shift"] = fold.shift.float()
     tensors |= {f"{linear}.{CLIP}": bounds.float().cpu() for linear, bounds in (clips or {}).items()}
-    planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    return write_safetensors(folds_file(folder, index), planned, tensors.__getitem__, {"format": "quantcli-folds"})
+    return write_tensors(folds_file(folder, index), tensors, "quantcli-folds")
 
 
 def read_folds(folder: Path, index: int, structure: Structure) -> list[Fold]:

@@ -400,12 +400,12 @@ def _solve_input(
         facts = {"damping": curvature.damping} | seen | facts
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)
-        quantized, gained = _mixed(source, members, rows, target, quantized, grid, curvature, section.sweeps)
+        quantized, gained = _mixed(source, members, target, quantized, grid, curvature, section.sweeps)
         if gained:
             facts["outputs"] = gained
             lost = relative_error(target, quantized, curvature.hessian)
         facts["error"] = float(f"{lost:.6g}")
-        for name, zeros, part in zip(members, zero_rows, _split(quantized, rows), strict=True):
+        for name, zeros, part in zip(members, zero_rows, _split(quantized.to("cpu"), rows), strict=True):
             entry = StoredLinear(part)
             own = facts | {"scale_max": float(f"{part.scale.abs().max().item():.6g}"), "zero_rows": zeros}
             if treatment.scheme.observed:
@@ -420,7 +420,6 @@ def _solve_input(
 def _mixed(
     source: WeightSource,
     members: Sequence[str],
-    rows: Sequence[int],
     target: Tensor,
     quantized: QuantizedWeight,
     grid: WeightGrid,
@@ -429,28 +428,21 @@ def _mixed(
 ) -> tuple[QuantizedWeight, float | None]:
     """Codes and scales under what the outputs of each linear are to each other, where stage `curvature` found that, and
     the share of the loss that they take away, over all members."""
-    known = {name: read_outputs(source.context, name) for name in members}
-    if all(each is None for each in known.values()):
+    # linears of one treatment in one block: all of them are mixed, or none
+    known = [outputs for name in members if (outputs := read_outputs(source.context, name)) is not None]
+    if not known:
         return quantized, None
-    codes, scales, zeros = [], [], []
-    before = after = 0.0
-    ends = [sum(rows[: at + 1]) for at in range(len(rows))]
-    for name, end, count in zip(members, ends, rows, strict=True):
-        outputs = known[name]
-        parts = [None] if outputs is None else list(outputs.to(target.device))
-        for number, own in enumerate(parts):
-            size = count // len(parts)
-            each = slice(end - count + number * size, end - count + (number + 1) * size)
-            zero = None if quantized.zero_point is None else quantized.zero_point[each]
-            part = QuantizedWeight(quantized.codes[each], quantized.scale[each], zero)
-            if own is not None:
-                part, lost, left = mixed_outputs(target[each], part, grid, curvature, own, sweeps)
-                before, after = before + lost, after + left
-            codes.append(part.codes)
-            scales.append(part.scale)
-            zeros += [] if part.zero_point is None else [part.zero_point]
-    found = QuantizedWeight(torch.cat(codes), torch.cat(scales), torch.cat(zeros) if zeros else None)
-    return found, round(1 - after / before, 3) if before > 0 else 0.0
+    sizes = [outputs.shape[1] for outputs in known for _ in outputs]
+    parts = [part for outputs in known for part in outputs]
+    found, before, after = [], 0.0, 0.0
+    for aim, start, own in zip(target.split(sizes), _split(quantized, sizes), parts, strict=True):
+        part, lost, left = mixed_outputs(aim, start, grid, curvature, own.to(target.device), sweeps)
+        found.append(part)
+        before, after = before + lost, after + left
+    codes, scales, zeros = zip(*found, strict=True)
+    zero_point = None if quantized.zero_point is None else torch.cat(zeros)
+    share = round(1 - after / before, 3) if before > 0 else 0.0
+    return QuantizedWeight(torch.cat(codes), torch.cat(scales), zero_point), share
 
 
 def _aimed(
@@ -485,8 +477,8 @@ def _alike(
 
 
 def _split(quantized: QuantizedWeight, rows: Sequence[int]) -> list[QuantizedWeight]:
-    """The rows of each linear, on the CPU; the scale of a tensor is that of every one."""
-    codes, scale, zero_point = quantized.to("cpu")
+    """So many rows each; the scale of a tensor is that of every one."""
+    codes, scale, zero_point = quantized
     if len(scale) == 1:
         return [QuantizedWeight(part, scale.clone(), zero_point) for part in codes.split(list(rows))]
     zeros = [None] * len(rows) if zero_point is None else zero_point.split(list(rows))

@@ -26,11 +26,10 @@ _RERUN = "Delete the folder of stage distill and run again."
 
 def write_tuned(folder: Path, scales: Mapping[str, Tensor], vectors: Mapping[str, Tensor]) -> str:
     """Write what was tuned; returns the sha256."""
-    from quantcli.model.writer import PlannedTensor, write_safetensors
+    from quantcli.model.writer import write_tensors
 
     tensors = {name: tensor.detach().cpu() for name, tensor in {**scales, **vectors}.items()}
-    planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    return write_safetensors(folder / FILE, planned, tensors.__getitem__, {"format": "quantcli-tuned"})
+    return write_tensors(folder / FILE, tensors, "quantcli-tuned")
 
 
 def finished_store(recipe: Recipe, run: Path) -> Store:

@@ -96,13 +96,14 @@ class _Layout:
 def _layout(weight: Tensor, curvature: Curvature, outputs: Tensor) -> _Layout:
     """The rows of the largest G_ii in each run come first."""
     rows, width = weight.shape
-    lots, chunk = _divisor(rows, RUN), _divisor(width, CHUNK)
+    lots, chunk = largest_divisor(rows, RUN), largest_divisor(width, CHUNK)
     ranked = torch.argsort(outputs.diagonal().view(-1, lots), dim=1, descending=True, stable=True)
     first = torch.arange(0, rows, lots, device=weight.device)[:, None]
     return _Layout((first + ranked).t().flatten(), curvature.order, lots, chunk)
 
 
-def _divisor(number: int, most: int) -> int:
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a number that is not above `most`."""
     return next(each for each in range(min(number, most), 0, -1) if number % each == 0)
 
 

@@ -124,6 +124,11 @@ class WeightsSection(Section):
         return self.method in SOLVED_METHODS
 
     @property
+    def mixed(self) -> bool:
+        """Whether the codes may be found with what outputs are to each other, by `gptq.output_samples`."""
+        return self.method == "gptq" and self.granularity != "tensor"
+
+    @property
     def sparse(self) -> bool:
         """Whether the codes are made for engines that compress them."""
         return self.method in SPARSE_METHODS
@@ -344,8 +349,7 @@ class QuantizeSection(Section):
     def mixes(self) -> bool:
         """Whether any weights are rounded with what their outputs are to each other."""
         treatments = [self.treatment(None), *map(self.treatment, self.overrides)]
-        weights = [t[0] for t in treatments if t is not None and t[0].method == "gptq"]
-        return self.gptq.output_samples is not None and any(w.granularity != "tensor" for w in weights)
+        return self.gptq.output_samples is not None and any(t is not None and t[0].mixed for t in treatments)
 
     def treatment(self, override: OverrideSection | None) -> tuple[WeightsSection, ActivationsSection] | None:
         """Weights and activations of linears that an override matches (None: of all others); None for float."""

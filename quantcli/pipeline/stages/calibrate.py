@@ -215,15 +215,13 @@ def _check(context: Context, block: Block, statistics: dict[str, InputStatistics
 
 
 def _write(folder: StageFolder, index: int, statistics: Mapping[str, InputStatistics | AttentionStatistics]) -> None:
-    from quantcli.model.writer import PlannedTensor, split_shards, write_safetensors
+    from quantcli.model.writer import write_tensors
 
     tensors = {
         f"{name}.{part}": t for name, gathered in statistics.items() for part, t in gathered.to_tensors().items()
     }
-    (planned,) = split_shards([PlannedTensor(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], 1 << 62)
     file = folder.path / _block_file(index)
-    digest = write_safetensors(file, planned, tensors.__getitem__, {"format": "quantcli-statistics"})
-    folder.add(file, digest)
+    folder.add(file, write_tensors(file, tensors, "quantcli-statistics"))
 
 
 def read_statistics(context: Context, linear: str) -> dict[str, Tensor]:

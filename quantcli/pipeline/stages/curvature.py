@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError
@@ -47,11 +48,11 @@ def run(context: Context, folder: StageFolder) -> None:
     one first, with gradients.
     """
     import torch
-    from safetensors.torch import save_file
 
-    from quantcli.model.checkpoint import file_digest, replacing
+    from quantcli.formats.store import block_file
     from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.curvature import block_file, block_moments, mixed_linears, sampled_gradients
+    from quantcli.model.writer import write_tensors
+    from quantcli.pipeline.curvature import block_moments, mixed_linears, sampled_gradients
 
     calibration = context.recipe.calibration
     assert calibration is not None
@@ -81,9 +82,7 @@ def run(context: Context, folder: StageFolder) -> None:
             context.emit("outputs", module=name, kept=round(share, 3))
         entering.clear()
         file = block_file(folder.path, index)
-        with replacing(file) as temporary:
-            save_file(tensors, temporary)
-        folder.add(file, file_digest(file))
+        folder.add(file, write_tensors(file, tensors, "quantcli-curvature"))
         seconds = round(time.perf_counter() - started, 3)
         context.emit("block", index=context.blocks - 1 - index, of=context.blocks, seconds=seconds, model="backward")
     gradients.clear()
@@ -116,8 +115,10 @@ def _cache(context: Context, folder: StageFolder, stream: BlockStream, name: str
 
 
 def _writes(context: Context) -> tuple[str, ...]:
+    from quantcli.formats.store import block_file
+
     kept = (f"entering-{index:05d}/*" for index in range(context.blocks + 1))
-    files = (f"block-{index:05d}.safetensors" for index in range(context.blocks))
+    files = (block_file(Path(), index).name for index in range(context.blocks))
     return (*files, *kept, f"{GRADIENTS}/*")
 
 
