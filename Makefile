@@ -1,7 +1,7 @@
 # Everything from a fresh clone: Python 3.10 or newer, git and make are enough.
 #
 #   make demo          quantize a small model end to end
-#   make test          style, types, architecture and the fast tests
+#   make test          style, types, architecture and the fast tests; those of the report's page need Chromium
 #   make test-slow     the tests that need the real model or minutes
 #   make serve-test    load exports in vLLM and GPTQModel, in environments of their own, and in llama.cpp
 #   make vllm          the environment of vLLM alone

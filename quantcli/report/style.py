@@ -84,7 +84,7 @@ figure { margin: 0; } figcaption { font-weight: 600; font-size: 14px; margin-bot
 @media (max-width: 600px) { main { padding: 18px 12px 40px; } section { padding: 14px 12px; }
   .facts th { width: 110px; } h1 { font-size: 21px; }
   .scroll > table:not(.facts) { width: max-content; min-width: 100%; }
-  table:not(.facts) td:not(.number, :has(code, .whole)) { max-width: 180px; } }
+  table:not(.facts) td:not(.number, :has(code, .whole)) { max-width: 240px; overflow-wrap: break-word; } }
 @media print { body { background: none; } main { max-width: none; padding: 0; }
   section, .tile { break-inside: avoid; } section.long { break-inside: auto; } .chart svg { min-width: 0; }
   .scroll { background: none; } * { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
