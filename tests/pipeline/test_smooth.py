@@ -47,7 +47,20 @@ FAMILIES = {
     "opt": ALL,  # ReLU passes a scale on
     "gpt2": {"norm", "attention"},
 }
-UNROTATED = {"gemma2", "gemma3", "opt"}  # norms behind linears; a projection behind the embedding
+# Families that go through one method and one rotation each.
+FURTHER = {
+    "mistral": ALL,
+    "gemma": ALL,
+    "smollm3": ALL,
+    "seed_oss": ALL,
+    "ernie4_5": ALL,
+    "granite": ALL,
+    "stablelm": ALL,
+    "cohere": ALL,
+    "olmo2": {"attention", "mlp"},  # norms stand behind linears, and none before them
+    **{name: {"norm", "attention"} for name in ("falcon", "gpt-neox", "starcoder2", "arcee", "nemotron", "phi")},
+}
+UNROTATED = {"gemma2", "gemma3", "olmo2", "opt"}  # norms behind linears; a projection behind the embedding
 METHODS = {"m1": NORM, "m2": NORM, "m3": NORM, "m4": ALL, "m5": NORM, "m6": ALL}
 EXACT = 1e-5
 
@@ -61,8 +74,11 @@ def _pairs(methods: Iterable[str], quick: set[str], thorough: set[str]) -> list[
     ]
 
 
-FAMILY_METHODS = _pairs(METHODS, {"m6"}, {"llama-tied"})
-FAMILY_ROTATIONS = _pairs(("rotate", "auto"), {"rotate"}, {"llama-tied", "gpt2"})
+FAMILY_METHODS = [*_pairs(METHODS, {"m6"}, {"llama-tied"}), *((family, "m6") for family in FURTHER)]
+FAMILY_ROTATIONS = [
+    *_pairs(("rotate", "auto"), {"rotate"}, {"llama-tied", "gpt2"}),
+    *((family, "rotate") for family in FURTHER),
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +92,7 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         for name, tensor in tensors.items():
             if re.search(r"(ln_\d|norm)\.weight$", name) and len(tensor) == 64:
                 tensor[9] = 12
-            elif re.search(r"(v_proj|up_proj|qkv_proj)\.weight$", name):
+            elif re.search(r"(v_proj|up_proj|qkv_proj|query_key_value)\.weight$", name):
                 tensor[-3] *= 12
             elif name.endswith("c_attn.weight"):
                 tensor[:, -3] *= 12
@@ -143,12 +159,34 @@ def test_methods_make_folds_that_change_nothing(family: str, method: str, recipe
     outcomes = smoothed(asked)
     assert distance(asked) < EXACT
     assert not [outcome for outcome in outcomes if outcome["reason"]]
-    assert {outcome["fold"] for outcome in outcomes} == METHODS[method] & FAMILIES[family]
+    taken = METHODS[method] & (FAMILIES | FURTHER)[family]
+    assert {outcome["fold"] for outcome in outcomes} == taken
     kept = {outcome["input"] for outcome in outcomes if outcome["kept"]}
-    assert {outcome["fold"] for outcome in outcomes if outcome["kept"]} == METHODS[method] & FAMILIES[family]
+    assert {outcome["fold"] for outcome in outcomes if outcome["kept"]} == taken
     assert {f"{name}.scale" for name in kept} == scales(asked).keys()
     for scale in scales(asked).values():
         assert scale.max() / scale.min() > 1.5  # m2 and m5 leave the most channels at 1
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "phi3", "falcon"])
+def test_awq_through_shared_heads_changes_nothing(family: str, recipe: Callable[..., Recipe]) -> None:
+    """As the recipe w4a16-awq has it, where one head of values gives a scale to two of queries, or to all (falcon)."""
+    weights = {"bits": 4, "granularity": "group", "group_size": 16}
+    smooth = {"method": "m3", "folds": sorted(ALL), "save_model": True}
+    asked = recipe(family, smooth, quantize={"weights": weights, "activations": {"bits": 16}})
+    outcomes = smoothed(asked)
+    assert distance(asked) < EXACT
+    assert not [outcome for outcome in outcomes if outcome["reason"]]
+    folds = (FAMILIES | FURTHER)[family]
+    assert {outcome["fold"] for outcome in outcomes if outcome["kept"]} == folds == {each["fold"] for each in outcomes}
+    found = scales(asked)
+    through = [outcome["input"] for outcome in outcomes if outcome["kept"] and outcome["fold"] == "attention"]
+    assert through
+    shared = {"falcon": 1}.get(family, 2)  # heads of values, which 4 heads of queries share
+    for name in through:
+        heads = found[f"{name}.scale"].view(shared, 4 // shared, -1)
+        assert torch.equal(heads, heads[:, :1].expand_as(heads))
+        assert heads.max() / heads.min() > 1.5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -183,7 +221,7 @@ def test_rotations_change_nothing(family: str, method: str, recipe: Callable[...
     turned = [name for name in before if before[name].ndim == 2 and not torch.equal(before[name], after[name])]
     wanted = [name for name in before if before[name].ndim == 2 and ("embed" in name or "wte" in name)]
     assert set(wanted) <= set(turned) or not rotation["hidden"]
-    assert any(re.search(r"(o_proj|out_proj|c_proj)\.weight", name) for name in turned)
+    assert any(re.search(r"(o_proj|out_proj|c_proj|dense)\.weight", name) for name in turned)
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2", "phi3"])
