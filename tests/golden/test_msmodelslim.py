@@ -25,17 +25,7 @@ from quantcli.quant.refine import output_error
 CASES = golden.index()
 pytestmark = pytest.mark.skipif(not CASES, reason="the recorded cases are not beside the checkout")
 
-# Relative distance of scales of weights and of inputs, share of codes that may differ by one, distance of logits. The
-# tool divides weights of 16 bits, and quantizes what it propagates, in 16 bits; here both are done in float32, so that
-# scales of later inputs move by up to 5 % of theirs and their zero points by up to 4.
-TOLERANCE = {
-    "A": (4e-7, 4e-7, 0.0, 2e-6),
-    "B": (4e-7, 4e-7, 0.0, 2e-6),
-    "A_bf16": (2**-7, 0.05, 0.12, None),
-    "A_fp16": (2**-9, 0.02, 0.02, None),
-}
 SMOOTHED = 2e-6  # relative distance of smoothing scales, products of powers in float32
-SSZ = 2e-5  # the tool keeps the earlier of two scales whose errors are equal in float32; the codes are the same
 # A code at a tie falls to either side: static input scales are also tried this much off, which is within the tolerance.
 MOVES = (0.0, 3e-7, -3e-7)
 # Cases whose static input scales follow from a defect of the tool; names, weights and ranking are compared.
@@ -59,17 +49,17 @@ def test_the_recorded_case_is_reproduced(model: str, case: str, entry: dict[str,
     if golden.only_smoothed(model, case, entry):
         _compare_scales(model, case, root)
         return
-    # the tool's v1 keeps the extremes of the last sample alone
-    samples = slice(-1, None) if case.startswith("v1_kvcache") else slice(None)
-    with golden.quantized(model, case, root, samples) as (context, store):
+    with golden.quantized(model, case, root, golden.samples_of(case)) as (context, store):
         recorded, meta = golden.tensors_of(model, case), golden.meta_of(model, case)
-        scale_error, input_error, code_share, logit_error = TOLERANCE[model]
+        scale_error, input_error, code_share, logit_error = golden.TOLERANCE[model]
         if golden.smoothing_of(model, case):  # folded weights differ by roundings, which move codes at a tie
             scale_error, code_share = max(scale_error, SMOOTHED), max(code_share, 1e-3)
         if "ssz" in case:
-            scale_error = SSZ
+            scale_error = golden.SSZ
         assert set(meta.get("rollback_names") or _float_linears(recorded, context)) == set(store.kept)
         _compare_ranking(context, meta)
+        if "hqq" in case or _solves(case):
+            _compare_output_errors(store, recorded, model, each=_solves(case))
         defective = any(word in case for word in DEFECTIVE_INPUTS)
         for name in store.schemes:
             stored = store.read(name)
@@ -77,7 +67,6 @@ def test_the_recorded_case_is_reproduced(model: str, case: str, entry: dict[str,
                 _compare_norms(name, recorded, stored.weight, model)
                 continue
             if _solves(case):
-                _compare_output_errors(name, recorded, stored.weight, model)
                 continue
             _compare_codes(_codes(recorded[f"{name}.weight"], stored.weight.codes), stored.weight.codes, code_share)
             wanted = {
@@ -111,8 +100,18 @@ def test_the_recorded_case_is_reproduced(model: str, case: str, entry: dict[str,
             distances = [float((ours - theirs.view_as(ours)).norm() / theirs.norm()) for ours in simulated]
             assert min(distances) < logit_error
     if "autoround" in case:
-        with golden.quantized(model, case, root, asymmetric=True) as (context, store):
+        with golden.quantized(model, case, root, gptq={"asymmetric": True, "sweeps": 6}) as (context, store):
             _compare_outcomes(context, store, recorded, model)
+
+
+GPTQ = [(model, case) for model, case, entry in CASES if "gptq" in case and entry["status"] == "ok"]
+
+
+@pytest.mark.parametrize(("model", "case"), GPTQ, ids=[f"{model}-{case}" for model, case in GPTQ])
+def test_gptq_as_it_is_shipped_puts_out_less_error(model: str, case: str, root: Path) -> None:
+    """Moments that are shrunk aim beyond the 110 tokens; even on those themselves the sum is a quarter of theirs."""
+    with golden.quantized(model, case, root, gptq={}) as (_, store):
+        _compare_output_errors(store, golden.tensors_of(model, case), model, each=False)
 
 
 # By the first linear of a group: what the tool's scales are called after its name.
@@ -167,6 +166,9 @@ def _codes(theirs: Tensor, ours: Tensor) -> Tensor:
 
 
 def _compare_codes(theirs: Tensor, ours: Tensor, share: float) -> None:
+    if theirs.dtype == torch.float8_e4m3fn:
+        assert torch.equal(theirs.float(), ours.float())
+        return
     difference = (theirs.int() - ours.int()).abs()
     assert int(difference.max()) <= (1 if share else 0)
     assert float((difference > 0).float().mean()) <= share
@@ -179,13 +181,25 @@ def _compare_norms(name: str, recorded: dict[str, Tensor], ours: QuantizedWeight
     assert norms[0] <= norms[1], name
 
 
-def _compare_output_errors(name: str, recorded: dict[str, Tensor], ours: QuantizedWeight, model: str) -> None:
-    """Solved in another order, with other scales: what comes out over the calibration samples is not further off here,
-    for any linear."""
-    weight, theirs = _recorded_linear(name, recorded, ours, model)
-    moments = golden.input_moments(model)[name]
-    errors = [float(output_error(weight, each, moments).sum()) for each in (ours, theirs)]
-    assert errors[0] <= errors[1], name
+def _compare_output_errors(store: Store, recorded: dict[str, Tensor], model: str, each: bool) -> None:
+    """What comes out over the calibration samples is not further off here, summed over the linears, and for each of
+    them if that is asked for.
+
+    GPTQ and learned rounding look at those samples, in another order and with other scales: they are better for each.
+    HQQ sees no inputs, and no rule that sees none can promise that of a single linear: here 3 to 6 of 14 put out more,
+    up to 40 % where 7 % less of the norm is left and 5 % less of the squared error. Another p (0.5 to 2), least squares
+    and `mse` leave such linears in these cases, too; `mse` with the inputs' second moments leaves 4 of 84, and is
+    another method.
+    """
+    totals = [0.0, 0.0]
+    for name in store.schemes:
+        ours = store.read(name).weight
+        weight, theirs = _recorded_linear(name, recorded, ours, model)
+        moments = golden.input_moments(model)[name]
+        errors = [float(output_error(weight, quantized, moments).sum()) for quantized in (ours, theirs)]
+        assert errors[0] <= errors[1] or not each, name
+        totals = [total + error for total, error in zip(totals, errors, strict=True)]
+    assert totals[0] <= totals[1]
 
 
 def _solves(case: str) -> bool:
