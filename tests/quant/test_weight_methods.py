@@ -178,6 +178,17 @@ def test_zero_rows_get_scale_one(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_group_of_zeros_gets_scale_one(method: str, symmetric: bool) -> None:
+    weight = torch.linspace(-1, 1, 32).view(2, 16)
+    weight[1, 8:] = 0
+    quantized = WEIGHT_METHODS[method](weight, WeightGrid(4, symmetric, "group", 8), None)
+    assert float(quantized.scale[1, 1]) == 1.0
+    assert not dequantize(quantized)[1, 8:].any()
+    assert bool((quantized.scale.flatten()[:3] != 1).all())
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [1e-44, 3e-7, 3e38])
 def test_extreme_sizes_stay_finite(method: str, size: float) -> None:
     weight = torch.linspace(-1, 1, 32).view(2, 16) * size
