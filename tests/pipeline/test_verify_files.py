@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_tokenizer
 
 import quantcli
 from quantcli.errors import QuantcliError, VerificationError
@@ -21,12 +22,14 @@ from quantcli.pipeline.stages import verify
 from quantcli.pipeline.verify import verify_path
 
 Recipe = dict[str, Any]
-RUNS: list[tuple[list[str], Recipe]] = [
+SHARDS = "135kB"  # of which these exports make two or more, and an index
+RUNS: list[tuple[list[str], Recipe, Recipe]] = [
     (
         ["compressed-tensors", "ascend", "mindie", "numpy", "dense"],
         {"weights": {"bits": 8, "granularity": "channel"}},
+        {},
     ),
-    (["gptq", "awq", "gguf"], {"weights": {"bits": 4, "granularity": "group", "group_size": 32}}),
+    (["gptq", "awq", "gguf"], {"weights": {"bits": 4, "granularity": "group", "group_size": 32}}, {}),
     (
         ["compressed-tensors"],
         {
@@ -34,30 +37,51 @@ RUNS: list[tuple[list[str], Recipe]] = [
             "activations": {"bits": 8, "scope": "tensor", "symmetric": False},
             "kv_cache": {"type": "float"},
         },
+        {},
+    ),
+    (
+        ["compressed-tensors", "ascend", "mindie", "dense"],
+        {"weights": {"bits": 8, "granularity": "channel"}},
+        {"shard_size": SHARDS},
     ),
 ]
-CASES = [(number, form) for number, (formats, _) in enumerate(RUNS) for form in formats]
+"""Formats, the section `quantize`, and what else the section `export` has. What has shards comes from a model with
+further chat templates, which lie in a folder of an export."""
+CASES = [(number, form) for number, (formats, *_) in enumerate(RUNS) for form in formats]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1]}-{case[0]}")
 Case = tuple[int, str]
 
 
 @pytest.fixture(scope="module")
-def runs(static_recipe: Callable[[Path], Recipe], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def runs(
+    static_recipe: Callable[[Path], Recipe], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
     """The runs of RUNS; read only, or put back as they were."""
     found = []
-    for formats, quantize in RUNS:
+    for formats, quantize, export in RUNS:
         place = tmp_path_factory.mktemp("run")
-        recipe = static_recipe(place / "run") | {"quantize": quantize, "export": {"formats": formats}}
+        recipe = static_recipe(place / "run") | {"quantize": quantize, "export": {"formats": formats, **export}}
+        if export:
+            model = Path(shutil.copytree(tiny_llama, place / "model"))
+            tokenizer = tiny_tokenizer()
+            tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+            tokenizer.save_pretrained(model)
+            recipe["model"] |= {"path": str(model)}
         del recipe["evaluate"]
         if len(quantize) == 1:
             del recipe["calibration"]
         quantcli.run(recipe)
         found.append(place / "run")
-        for file in (place / "run" / "export").glob("*/*"):
+        for file in files_of(place / "run" / "export"):
             file.chmod(0o644)  # it is changed below, by whoever runs the tests
         for form in formats:
             shutil.copytree(place / "run" / "export" / form, place / form)
     return found
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All files below a folder."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def places(runs: list[Path], case: Case) -> list[Path]:
@@ -84,11 +108,16 @@ def test_untouched_exports_are_in_order(case: Case, runs: list[Path]) -> None:
     (inside, alone), form = places(runs, case), case[1]
     facts = verify_path(inside)
     assert facts[f"{form}: linears"] == 21
-    assert facts[f"{form}: files"] == len(list(inside.iterdir()))
+    assert facts[f"{form}: files"] == len(files_of(inside))
     assert -20 < facts[f"{form}: prompt"] < 0
     assert "checksums" in verify_path(alone)["checked against"]
     recorded = json.loads((runs[case[0]] / "verify" / "verified.json").read_text())[form]["files"]
-    assert recorded == {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in inside.iterdir()}
+    names = {file.relative_to(inside).as_posix(): file for file in files_of(inside)}
+    assert recorded == {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in names.items()}
+    if RUNS[case[0]][2]:
+        assert len(list(inside.glob("*-of-*.safetensors"))) > 1
+        assert any(name.endswith(".safetensors.index.json") for name in names)
+        assert "additional_chat_templates/tools.jinja" in names
     sums = dict(reversed(line.split("  ")) for line in (alone / SUMS).read_text().splitlines())
     assert sums == {name: digest for name, digest in recorded.items() if name != SUMS}
 
@@ -98,7 +127,7 @@ def test_untouched_exports_are_in_order(case: Case, runs: list[Path]) -> None:
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_is_found(case: Case, runs: list[Path], data: st.DataObject) -> None:
     export = data.draw(st.sampled_from(places(runs, case)))
-    file = data.draw(st.sampled_from(sorted(export.iterdir())))
+    file = data.draw(st.sampled_from(files_of(export)))
     content = file.read_bytes()
     begin, end = data.draw(st.sampled_from(spans(file)))
     place, bit = data.draw(st.integers(begin, end - 1)), data.draw(st.integers(0, 7))
@@ -113,7 +142,7 @@ def test_a_flipped_bit_anywhere_is_found(case: Case, runs: list[Path], data: st.
 @cases
 def test_files_that_go_or_come_are_found(case: Case, runs: list[Path]) -> None:
     for export in places(runs, case):
-        for file in sorted(export.iterdir()):
+        for file in files_of(export):
             content = file.read_bytes()
             if file.name in (SUMS, "config.json") and export.parent.name != "export":
                 continue  # without the first it is checked against itself, and without the second it is no checkpoint
