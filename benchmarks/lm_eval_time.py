@@ -4,7 +4,8 @@
 
 Each is a process of its own that loads the model, scores every page and ends: the harness with its wikitext rules on
 the same local pages, once for each batch size; quantcli by `eval-ppl --checkpoint` with protocol lm-eval, of the model
-and, if one is given, of an export. Needs quantcli[lm-eval]. Processor seconds are of all threads.
+and, if one is given, of an export. The harness takes the softmax in the model's dtype unless `--softmax` says another,
+which is quantcli's float32 for equal numbers. Needs quantcli[lm-eval]. Processor seconds are of all threads.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ metric_list: [{{metric: word_perplexity}}, {{metric: byte_perplexity}}, {{metric
 RULES = "from lm_eval.tasks.wikitext.preprocess_wikitext import process_results, wikitext_detokenizer\n"
 
 
-def harness(model: str, tasks: str, length: int, batch: int) -> dict[str, Any]:
+def harness(model: str, tasks: str, length: int, batch: int, softmax: str | None) -> dict[str, Any]:
     """The harness's own results, in this process."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    lm = HFLM(pretrained=model, device="cpu", dtype="auto", max_length=length, batch_size=batch)
+    lm = HFLM(pretrained=model, device="cpu", dtype="auto", max_length=length, batch_size=batch, softmax_dtype=softmax)
     manager = TaskManager(include_path=tasks)
     found = lm_eval.simple_evaluate(lm, tasks=["local_pages"], task_manager=manager, bootstrap_iters=0)
     results: dict[str, Any] = found["results"]["local_pages"]
@@ -69,10 +70,15 @@ def main() -> None:
     parser.add_argument("--pages", type=int, help="Only so many pages, from the start.")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--softmax", help="The dtype of the harness's softmax.")
     parser.add_argument("--child", nargs=2, metavar=("TASKS", "BATCH"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
-        print(json.dumps(harness(str(given.model), given.child[0], given.length, int(given.child[1])), default=str))
+        print(
+            json.dumps(
+                harness(str(given.model), given.child[0], given.length, int(given.child[1]), given.softmax), default=str
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
@@ -89,6 +95,7 @@ def main() -> None:
         print("| what | word perplexity | bits per byte | seconds | processor seconds |\n|---|---:|---:|---:|---:|")
         for batch in given.batches:
             own = [sys.executable, __file__, str(given.model), str(given.text), "--length", str(given.length)]
+            own += ["--softmax", given.softmax] if given.softmax else []
             found, *times = measured([*own, "--child", str(tasks), str(batch)], place)
             numbers = [float(found[f"{key},none"]) for key in ("word_perplexity", "bits_per_byte")]
             row(f"lm-evaluation-harness, batches of {batch}", numbers, times)

@@ -46,6 +46,9 @@ def folds_taken(section: SmoothSection) -> tuple[FoldKind, ...]:
     return ("norm", "attention", "mlp") if "linear" in kinds else ("norm",)
 
 
+FITTED = 128
+"""Tokens that `auto` moves a scale downhill by, about."""
+
 Cause = Literal["no gain", "no token", "few tokens", "not finite", "obstacle", "check"]
 """Why a group stays as it is: no scale was better; no token reached it, or too few that expert; what entered it was not
 finite; something else reads what its producer makes; the fold changed what the block computes."""
@@ -92,23 +95,30 @@ def _whole(group: Group, seen: Seen) -> Group:
         return group
     one, other = seen.apart, seen.rest
     counts = one.count + other.count
+    extremes = None
+    if group.sample_extremes is not None:
+        pairs = zip(one.sample_extremes, other.sample_extremes, strict=True)
+        extremes = (torch.cat(next(pairs)), torch.cat(next(pairs)))
     return replace(
         group,
         minimum=torch.minimum(one.minimum, other.minimum),
         maximum=torch.maximum(one.maximum, other.maximum),
         mean_absolute=(one.mean_absolute * one.count + other.mean_absolute * other.count) / counts,
+        sample_extremes=extremes,
     )
 
 
 def _shifted(group: Group, shift: Tensor) -> Group:
     """The group with x − z in the place of its input x. Of |x − z| the mean is that of the kept tokens."""
-    tokens = group.tokens - shift
+    tokens, extremes = group.tokens - shift, group.sample_extremes
     return replace(
         group,
         minimum=group.minimum - shift,
         maximum=group.maximum - shift,
         mean_absolute=tokens.abs().mean(0),
         tokens=tokens,
+        fitted=None if group.fitted is None else group.fitted - shift,
+        sample_extremes=None if extremes is None else (extremes[0] - shift, extremes[1] - shift),
         shift=shift,
     )
 
@@ -259,7 +269,13 @@ class GroupSource:
         from quantcli.smoothing.group import Group
 
         assert shared.producer is not None
-        tokens, statistics = torch.cat(seen.tokens), seen.rest
+        section = self.context.recipe.smooth
+        assert section is not None
+        tokens, fitted, statistics = torch.cat(seen.tokens), None, seen.rest
+        if section.method == "auto" and len(tokens) > 1:  # what is fitted to tokens is judged by others
+            every = max(2, len(tokens) // FITTED)
+            chosen = torch.arange(len(tokens), device=tokens.device) % every == 0
+            tokens, fitted = tokens[~chosen], tokens[chosen]
         weights = tuple(self._weight(name).float() for name in judged)
         others = [self._weight(name).abs().amax(0).float() for name in shared.linears if name not in judged]
         return Group(
@@ -271,6 +287,8 @@ class GroupSource:
             centred_maximum=statistics.centred_maximum,
             spread=statistics.spread,
             tokens=tokens,
+            fitted=fitted,
+            sample_extremes=statistics.sample_extremes if statistics.by_sample else None,
             beyond=torch.stack(others).amax(0) if others else None,
         )
 
@@ -321,6 +339,7 @@ class GroupSource:
                 one_scale=scheme.granularity == "tensor",
                 clipped=section.clips(treatment.weights, treatment.activations),
                 activations="dynamic" if scheme.activations == "dynamic" else kind,
+                averaged=treatment.averages,
                 activation_bits=scheme.activation_bits,
                 symmetric=scheme.activations_symmetric,
                 type=scheme.type,

@@ -44,6 +44,11 @@ class Treatment:
     weights: WeightsSection
     activations: ActivationsSection
 
+    @property
+    def averages(self) -> bool:
+        """Whether the range of a static input is the mean of those of samples."""
+        return self.scheme.observed and self.activations.aggregation == "mean"
+
 
 @dataclass(frozen=True)
 class PlannedLinear:

@@ -55,13 +55,12 @@ def inputs_seen(
     per_sample = -(-section.search_tokens // kept)
     apart = section.method == "auto" and samples > 1
     device, inside = context.device, {name for layer in block.experts for name in layer.leaving}
-    found = {
-        shared.name: (
-            shared,
-            Seen([], ChannelStatistics(shared.width, device), ChannelStatistics(shared.width, device)),
-        )
-        for shared in wanted
-    }
+    found = {}
+    for shared in wanted:
+        treatments = [context.plan.treatments.get(name) for name in shared.linears]
+        by_sample = any(treatment is not None and treatment.averages for treatment in treatments)
+        one, other = (ChannelStatistics(shared.width, device, by_sample) for _ in range(2))
+        found[shared.name] = shared, Seen([], one, other)
 
     position, batch = 0, (0, 0)  # samples before the batch that runs; its samples and tokens of each
 

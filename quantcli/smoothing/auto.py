@@ -15,6 +15,8 @@ from quantcli.smoothing.outliers import cbq
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BETAS = (0.0, 0.15, 0.4)
+STRENGTHS = [*product(ALPHAS, BETAS), (0.5, 0.5), (0.9, 0.1)]
+"""Exponents α and β that are tried: a grid, and those of m1 and m4."""
 MEASURED = 3
 """Strengths of least expected noise whose error is measured."""
 STEPS, RATE = 20, 0.1
@@ -26,12 +28,13 @@ def auto(group: Group, whole: Group, targets: Targets) -> Found:
     The trials are none, the MEASURED best of A^α / Wmax^β on a grid by expected noise (mean|x|^α / Wmax^β where inputs
     stay in float), and CBQ's. They are made from the statistics of `group`, which have not seen its kept tokens, and
     compared by their error on those. The winner is made anew from `whole`, whose statistics have seen all samples, as
-    the range of a static input has, and moved downhill on the expected noise; of the two and none the best is kept. A
-    scale is divided by its geometric mean, which changes nothing that is rounded.
+    the range of a static input has, and moved downhill on the expected noise of its `fitted` tokens; of the two and
+    none the best on the others is kept. A scale is divided by its geometric mean, which changes nothing that is
+    rounded.
     """
     noise = ExpectedNoise(group, targets)
     rounded = any(target is not None and target.activations != "none" for target in targets)
-    expected = {each: float(noise(_strength(group, rounded, *each).log())) for each in product(ALPHAS, BETAS)}
+    expected = {each: float(noise(_strength(group, rounded, *each).log())) for each in STRENGTHS}
     trials: dict[str, Callable[[Group], Tensor]] = {
         f"strength {alpha:g} {beta:g}": partial(_strength, rounded=rounded, alpha=alpha, beta=beta)
         for alpha, beta in sorted(expected, key=expected.__getitem__)[:MEASURED]

@@ -34,6 +34,10 @@ class Group:
         minimum, maximum, mean_absolute, centred_maximum, spread: of x, as in `calibration.channel_statistics`, float32
             [C] and one number.
         tokens: inputs kept for searches, float32 [T, C].
+        fitted: those of them that a descent looks at, float32 [F, C], which are not among `tokens` then; None if it
+            looks at these.
+        sample_extremes: least and largest x in each sample, float32 [samples, C] both, for a static range that is their
+            mean; None where none is.
         shift: what was subtracted from x and the linears give back in their biases, float32 [C]; None for nothing.
         beyond: max |w| in each column of the linears that are not held, float32 [C]; None if all are.
     """
@@ -46,6 +50,8 @@ class Group:
     centred_maximum: Tensor
     spread: float
     tokens: Tensor
+    fitted: Tensor | None = None
+    sample_extremes: tuple[Tensor, Tensor] | None = None
     shift: Tensor | None = None
     beyond: Tensor | None = None
 

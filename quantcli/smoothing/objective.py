@@ -23,7 +23,8 @@ class Target:
 
     weight: float32 [out, C] → the weight quantized and back. bits: of its codes; group_size: inputs that share a scale,
     None for all; one_scale: all rows share it. clipped: the weight is held within `bounds` first. activations: `none`,
-    `static` (one scale for the tensor) or `dynamic` (one a token), of `activation_bits`. type: of the codes of both.
+    `static` (one scale for the tensor) or `dynamic` (one a token), of `activation_bits`. averaged: the static range is
+    the mean of those of samples. type: of the codes of both.
     """
 
     weight: Callable[[Tensor], Tensor]
@@ -32,6 +33,7 @@ class Target:
     one_scale: bool = False
     clipped: bool = False
     activations: Literal["none", "static", "dynamic"] = "none"
+    averaged: bool = False
     activation_bits: int = 8
     symmetric: bool = True
     type: CodeType = "int"
@@ -47,15 +49,23 @@ Targets = Sequence[Target | None]
 """How each linear of a group is to be quantized; None stays in float, and makes no error."""
 
 
+def static_range(group: Group, scale: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """The range of x/s over all inputs seen, or the mean of those of samples; other methods have about the first."""
+    if target.averaged and group.sample_extremes is not None:
+        low, high = group.sample_extremes
+        return (low / scale).amin(1).mean(), (high / scale).amax(1).mean()
+    return (group.minimum / scale).amin(), (group.maximum / scale).amax()
+
+
 def quantized_input(group: Group, scale: Tensor, target: Target) -> Tensor:
-    """The kept tokens x/s quantized and back, float32 [T, C]. A static range is that of all inputs seen."""
+    """The kept tokens x/s quantized and back, float32 [T, C], by its `static_range` where the target has one."""
     x = group.tokens / scale
     if target.activations == "dynamic":
         codes, token_scale = quantize_per_token(x, target.activation_bits, target.type)
         return codes.float().mul_(token_scale)
     if target.activations == "static":
-        low, high = float((group.minimum / scale).min()), float((group.maximum / scale).max())
-        step, zero = static_parameters(low, high, target.symmetric, target.type)
+        low, high = static_range(group, scale, target)
+        step, zero = static_parameters(float(low), float(high), target.symmetric, target.type)
         step, zero = step.to(x.device), zero.to(x.device)
         return quantize_static(x, step, zero, target.type).float().sub_(zero.float()).mul_(step)
     return x
@@ -120,15 +130,15 @@ class ExpectedNoise:
     Rounding makes errors that are about independent: of variance d²/12 with a step d, but never more than the value
     itself, which small values lose by becoming zero. For a linear that gives
         E = Σ_t a_t Σ_c min(x_tc², d_t² s_c²/12) ‖W_c‖² + Σ_rc min(w_rc², d_rg² / (12 s_c²)) m_c
-    with token shares a_t, d_t = range of x_t/s over the codes (of all inputs seen, if static), d_rg = max_{c in g}
+    with token shares a_t, d_t = range of x_t/s over the codes (`static_range`, if static), d_rg = max_{c in g}
     |w_rc| s_c over the codes for the group g of c, and m_c = Σ_t a_t x_tc². The step of a float code is about x/2^3.5,
     but no less than that of the codes nearest to zero, the largest over 448·512. Each linear counts relative to its
     output. Without a product with the tokens it is far cheaper than `output_error`, though less exact.
     """
 
     def __init__(self, group: Group, targets: Targets, tokens: int = 128) -> None:
-        step = max(1, len(group.tokens) // tokens)
-        kept = group.tokens[::step]
+        seen = group.tokens if group.fitted is None else group.fitted
+        kept = seen[:: max(1, len(seen) // tokens)]
         self.group = group
         outputs = _unshifted(group, [kept @ weight.t() for weight in group.weights])
         share = token_shares(outputs)
@@ -160,7 +170,7 @@ class ExpectedNoise:
         high = _steps(target.activation_bits, target.type)
         if target.activations == "dynamic":
             return ((self.inputs / scale).amax(1, keepdim=True) / high).square()
-        top, bottom = (self.group.maximum / scale).amax(), (self.group.minimum / scale).amin()
+        bottom, top = static_range(self.group, scale, target)
         width = torch.maximum(top, -bottom) * 2 if target.symmetric else top.clamp(min=0) - bottom.clamp(max=0)
         return (width / (2 * high + 1)).square().view(1, 1)
 

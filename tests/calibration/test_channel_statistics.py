@@ -36,7 +36,7 @@ def reference(samples: list[Tensor]) -> tuple[Tensor, float]:
 def test_against_loops(seed: int, lengths: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     samples = [torch.randn(length, 4, generator=generator) * 3 + 1 for length in lengths]
-    statistics = ChannelStatistics(4)
+    statistics = ChannelStatistics(4, by_sample=True)
     for sample in samples:
         statistics.update(sample.unsqueeze(0))
     whole = torch.cat(samples)
@@ -47,6 +47,10 @@ def test_against_loops(seed: int, lengths: list[int]) -> None:
     torch.testing.assert_close(statistics.centred_maximum, centred)
     assert statistics.spread == pytest.approx(spread, rel=1e-5)
     assert statistics.count == len(whole)
+    lows, highs = statistics.sample_extremes
+    assert torch.equal(lows, torch.stack([sample.amin(0) for sample in samples]))
+    assert torch.equal(highs, torch.stack([sample.amax(0) for sample in samples]))
+    assert len(ChannelStatistics(4).sample_extremes[0]) == 0
 
 
 def test_batches_are_samples_in_order() -> None:

@@ -31,6 +31,19 @@ def test_vllm_serves_fp8_weights_and_dynamic_activations(run: Run, served: Calla
     assert found.error < 0.01
 
 
+def test_vllm_serves_biases_that_took_a_shift(run: Run, served: Callable[..., Any], tmp_path: Path) -> None:
+    model = save_tiny_model("opt", tmp_path / "model", dtype=torch.bfloat16, with_tokenizer=True, hidden_size=128,
+                            word_embed_proj_dim=128, ffn_dim=128, max_position_embeddings=1024)  # fmt: skip
+    changes = ["model.sanity_check=off", "calibration.samples=4", "calibration.sequence_length=64"]
+    output = run("shifted", "w8a8", model, (8, 64), *changes, "smooth={method: outlier_suppression, shift: true}")
+    groups = [
+        group for file in sorted((output / "smooth").glob("block-*.json")) for group in json.loads(file.read_text())
+    ]
+    assert any(group.get("shifted") for group in groups)
+    found = served(output, "The water")
+    assert abs(found.difference) < max(0.01, 3 * found.error)
+
+
 @pytest.mark.parametrize(
     ("granularity", "said"),
     [("channel", "narrow() cannot be applied to a 0-dim tensor"), ("tensor", "static_scaled_fp8_quant")],

@@ -54,6 +54,32 @@ def test_channels_of_one_producer_share_a_scale(activations: Activations) -> Non
     assert scale.unique().numel() > 1
 
 
+def test_a_descent_is_judged_by_tokens_that_it_has_not_seen() -> None:
+    """Tokens that are unlike the others lead a descent astray: what it found is not kept."""
+    group = random_group(1, outlier=5)
+    target = replace(by_row(8), activations="dynamic")
+    odd = group.tokens[:8].clone()
+    odd[:, 5] /= 60
+    odd[:, 11] *= 60
+    astray = replace(group, fitted=odd)
+    found = auto(astray, astray, [target, target])
+    assert "descent" in str(auto(group, group, [target, target]).facts["chosen"])
+    assert "descent" not in str(found.facts["chosen"])
+    assert found.facts["error"] == pytest.approx(output_error(group, [target, target], "token")(found.scale), rel=1e-5)
+
+
+def test_auto_sees_the_range_that_is_the_mean_of_samples() -> None:
+    """A channel that is massive in one sample of many: by extremes it sets the step, by their mean it does not."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20, 10, 16, generator=generator)
+    x[0, 0, 5] = 400.0
+    group = group_from(x[1:].flatten(0, 1), *random_group(1).weights)
+    group = replace(group, maximum=x.amax((0, 1)), sample_extremes=(x.amin(1), x.amax(1)))
+    target = replace(by_row(8), activations="static")
+    extremes, mean = (auto(group, group, [each, each]).scale for each in (target, replace(target, averaged=True)))
+    assert extremes[5] / extremes.median() > 3 * mean[5] / mean.median()
+
+
 def test_dead_channels_get_a_usable_scale() -> None:
     group = random_group(3)
     x, weights = group.tokens.clone(), [w.clone() for w in group.weights]

@@ -10,9 +10,18 @@ import torch
 from test_smoothing_methods import group_from
 from torch import Tensor
 
+from quantcli.quant.activation import quantize_static, static_parameters
+from quantcli.quant.observers import Observed, activation_range
 from quantcli.smoothing.clip import COARSE_RATIOS as COARSE
 from quantcli.smoothing.group import Group
-from quantcli.smoothing.objective import ExpectedNoise, Reduction, Target, output_error, token_shares
+from quantcli.smoothing.objective import (
+    ExpectedNoise,
+    Reduction,
+    Target,
+    output_error,
+    quantized_input,
+    token_shares,
+)
 
 Activations = Literal["none", "static", "dynamic"]
 
@@ -156,6 +165,30 @@ def test_outputs_of_shifted_inputs_are_those_before_the_shift() -> None:
         one = replace(back, weights=(w,))
         expected = float(lost.square().sum() / (far.tokens @ w.T).square().sum())
         assert output_error(one, [target], "joint")(torch.ones(32)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_range_that_is_the_mean_of_samples_is_judged_as_such(symmetric: bool) -> None:
+    """Against the range methods of the stage that sets it, of inputs that are scaled already."""
+    group = gaussian()
+    x = group.tokens.view(4, -1, group.tokens.shape[1]).clone()
+    x[1] *= 7  # so that means and extremes differ
+    group = replace(group, tokens=x.flatten(0, 1), sample_extremes=(x.amin(1), x.amax(1)))
+    group = replace(group, minimum=group.tokens.amin(0), maximum=group.tokens.amax(0))
+    scale = scale_of(group)
+    scaled = x / scale
+    observed = Observed(scaled.amin((1, 2)), scaled.amax((1, 2)), None, 0.0)
+    for averaged, aggregation in ((True, "mean"), (False, "max")):
+        target = replace(by_row(8), activations="static", symmetric=symmetric, averaged=averaged)
+        low, high = activation_range(observed, "minmax", symmetric=symmetric, aggregation=aggregation)
+        step, zero = static_parameters(low, high, symmetric, "int")
+        expected = (quantize_static(group.tokens / scale, step, zero, "int").float() - zero.float()) * step
+        torch.testing.assert_close(quantized_input(group, scale, target), expected)
+    noises = [
+        ExpectedNoise(group, [replace(by_row(8), activations="static", symmetric=symmetric, averaged=averaged)] * 2)
+        for averaged in (True, False)
+    ]
+    assert noises[0](scale.log()) < noises[1](scale.log())
 
 
 def test_a_large_token_counts_as_the_median() -> None:

@@ -53,7 +53,7 @@ def _identity(context: Context) -> dict[str, Any]:
         "calibration": data_identity(recipe.calibration) if recipe.calibration and recipe.smooth.scales else None,
         "experts": tokens_of_experts(context) if recipe.calibration and context.expert_inputs else None,
         "schemes": {
-            name: [treatment.scheme.to_json(), treatment.weights.full_range]
+            name: [treatment.scheme.to_json(), treatment.weights.full_range, treatment.averages]
             for name, treatment in context.plan.treatments.items()
         },
         "model": {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code, "device": context.device},
