@@ -1,4 +1,5 @@
-"""Runs on an accelerator, which here is simulated: nothing is mixed up between its memory and the CPU's."""
+"""Runs on an accelerator: on a simulated one nothing is mixed up between its memory and the CPU's, and a GPU, where one
+is at hand, gives what the CPU gives."""
 
 from __future__ import annotations
 
@@ -22,6 +23,12 @@ Recipe = dict[str, Any]
 GROUPS = {"bits": 4, "granularity": "group", "group_size": 32}
 STATIC = {"activations": {"bits": 8, "scope": "tensor"}}
 TOKEN = {"activations": {"bits": 8, "scope": "token"}}
+
+
+PLACES = [
+    NAME,
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA's")),
+]
 
 
 def run_there(recipe: Recipe) -> None:
@@ -123,20 +130,27 @@ def test_the_simulated_device_computes(elsewhere: ProcessPoolExecutor) -> None:
         ),
     ],
 )
-def test_a_run_there_is_a_run_here(elsewhere: ProcessPoolExecutor, recipe: Recipe, values: Recipe) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_run_there_is_a_run_here(elsewhere: ProcessPoolExecutor, recipe: Recipe, values: Recipe, place: str) -> None:
     recipe = recipe | values
     there = recipe | {"output": f"{recipe['output']}-there"}
     quantcli.run(recipe)
-    elsewhere.submit(run_there, there).result()
+    if place == NAME:
+        elsewhere.submit(run_there, there).result()
+    else:
+        quantcli.run(there, device=place)
     # sums are of float32 there, where they are of float64 here: a code may be rounded the other way
     assert _perplexity(there) == pytest.approx(_perplexity(recipe), rel=1e-3)
 
 
 @pytest.mark.slow
-def test_a_mixture_there_is_a_mixture_here(elsewhere: ProcessPoolExecutor, recipe: Recipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_mixture_there_is_a_mixture_here(
+    elsewhere: ProcessPoolExecutor, recipe: Recipe, tmp_path: Path, place: str
+) -> None:
     save_tiny_model("mixtral", tmp_path / "mixtral", with_tokenizer=True)
     values = {"quantize": {"weights": GROUPS | {"method": "gptq"}}, "smooth": {"method": "smoothquant"}}
-    test_a_run_there_is_a_run_here(elsewhere, changed(recipe, model__path=str(tmp_path / "mixtral")), values)
+    test_a_run_there_is_a_run_here(elsewhere, changed(recipe, model__path=str(tmp_path / "mixtral")), values, place)
 
 
 def _perplexity(recipe: Recipe) -> float:
