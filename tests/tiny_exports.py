@@ -52,6 +52,8 @@ WEIGHT_ONLY = {
 WITH_ACTIVATIONS = {
     "W8A8 dynamic": Scheme(8, activations="dynamic"),
     "W8A8 dynamic tensor": Scheme(8, granularity="tensor", activations="dynamic"),
+    "W8A8 dynamic asym": Scheme(8, activations="dynamic", activations_symmetric=False),
+    "W8A8 dynamic tensor asym": Scheme(8, granularity="tensor", activations="dynamic", activations_symmetric=False),
     "W8A8 static": Scheme(8, activations="static"),
     "W8A8 static asym": Scheme(8, activations="static", activations_symmetric=False),
 }

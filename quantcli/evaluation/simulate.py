@@ -12,7 +12,14 @@ from torch.nn.functional import linear
 
 from quantcli.model.expert_loop import Weight, one_by_one
 from quantcli.model.structure import Experts
-from quantcli.quant.activation import float8_linear, prepared_int8_linear, quantize_per_token, quantize_static
+from quantcli.quant.activation import (
+    float8_linear,
+    int8_linear,
+    prepared_int8_linear,
+    quantize_per_token,
+    quantize_per_token_asymmetric,
+    quantize_static,
+)
 from quantcli.quant.float8 import FP8
 from quantcli.quant.scheme import CodeType
 
@@ -23,7 +30,8 @@ class QuantizedProduct:
     float8_e4m3fn with the latter two, and inputs of the same type.
 
     Static activations have input_scale float32 [1] and, if asymmetric, input_zero_point int8 [1]; dynamic ones, with
-    one scale a token and codes of `input_bits`, have neither.
+    one scale a token and codes of `input_bits`, have neither. `input_symmetric` is about those: false gives each token
+    a zero point, too, and needs 8 bits.
     """
 
     codes: Tensor
@@ -31,6 +39,7 @@ class QuantizedProduct:
     input_scale: Tensor | None = None
     input_zero_point: Tensor | None = None
     input_bits: int = 8
+    input_symmetric: bool = True
 
 
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -80,12 +89,12 @@ def not_read(linears: Collection[str], experts: Iterable[Experts]) -> set[str]:
 
 @dataclass
 class _Codes:
-    """The codes and scales of the input that was quantized last. Linears that share an input are given one tensor, one
-    after the other, which no block changes in between."""
+    """The codes, scales and zero points of each token, if there are any, of the input that was quantized last. Linears
+    that share an input are given one tensor, one after the other, which no block changes in between."""
 
     input: Tensor | None = None
     how: Hashable = None
-    found: tuple[Tensor, Tensor] | None = None
+    found: tuple[Tensor, Tensor, Tensor | None] | None = None
 
 
 def forward_of(module: nn.Module, how: Replacement, shared: _Codes | None = None) -> Callable[[Tensor], Tensor]:
@@ -105,27 +114,34 @@ def _forward(module: nn.Module, weights: QuantizedProduct, shared: _Codes) -> Ca
     zero = None if zero_point is None else int(zero_point.item())
     type: CodeType = "float" if weights.codes.dtype == FP8 else "int"
 
-    product = prepared_int8_linear(zero, weights.codes, weights.scale) if type == "int" else None
+    by_token = weights.input_scale is None and not weights.input_symmetric
+    prepared = type == "int" and not by_token
+    product = prepared_int8_linear(zero, weights.codes, weights.scale) if prepared else None
     static = None if weights.input_scale is None else weights.input_scale.item()
-    how = type, weights.input_bits, static, zero
+    how = type, weights.input_bits, static, zero, by_token
 
-    def quantized(input: Tensor) -> tuple[Tensor, Tensor]:
+    def quantized(input: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if shared.found is None or shared.input is not input or shared.how != how:
             tokens = input.reshape(-1, input.shape[-1])
-            if weights.input_scale is None or zero_point is None:
-                found = quantize_per_token(tokens, weights.input_bits, type)
+            found: tuple[Tensor, Tensor, Tensor | None]
+            if weights.input_scale is not None and zero_point is not None:
+                found = quantize_static(tokens, weights.input_scale, zero_point, type), weights.input_scale, None
+            elif by_token:
+                found = quantize_per_token_asymmetric(tokens)
             else:
-                found = quantize_static(tokens, weights.input_scale, zero_point, type), weights.input_scale
+                found = *quantize_per_token(tokens, weights.input_bits, type), None
             shared.input, shared.how, shared.found = input, how, found
         return shared.found
 
     def forward(input: Tensor) -> Tensor:  # nn.Linear's own name for it, since callers may use it as a keyword
-        codes, scale = quantized(input)
+        codes, scale, zeros = quantized(input)
         bias: Tensor | None = getattr(module, "bias", None)
-        if product is None:
-            output = float8_linear(codes, scale, weights.codes, weights.scale, bias, input.dtype)
-        else:
+        if product is not None:
             output = product(codes, scale, bias, input.dtype)
+        elif by_token:
+            output = int8_linear(codes, scale, zeros, weights.codes, weights.scale, bias, input.dtype)
+        else:
+            output = float8_linear(codes, scale, weights.codes, weights.scale, bias, input.dtype)
         return output.view(*input.shape[:-1], weights.codes.shape[0])
 
     return forward

@@ -1,11 +1,12 @@
 """compressed-tensors, the format of llm-compressor and vLLM. https://github.com/vllm-project/compressed-tensors
 
 W8A8 (`int-quantized`): X.weight int8 [out, in], X.weight_scale float32 [out, 1] or [1], and for static inputs
-X.input_scale float32 [1] and, if asymmetric, X.input_zero_point int8 [1]. FP8 (`float-quantized`, and `naive-quantized`
-where inputs stay in float): the same, symmetric, with X.weight float8_e4m3fn. All else (`pack-quantized`), which is
-integer weights alone, and dynamic inputs of 8 or 4 bits beside weights of fewer bits or with a scale a group:
-X.weight_packed int32 [out, in·bits/32], X.weight_scale in the model's dtype, X.weight_zero_point int32 packed along the
-output, X.weight_shape int64 [2]. An fp8 cache of attention A: A.k_scale and A.v_scale float32 [1].
+X.input_scale float32 [1] and, if asymmetric, X.input_zero_point int8 [1]; dynamic ones stand in the configuration
+alone, symmetric or not. FP8 (`float-quantized`, and `naive-quantized` where inputs stay in float): the same, symmetric,
+with X.weight float8_e4m3fn. All else (`pack-quantized`), which is integer weights alone, and dynamic inputs of 8 or 4
+bits beside weights of fewer bits or with a scale a group: X.weight_packed int32 [out, in·bits/32], X.weight_scale in
+the model's dtype, X.weight_zero_point int32 packed along the output, X.weight_shape int64 [2]. An fp8 cache of
+attention A: A.k_scale and A.v_scale float32 [1].
 
 W4A8 could be `int-quantized`, too, a byte a code, as llm-compressor writes it; so it is read. vLLM loads that on CPUs
 and XPUs; packed it loads it on GPUs and CPUs, and W4A4 with it (CompressedTensorsW4A8Int; CompressedTensorsWNA8Int,
@@ -54,6 +55,8 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
         return "holds integer activations with symmetric weights"
     if scheme.activations == "static" and not _by_the_byte(scheme):
         return "holds static activations of 8 bits with 8-bit weights, one scale a channel or tensor"
+    if scheme.token_zero_points and not scheme.int8_products:
+        return "is written with a zero point a token beside int8 weights only, one scale a channel or tensor"
     return ""
 
 
@@ -397,7 +400,7 @@ def _scheme(group: Any, form: str) -> tuple[Scheme, str]:
         strategy, widths = ("token", (8, 4)) if mode == "dynamic" else ("tensor", (8,))
         widths = (8,) if weights.type == "float" else widths
         understood = (inputs.type, inputs.strategy) == (weights.type, strategy) and inputs.num_bits in widths
-        understood &= weights.symmetric and (inputs.symmetric or (mode, weights.type) == ("static", "int"))
+        understood &= weights.symmetric and (inputs.symmetric or weights.type == "int")
     if understood:
         scheme = Scheme(
             bits=weights.num_bits,
@@ -415,11 +418,13 @@ def _scheme(group: Any, form: str) -> tuple[Scheme, str]:
         # llm-compressor has no weights of more bits than inputs
         bytewise = said == "int-quantized" and scheme.type == "int" and mode != "none"
         bytewise &= scheme.symmetric and scheme.bits <= scheme.activation_bits
-        if (said == own or bytewise) and (mode != "static" or _by_the_byte(scheme)):
+        held = (mode != "static" or _by_the_byte(scheme)) and (not scheme.token_zero_points or scheme.int8_products)
+        if (said == own or bytewise) and held:
             return scheme, said
     raise ModelError("quantization_config describes a scheme that is not supported: only integer and fp8 weights with "
                      "a scale a tensor, channel or group of inputs (fp8: no group), alone or with inputs of their type "
-                     "that are dynamic and symmetric a token, or static a tensor.")  # fmt: skip
+                     "that are dynamic a token (asymmetric ones beside 8-bit weights without groups), or static a "
+                     "tensor.")  # fmt: skip
 
 
 def _words(values: int, bits: int) -> int:

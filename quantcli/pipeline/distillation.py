@@ -119,6 +119,7 @@ class Student:
             self.scale(name, stored).to(stored.weight.scale.dtype),  # rounded as it will be stored
             getattr(module, "bias", None),
             input_bits=None if scheme.activations == "none" else scheme.activation_bits,
+            input_symmetric=not scheme.token_zero_points,
             input_scale=self.input_scale(name, stored) if static else None,
             input_zero_point=stored.input_zero_point if static else None,
         )

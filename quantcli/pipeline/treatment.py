@@ -239,10 +239,11 @@ def replacement(
     static = scheme.activations == "static" or (scheme.activations == "mix" and phase == "decode")
     parts = (stored.input_scale, stored.input_zero_point) if static else (None, None)
     scale, zero_point = (None if part is None else part.to(device) for part in parts)
+    inputs = scale, zero_point, scheme.activation_bits, not scheme.token_zero_points
     if arithmetic == "transformers":
-        return fake_quantized(stored.weight.to(device), dtype, scale, zero_point, scheme.activation_bits)
+        return fake_quantized(stored.weight.to(device), dtype, *inputs)
     codes, weight_scale = stored.weight.codes.to(device), stored.weight.scale.float().to(device)
-    return QuantizedProduct(codes, weight_scale, scale, zero_point, scheme.activation_bits)
+    return QuantizedProduct(codes, weight_scale, *inputs)
 
 
 def dequantized(stored: StoredLinear, dtype: torch.dtype, device: torch.device | str) -> Tensor:

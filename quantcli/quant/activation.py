@@ -88,6 +88,32 @@ def quantize_per_token(x: Tensor, bits: int = 8, type: CodeType = "int") -> tupl
     return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
 
 
+def quantize_per_token_asymmetric(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """8-bit codes (int8, shape of x) with a scale and a zero point a token: s = (max x - min x) / 255 over the last
+    dimension, float32 [..., 1]; z = round(-128 - min x / s), int64 [..., 1]; q = clamp(round(x / s + z), -128, 127).
+    A code stands for (q - z) s.
+
+    This is the rule of vLLM's kernel on CPUs (onednn_scaled_int8_quant); that on GPUs rounds before it adds z. The
+    range is that of the values alone, so z is no int8 for a token whose values are all far from zero;
+    compressed-tensors, and so transformers, widens it to hold zero. A token of equal values becomes zeros, with s = 1,
+    as it does in those kernels, where s is 0.
+    """
+    tokens, of_tokens = x.reshape(-1, x.shape[-1]), (*x.shape[:-1], 1)
+    codes = torch.empty(tokens.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty(of_tokens, dtype=torch.float32, device=x.device).view(-1, 1)
+    zeros = torch.empty_like(scales, dtype=torch.int64)
+    for part in _parts(tokens):
+        values = tokens[part].to(torch.float32, copy=True)
+        low = values.amin(-1, keepdim=True)
+        scale = (values.amax(-1, keepdim=True) - low) / (QMAX - QMIN)
+        scales[part] = _usable(scale)
+        step = scales[part].masked_fill(scale == 0, math.inf)  # every code is then z, the code of 0
+        zero = (QMIN - low / step).round_()
+        zeros[part] = zero.to(torch.int64)
+        codes[part] = values.div_(step).add_(zero).round_().clamp_(QMIN, QMAX)
+    return codes.view(x.shape), scales.view(of_tokens), zeros.view(of_tokens)
+
+
 def _largest_magnitude(x: Tensor) -> Tensor:
     """max|x| over the last dimension, [..., 1] in the dtype of x.
 
@@ -102,7 +128,7 @@ def _largest_magnitude(x: Tensor) -> Tensor:
 def int8_linear(
     x_codes: Tensor,
     x_scale: Tensor,
-    x_zero_point: int | None,
+    x_zero_point: int | Tensor | None,
     weight_codes: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
@@ -110,22 +136,25 @@ def int8_linear(
 ) -> Tensor:
     """y = (Xq Wq^T - z_x rowsum(Wq)) * s_x * s_w + bias: [tokens, out] in `dtype`.
 
-    x_codes int8 [tokens, in]; x_scale float32 [1] or [tokens, 1]; weight_codes int8 [out, in]; weight_scale [out, 1] or
-    [1, 1]; bias [out] or None. The integers in the brackets are exact; they are scaled in float32 and rounded once.
-    Codes of fewer bits are held in int8, too.
+    x_codes int8 [tokens, in]; x_scale float32 [1] or [tokens, 1]; x_zero_point of all tokens, or int64 [tokens, 1];
+    weight_codes int8 [out, in]; weight_scale [out, 1] or [1, 1]; bias [out] or None. The integers in the brackets are
+    exact; they are scaled in float32 and rounded once. Codes of fewer bits are held in int8, too.
 
     With weight_scale [out, groups], one for each group of inputs g: y = s_x * sum_g s_wg (Xq_g - z_x) Wq_g^T + bias, in
     float32, in which each product of a 4-bit code, an 8-bit code and a 16-bit scale is exact.
     """
     if weight_scale.shape[1] > 1:
         return _grouped_linear(x_codes, x_scale, x_zero_point, weight_codes, weight_scale, bias, dtype)
-    offset = None if not x_zero_point else x_zero_point * weight_codes.sum(1, dtype=torch.int64)
-    columns = weight_scale.float().view(1, -1)
+    sums, columns = None, weight_scale.float().view(1, -1)
+    if isinstance(x_zero_point, Tensor) or x_zero_point:
+        sums = weight_codes.sum(1, dtype=torch.int32).long()  # summed in int64 it takes forty times as long
 
-    def product(codes: Tensor) -> Tensor:
-        integers = _integer_product(codes, weight_codes)
-        if offset is not None:
-            integers -= offset.to(integers.dtype)
+    def product(part: slice) -> Tensor:
+        integers = _integer_product(x_codes[part], weight_codes)
+        if sums is not None and isinstance(x_zero_point, Tensor):  # float64 holds z * sum exactly
+            integers = integers.double().addcmul_(x_zero_point[part].double(), sums.double(), value=-1)
+        elif sums is not None:
+            integers -= ((x_zero_point or 0) * sums).to(integers.dtype)
         return integers.to(torch.float32).mul_(columns)
 
     rows = x_codes.shape[0] if x_codes.is_cuda else max(32, _CPU_ELEMENTS // weight_codes.shape[0])
@@ -152,14 +181,17 @@ def prepared_int8_linear(x_zero_point: int | None, weight_codes: Tensor, weight_
     columns = weight_scale.float().flatten().expand(weight_codes.shape[0]).contiguous()
     zeros = torch.zeros_like(columns, dtype=torch.int64)
 
-    def product(codes: Tensor) -> Tensor:
-        return _onednn_product(codes, x_zero_point or 0, packed, columns, zeros)
+    def linear(codes: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        def product(part: slice) -> Tensor:
+            return _onednn_product(codes[part], x_zero_point or 0, packed, columns, zeros)
 
-    return lambda codes, scale, bias, dtype: _in_parts(product, _PREPARED_ROWS, codes, scale, len(columns), bias, dtype)
+        return _in_parts(product, _PREPARED_ROWS, codes, scale, len(columns), bias, dtype)
+
+    return linear
 
 
 def _in_parts(
-    product: Callable[[Tensor], Tensor],
+    product: Callable[[slice], Tensor],
     rows: int,
     x_codes: Tensor,
     x_scale: Tensor,
@@ -167,18 +199,18 @@ def _in_parts(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """product(x_codes) * s_x + bias: [tokens, out] in `dtype`, from float32 products of `rows` tokens at a time."""
+    """product(tokens) * s_x + bias: [tokens, out] in `dtype`, from float32 products of `rows` tokens at a time."""
 
-    def scaled(codes: Tensor, scale: Tensor) -> Tensor:
-        y = product(codes).mul_(scale)
+    def scaled(part: slice) -> Tensor:
+        y = product(part).mul_(x_scale if x_scale.numel() == 1 else x_scale[part])
         return y if bias is None else y.add_(bias.float())
 
     if x_codes.shape[0] <= rows:
-        return scaled(x_codes, x_scale).to(dtype)
+        return scaled(slice(None)).to(dtype)
     output = torch.empty(x_codes.shape[0], out_features, dtype=dtype, device=x_codes.device)
     for begin in range(0, x_codes.shape[0], max(1, rows)):
         part = slice(begin, begin + rows)
-        output[part] = scaled(x_codes[part], x_scale if x_scale.numel() == 1 else x_scale[part])
+        output[part] = scaled(part)
     return output
 
 
@@ -203,7 +235,7 @@ def float8_linear(
 def _grouped_linear(
     x_codes: Tensor,
     x_scale: Tensor,
-    x_zero_point: int | None,
+    x_zero_point: int | Tensor | None,
     weight_codes: Tensor,
     weight_scale: Tensor,
     bias: Tensor | None,
@@ -211,7 +243,8 @@ def _grouped_linear(
 ) -> Tensor:
     """One product with Wq * s_w: one a group would pass over [tokens, out] as often as there are groups."""
     weight = dequantize(QuantizedWeight(weight_codes, weight_scale, None))
-    y = ((x_codes.float() - (x_zero_point or 0)) @ weight.t()).mul_(x_scale)
+    centred = x_codes.float() if x_zero_point is None else x_codes.float() - x_zero_point
+    y = (centred @ weight.t()).mul_(x_scale)
     return (y if bias is None else y.add_(bias.float())).to(dtype)
 
 

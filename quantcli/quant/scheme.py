@@ -16,6 +16,7 @@ class Scheme:
     type: what the codes are, of weights and of quantized inputs alike; floats have 8 bits and no zero points.
     activations: `none` leaves the input in float; `static` has one calibrated scale for the tensor; `dynamic` one
     for every token, found while serving; `mix` is dynamic for prompts and static for decoding (W8A8_MIX of Ascend).
+    activations_symmetric: false gives a static scale its zero point, or with `dynamic` every token one of its own.
     activation_bits: 8, or 4 for dynamic inputs; without meaning for inputs in float.
     sparse: most codes are zero or small, for engines that compress them (W8A8S of Ascend); the arithmetic is the same.
     float16_scales: scales are values that float16 holds, for formats that store them so; the arithmetic is the same.
@@ -41,6 +42,11 @@ class Scheme:
         return self.activations in ("static", "mix")
 
     @property
+    def token_zero_points(self) -> bool:
+        """Whether every token of the input has a zero point of its own. Prompts of `mix` have none."""
+        return self.activations == "dynamic" and not self.activations_symmetric
+
+    @property
     def int8_products(self) -> bool:
         """W8A8 with a scale a channel or tensor: int8 codes that engines multiply as they are stored. Other integer
         products, such as W4A8, have codes of fewer bits or scales of groups, and are stored packed."""
@@ -49,7 +55,10 @@ class Scheme:
 
     @property
     def name(self) -> str:
-        """The field's name, such as W4A16 g64, W4A16 g64 asym, W8A8 static, W4A8 dynamic g64 or W8A8 fp8 static."""
+        """The field's name, such as W4A16 g64, W4A16 g64 asym, W8A8 static, W4A8 dynamic g64 or W8A8 fp8 static.
+
+        `asym` is said of weights, and of dynamic inputs, beside which weights are symmetric.
+        """
         inputs = 16 if self.activations == "none" else self.activation_bits
         parts = [f"W{self.bits}A{inputs}{'S' if self.sparse else ''}"]
         if self.type == "float":
@@ -58,7 +67,7 @@ class Scheme:
             parts.append(self.activations)
         if self.group_size:
             parts.append(f"g{self.group_size}")
-        if not self.symmetric:
+        if not self.symmetric or self.token_zero_points:
             parts.append("asym")
         if self.ordered:
             parts.append("ordered")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quantcli.quant.activation import QMAX, QMIN, quantize_per_token
+from quantcli.quant.activation import QMAX, QMIN, quantize_per_token, quantize_per_token_asymmetric
 from quantcli.quant.float8 import FP8, FP8_MAX, fp8_values_
 from quantcli.quant.grid import QuantizedWeight
 from quantcli.quant.scheme import CodeType
@@ -50,6 +50,14 @@ def token_codes(x: Tensor, bits: int, type: CodeType = "int") -> tuple[Tensor, T
     return rounded(x.float() / scale).clamp(-largest - 1, largest), scale
 
 
+def asymmetric_token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """q − z with the gradient of x, and the scale of each token [..., 1]: `activation.quantize_per_token_asymmetric` in
+    float32. Scale and z have no gradient."""
+    codes, scale, zero = quantize_per_token_asymmetric(x.detach())
+    exact = x.float() / scale
+    return exact + ((codes - zero).float() - exact.detach()), scale
+
+
 def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, type: CodeType = "int") -> Tensor:
     """q − z of a static scale, float32, with the gradients of x within the range and of the scale [1] everywhere.
 
@@ -69,21 +77,25 @@ def graded_linear(
     bias: Tensor | None,
     *,
     input_bits: int | None = None,
+    input_symmetric: bool = True,
     input_scale: Tensor | None = None,
     input_zero_point: Tensor | None = None,
 ) -> Tensor:
     """y = x̂ ŵᵀ + b in the dtype of x, with the gradients of x, the scales and b.
 
-    Weight-only without `input_bits`; with them a scale a token, or the static `input_scale`. Codes are multiplied as
-    they are where the weight has a scale a row, so that the product of a wide dtype is rounded once.
+    Weight-only without `input_bits`; with them a scale a token (and unless `input_symmetric` a zero point), or the
+    static `input_scale`. Codes are multiplied as they are where the weight has a scale a row, so that the product of a
+    wide dtype is rounded once.
     """
     if input_bits is None:
         return linear(x, graded_weight(quantized, scale, x.dtype), bias)
     type: CodeType = "float" if quantized.codes.dtype == FP8 else "int"
-    if input_scale is None:
+    if input_scale is not None:
+        codes, step = static_codes(x, input_scale, input_zero_point, type), input_scale
+    elif input_symmetric:
         codes, step = token_codes(x, input_bits, type)
     else:
-        codes, step = static_codes(x, input_scale, input_zero_point, type), input_scale
+        codes, step = asymmetric_token_codes(x)
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # whose range sums of products of codes leave
     if scale.shape[1] == 1:
         weight, columns = quantized.codes.to(dtype), scale.float().view(1, -1)

@@ -156,7 +156,8 @@ class ActivationsSection(Section):
     )
     symmetric: bool = Field(
         default_factory=_default_symmetric,
-        description="Zero point fixed at zero; default true for token and for type float, else false.",
+        description="Zero point fixed at zero; default true for token and for type float, else false. With scope token "
+        "false gives each token a zero point, beside 8-bit weights with a scale a channel or tensor.",
     )
     method: Literal["minmax", "histogram", "mixed", "percentile", "mse"] = Field(
         default="minmax", description="How the range of a static scale is found from what was observed."
@@ -186,12 +187,9 @@ class ActivationsSection(Section):
         if self.bits == 4 and self.scope != "token":
             raise refusal("scope", f"is {self.scope}, and 4-bit activations have a scale for every token",
                           "Set scope: token, or bits: 8.")  # fmt: skip
-        if self.scope == "token" and not self.symmetric:
-            raise refusal(
-                "symmetric",
-                "is false, but engines read only symmetric scales per token",
-                "Set it true or scope: tensor.",
-            )
+        if self.bits == 4 and not self.symmetric:
+            raise refusal("symmetric", "is false, and engines have zero points of 8-bit activations only",
+                          "Set it true, or bits: 8.")  # fmt: skip
         if self.type == "float" and self.bits != 16:
             self._check_float()
         return self
@@ -458,6 +456,13 @@ def _check_treatment(weights: WeightsSection, activations: ActivationsSection, p
             f"{place}weights.granularity",
             "integer products with static scales cannot use a scale for each group",
             "Set it to channel or tensor, activations.scope: token, or activations.bits: 16.",
+        )
+    by_token = activations.scope == "token" and not activations.symmetric
+    if by_token and (weights.bits != 8 or weights.granularity == "group"):
+        raise refusal(
+            f"{place}activations.symmetric",
+            "is false, and engines have zero points per token beside 8-bit weights with a scale a channel or tensor",
+            "Set it true, or weights.bits: 8 and granularity: channel.",
         )
     if not weights.symmetric:
         raise refusal(

@@ -9,7 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantcli.quant.activation import quantize_per_token, quantize_static, static_parameters
+from quantcli.quant.activation import (
+    quantize_per_token,
+    quantize_per_token_asymmetric,
+    quantize_static,
+    static_parameters,
+)
 from quantcli.quant.scheme import CodeType
 from quantcli.smoothing.clip import COARSE_RATIOS, RATIOS, SWEEPS, clamped, clip_bounds, tensor_bound
 from quantcli.smoothing.group import ErrorOf, Group
@@ -23,8 +28,8 @@ class Target:
 
     weight: float32 [out, C] → the weight quantized and back. bits: of its codes; group_size: inputs that share a scale,
     None for all; one_scale: all rows share it. clipped: the weight is held within `bounds` first. activations: `none`,
-    `static` (one scale for the tensor) or `dynamic` (one a token), of `activation_bits`. averaged: the static range is
-    the mean of those of samples. type: of the codes of both.
+    `static` (one scale for the tensor) or `dynamic` (one a token), of `activation_bits`; with a zero point each unless
+    `symmetric`. averaged: the static range is the mean of those of samples. type: of the codes of both.
     """
 
     weight: Callable[[Tensor], Tensor]
@@ -60,6 +65,9 @@ def static_range(group: Group, scale: Tensor, target: Target) -> tuple[Tensor, T
 def quantized_input(group: Group, scale: Tensor, target: Target) -> Tensor:
     """The kept tokens x/s quantized and back, float32 [T, C], by its `static_range` where the target has one."""
     x = group.tokens / scale
+    if target.activations == "dynamic" and not target.symmetric:
+        codes, token_scale, zero = quantize_per_token_asymmetric(x)
+        return codes.float().sub_(zero).mul_(token_scale)
     if target.activations == "dynamic":
         codes, token_scale = quantize_per_token(x, target.activation_bits, target.type)
         return codes.float().mul_(token_scale)
@@ -143,7 +151,7 @@ class ExpectedNoise:
         outputs = _unshifted(group, [kept @ weight.t() for weight in group.weights])
         share = token_shares(outputs)
         self.share = share / share.sum()
-        self.inputs = kept.abs()
+        self.tokens, self.inputs = kept, kept.abs()
         self.squares = kept.square()
         self.moment = self.share @ self.squares
         relative = [1 / max(float(self.share @ y.square().sum(1)), _TINY) for y in outputs]
@@ -168,8 +176,11 @@ class ExpectedNoise:
     def _input_step(self, scale: Tensor, target: Target) -> Tensor:
         """Squared step of the inputs over s: [T, 1] with a scale a token, [1, 1] with one for all."""
         high = _steps(target.activation_bits, target.type)
-        if target.activations == "dynamic":
+        if target.activations == "dynamic" and target.symmetric:
             return ((self.inputs / scale).amax(1, keepdim=True) / high).square()
+        if target.activations == "dynamic":
+            x = self.tokens / scale
+            return ((x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / (2 * high + 1)).square()
         bottom, top = static_range(self.group, scale, target)
         width = torch.maximum(top, -bottom) * 2 if target.symmetric else top.clamp(min=0) - bottom.clamp(max=0)
         return (width / (2 * high + 1)).square().view(1, 1)

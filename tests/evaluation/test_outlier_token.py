@@ -35,7 +35,8 @@ def stored(symmetric: bool, widest: Tensor) -> StoredLinear:
 
 def output(mode: str, phase: Phase, x: Tensor, symmetric: bool = True) -> Tensor:
     block = nn.ModuleDict({"proj": nn.Linear(IN, OUT, bias=False)})
-    how = replacement(stored(symmetric, tokens(1000)), Scheme(8, activations=mode), x.dtype, "cpu", phase)
+    scheme = Scheme(8, activations=mode, activations_symmetric=symmetric)
+    how = replacement(stored(symmetric, tokens(1000)), scheme, x.dtype, "cpu", phase)
     with simulated(block, {"proj": how}):
         return block["proj"](x)
 
@@ -83,13 +84,14 @@ DYNAMIC: list[tuple[str, Phase]] = [("dynamic", "prefill"), ("dynamic", "decode"
 STATIC: list[tuple[str, Phase]] = [("static", "prefill"), ("static", "decode"), ("mix", "decode")]
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("mode", "phase"), DYNAMIC)
-def test_with_a_scale_a_token_the_others_never_notice(mode: str, phase: Phase) -> None:
-    usual, with_outlier = output(mode, phase, tokens(1)), output(mode, phase, tokens(1000))
+def test_with_a_scale_a_token_the_others_never_notice(mode: str, phase: Phase, symmetric: bool) -> None:
+    usual, with_outlier = output(mode, phase, tokens(1), symmetric), output(mode, phase, tokens(1000), symmetric)
     assert torch.equal(usual[others()], with_outlier[others()])
     assert not torch.equal(usual[OUTLIER], with_outlier[OUTLIER])
     # absolute steps of the outlier's own row are a thousand times as coarse, as its values are
-    lost, usually_lost = output(mode, phase, tokens(1000)) - exact(tokens(1000)), usual - exact(tokens(1))
+    lost, usually_lost = with_outlier - exact(tokens(1000)), usual - exact(tokens(1))
     assert lost[OUTLIER].norm() > 300 * usually_lost[OUTLIER].norm()
     assert (error(with_outlier, tokens(1000)) < 0.03).all()
 
@@ -111,6 +113,13 @@ def test_a_scale_a_channel_over_tokens_is_neither() -> None:
         found = output(mode, phase, x).double()
         assert ((found - wrong).norm(dim=-1) > 0.001 * wrong.norm(dim=-1)).all(), (mode, phase)
     assert (error(wrong, x)[others()] > 0.3).all()
+
+
+def test_prompts_of_mix_have_no_zero_points_though_decoding_has_one() -> None:
+    x = tokens(1000)
+    assert torch.equal(output("mix", "prefill", x, symmetric=False), output("dynamic", "prefill", x))
+    assert not torch.equal(output("mix", "decode", x, symmetric=False), output("mix", "decode", x))
+    assert not torch.equal(output("dynamic", "prefill", x, symmetric=False), output("dynamic", "prefill", x))
 
 
 @pytest.mark.parametrize("factor", [1, 1000])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quantcli.evaluation import simulate
 from quantcli.evaluation.simulate import QuantizedProduct, simulated
 
-MODES = ("dynamic", "static symmetric", "static asymmetric")
+MODES = ("dynamic", "dynamic asymmetric", "static symmetric", "static asymmetric")
 
 
 def make(
@@ -25,13 +25,14 @@ def make(
     codes = torch.randint(-1 << (bits[0] - 1), 1 << (bits[0] - 1), (24, 48), generator=generator, dtype=torch.int8)
     shape = {"channel": (24, 1), "tensor": (1, 1), "group": (24, 3)}[granularity]
     scale = torch.rand(shape, generator=generator) * 0.01 + 1e-3
-    static = mode != "dynamic"
+    static = mode.startswith("static")
     return block, QuantizedProduct(
         codes,
         scale,
         torch.tensor([0.03]) if static else None,
         torch.tensor([-17], dtype=torch.int8) if mode == "static asymmetric" else None,
         bits[1],
+        mode != "dynamic asymmetric",
     )
 
 
@@ -39,7 +40,12 @@ def reference(x: Tensor, weights: QuantizedProduct, bias: Tensor | None) -> Tens
     """y = (q(x) − z)·sx · (Wq·sw)ᵀ + b in float64 from the float32 scales."""
     x = x.float()
     largest = 2 ** (weights.input_bits - 1) - 1
-    if weights.input_scale is None:
+    zero: int | Tensor
+    if weights.input_scale is None and not weights.input_symmetric:
+        low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+        scale = (high - low) / 255
+        zero = torch.round(-128 - low / scale)
+    elif weights.input_scale is None:
         scale = x.abs().amax(-1, keepdim=True) / largest
         zero = 0
     else:
@@ -102,8 +108,9 @@ def test_one_token_and_none_and_the_keyword_of_a_linear() -> None:
         assert block["proj"](x[:0].view(2, 0, 48)).shape == (2, 0, 24)
 
 
-def test_a_token_of_zeros_gives_the_bias() -> None:
-    block, weights = make("dynamic", bias=True)
+@pytest.mark.parametrize("mode", ["dynamic", "dynamic asymmetric"])
+def test_a_token_of_zeros_gives_the_bias(mode: str) -> None:
+    block, weights = make(mode, bias=True)
     with simulated(block, {"proj": weights}):
         assert torch.equal(block["proj"](torch.zeros(1, 48))[0], block["proj"].bias)
 
@@ -114,10 +121,12 @@ def test_an_input_that_linears_share_is_quantized_once(mode: str, monkeypatch: p
     made = [make(mode, bias=False) for _ in names]
     block = nn.ModuleDict({name: linears["proj"] for name, (linears, _) in zip(names, made, strict=True)})
     weights = {name: each for name, (_, each) in zip(names, made, strict=True)}
-    if mode != "dynamic":  # another scale, other codes
+    if mode.startswith("static"):  # another scale, other codes
         weights["c"] = replace(weights["c"], input_scale=torch.tensor([0.05]))
+    if mode == "dynamic asymmetric":
+        weights["c"] = replace(weights["c"], input_symmetric=True)
     calls: list[str] = []
-    for name in ("quantize_per_token", "quantize_static"):
+    for name in ("quantize_per_token", "quantize_per_token_asymmetric", "quantize_static"):
         function = getattr(simulate, name)
         monkeypatch.setattr(simulate, name, lambda *a, _f=function, **k: calls.append("") or _f(*a, **k))
     x, other = torch.randn(5, 48), torch.randn(5, 48)

@@ -118,6 +118,13 @@ def test_a_verdict_names_its_source() -> None:
     assert loads
     assert "a scale a token where a static one is evaluated" in note
     assert source.startswith("SGLang, compressed_tensors_w8a8_int8.py, https://github.com/sgl-project/sglang/")
+    asymmetric = Scheme(8, activations="dynamic", activations_symmetric=False)
+    assert "takes for symmetric, where zero points are evaluated" in said("SGLang", asymmetric)[1]
+    assert said("vLLM-Ascend", asymmetric)[:2] == (
+        False,
+        "takes int8 products with a scale a channel, of symmetric inputs",
+    )
+    assert said("vLLM on a CPU", asymmetric)[:2] == (True, "int8 products (oneDNN)")
     assert said("SGLang", Scheme(3))[:2] == (False, "takes packed weights of 4 and 8 bits, not 3")
     assert said("SGLang", Scheme(8, activations="mix"), "ascend")[0] is False
     mixed = verdicts([(Q, Scheme(8, activations="dynamic")), (OUT, Scheme(4))])

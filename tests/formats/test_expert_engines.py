@@ -86,6 +86,9 @@ def g(size: int, bits: int = 4, **changes: Any) -> Scheme:
     return Scheme(bits, granularity="group", group_size=size, **changes)
 
 
+DYNAMIC_ASYM = Scheme(8, activations="dynamic", activations_symmetric=False)
+
+
 @pytest.mark.parametrize(
     ("engine", "schemes", "loads", "note"),
     [
@@ -93,6 +96,8 @@ def g(size: int, bits: int = 4, **changes: Any) -> Scheme:
         ("vLLM on a CPU", [g(32)], False, "has no kernel for experts of W4A16 g32"),
         ("vLLM on a CPU", [Scheme(4)], False, "has no kernel for experts of W4A16"),
         ("vLLM on a CPU", [Scheme(8, activations="dynamic")], True, "int8 experts need a CPU with AMX, or Arm"),
+        ("vLLM on a CPU", [DYNAMIC_ASYM], True, "int8 experts, whose inputs it takes for symmetric"),
+        ("vLLM on a GPU", [DYNAMIC_ASYM], True, "takes inputs of experts for symmetric"),
         ("vLLM on a CPU", [None], True, "experts in float"),
         ("vLLM on a GPU", [g(32)], True, "Marlin"),
         ("vLLM on a GPU", [g(64, activations="dynamic")], False, "has no kernel for experts of W4A8 dynamic g64"),

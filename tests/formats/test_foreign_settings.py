@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_exports import Export, export_tiny
 
-from quantcli.errors import ModelError, VerificationError
+from quantcli.errors import ModelError, RecipeError, VerificationError
 from quantcli.formats.sums import SUMS
 from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.inspect import inspect_path
@@ -20,6 +20,8 @@ from quantcli.quant.scheme import Scheme
 from quantcli.recipe import load_recipe
 
 FOUR = Scheme(4, granularity="group", group_size=32, float16_scales=True)
+
+ASYMMETRIC = Scheme(8, activations="dynamic", activations_symmetric=False)
 
 
 def made(place: Path, form: str, scheme: Scheme = FOUR, **changes: Any) -> Export:
@@ -85,6 +87,41 @@ def test_what_changes_nothing_is_read(tmp_path: Path) -> None:
         for sparsity in ({}, None, {"format": "dense", "global_sparsity": 0.1}):
             say(folder, transform_config=transforms, sparsity_config=sparsity)
             assert len(open_checkpoint(folder)[1].schemes) == 14
+
+
+def test_zero_points_of_tokens_are_read_of_others(tmp_path: Path, prose: Path) -> None:
+    """Only the configuration says of them, so that of a symmetric checkpoint makes one, scored by other inputs."""
+    text = {"dataset": "text", "path": str(prose), "sequence_length": 32, "windows": 2}
+
+    def scored() -> float:
+        recipe = {"model": {"path": str(folder)}, "quantize": {}, "evaluate": {"perplexity": text}, "output": "unused"}
+        value: float = score_recipe(load_recipe(recipe))["quantized"]["value"]
+        return value
+
+    folder = made(tmp_path / "made", "compressed-tensors", Scheme(8, activations="dynamic")).folder
+    symmetric = scored()
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    groups["group_0"]["input_activations"] |= {"symmetric": False}
+    say(folder, config_groups=groups)
+    assert {scheme.name for scheme in open_checkpoint(folder)[1].schemes.values()} == {"W8A8 dynamic asym"}
+    assert verify_path(folder)["linears"] == 14
+    asymmetric = scored()
+    assert asymmetric != symmetric
+    wanted = made(tmp_path / "own", "compressed-tensors", ASYMMETRIC).folder
+    assert json.loads((wanted / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    folder = wanted
+    assert scored() == asymmetric
+    with pytest.raises(RecipeError, match=r"ascend cannot hold .* it holds symmetric dynamic activations"):
+        convert_checkpoint(wanted, "ascend", tmp_path / "out")
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, activations="dynamic"), Scheme(8, activations="dynamic", type="float")])
+def test_zero_points_of_tokens_beside_other_weights_are_refused(scheme: Scheme, tmp_path: Path) -> None:
+    folder = made(tmp_path, "compressed-tensors", scheme).folder
+    groups = json.loads((folder / "config.json").read_text())["quantization_config"]["config_groups"]
+    groups["group_0"]["input_activations"] |= {"symmetric": False}
+    say(folder, config_groups=groups)
+    refused(folder, "asymmetric ones beside 8-bit weights without groups")
 
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"

@@ -4,7 +4,8 @@ What transformers 5 does with compressed-tensors 0.20 is not what a serving engi
 model's dtype, dequantizes weights once, and quantizes inputs only to dequantize them again, in the model's dtype:
 
     weights   W = q·s in the model's dtype, s rounded to it (engines: float32 scales beside int8 codes)
-    dynamic   s = max|x| / 127.5 a token, or 7.5, in the model's dtype (engines: max|x| / 127, or 7, in float32)
+    dynamic   s = max|x| / 127.5 a token, or 7.5, in the model's dtype (engines: max|x| / 127, or 7, in float32);
+              asymmetric, of a range that holds 0, in the model's dtype (engines: the range as it is, in float32)
     static    q = round(x / s + z), all in the model's dtype (engines: float32)
     float8    s = max|x| / 448 a token, q = x / s to nearest, all in the model's dtype (engines: float32)
     product   (q − z)·s times Wᵀ in the model's dtype (engines: exact integers, scaled in float32, rounded once)
@@ -84,7 +85,9 @@ def test_activations_by_the_rules_of_transformers_give_its_logits_to_the_bit(
     assert (by_engine - theirs).std() < share * theirs.std()
 
 
-@pytest.mark.parametrize("name", ["W8A8 static", "W8A8 static asym", *(n for n in WITH_ACTIVATIONS if n in FLOAT8)])
+@pytest.mark.parametrize(
+    "name", ["W8A8 static", "W8A8 static asym", "W8A8 dynamic asym", *(n for n in WITH_ACTIVATIONS if n in FLOAT8)]
+)
 def test_in_float32_activations_agree_as_they_are(name: str, exported: Exported) -> None:
     made = exported(name, torch.float32)
     assert share_of_equal_tokens(of_evaluation(made), of_transformers(made.folder)) > 0.5

@@ -484,6 +484,7 @@ def test_calibration_that_is_not_needed_is_noted() -> None:
 
 
 ASCEND = {"formats": ["ascend"]}
+ASYMMETRIC_TOKEN = {"bits": 8, "scope": "token", "symmetric": False}
 FP8 = {"weights": {"type": "float"}, "activations": {"bits": 8, "type": "float"}}
 
 
@@ -515,6 +516,11 @@ FP8 = {"weights": {"type": "float"}, "activations": {"bits": 8, "type": "float"}
            f"{form} cannot hold .* as W8A16 fp8: it holds integer codes, not fp8") for form in ("gptq", "awq")),
         ({**TOKEN, "weights": {"bits": 4, "granularity": "group", "group_size": 32}, "export": ASCEND},
          "ascend cannot hold .* as W4A8 dynamic g32: it holds 4-bit weights beside 8-bit inputs with one scale a"),
+        *(({"activations": ASYMMETRIC_TOKEN, "export": {"formats": [form]}},
+           f"{form} cannot hold .* as W8A8 dynamic asym: it holds symmetric dynamic activations")
+          for form in ("ascend", "mindie", "numpy")),
+        *(({"activations": ASYMMETRIC_TOKEN, "export": {"formats": [form]}},
+           f"{form} cannot hold .* as W8A8 dynamic asym: it holds weights alone") for form in ("gptq", "awq", "gguf")),
         ({**TOKEN, "activations": {"bits": 4, "scope": "token"}, "export": ASCEND},
          "ascend cannot hold .* as W8A4 dynamic: it is written with 8-bit activations only"),
     ],

@@ -16,6 +16,7 @@ from quantcli.quant.activation import (
     int8_linear,
     prepared_int8_linear,
     quantize_per_token,
+    quantize_per_token_asymmetric,
     quantize_static,
     static_parameters,
 )
@@ -90,6 +91,69 @@ def test_per_token_codes_reach_the_largest_code_and_no_further(bits: int, larges
     half, most = round(0.5 / 3 * largest_code), round(1.4 / 3 * largest_code)
     low = round(0.2 / 3 * largest_code)
     assert codes.tolist() == [[half, -largest_code, most], [largest_code, low, -largest_code], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_asymmetric_codes_per_token_follow_the_formula(dtype: torch.dtype) -> None:
+    """One token at a time, in Python's own floats: on both sides of zero, on one, and far from it."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(3, 7, 24, generator=generator) * 3 + torch.tensor([0.0, 3.0, -20.0])[:, None, None]).to(dtype)
+    x[1] = x[1].abs()
+    codes, scale, zero = quantize_per_token_asymmetric(x)
+    assert (codes.dtype, scale.dtype, zero.dtype) == (torch.int8, torch.float32, torch.int64)
+    assert scale.shape == zero.shape == (3, 7, 1)
+    parts = (x.view(21, 24), codes.view(21, 24), scale.flatten(), zero.flatten())
+    for token, found, s, z in zip(*(part.tolist() for part in parts), strict=True):
+        low, high = min(token), max(token)
+        assert s == pytest.approx((high - low) / 255, rel=1e-6)
+        assert abs(z - (-128 - low / s)) <= 0.5 + 1e-3
+        for value, code in zip(token, found, strict=True):
+            assert code == pytest.approx(min(127, max(-128, value / s + z)), abs=0.5 + 1e-3)
+            # where the zero point was rounded up, the upper end is cut by as much
+            assert (code - z) * s == pytest.approx(value, abs=s * 1.001)
+    assert bool((zero[2] > 127).all())
+
+
+@given(st.lists(finite, min_size=1, max_size=9), st.floats(-1e4, 1e4, width=32))
+def test_asymmetric_codes_hold_zero_where_the_range_does(values: list[float], other: float) -> None:
+    token = torch.tensor([[*values, other, 0.0]])
+    codes, scale, zero = quantize_per_token_asymmetric(token)
+    assert codes[0, -1] == zero.item()
+    assert -128 <= zero.item() <= 127
+    assert float(((codes - zero) * scale.double() - token.double()).abs().max()) <= float(scale) * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e4, 1e-42])
+def test_equal_values_become_zeros(value: float) -> None:
+    """As in engines, where the scale is 0: they multiply by it."""
+    codes, scale, zero = quantize_per_token_asymmetric(torch.full((1, 5), value))
+    assert scale.tolist() == [[1.0]]
+    assert ((codes - zero) * scale).tolist() == [[0.0] * 5]
+
+
+@pytest.mark.parametrize("int_mm", [True, False])
+@given(
+    st.sampled_from([0, 1, 2, 17, 40]),
+    st.sampled_from([1, 2, 31, 130]),
+    st.sampled_from([1, 9, 48]),
+    st.sampled_from([128, 2**16, 2**31]),
+    st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=100)
+def test_linear_is_exact_with_a_zero_point_a_token(
+    int_mm: bool, tokens: int, width: int, out: int, most: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-128, 128, (tokens, width), dtype=torch.int8, generator=generator)
+    w = torch.randint(-128, 128, (out, width), dtype=torch.int8, generator=generator)
+    zero = torch.randint(-most, most, (tokens, 1), generator=generator)
+    expected = (x.numpy().astype(np.int64) - zero.numpy()) @ w.numpy().astype(np.int64).T
+    with pytest.MonkeyPatch.context() as patch:
+        if not int_mm:
+            patch.setattr(activation, "_int_mm_is_exact", lambda device: False)
+        patch.setattr(activation, "_CPU_ELEMENTS", 1)  # so that tokens come in parts
+        y = int8_linear(x, torch.ones(tokens, 1), zero, w, torch.ones(out, 1), None, torch.float64)
+    assert np.array_equal(y.numpy(), expected.astype(np.float32))
 
 
 @given(
@@ -171,9 +235,11 @@ def test_linear_matches_the_product_of_the_dequantized(per_token: bool, dtype: t
     assert bool(((y.double() - exact).abs() <= allowed).all())
 
 
-@pytest.mark.parametrize("zero", [None, -7])
+@pytest.mark.parametrize("zero", [None, -7, torch.tensor([[3], [-900], [0], [127], [5]])])
 @pytest.mark.parametrize(("groups", "size"), [(2, 48), (3, 32), (12, 8), (96, 1)])
-def test_grouped_linear_is_the_sum_of_the_groups_integer_products(groups: int, size: int, zero: int | None) -> None:
+def test_grouped_linear_is_the_sum_of_the_groups_integer_products(
+    groups: int, size: int, zero: int | torch.Tensor | None
+) -> None:
     """Each group's integers summed exactly, then scaled, in float64. What float32 may lose is bounded by the sum of the
     terms' sizes."""
     generator = torch.Generator().manual_seed(groups)
@@ -184,12 +250,11 @@ def test_grouped_linear_is_the_sum_of_the_groups_integer_products(groups: int, s
     bias = torch.randn(9, generator=generator)
     expected, sizes = bias.double().expand(5, 9).clone(), torch.zeros(5, 9, dtype=torch.float64)
     for token in range(5):
+        own = int(zero[token]) if isinstance(zero, torch.Tensor) else zero or 0
         for out in range(9):
             for group in range(groups):
                 part = slice(group * size, (group + 1) * size)
-                terms = [
-                    (a - (zero or 0)) * b for a, b in zip(x[token, part].tolist(), w[out, part].tolist(), strict=True)
-                ]
+                terms = [(a - own) * b for a, b in zip(x[token, part].tolist(), w[out, part].tolist(), strict=True)]
                 scale = float(x_scale[token]) * float(w_scale[out, group])
                 expected[token, out] += sum(terms) * scale
                 sizes[token, out] += sum(map(abs, terms)) * abs(scale)
@@ -213,6 +278,7 @@ def test_parts_have_the_codes_of_the_whole(type: CodeType, dtype: torch.dtype, m
     x = (torch.randn(3, 7, 10, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     step, zero = torch.tensor([0.05]), torch.tensor([0 if type == "float" else -9], dtype=torch.int8)
     static, (codes, scale) = quantize_static(x, step, zero, type), quantize_per_token(x, type=type)
+    asymmetric = quantize_per_token_asymmetric(x)
     for elements in (1, 45, 209):  # less than a token, four of 21, 20
         monkeypatch.setattr(activation, "_CPU_ELEMENTS", elements)
         again, again_scale = quantize_per_token(x, type=type)
@@ -220,7 +286,9 @@ def test_parts_have_the_codes_of_the_whole(type: CodeType, dtype: torch.dtype, m
         assert torch.equal(again.float(), codes.float())
         assert torch.equal(again_scale, scale)
         assert torch.equal(quantize_static(x, step, zero, type).float(), static.float())
+        assert all(map(torch.equal, quantize_per_token_asymmetric(x), asymmetric))
     assert [part.shape for part in quantize_per_token(x[:, :0], type=type)] == [(3, 0, 10), (3, 0, 1)]
+    assert [part.shape for part in quantize_per_token_asymmetric(x[:, :0])] == [(3, 0, 10), (3, 0, 1), (3, 0, 1)]
 
 
 @pytest.mark.parametrize("zero_point", [None, 3])

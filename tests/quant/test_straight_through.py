@@ -6,11 +6,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcli.quant.activation import int8_linear, quantize_per_token, quantize_static
+from quantcli.quant.activation import (
+    int8_linear,
+    quantize_per_token,
+    quantize_per_token_asymmetric,
+    quantize_static,
+)
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize
 from quantcli.quant.minmax import minmax
 from quantcli.quant.scheme import CodeType
-from quantcli.quant.straight_through import graded_linear, graded_weight, rounded, static_codes, token_codes
+from quantcli.quant.straight_through import (
+    asymmetric_token_codes,
+    graded_linear,
+    graded_weight,
+    rounded,
+    static_codes,
+    token_codes,
+)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -37,7 +49,7 @@ def test_the_weight_is_the_dequantized_one(grid: WeightGrid) -> None:
             assert torch.allclose(found.float(), expected.float(), rtol=2**-7)
 
 
-@pytest.mark.parametrize("kind", ["token", "token4", "static", "asymmetric", "groups"])
+@pytest.mark.parametrize("kind", ["token", "token4", "asymmetric token", "static", "asymmetric", "groups"])
 def test_values_are_those_of_integer_products(kind: str) -> None:
     x, bias = random(7, 64, seed=1), random(24, seed=2)
     grid = WeightGrid(4, True, "group", 16) if kind == "groups" else WeightGrid(8, True, "channel")
@@ -49,6 +61,10 @@ def test_values_are_those_of_integer_products(kind: str) -> None:
         expected = int8_linear(codes, scale, 11 if zero is not None else 0, quantized.codes, quantized.scale, bias,
                                torch.float32)  # fmt: skip
         inputs = {"input_bits": 8, "input_scale": scale, "input_zero_point": zero}
+    elif kind == "asymmetric token":
+        codes, steps, zeros = quantize_per_token_asymmetric(x)
+        expected = int8_linear(codes, steps, zeros, quantized.codes, quantized.scale, bias, torch.float32)
+        inputs = {"input_bits": 8, "input_symmetric": False}
     else:
         codes, steps = quantize_per_token(x, bits)
         expected = int8_linear(codes, steps, None, quantized.codes, quantized.scale, bias, torch.float32)
@@ -77,6 +93,18 @@ def test_rounding_passes_gradients_within_the_range_only() -> None:
     # q − x/s within the range, which is 0 here, and q at its ends
     assert torch.allclose(scale.grad, torch.tensor([127.0 - 128.0]), atol=1e-4)
     assert torch.autograd.grad(rounded(x).sum(), x)[0].tolist() == [[1, 1, 1, 1]]
+
+
+def test_asymmetric_tokens_pass_the_gradient_of_their_values() -> None:
+    x = (random(3, 8) + 0.5).requires_grad_()
+    codes, scale = asymmetric_token_codes(x)
+    exact, _, zeros = quantize_per_token_asymmetric(x.detach())
+    assert torch.allclose(codes, (exact - zeros).float(), rtol=0, atol=1e-4)
+    (codes * scale).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, torch.ones_like(x))
+    equal, _ = asymmetric_token_codes(torch.full((1, 4), 3.0))
+    assert equal.tolist() == [[0, 0, 0, 0]]
 
 
 def test_a_token_of_zeros_stays_zero() -> None:

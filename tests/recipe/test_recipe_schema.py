@@ -175,7 +175,16 @@ def test_the_recipe_that_refusals_start_from_is_accepted(tmp_path: Path) -> None
             "r.yaml:15: quantize.weights.symmetric: integer products",
             "Set it true",
         ),
-        ([("scope: tensor", "scope: token")], "r.yaml:22: quantize.activations.symmetric: is false", "scope: tensor"),
+        (
+            [("bits: 8", "bits: 4"), ("scope: tensor", "scope: token")],
+            "r.yaml:22: quantize.activations.symmetric: is false, and engines have zero points per token beside 8-bit",
+            "weights.bits: 8",
+        ),
+        (
+            [("granularity: channel", "granularity: group"), ("scope: tensor", "scope: token")],
+            "r.yaml:22: quantize.activations.symmetric: is false, and engines have zero points per token beside 8-bit",
+            "granularity: channel",
+        ),
         ([("scope: tensor", "scope: channel")], "r.yaml:21: quantize.activations.scope:", "tensor, token or mix"),
         ([("names: []", "names: '*.q'")], "r.yaml:24: quantize.rollback.names: is '*.q'", "a list"),
         ([("names: []", "names:\n- a\n- 're:('")], "r.yaml:26: quantize.rollback.names[1]: 're:('", "Mend"),
@@ -398,6 +407,18 @@ STATIC = "  activations: {bits: 8}\n"
         ("  activations: {bits: 6, scope: token}\n", "6: quantize.activations.bits: is 6", "16, 8 or 4"),
         ("  activations: {bits: 4, scope: token, symmetric: false}\n", "6: quantize.activations.symmetric: is", "true"),
         (
+            "  activations: {bits: 8, scope: token, symmetric: false}\n"
+            "  overrides:\n  - match: a\n    weights: {bits: 4}\n",
+            "8: quantize.overrides[0].activations.symmetric: is false, and engines have zero points per token",
+            "Set it true",
+        ),
+        (
+            "  activations: {bits: 8, scope: token, symmetric: false}\n  target:\n"
+            "    bits_per_weight: 6\n    candidates: [{bits: 4}, {bits: 8}]\n",
+            "9: quantize.target.candidates[0].activations.symmetric: is false, and engines have zero points per token",
+            "Set it true",
+        ),
+        (
             "  weights: {bits: 4, symmetric: false}\n  activations: {bits: 8, scope: token}\n",
             "6: quantize.weights.symmetric: integer products need symmetric weights",
             "Set it true",
@@ -485,9 +506,9 @@ STATIC = "  activations: {bits: 8}\n"
             "Remove it.",
         ),
         (
-            "  overrides:\n  - match: a\n    scheme: W8A8-dynamic\n    activations: {symmetric: false}\n",
-            "9: quantize.overrides[0].activations: symmetric is false, but engines",
-            "scope: tensor",
+            "  overrides:\n  - match: a\n    scheme: W4A4\n    activations: {symmetric: false}\n",
+            "9: quantize.overrides[0].activations: symmetric is false, and engines have zero points of 8-bit",
+            "bits: 8",
         ),
         (
             "  overrides:\n  - match: a\n    scheme: W8A8\n    weights:\n      bits: 4\n",
@@ -672,6 +693,24 @@ def test_inputs_with_a_scale_a_token_go_with_few_bits_and_groups(bits: int, weig
         True,
         False,
     )
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_tokens_may_have_zero_points_beside_8_bit_weights(granularity: str) -> None:
+    asymmetric = "{bits: 8, scope: token, symmetric: false}"
+    section = quantize_of(
+        f"  weights: {{granularity: {granularity}}}\n  activations: {asymmetric}\n  overrides:\n"
+        "  - {match: a, activations: {scope: tensor}}\n  - {match: b, activations: {symmetric: true}}\n"
+        "  - {match: c, scheme: W4A8}\n  - {match: d, scheme: W8A8-dynamic, activations: {symmetric: false}}\n"
+    )
+    assert (section.activations.observed, section.activations.symmetric) == (False, False)
+    pairs = [section.treatment(override) for override in section.overrides]
+    assert [pair and (pair[1].scope, pair[1].symmetric) for pair in pairs] == [
+        ("tensor", False),
+        ("token", True),
+        ("token", True),
+        ("token", False),
+    ]
 
 
 @pytest.mark.parametrize(("text", "fraction"), [("1%", 0.01), ("0.5 %", 0.005), ("0.01", 0.01), ("0%", 0.0)])

@@ -49,7 +49,12 @@ def scale_of(group: Group, seed: int = 1) -> Tensor:
 def slow_error(group: Group, scale: Tensor, target: Target, reduction: Reduction) -> float:
     """One value at a time where it is quantized, in float64."""
     x = (group.tokens.double() / scale.double()).tolist()
-    if target.activations == "dynamic":
+    if target.activations == "dynamic" and not target.symmetric:
+        for row in x:
+            step = (max(row) - min(row)) / 255
+            zero = round(-128 - min(row) / step)
+            row[:] = [(min(127, max(-128, round(value / step) + zero)) - zero) * step for value in row]
+    elif target.activations == "dynamic":
         for row in x:
             step = max(abs(value) for value in row) / 127
             row[:] = [round(value / step) * step for value in row]
@@ -82,7 +87,8 @@ def slow_error(group: Group, scale: Tensor, target: Target, reduction: Reduction
 
 @pytest.mark.parametrize("reduction", ["mean", "joint", "token"])
 @pytest.mark.parametrize(
-    ("activations", "symmetric"), [("none", True), ("static", True), ("static", False), ("dynamic", True)]
+    ("activations", "symmetric"),
+    [("none", True), ("static", True), ("static", False), ("dynamic", True), ("dynamic", False)],
 )
 def test_the_error_is_that_of_the_slow_reference(
     activations: Activations, symmetric: bool, reduction: Reduction
@@ -197,10 +203,11 @@ def test_a_large_token_counts_as_the_median() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
-def test_expected_noise_is_about_the_error(activations: Activations, bits: int) -> None:
+def test_expected_noise_is_about_the_error(activations: Activations, symmetric: bool, bits: int) -> None:
     group = gaussian()
-    target = replace(by_row(bits), activations=activations)
+    target = replace(by_row(bits), activations=activations, symmetric=symmetric)
     noise, error = ExpectedNoise(group, [target, target]), output_error(group, [target, target], "token")
     for scale in (torch.ones(32), scale_of(group)):
         assert 0.5 < float(noise(scale.log())) / error(scale) < 2
@@ -217,12 +224,29 @@ def test_a_common_factor_of_all_scales_changes_nothing(activations: Activations,
         assert float(noise((scale * factor).log())) == pytest.approx(expected, rel=1e-4)
 
 
+def test_inputs_of_one_sign_make_half_the_steps_with_a_zero_point_a_token() -> None:
+    """Which is a quarter of the noise of inputs, here all of it."""
+    group = gaussian()
+    group = group_from(group.tokens.abs() + 0.1, *group.weights)
+    target = Target(weight=lambda weight: weight, bits=16, activations="dynamic")
+    found = [
+        (
+            float(ExpectedNoise(group, [own, own])(torch.zeros(32))),
+            output_error(group, [own, own], "token")(torch.ones(32)),
+        )
+        for own in (target, replace(target, symmetric=False))
+    ]
+    for symmetric, asymmetric in zip(*found, strict=True):
+        assert asymmetric == pytest.approx(symmetric / 4, rel=0.2)
+
+
 @pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
-def test_the_gradient_is_that_of_finite_differences(activations: Activations) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_gradient_is_that_of_finite_differences(activations: Activations, symmetric: bool) -> None:
     single = gaussian(tokens=24, channels=12)
     # in float64, so that differences are not lost in rounding
     group = group_from(single.tokens.double(), *(w.double() for w in single.weights))
-    noise = ExpectedNoise(group, [replace(by_row(8), activations=activations)] * 2)
+    noise = ExpectedNoise(group, [replace(by_row(8), activations=activations, symmetric=symmetric)] * 2)
     at = scale_of(group).double().log().requires_grad_()
     noise(at).backward()
     assert at.grad is not None
