@@ -44,6 +44,21 @@ def test_vllm_serves_biases_that_took_a_shift(run: Run, served: Callable[..., An
     assert abs(found.difference) < max(0.01, 3 * found.error)
 
 
+def test_vllm_finds_zero_points_of_tokens_where_the_configuration_says_so(
+    run: Run, served: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The kernels for it are compared in test_vllm_integer_inputs.py; this is whether they are taken."""
+    model, plain = save_narrow_model(tmp_path), ["model.sanity_check=off", "smooth=null", "calibration=null"]
+    found = {}
+    for symmetric in ("true", "false"):
+        changes = [*plain, f"quantize.activations.symmetric={symmetric}", "quantize.weights.granularity=tensor"]
+        found[symmetric] = served(run("zero-points", "w8a8-dynamic", model, (8, 64), *changes), "The water")
+    assert abs(found["false"].difference) < max(0.01, 3 * found["false"].error)
+    assert found["false"].error < 0.01
+    assert found["false"].reported != found["true"].reported
+    assert found["false"].perplexity != found["true"].perplexity
+
+
 @pytest.mark.parametrize(
     ("granularity", "said"),
     [("channel", "narrow() cannot be applied to a 0-dim tensor"), ("tensor", "static_scaled_fp8_quant")],
