@@ -171,8 +171,8 @@ def test_the_engines_table_is_what_plan_says() -> None:
         mode = "none" if activations == 16 else re.search("static|dynamic", name)[0]  # type: ignore[index]
         kind = "float" if "fp8" in name else "int"
         size, granularity = (int(group[1]), "group") if group else (None, "channel")
-        inputs = min(activations, 8)
-        made = Scheme(bits, "asym" not in name, granularity, size, mode, activation_bits=inputs, type=kind)  # type: ignore[arg-type]
+        inputs, signed = min(activations, 8), ["asym" not in name or mode != whose for whose in ("none", "dynamic")]
+        made = Scheme(bits, signed[0], granularity, size, mode, signed[1], activation_bits=inputs, type=kind)  # type: ignore[arg-type]
         assert made.name == name
         return made
 

@@ -204,8 +204,10 @@ INPUT_CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 @pytest.mark.parametrize("claim", CLAIMS | INPUT_CLAIMS)
 @pytest.mark.parametrize(
-    "name", ["W8A16", "W4A16 g32 asym", "W8A8 dynamic", "W8A8 static asym", "W4A8 dynamic g32", "W8A8 fp8 static"]
-)
+    "name",
+    ["W8A16", "W4A16 g32 asym", "W8A8 dynamic", "W8A8 dynamic asym", "W8A8 static asym", "W4A8 dynamic g32",
+     "W8A8 fp8 static"],
+)  # fmt: skip
 def test_a_false_claim_of_the_configuration_is_found(name: str, claim: str, exported: Exported, tmp_path: Path) -> None:
     made = copy_of(exported(name), tmp_path)
     if claim in INPUT_CLAIMS and SCHEMES[name].activations == "none":
@@ -229,8 +231,9 @@ def test_float8_codes_that_are_no_numbers_are_not_read(exported: Exported, tmp_p
     ["type", "dynamic", "actorder", "no weights", "outputs", "group format", "status", "cache", *INPUT_CLAIMS],
 )
 def test_our_own_reader_refuses_what_it_would_misread(claim: str, exported: Exported, tmp_path: Path) -> None:
-    # fp8 weights alone are float-quantized too, as other tools write them
-    for name in ("W8A8 dynamic", "W8A8 fp8 dynamic") if claim != "no inputs" else ("W8A8 dynamic",):
+    # fp8 weights alone are float-quantized too, as other tools write them, and int8 ones have either kind of inputs
+    others = {"no inputs": ("W8A8 dynamic",), "input symmetric": ("W4A8 dynamic", "W8A8 fp8 dynamic")}
+    for name in others.get(claim, ("W8A8 dynamic", "W8A8 fp8 dynamic")):
         made = copy_of(exported(name), tmp_path)
         change_config(made, (CLAIMS | INPUT_CLAIMS)[claim])
         with pytest.raises(ModelError, match="quantization_config"):
