@@ -23,6 +23,7 @@ Recipe = dict[str, Any]
 GROUPS = {"bits": 4, "granularity": "group", "group_size": 32}
 STATIC = {"activations": {"bits": 8, "scope": "tensor"}}
 TOKEN = {"activations": {"bits": 8, "scope": "token"}}
+ASYMMETRIC = {"activations": {"bits": 8, "scope": "token", "symmetric": False}}
 
 
 PLACES = [
@@ -117,6 +118,11 @@ def test_the_simulated_device_computes(elsewhere: ProcessPoolExecutor) -> None:
         pytest.param(
             {"quantize": TOKEN, "smooth": {"method": "auto", "rotation": {}}},
             id="auto, rotated",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"quantize": ASYMMETRIC | {"distill": {}}, "smooth": {"method": "auto"}},
+            id="a zero point a token",
             marks=pytest.mark.slow,
         ),
         pytest.param({"quantize": {"weights": GROUPS}, "smooth": {"method": "awq"}}, id="awq", marks=pytest.mark.slow),

@@ -28,6 +28,7 @@ Recipe = dict[str, Any]
 GROUPS = {"weights": {"bits": 3, "granularity": "group", "group_size": 32}}
 STATIC = {"activations": {"bits": 8, "scope": "tensor"}}
 TOKEN = {"weights": {"bits": 4, "granularity": "group", "group_size": 32}, "activations": {"bits": 8, "scope": "token"}}
+ASYMMETRIC = {"activations": {"bits": 8, "scope": "token", "symmetric": False}}
 
 
 @pytest.fixture
@@ -43,7 +44,9 @@ def tuned(recipe: Recipe) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gemma2"])
-@pytest.mark.parametrize("scheme", [GROUPS, STATIC, TOKEN], ids=["weights", "static", "token"])
+@pytest.mark.parametrize(
+    "scheme", [GROUPS, STATIC, TOKEN, ASYMMETRIC], ids=["weights", "static", "token", "token, asymmetric"]
+)
 def test_gradients_are_those_of_the_whole_model(
     recipe: Recipe, tmp_path: Path, family: str, scheme: dict[str, Any]
 ) -> None:
@@ -80,7 +83,7 @@ def test_gradients_are_those_of_the_whole_model(
             stored = student.store.read(name)
             how[name] = lambda module, x, name=name, stored=stored, s=scheme_of: graded_linear(
                 x, stored.weight, student.scale(name, stored), getattr(module, "bias", None),
-                input_bits=None if s.activations == "none" else 8,
+                input_bits=None if s.activations == "none" else 8, input_symmetric=not s.token_zero_points,
                 input_scale=student.input_scale(name, stored), input_zero_point=stored.input_zero_point,
             )  # fmt: skip
         own = {name: student.vector(name) for name in student.vectors}
