@@ -7,7 +7,7 @@ is added to the residual stream, and what reads it, is followed likewise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,18 +23,22 @@ from quantcli.model.names import TEXT_ALONE
 from quantcli.model.skeleton import build_model, find_blocks, load_config, resolve_dtype
 from quantcli.model.structure import Block, Residual, SharedInput, Structure
 from quantcli.model.waiting import held_while_waiting
-from quantcli.model.watch import Watch, first_argument
+from quantcli.model.watch import Watch, describe_linear, first_argument, is_linear
 
 PROBE_TOKENS = 8
 MAXIMUM_BUFFERS = 8 << 30
 """Bytes of the tables that a model computes from its configuration, such as masks and rotary frequencies."""
+MAXIMUM_CHANNELS = 1 << 24
+"""Channels that norms and linears of blocks that differ put out in all, which take about 100 bytes each while they are
+followed. Llama 3.1 405B has 400 000. Also the weights of a router, which is tried on numbers."""
 
 
 def discover(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> Structure:
     """The structure of the model that `config.json` describes; no weights are read.
 
     Blocks of equal make (class, parameter names and shapes) are watched once. Raises ModelError if the architecture
-    cannot be built or run on the meta device, or asks for tables of more than MAXIMUM_BUFFERS.
+    cannot be built or run on the meta device, or asks for tables of more than MAXIMUM_BUFFERS or more channels than
+    MAXIMUM_CHANNELS.
     """
     try:
         return _discover(directory, dtype, trust_remote_code)
@@ -65,7 +69,14 @@ def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure
     first_of_kind: dict[str, str] = {}
     for path in paths:
         first_of_kind.setdefault(_make(model.get_submodule(path)), path)
-    watch = _watch_forward(model, paths, {path: find_experts(model, path) for path in first_of_kind.values()})
+    _require_channels(directory / "config.json", config, _channels(model, paths, first_of_kind.values()))
+    experts = {path: find_experts(model, path) for path in first_of_kind.values()}
+    for router in [router for found in experts.values() for router in found.routers.values()]:
+        if router.in_features * router.out_features > MAXIMUM_CHANNELS:
+            how = f"{router.out_features} experts by {router.in_features} channels"
+            raise ModelError(f"{directory / 'config.json'}: {router.name} chooses among {how}, more than any model has.",
+                             "Check both, and that config.json belongs to these weights.")  # fmt: skip
+    watch = _watch_forward(model, paths, experts)
     watched = _with_held(model, paths, {path: watch.block(path) for path in first_of_kind.values()}, watch.as_tuple)
     blocks = []
     for path in paths:
@@ -91,6 +102,36 @@ def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure
         outer_obstacle=outer_obstacle,
         head_dim=_head_size(config),
     )
+
+
+def _channels(model: nn.Module, paths: list[str], watched: Collection[str]) -> dict[str, int]:
+    """How much each norm and linear puts out, by its path, but of blocks that are not `watched`."""
+    found: dict[str, int] = {}
+    parts, unwatched = paths[0].count(".") + 1, {*paths}.difference(watched)
+    for name, module in model.named_modules():
+        if ".".join(name.split(".")[:parts]) in unwatched:
+            continue
+        weight = module._parameters.get("weight")
+        if is_linear(module):
+            found[name] = describe_linear(name, module).out_features
+        elif weight is not None and weight.ndim == 1:
+            found[name] = len(weight)
+    return found
+
+
+def _require_channels(path: Path, config: Any, channels: Mapping[str, int]) -> None:
+    """Raise ModelError for more than can be followed, with the entry of the configuration that makes most of them."""
+    total = sum(channels.values())
+    if total <= MAXIMUM_CHANNELS:
+        return
+    name = max(channels, key=channels.__getitem__)
+    # what a size is multiplied by, such as a number of heads, is less than it
+    sizes = {key: value for key, value in config.to_dict().items() if type(value) is int and value > 0}
+    key = max((key for key in sizes if channels[name] % sizes[key] == 0), key=sizes.__getitem__, default="")
+    cause = f"{key} {sizes[key]}" if key else "its sizes"
+    raise ModelError(f"{path}: {cause} asks for {channels[name]} channels of {name}, and for {total} in all, which are "
+                     f"more than any model has ({MAXIMUM_CHANNELS}).",
+                     f"Check {key or 'them'}, and that config.json belongs to these weights.")  # fmt: skip
 
 
 def _head_size(config: Any) -> int | None:

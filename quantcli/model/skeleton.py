@@ -22,6 +22,8 @@ from quantcli.model.untrusted import check_texts
 
 MAXIMUM_BLOCKS, MAXIMUM_EXPERTS = 4096, 1 << 18
 """Decoder blocks, and experts of all blocks, that a configuration may ask for."""
+_COUNTS = re.compile(r".*(layers|blocks|labels|experts|codebooks|dense_replace)|n_layer|depth|attention_types")
+"""Keys by which configurations of transformers make lists of so many items as they are read."""
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -152,6 +154,7 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
         raise _no_model(directory)
     check_texts(directory)
     content = read_json(path)
+    check_counts(path, content)
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a configuration class raises, the file is at fault
@@ -187,6 +190,20 @@ def _no_model(directory: Path) -> ModelError:
     inside = sorted(file.parent for file in directory.glob("snapshots/*/config.json"))  # a folder of the hub's cache
     remedy = f"The model is {inside[-1]}." if inside else "model.path must be a Hugging Face model directory."
     return ModelError(f"{directory} holds no config.json.", remedy)
+
+
+def check_counts(path: Path, content: dict[str, Any]) -> None:
+    """Refuse, before a configuration is made of its JSON, lists of more items than any model has."""
+    waiting: list[tuple[str, Any]] = [("", content)]
+    while waiting:
+        key, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(inner if _COUNTS.fullmatch(inner) else "", below) for inner, below in value.items()]
+        elif isinstance(value, list):
+            waiting += [(key, below) for below in value]
+        elif key and type(value) is int and value > MAXIMUM_EXPERTS:
+            raise ModelError(f"{path}: {key[:100]} is {repr(value)[:100]}, more than any model has.",
+                             "Check that value, or download the file again.")  # fmt: skip
 
 
 def check_size(path: Path, config: Any) -> None:

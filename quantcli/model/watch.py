@@ -54,7 +54,7 @@ class Watch:
             elif name in routers:
                 self._hook(module, self._enter_router(name, routers[name]), self._leave_router())
             elif is_linear(module):
-                self.linears[name] = _describe(name, module)
+                self.linears[name] = describe_linear(name, module)
                 self._hook(module, self._enter_linear(name), self._leave_linear(name))
             elif is_norm(module):
                 self._hook(module, self._enter_norm(name), self._leave_norm(name))
@@ -309,7 +309,8 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def _describe(name: str, module: nn.Module) -> Linear:
+def describe_linear(name: str, module: nn.Module) -> Linear:
+    """A module of which `is_linear` holds."""
     weight = module.weight
     transposed = not isinstance(module, nn.Linear)
     rows, columns = (int(size) for size in weight.shape)  # type: ignore[union-attr]
