@@ -73,8 +73,8 @@ def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure
     experts = {path: find_experts(model, path) for path in first_of_kind.values()}
     for router in [router for found in experts.values() for router in found.routers.values()]:
         if router.in_features * router.out_features > MAXIMUM_CHANNELS:
-            how = f"{router.out_features} experts by {router.in_features} channels"
-            raise ModelError(f"{directory / 'config.json'}: {router.name} chooses among {how}, more than any model has.",
+            how = f"{router.out_features} experts by {router.in_features} channels, more than any model has"
+            raise ModelError(f"{directory / 'config.json'}: {router.name} chooses among {how}.",
                              "Check both, and that config.json belongs to these weights.")  # fmt: skip
     watch = _watch_forward(model, paths, experts)
     watched = _with_held(model, paths, {path: watch.block(path) for path in first_of_kind.values()}, watch.as_tuple)

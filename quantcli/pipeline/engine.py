@@ -13,10 +13,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from quantcli.errors import ModelError, QuantcliError, RecipeError, RoomError
-from quantcli.formats.table import quantized_as
+from quantcli.errors import QuantcliError, RecipeError, RoomError
 from quantcli.model.checkpoint import Checkpoint, read_json
-from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.allocation import budgeted
 from quantcli.pipeline.batches import texts_of
 from quantcli.pipeline.context import Context, Listener, Stage
@@ -35,6 +33,7 @@ from quantcli.pipeline.rundir import (
 )
 from quantcli.pipeline.source import (
     beyond_positions,
+    float_structure,
     known_positions,
     locate_model,
     model_identity,
@@ -108,11 +107,8 @@ def plan_recipe(recipe: Recipe) -> Plan:
 
 
 def _plan(recipe: Recipe, model: Path) -> Plan:
-    if (method := quantized_as(model)) is not None:
-        how = " docs/troubleshooting.md shows how FP8 blocks become one." if method == "fp8" else ""
-        raise ModelError(f"{model} is already quantized ({method}).", f"Start from the float model.{how}")
     section = recipe.model
-    structure = find_structure(model, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    structure = float_structure(model, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     plan = make_plan(recipe, model, structure)
     return plan if recipe.quantize.target is None else budgeted(recipe, plan)
 

@@ -12,6 +12,7 @@ from quantcli.errors import ModelError
 from quantcli.formats.declared import read_configuration
 from quantcli.formats.table import find_format, open_weights
 from quantcli.model.checkpoint import read_json
+from quantcli.model.float_weights import require_floats
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.rundir import RECORD, is_run
 from quantcli.pipeline.source import locate_model, where_checkpoints_are
@@ -52,6 +53,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
         facts |= {"schemes": ", ".join(f"{count} × {name}" for name, count in schemes.items())}
         if quantized.attention is not None:
             facts["attention"] = quantized.attention.name
+    else:
+        require_floats(directory, structure, checkpoint)
     return facts
 
 

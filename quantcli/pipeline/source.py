@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError, OutputError, RecipeError, first_line, is_of_library, refusal_of_the_system
-from quantcli.model.checkpoint import read_json
+from quantcli.formats.table import quantized_as
+from quantcli.model.checkpoint import Checkpoint, read_json
+from quantcli.model.float_weights import require_floats
 from quantcli.model.hub import hub_asked
+from quantcli.model.structure import Structure
+from quantcli.model.structure_cache import find_structure
 from quantcli.model.untrusted import check_texts, checkpoint_entries
 from quantcli.pipeline.rundir import is_run, room_errors
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
@@ -45,6 +49,21 @@ def locate_model(section: ModelSection, *, weights: bool = True, listener: Liste
             f"Check model.path or --model; in a recipe relative paths start at its file.{named}",
         )
     return _from_hub(section.path, section.revision, weights, listener)
+
+
+def float_structure(directory: Path, *, dtype: str = "auto", trust_remote_code: bool = False) -> Structure:
+    """The structure of a float model. Raises ModelError for one that is quantized, also if nothing but its tensors says
+    so, which are looked at where they are there and whole: a plan is made without, and a run refuses damage."""
+    if (method := quantized_as(directory)) is not None:
+        how = " docs/troubleshooting.md shows how FP8 blocks become one." if method == "fp8" else ""
+        raise ModelError(f"{directory} is already quantized ({method}).", f"Start from the float model.{how}")
+    structure = find_structure(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+    try:
+        checkpoint = Checkpoint(directory)
+    except ModelError:
+        return structure
+    require_floats(directory, structure, checkpoint, trust_remote_code=trust_remote_code)
+    return structure
 
 
 def require_checkpoint(path: Path, *, scored: bool = False) -> None:

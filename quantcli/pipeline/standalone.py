@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError, RecipeError
+from quantcli.model.float_weights import below_linears, first_codes, linear_weights, of_no_parameter, require_floats
 from quantcli.model.structure import Structure, biased, rms_norms
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.batches import evaluation_batches
 from quantcli.pipeline.samples import windows_of
-from quantcli.pipeline.source import load_tokenizer, locate_model, require_known_tokens, require_positions
+from quantcli.pipeline.source import (
+    float_structure,
+    load_tokenizer,
+    locate_model,
+    require_known_tokens,
+    require_positions,
+)
 from quantcli.recipe.data import PerplexitySection
 from quantcli.recipe.schema import ModelSection, Recipe
 
 if TYPE_CHECKING:
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.pipeline.context import Listener
-
-_CODES = {"weight_packed", "qweight"}
-"""Last parts of names that stand for a weight, in the formats that do not call its codes so."""
 
 
 def open_checkpoint(
@@ -32,21 +36,21 @@ def open_checkpoint(
     """The structure of the model, its checkpoint, and the name of each linear's weight in it; a tied head has none.
     Biases that the architecture lacks, after a shift of channels, are in the structure, too.
 
-    Raises ModelError for a format that is not known, for biases that the model has no place for, and for a tensor below
-    a linear that its scheme does not have.
+    Raises ModelError for a format that is not known, for biases that the model has no place for, for a tensor below a
+    linear that its scheme does not have, and for codes that nothing describes.
     """
     from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.formats.table import open_weights
 
     structure = find_structure(directory, trust_remote_code=trust_remote_code)
     linears = {linear.name: linear for linear in structure.matrices()}
-    names = {_float_name(name) for name in open_weights(directory).entries}
-    found = {module: _weight_name(module, names) for module in linears}
-    weights = {module: name for module, name in found.items() if name}
+    weights = linear_weights(linears, open_weights(directory).entries)
     checkpoint = QuantizedCheckpoint(directory, linears, weights)
     if hasattr(checkpoint.form, "takes_added_bias"):
         structure = _with_added_biases(structure, checkpoint)
-    if checkpoint.form is not None:
+    if checkpoint.form is None:
+        require_floats(directory, structure, checkpoint.raw, trust_remote_code=trust_remote_code)
+    else:
         _refuse_left_over(structure, checkpoint, weights, trust_remote_code)
     return structure, checkpoint, weights
 
@@ -93,39 +97,23 @@ def _with_added_biases(structure: Structure, checkpoint: QuantizedCheckpoint) ->
 def _refuse_left_over(
     structure: Structure, checkpoint: QuantizedCheckpoint, weights: Mapping[str, str], trust_remote_code: bool
 ) -> None:
-    """Raise ModelError for a tensor below a linear that neither its scheme nor the model has: a further scale, a shift
-    or a part of its own there changes what the linear computes."""
-    from quantcli.model.skeleton import Skeleton
-
-    modules = {weights.get(name, name).removesuffix(".weight"): name for name in checkpoint.linears}
-    left = {}
-    for name in checkpoint.entries:
-        above = name
-        while (above := above.rpartition(".")[0]) and above not in modules:
-            pass
-        if above in modules and name not in (f"{above}.weight", f"{above}.bias"):
-            left[name] = modules[above]
+    """Raise ModelError for a tensor below a linear that neither its scheme nor the model has, as a further scale, a
+    shift or a part of its own there changes what the linear computes; and for codes of one without a scheme."""
+    left = below_linears(structure, weights, checkpoint.entries)
     unknown = [name for name, module in left.items() if module not in weights]
-    if left and not unknown:  # some gates have further parameters, which only the model knows
+    if left and not unknown:
         directory = checkpoint.directory
-        skeleton = Skeleton(directory, structure, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
-        unknown = [name for name in skeleton.unused_tensors if name in left]
+        unknown = of_no_parameter(left, directory, structure, checkpoint, trust_remote_code=trust_remote_code)
     if unknown:
         name, module = unknown[0], left[unknown[0]]
         kind = checkpoint.schemes[module].name if module in checkpoint.schemes else "a linear in float"
         raise ModelError(f"{checkpoint.directory}: {name} is no tensor of {kind}, as which {module} is read.",
                          "What it stands for is not read; quantize again without.")  # fmt: skip
-
-
-def _float_name(name: str) -> str:
-    prefix, dot, last = name.rpartition(".")
-    return f"{prefix}{dot}weight" if last in _CODES else name
-
-
-def _weight_name(module: str, names: Collection[str]) -> str:
-    """The name of the module's weight, which may lack the prefix of the base model; empty if there is none."""
-    parts = f"{module}.weight".split(".")
-    return next((name for i in range(len(parts) - 1) if (name := ".".join(parts[i:])) in names), "")
+    in_float = [name for module, name in weights.items() if module not in checkpoint.schemes]
+    if (entry := first_codes(in_float, checkpoint.entries)) is not None:
+        raise ModelError(f"{checkpoint.directory}: {entry.name} holds codes ({entry.dtype}), and what is said of the "
+                         "quantization leaves its linear in float.",
+                         "Take the configuration that belongs to these weights, or quantize again.")  # fmt: skip
 
 
 def score_recipe(recipe: Recipe, original: str | None = None, listener: Listener | None = None) -> dict[str, Any]:
@@ -181,7 +169,7 @@ def score_checkpoint(
     )
     skeletons = {"float": own}  # the one that is scored; beside a float model it is the other
     if original is not None:
-        other = find_structure(original, trust_remote_code=trust)
+        other = float_structure(original, trust_remote_code=trust)
         if other.vocabulary != structure.vocabulary:
             sizes = f"{other.vocabulary} tokens, and {directory} {structure.vocabulary}"
             raise ModelError(f"{original} knows {sizes}.", "Name the model that the checkpoint was made from.")
