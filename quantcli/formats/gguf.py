@@ -161,6 +161,8 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
 def _joined(values: Tensor, scheme: Scheme, blocks: int) -> Tensor:
     """Values [out, blocks] as one for all that a scale of the scheme covers. Raises ModelError if those differ."""
     rows, groups = scheme.scale_shape(len(values), blocks * BLOCK)
+    if groups == 0 or blocks % groups:
+        raise ModelError(f"Groups of {scheme.group_size} by {RECORD} are no blocks of {BLOCK}.", "Export it again.")
     apart = values.view(rows, len(values) // rows, groups, blocks // groups)
     kept = apart[:, :1, :, :1]
     if not bool((apart == kept).all()):
@@ -242,6 +244,6 @@ def described(
 
 def _scheme(module: str, said: Mapping[str, Any], record: Path) -> Scheme:
     try:
-        return Scheme(**said[module])
+        return Scheme.from_json(said[module])
     except TypeError as error:
         raise ModelError(f"{record}: {module} has no scheme that is known: {error}.") from error

@@ -141,8 +141,8 @@ def described(
     linears, attention = said.get("linears"), said.get("attention")
     try:
         assert isinstance(linears, dict)
-        schemes = {name: _by_channel(Scheme(**entry)) for name, entry in linears.items()}
-        heads = None if attention is None else AttentionScheme(**attention)
+        schemes = {name: _by_channel(Scheme.from_json(entry)) for name, entry in linears.items()}
+        heads = None if attention is None else AttentionScheme.from_json(attention)
     except (TypeError, AssertionError) as error:
         raise ModelError(f"{path} is not understood: {error}.", "Export it again.") from error
     for name, weight in weights.items():

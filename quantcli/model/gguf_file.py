@@ -22,7 +22,7 @@ from quantcli.model import gguf_layout, gguf_tokenizer
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, replacing
 from quantcli.model.gguf import open_gguf
 from quantcli.model.gguf_families import ARCHITECTURES
-from quantcli.model.skeleton import load_config
+from quantcli.model.skeleton import DTYPES, load_config
 from quantcli.model.structure_cache import find_structure
 from quantcli.model.writer import DTYPE_NAMES, PlannedTensor
 
@@ -190,7 +190,11 @@ class GgufCheckpoint(Checkpoint):
             )
         if missing := [name for name in parameters if name not in self.places]:
             raise ModelError(f"{path} lacks {missing[0]} ({len(missing)} of {len(parameters)} parameters are missing).")
-        dtype = DTYPE_NAMES[getattr(torch, str(config.get("dtype") or "float32").removeprefix("torch."))]
+        declared = str(config.get("dtype") or "float32").removeprefix("torch.")
+        if declared not in DTYPES:
+            raise ModelError(f"{directory / 'config.json'}: the dtype {declared[:100]!r} is not known.",
+                             f"Known: {', '.join(DTYPES)}.")  # fmt: skip
+        dtype = DTYPE_NAMES[DTYPES[declared]]
         self.entries = {
             name: TensorEntry(name, path, place.raw_shape if place.kind in _ROW_DTYPES else place.shape,
                               _ROW_DTYPES.get(place.kind, dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 CodeType = Literal["int", "float"]
 """What codes are: signed integers, or 8-bit floats (float8_e4m3fn)."""
@@ -100,6 +100,11 @@ class Scheme:
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Scheme:
+        """The inverse of `to_json`. Raises TypeError for entries and values that no scheme has."""
+        return _checked(cls(**content))
+
 
 @dataclass(frozen=True)
 class AttentionScheme:
@@ -130,3 +135,21 @@ class AttentionScheme:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> AttentionScheme:
+        """As `Scheme.from_json`."""
+        return _checked(cls(**content))
+
+
+Made = TypeVar("Made", Scheme, AttentionScheme)
+
+
+def _checked(made: Made) -> Made:
+    """A scheme whose values are of the types of its fields, and whose numbers are above 0."""
+    for name, kind in get_type_hints(type(made)).items():
+        value, choices = getattr(made, name), get_args(kind)  # of a union its types, of a Literal its values
+        fits = value in choices or type(value) in choices if choices else type(value) is kind
+        if not fits or (type(value) is int and value < 1):
+            raise TypeError(f"{name} is {repr(value)[:100]}")
+    return made
