@@ -203,6 +203,8 @@ def _smooth_block(
     weights that are to be clipped."""
     import torch
 
+    from quantcli.model.heap import release_freed_memory
+
     kept: list[Fold] = []
     outcomes: list[Outcome] = []
     clips: dict[str, Tensor] = {}
@@ -219,6 +221,7 @@ def _smooth_block(
             return [outcome if outcome.fold is None else outcome.checked(off, TOLERANCE) for outcome in found]
 
         for groups in _checked_together(context.plan.structure.blocks[index], folded):
+            release_freed_memory()  # left by passes and other groups, in pieces that no weight in float32 fits into
             found = [source.smooth(shared, own) for shared, own in groups]
             made = checked(found)
             for place, (shared, own) in enumerate(groups):
@@ -230,6 +233,7 @@ def _smooth_block(
             kept += [outcome.fold for outcome in made if outcome.fold is not None]
             _tell(context, made)
             outcomes += made
+    release_freed_memory()
     for shared, own in seen.values():
         clips |= source.clips(shared, own, kept)
     return outcomes, clips
