@@ -326,7 +326,7 @@ def test_linears_that_no_input_reaches_are_counted(
     found = find_structure(Path(recipe["model"]["path"]))
     first = found.blocks[0]
     blind = replace(found, blocks=(replace(first, inputs=first.inputs[:-1]), *found.blocks[1:]))
-    monkeypatch.setattr(engine, "find_structure", lambda *_, **__: blind)
+    monkeypatch.setattr(engine, "float_structure", lambda *_, **__: blind)
     quantcli.run(recipe)
     assert fallbacks(tmp_path / "run", ("quantize",)) == {"unreached": 1}
     texts = [problem["text"] for problem in run_facts(tmp_path / "run")["problems"]]

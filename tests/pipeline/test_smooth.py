@@ -283,7 +283,7 @@ def test_an_obstacle_is_told_once_with_its_blocks(
         return replace(shared, producer=replace(shared.producer, obstacle=obstacle))
 
     blocks = tuple(replace(block, inputs=tuple(map(hindered, block.inputs))) for block in found.blocks)
-    monkeypatch.setattr(engine, "find_structure", lambda *_, **__: replace(found, blocks=blocks))
+    monkeypatch.setattr(engine, "float_structure", lambda *_, **__: replace(found, blocks=blocks))
     outcomes = smoothed(asked)
     events = [json.loads(line) for line in (Path(asked["output"]) / "events.jsonl").read_text().splitlines()]
     warnings = [event["text"] for event in events if event["event"] == "warning"]
