@@ -29,12 +29,3 @@ def test_vllm_has_the_reported_perplexity(
     found = served(output, "The capital of France is")
     assert found.perplexity == pytest.approx(found.reported, rel=0.01)
     assert "Paris" in found.text
-
-
-def test_vllm_serves_what_awq_has_folded_and_clipped(
-    smollm2: Path, run: Callable[..., Path], served: Callable[..., Any]
-) -> None:
-    # few tokens to search by: how good scales are makes no difference here
-    changes = ["quantize.weights.group_size=64", "calibration.samples=2", "smooth.search_tokens=128"]
-    found = served(run("awq", "w4a16-awq", smollm2, (10, 512), *changes), "The capital of France is")
-    assert found.perplexity == pytest.approx(found.reported, rel=0.01)

@@ -26,7 +26,6 @@ pytestmark = pytest.mark.serving
 QUICK = ["calibration.samples=2", "smooth={method: iterative}"]
 RUNS = {
     "W8A8 dynamic": ["w8a8-dynamic"],
-    "W8A8 dynamic, by auto": ["w8a8-dynamic", "smooth={method: auto, search_tokens: 512}"],
     "W8A8 dynamic, rotated": ["w8a8-dynamic", "smooth={method: rotate}"],  # its head no longer is the embedding
     "W8A8 dynamic, fp8 cache": ["w8a8-dynamic", "quantize.kv_cache={type: float}"],
     "W8A8 dynamic, MLP in W4A16 g64": [

@@ -31,6 +31,17 @@ def test_vllm_serves_fp8_weights_and_dynamic_activations(run: Run, served: Calla
     assert found.error < 0.01
 
 
+def test_vllm_serves_weights_that_were_folded_rotated_and_clipped(
+    run: Run, served: Callable[..., Any], tmp_path: Path
+) -> None:
+    changes = ["model.sanity_check=off", "calibration.samples=4", "calibration.sequence_length=64",
+               "quantize.weights.group_size=64", "smooth.rotation={}"]  # fmt: skip
+    output = run("folded", "w4a16-awq", save_narrow_model(tmp_path), (8, 64), *changes)
+    found = served(output, "The water")
+    assert abs(found.difference) < max(0.01, 3 * found.error)
+    assert found.error < 0.01
+
+
 def test_vllm_serves_biases_that_took_a_shift(run: Run, served: Callable[..., Any], tmp_path: Path) -> None:
     model = save_tiny_model("opt", tmp_path / "model", dtype=torch.bfloat16, with_tokenizer=True, hidden_size=128,
                             word_embed_proj_dim=128, ffn_dim=128, max_position_embeddings=1024)  # fmt: skip
