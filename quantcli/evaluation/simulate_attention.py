@@ -13,11 +13,14 @@ from quantcli.quant.attention import AttentionScales, round_trip
 
 
 @contextmanager
-def simulated_attention(block: nn.Module, scales: Mapping[str, AttentionScales]) -> Iterator[None]:
+def simulated_attention(
+    block: nn.Module, scales: Mapping[str, AttentionScales], *, cut: bool = False
+) -> Iterator[None]:
     """While the body runs, the named attention modules of `block` (paths from it) compute with rounded values.
 
     Each token's key and value are those that an 8-bit cache gives back, whether they are written with the prompt or
-    decoded one by one, because static scales know nothing of other tokens; softmax and sums stay the model's.
+    decoded one by one, because static scales know nothing of other tokens; softmax and sums stay the model's. An fp8
+    cache is rounded to the nearest, or `cut` towards zero.
 
     Raises:
         ModelError: a name is no module of the block; the scales are a cache's and the module caches latents instead of
@@ -31,7 +34,7 @@ def simulated_attention(block: nn.Module, scales: Mapping[str, AttentionScales])
 
     def hook(path: str, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         known = scales.get(path)
-        return (query, key, value) if known is None else round_trip(query, key, value, known)
+        return (query, key, value) if known is None else round_trip(query, key, value, known, cut=cut)
 
     with attention_replaced(block, hook) as seen:
         yield

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.treatment import Arithmetic
 
 
 @contextmanager
@@ -78,7 +79,11 @@ def scales_of(observed: Mapping[str, Tensor], scheme: AttentionScheme, model_dty
 
 @contextmanager
 def attention_as_stored(
-    module: nn.Module, block: str, scheme: AttentionScheme | None, parts: Mapping[str, Mapping[str, Tensor]]
+    module: nn.Module,
+    block: str,
+    scheme: AttentionScheme | None,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    arithmetic: Arithmetic = "engine",
 ) -> Iterator[None]:
     """While the body runs, attention below the block computes with what an engine would hold.
 
@@ -94,5 +99,5 @@ def attention_as_stored(
         for path, tensors in parts.items()
         if path.startswith(f"{block}.")
     }
-    with simulated_attention(module, scales):
+    with simulated_attention(module, scales, cut=arithmetic == "vllm-cpu"):
         yield

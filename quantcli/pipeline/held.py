@@ -14,6 +14,7 @@ from quantcli.formats.table import FORMATS
 from quantcli.model.checkpoint import Checkpoint
 from quantcli.model.structure import Linear, Structure, rms_norms
 from quantcli.quant.scheme import AttentionScheme, Scheme
+from quantcli.recipe.data import PerplexitySection
 from quantcli.recipe.schema import Recipe
 
 
@@ -95,6 +96,18 @@ def refuse_unheld(
             if reason:
                 raise RecipeError(f"export.formats: {reason}", "Leave out quantize.rollback.siblings: apart, or choose "
                                   "another format.")  # fmt: skip
+
+
+def refuse_arithmetic(section: PerplexitySection | None, attention: AttentionScheme | None) -> None:
+    """Raise RecipeError for the arithmetic of vLLM on a CPU, which is that of engines but for an fp8 cache, where there
+    is none."""
+    if section is None or section.arithmetic != "vllm-cpu" or (attention is not None and attention.kv == "fp8"):
+        return
+    raise RecipeError(
+        "evaluate.perplexity.arithmetic: vllm-cpu differs from engine in how an fp8 cache is rounded, and this model "
+        "has none.",
+        "Remove it, or quantize the cache: kv_cache: {type: float}.",
+    )
 
 
 def addable_biases(recipe: Recipe, structure: Structure, schemes: Mapping[str, Scheme]) -> tuple[list[str], str]:

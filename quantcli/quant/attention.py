@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantcli.quant.float8 import FP8_MAX, dequantize_fp8, quantize_fp8
+from quantcli.quant.float8 import FP8_MAX, cut_fp8, dequantize_fp8, quantize_fp8
 from quantcli.quant.grid import stored_scale
 
 QMIN, QMAX = -128, 127
@@ -118,15 +118,17 @@ def dequantize_int8(codes: Tensor, scale: Tensor, offset: Tensor | None = None) 
     return values.mul_(_spread(scale, codes))
 
 
-def round_trip(query: Tensor, key: Tensor, value: Tensor, scales: AttentionScales) -> tuple[Tensor, Tensor, Tensor]:
+def round_trip(
+    query: Tensor, key: Tensor, value: Tensor, scales: AttentionScales, *, cut: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Query, key and value as the products see them: quantized by `scales` and dequantized, in their own dtypes.
 
     query [batch, heads, tokens, size], key and value [batch, kv_heads, tokens, size]. The cache kinds leave the query
-    as it is. Raises ValueError for scales of other heads or sizes.
+    as it is. `cut` rounds fp8 towards zero. Raises ValueError for scales of other heads or sizes.
     """
     s = scales.tensors()
     if scales.kind == "fp8":
-        return query, _through_fp8(key, s["k_scale"]), _through_fp8(value, s["v_scale"])
+        return query, _through_fp8(key, s["k_scale"], cut), _through_fp8(value, s["v_scale"], cut)
     if scales.kind == "int8":
         key = _through_int8(key, s["k_scale"], s.get("k_offset"))
         return query, key, _through_int8(value, s["v_scale"], s.get("v_offset"))
@@ -141,9 +143,10 @@ def _through_int8(x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Ten
     return dequantize_int8(quantize_int8(x, scale, offset), scale, offset).to(x.dtype)
 
 
-def _through_fp8(x: Tensor, scale: Tensor) -> Tensor:
+def _through_fp8(x: Tensor, scale: Tensor, cut: bool) -> Tensor:
     scale = scale.to(x.device)
-    return dequantize_fp8(quantize_fp8(x, scale), scale).to(x.dtype)
+    codes = cut_fp8(x, scale) if cut else quantize_fp8(x, scale)
+    return dequantize_fp8(codes, scale).to(x.dtype)
 
 
 def _spread(parameters: Tensor, x: Tensor) -> Tensor:

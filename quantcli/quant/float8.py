@@ -15,6 +15,13 @@ def quantize_fp8(x: Tensor, scale: Tensor) -> Tensor:
     return (x.float() / scale).clamp_(-FP8_MAX, FP8_MAX).to(FP8)
 
 
+def cut_fp8(x: Tensor, scale: Tensor) -> Tensor:
+    """As `quantize_fp8`, but towards zero, not to the nearest: what vLLM's kernels for CPUs write into a cache."""
+    nearest = quantize_fp8(x, scale)
+    beyond = nearest.float().abs() > (x.float() / scale).abs()
+    return (nearest.view(torch.uint8) - beyond.to(torch.uint8)).view(FP8)  # magnitudes are ordered as their bits
+
+
 def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:
     """Float32 values of float8_e4m3fn codes; scale as it was."""
     return codes.float().mul_(scale)

@@ -157,9 +157,10 @@ class PerplexitySection(Section):
     phase: Literal["prefill", "decode"] = Field(
         default="prefill", description="What of activations with scope mix is measured: their dynamic or static scales."
     )
-    arithmetic: Literal["engine", "transformers"] = Field(
+    arithmetic: Literal["engine", "transformers", "vllm-cpu"] = Field(
         default="engine",
-        description="How quantized inputs are rounded: as serving engines do, or as transformers does.",
+        description="How quantized inputs and caches are rounded: as serving engines do, as transformers does, or as "
+        "vLLM on a CPU does, which rounds an fp8 cache towards zero.",
     )
 
     @model_validator(mode="after")

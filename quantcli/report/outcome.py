@@ -121,8 +121,14 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def arithmetic_note(scores: Mapping[str, Any]) -> str:
-    """What follows a protocol where inputs were not rounded as engines do."""
-    return ", inputs rounded as by transformers" if scores.get("arithmetic") == "transformers" else ""
+    """What follows a protocol where inputs or the cache were not rounded as most engines do."""
+    return _ARITHMETICS.get(scores.get("arithmetic", "engine"), "")
+
+
+_ARITHMETICS = {
+    "transformers": ", inputs rounded as by transformers",
+    "vllm-cpu": ", cache rounded towards zero as by vLLM on a CPU",
+}
 
 
 def _task_rows(task: str, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -94,9 +94,9 @@ def calibrated(
 class QuantizingCache(DynamicCache):
     """A cache that holds 8-bit codes' values, channel by channel, with the arithmetic spelled out."""
 
-    def __init__(self, scales: Sequence[AttentionScales | None]) -> None:
+    def __init__(self, scales: Sequence[AttentionScales | None], *, cut: bool = False) -> None:
         super().__init__()
-        self.scales = scales
+        self.scales, self.cut = scales, cut
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         scales = self.scales[layer_idx]
@@ -112,13 +112,20 @@ class QuantizingCache(DynamicCache):
                 column = x[:, head, :, channel]
                 index = head * x.shape[3] + channel
                 if len(scale) == 1:
-                    codes = (column / scale[0]).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+                    codes = (column / scale[0]).clamp(-448, 448)
+                    codes = towards_zero(codes) if self.cut else codes.to(torch.float8_e4m3fn).float()
                     result[:, head, :, channel] = codes * scale[0]
                 else:
                     zero = parts[f"{name}_offset"][index] if f"{name}_offset" in parts else 0.0
                     codes = torch.round(column / scale[index] + zero).clamp(-128, 127)
                     result[:, head, :, channel] = (codes - zero) * scale[index]
         return result
+
+
+def towards_zero(x: Tensor) -> Tensor:
+    """Float8_e4m3fn values, of all that there are the largest magnitude that is not beyond x."""
+    every = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return every[(every <= x.abs().unsqueeze(-1)).sum(-1) - 1].copysign(x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -129,6 +136,17 @@ def test_a_forward_pass_equals_one_with_a_cache_that_quantizes(kind: Kind, direc
     with simulated_attention(model, scales):
         found = logits(model)
     assert torch.equal(found, expected)
+
+
+def test_so_it_does_where_the_cache_rounds_towards_zero(directory: Path) -> None:
+    model = load(directory)
+    scales = calibrated(model, "fp8")
+    expected = logits(model, past_key_values=QuantizingCache(list(scales.values()), cut=True), use_cache=True)
+    with simulated_attention(model, scales, cut=True):
+        found = logits(model)
+    assert torch.equal(found, expected)
+    with simulated_attention(model, scales):
+        assert not torch.equal(found, logits(model))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "heads"])

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import quantcli
-from quantcli.errors import ModelError
+from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.store import Store
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.samples import calibration_samples
+from quantcli.pipeline.standalone import score_recipe
+from quantcli.recipe import load_recipe
 
 Recipe = dict[str, Any]
 MODULES = [f"model.layers.{index}.self_attn" for index in range(3)]
@@ -173,6 +175,42 @@ def test_what_is_quantized_shows_in_the_evaluation(recipe: Recipe, keys: dict[st
     assert found is not None
     assert found["float_model"] == plain["float_model"]
     assert found["kl_divergence"] > plain["kl_divergence"] * 1.01
+
+
+def test_an_fp8_cache_may_be_scored_as_vllm_rounds_it_on_a_cpu(recipe: Recipe) -> None:
+    """Towards zero, by a run and of its checkpoint alone; the float model is not run again."""
+    recipe = changed(recipe, quantize__kv_cache={"type": "float"})
+    nearest = quantcli.run(recipe)
+    cutting = changed(recipe, evaluate__perplexity__arithmetic="vllm-cpu")
+    cut = quantcli.run(cutting)
+    assert nearest.perplexity is not None
+    assert cut.perplexity is not None
+    assert cut.stages["reference"]["reused"]
+    assert cut.stages["export"]["reused"]
+    assert (nearest.perplexity["arithmetic"], cut.perplexity["arithmetic"]) == ("engine", "vllm-cpu")
+    assert cut.perplexity["float_model"] == nearest.perplexity["float_model"]
+    assert cut.perplexity["kl_divergence"] > nearest.perplexity["kl_divergence"] * 1.01
+    checkpoint = {"path": str(Path(recipe["output"]) / "export" / "compressed-tensors")}
+    alone = score_recipe(load_recipe({**cutting, "model": checkpoint, "quantize": {}}))
+    assert alone["quantized"] == cut.perplexity["quantized"]
+    assert alone["arithmetic"] == "vllm-cpu"
+
+
+@pytest.mark.parametrize("quantize", [{}, {"kv_cache": {}}, {"attention": {}}])
+def test_that_arithmetic_is_refused_without_an_fp8_cache(recipe: Recipe, quantize: dict[str, Any]) -> None:
+    recipe = changed(recipe, quantize=quantize, evaluate__perplexity__arithmetic="vllm-cpu")
+    recipe["export"] = {"formats": ["ascend"]}
+    for command in (quantcli.plan, quantcli.run):
+        with pytest.raises(RecipeError, match="arithmetic: vllm-cpu differs from engine in how an fp8 cache") as caught:
+            command(recipe)
+        assert "kv_cache: {type: float}" in caught.value.remedy
+    assert not Path(recipe["output"]).exists()
+    recipe = changed(recipe, evaluate__perplexity__arithmetic="engine")
+    quantcli.run(recipe)
+    checkpoint = {"path": str(Path(recipe["output"]) / "export" / "ascend")}
+    cutting = changed(recipe, model=checkpoint, quantize={}, evaluate__perplexity__arithmetic="vllm-cpu")
+    with pytest.raises(RecipeError, match="this model has none"):
+        score_recipe(load_recipe(cutting))
 
 
 @pytest.mark.parametrize(("kind", "form"), [("int", "ascend"), ("float", "compressed-tensors")])

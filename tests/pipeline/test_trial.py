@@ -43,10 +43,10 @@ def text_of(context: Context) -> EvaluationText:
 
 
 @contextmanager
-def models(recipe: Recipe, phase: Any = "prefill") -> Iterator[Callable[[], TrialModel]]:
+def models(recipe: Recipe, phase: Any = "prefill", arithmetic: Any = "engine") -> Iterator[Callable[[], TrialModel]]:
     with opened(recipe, "quantize") as context:
         store = Store(context.folder("quantize"))
-        yield lambda: TrialModel(context, store, None, text_of(context), phase)
+        yield lambda: TrialModel(context, store, None, text_of(context), phase, arithmetic)
 
 
 def numbers(scores: Scores) -> list[float]:
@@ -99,6 +99,20 @@ def test_with_nothing_rolled_back_it_is_the_exported_checkpoint(recipe: Recipe, 
     for key in ("increase", "kl_divergence", "agreement", "tokens", "windows"):
         assert math.isclose(scores[key], outcome.perplexity[key], rel_tol=1e-6, abs_tol=1e-9), key
     assert scores["kl_divergence"] > 0
+
+
+@pytest.mark.parametrize(("name", "arithmetic"), [("dynamic", "transformers"), ("fp8 cache", "vllm-cpu")])
+def test_it_computes_by_the_arithmetic_of_the_evaluation(recipe: Recipe, name: str, arithmetic: str) -> None:
+    recipe["quantize"] = SCHEMES[name]
+    found = {}
+    for each in ("engine", arithmetic):
+        outcome = quantcli.run(changed(recipe, evaluate__perplexity__arithmetic=each))
+        with models(recipe, arithmetic=each) as model:
+            scores = model().measure(())
+        assert outcome.perplexity is not None
+        assert math.isclose(scores.kl_divergence or 0, outcome.perplexity["kl_divergence"], rel_tol=1e-6)
+        found[each] = outcome.perplexity["kl_divergence"]
+    assert not math.isclose(found["engine"], found[arithmetic], rel_tol=1e-4)
 
 
 def test_with_everything_rolled_back_it_is_the_float_model(recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ from quantcli.quant.activation import (
     quantize_static,
     static_parameters,
 )
-from quantcli.quant.float8 import FP8, FP8_MAX, fp8_values_
+from quantcli.quant.float8 import FP8, FP8_MAX, cut_fp8, fp8_values_, quantize_fp8
 from quantcli.quant.gptq import factored, gptq
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, quantize_codes
 from quantcli.quant.methods import weight_error
@@ -51,6 +51,11 @@ def nearest(value: float) -> float:
     return min((abs(code - held), last_bit, code) for code, last_bit in CODES)[2]
 
 
+def below(value: float) -> float:
+    """The code of greatest magnitude that is not beyond the value, on its side of zero."""
+    return max((abs(code), code) for code, _ in CODES if abs(code) <= abs(value) and code * value >= 0)[1]
+
+
 def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -78,6 +83,23 @@ def test_codes_are_the_nearest_ones(values: list[float], scale: float) -> None:
 def test_ties_go_to_even_codes_and_what_is_too_large_to_the_largest() -> None:
     x = torch.tensor([17.0, 19.0, 2.0**-10, 3 * 2.0**-10, 440.0, 449.0, 480.0, 1e30, -1e30, -17.0])
     assert fp8_values_(x).tolist() == [16, 20, 0, 2**-8, 448, 448, 448, 448, -448, -16]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-600, 600, width=32), min_size=1, max_size=8), st.sampled_from([0.25, 1.0, 4.0]))
+def test_cut_codes_are_the_next_ones_towards_zero(values: list[float], scale: float) -> None:
+    codes = cut_fp8(torch.tensor(values), torch.tensor([scale]))
+    assert codes.dtype == FP8
+    assert codes.float().tolist() == [below(value / scale) for value in values]
+
+
+def test_codes_themselves_are_not_cut() -> None:
+    values, one = PATTERNS.view(FP8).float(), torch.ones(1)
+    assert torch.equal(cut_fp8(values, one).view(torch.uint8), PATTERNS)
+    between = (values[1:120] + values[:119]) / 2  # of two neighbours that are not negative
+    assert torch.equal(cut_fp8(between, one).float(), values[:119])
+    assert torch.equal(cut_fp8(-between, one).float(), -values[:119])
+    assert not torch.equal(quantize_fp8(between, one).float(), values[:119])
 
 
 @pytest.mark.parametrize("name", GRIDS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from quantcli.report.outcome import outcome_rows, scheme_rows
 
 
@@ -78,10 +80,18 @@ def test_numbers_that_json_cannot_hold_are_undefined_and_not_zero() -> None:
     assert rows["protocol"].startswith("standard, 1 window of 1024, ")
 
 
-def test_the_arithmetic_of_transformers_is_said() -> None:
-    scores = {**RESULT["perplexity"], "arithmetic": "transformers"}  # type: ignore[dict-item]
+@pytest.mark.parametrize(
+    ("arithmetic", "said"),
+    [
+        ("engine", ""),
+        ("transformers", ", inputs rounded as by transformers"),
+        ("vllm-cpu", ", cache rounded towards zero as by vLLM on a CPU"),
+    ],
+)
+def test_another_arithmetic_than_that_of_engines_is_said(arithmetic: str, said: str) -> None:
+    scores = {**RESULT["perplexity"], "arithmetic": arithmetic}  # type: ignore[dict-item]
     rows = dict(outcome_rows(PLAN, {**RESULT, "perplexity": scores}))
-    assert rows["protocol"].endswith("40920 tokens, inputs rounded as by transformers")
+    assert rows["protocol"].endswith(f"40920 tokens{said}")
 
 
 def test_a_run_without_evaluation_says_nothing_of_perplexity() -> None:

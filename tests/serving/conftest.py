@@ -40,27 +40,19 @@ def smollm2() -> Path:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Bring a run directory up to date with a recipe by the command line, less what only the report shows; its path.
 
-    `windows` are number and length of those that are scored; without them nothing is. `script` stands in for quantcli.
+    `windows` are number and length of those that are scored; without them nothing is.
     Recipes of one model follow each other in one directory, where they find what the float model puts out.
     """
     place = tmp_path_factory.mktemp("runs")
 
-    def bring(
-        directory: str,
-        recipe: str,
-        model: Path,
-        windows: tuple[int, int] | None,
-        *settings: str,
-        script: str | None = None,
-    ) -> Path:
+    def bring(directory: str, recipe: str, model: Path, windows: tuple[int, int] | None, *settings: str) -> Path:
         few = ["evaluate=null"]
         if windows is not None:
             number, length = windows
             few = [f"evaluate.perplexity.windows={number}", f"evaluate.perplexity.sequence_length={length}",
                    "evaluate.output_error=null", "evaluate.generate=null"]  # fmt: skip
         options = [part for setting in (*few, *settings) for part in ("--set", setting)]
-        program = ["-m", "quantcli"] if script is None else [str(HERE / script)]
-        command = [sys.executable, *program, "run", recipe, "--quiet", "--model", str(model)]
+        command = [sys.executable, "-m", "quantcli", "run", recipe, "--quiet", "--model", str(model)]
         subprocess.run([*command, "--output", str(place / directory), *options], check=True)
         return place / directory
 

@@ -176,7 +176,7 @@ def block_as_served(
     with (
         stream.block(index, left_out=left_out) as module,
         simulated(module, replaced, experts),
-        attention_as_stored(module, path, exported.attention, attention),
+        attention_as_stored(module, path, exported.attention, attention, arithmetic),
     ):
         yield
 
