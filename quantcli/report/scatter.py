@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from quantcli.report.markup import Markup, element
 from quantcli.report.numbers import round_size, short, size
 
+_Place = tuple[float, float]
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 400, 76, 24, 18, 58
 
 
@@ -57,11 +60,20 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
     parts.append(element("text", "size of the checkpoint", x=_WIDTH - _RIGHT, y=_HEIGHT - 8, class_="label axis end"))
     steps = "".join(f"{'L' if i else 'M'}{x:.1f} {y:.1f}" for i, (x, y) in enumerate(map(place, front)))
     parts.append(element("path", d=steps, class_="line front"))
-    taken: list[tuple[float, float, float]] = []  # left, right and middle of labels that are placed
+    halves = {
+        point: abs(point.error) * (_HEIGHT - _TOP - _BOTTOM) / losses.span
+        for point in points
+        if point.error and not logarithmic
+    }
+    # what no label is to lie on: the front, points, whiskers, and the labels before it
+    lines = list(pairwise(map(place, front)))
+    for point, reach in halves.items():
+        x, y = place(point)
+        lines.append(((x, y - reach), (x, y + reach)))
+    taken = [_Box(x - 7, x + 7, y - 7, y + 7) for x, y in map(place, points)]
     for point in sorted(points, key=lambda p: p.loss):
         x, y = place(point)
-        if point.error and not logarithmic:
-            half = abs(point.error) * (_HEIGHT - _TOP - _BOTTOM) / losses.span
+        if half := halves.get(point):
             parts.append(
                 element(
                     "line",
@@ -76,7 +88,7 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
         best = " best" if point in front else ""
         hint = element("title", f"{point.name}: {size(point.size)}, {loss} {short(point.loss, 4)}")
         parts.append(element("circle", hint, cx=x, cy=y, r=6, class_=f"point {point.look}{best}"))
-        parts.append(_label(point.name, x, y, taken))
+        parts.append(_label(point.name, x, y, taken, lines))
     return element(
         "figure",
         element("figcaption", f"{loss[0].upper()}{loss[1:]} against size"),
@@ -84,17 +96,47 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
     )
 
 
-def _label(name: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> Markup:
-    """The name beside its point, on the side that has room, moved up while it would cover another."""
+class _Box(NamedTuple):
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def meets(self, other: _Box) -> bool:
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
+
+    def crossed(self, start: _Place, end: _Place) -> bool:
+        """Whether the straight line from start to end enters it (Liang and Barsky's clipping)."""
+        (x, y), dx, dy = start, end[0] - start[0], end[1] - start[1]
+        enters, leaves = 0.0, 1.0
+        for step, room in ((-dx, x - self.left), (dx, self.right - x), (-dy, y - self.top), (dy, self.bottom - y)):
+            if step < 0:
+                enters = max(enters, room / step)
+            elif step > 0:
+                leaves = min(leaves, room / step)
+            elif room < 0:
+                return False
+        return enters <= leaves
+
+
+def _label(name: str, x: float, y: float, taken: list[_Box], lines: Sequence[tuple[_Place, _Place]]) -> Markup:
+    """The name beside its point, where it covers the least of what is drawn, and as near as that allows."""
     shown = name if len(name) <= 34 else f"{name[:33]}…"
     width = 8.6 * len(shown)
-    right = x + 12 + width < _WIDTH
-    left = x + 12 if right else x - 12 - width
-    while any(left < r and l < left + width and abs(m - y) < 17 for l, r, m in taken):  # noqa: E741
-        y -= 17
-    taken.append((left, left + width, y))
+    found: list[tuple[int, bool, float, _Box]] = []
+    for away in range(12):
+        for baseline in (y - 7 - 17 * away, y + 19 + 17 * away):
+            for right in (True, False):
+                left = x + 9 if right else x - 9 - width
+                box = _Box(left, left + width, baseline - 12, baseline + 4)
+                inside = left >= 0 and box.right <= _WIDTH and box.top >= 0 and box.bottom <= _HEIGHT - _BOTTOM
+                covered = sum(map(box.meets, taken)) + sum(box.crossed(*line) for line in lines)
+                found.append((covered + 100 * (not inside), right, baseline, box))
+    _, right, baseline, box = min(found, key=lambda each: each[0])  # the first of equals
+    taken.append(box)
     return element(
-        "text", shown, x=x + 9 if right else x - 9, y=y - 7, class_="label axis" if right else "label axis end"
+        "text", shown, x=x + 9 if right else x - 9, y=baseline, class_="label axis" if right else "label axis end"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,49 @@ def test_a_chart_is_drawn_of_one_point_and_of_equal_ones() -> None:
         chart = pareto_chart(points, "KL divergence", logarithmic=True)
         assert chart.count("<circle") == len(points)
         assert "nan" not in chart
+
+
+def _labels(chart: str, names: set[str]) -> dict[str, tuple[float, float, float, float]]:
+    """Left, right, top and bottom of each name in a chart, as letters of its font size mostly take."""
+    found = {}
+    for x, y, kind, name in re.findall(
+        r'<text x="([\d.]+)" y="([\d.]+)" class="(label axis[ a-z]*)">([^<]+)</text>', chart
+    ):
+        if name in names:
+            left = float(x) - (8.3 * len(name) if kind.endswith("end") else 0)
+            found[name] = (left, left + 8.3 * len(name), float(y) - 12, float(y) + 4)
+    return found
+
+
+CROWDS = {
+    "as in the documentation": [(113.1, 0.109), (163.5, 0.0475), (166.2, 0.00364)],
+    "a steep front": [(100, 0.5), (101, 0.1), (102, 0.02), (103, 0.004)],
+    "a flat front": [(100, 0.0104), (140, 0.0103), (180, 0.0102), (220, 0.0101)],
+    "beside each other": [(100, 0.01), (100.5, 0.0101), (101, 0.0099), (101.5, 0.0102), (99, 0.01)],
+}
+
+
+@pytest.mark.parametrize("crowd", CROWDS)
+@pytest.mark.parametrize("logarithmic", [True, False])
+def test_no_name_lies_on_the_front_a_point_or_another_name(crowd: str, logarithmic: bool) -> None:
+    points = [Point(f"w{i}a16-gptq", size * 1e6, loss, loss / 50) for i, (size, loss) in enumerate(CROWDS[crowd])]
+    chart = pareto_chart(points, "KL divergence", logarithmic=logarithmic)
+    boxes = _labels(chart, {point.name for point in points})
+    assert len(boxes) == len(points)
+    (path,) = re.findall(r'<path d="M([^"]+)" class="line front"/>', chart)
+    corners = [tuple(map(float, pair.split())) for pair in path.split("L")]
+    drawn = [
+        (x0 + (x1 - x0) * t / 500, y0 + (y1 - y0) * t / 500)
+        for (x0, y0), (x1, y1) in pairwise(corners)
+        for t in range(501)
+    ]
+    drawn += [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', chart)]
+    for name, (left, right, top, bottom) in boxes.items():
+        assert left >= 0, name
+        assert right <= 620, name
+        assert not [(x, y) for x, y in drawn if left < x < right and top < y < bottom], name
+        for other, (l, r, t, b) in boxes.items():  # noqa: E741
+            assert name == other or right <= l or r <= left or bottom <= t or b <= top, (name, other)
 
 
 def _three(tmp_path: Path) -> list[Path]:
