@@ -123,7 +123,7 @@ class _Box(NamedTuple):
 def _label(name: str, x: float, y: float, taken: list[_Box], lines: Sequence[tuple[_Place, _Place]]) -> Markup:
     """The name beside its point, where it covers the least of what is drawn, and as near as that allows."""
     shown = name if len(name) <= 34 else f"{name[:33]}…"
-    width = 8.6 * len(shown)
+    width = 11 * len(shown)  # of w8a8 in a wide font
     found: list[tuple[int, bool, float, _Box]] = []
     for away in range(12):
         for baseline in (y - 7 - 17 * away, y + 19 + 17 * away):

@@ -38,14 +38,15 @@ section > .scroll, section > .panels { margin-top: 10px; }
 .tile span { color: var(--soft); font-size: 13px; }
 .scroll { overflow-x: auto; background: linear-gradient(to right, var(--card) 40%, transparent) 0 / 36px 100% local,
   linear-gradient(to left, var(--card) 40%, transparent) 100% / 36px 100% local,
-  linear-gradient(to right, var(--shade), transparent) 0 / 14px 100%,
-  linear-gradient(to left, var(--shade), transparent) 100% / 14px 100%; background-repeat: no-repeat; }
+  linear-gradient(to right, transparent, var(--shade) 2px, transparent) 0 / 14px 100%,
+  linear-gradient(to left, transparent, var(--shade) 2px, transparent) 100% / 14px 100%;
+  background-repeat: no-repeat; }
 table { border-collapse: collapse; font-size: 14px; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-top: 1px solid var(--rule); }
 thead th { border-top: 0; color: var(--soft); font-weight: 600; font-size: 13px; }
 tbody tr:first-child > * { border-top: 0; } thead + tbody tr:first-child > * { border-top: 1px solid var(--rule); }
 .facts th { color: var(--soft); font-weight: 400; width: 170px; } .facts td { overflow-wrap: anywhere; }
-.whole { white-space: nowrap; } .dense table { font-size: 13px; } .dense th, .dense td { padding-right: 11px; }
+.whole { white-space: nowrap; } .dense table { font-size: 13px; } .dense th, .dense td { padding-right: 9px; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .sortable th { cursor: pointer; } .sortable th:hover { color: var(--accent); }
 .sortable th[aria-sort=ascending]::after { content: " \\2191"; }

@@ -42,14 +42,14 @@ def test_a_chart_is_drawn_of_one_point_and_of_equal_ones() -> None:
 
 
 def _labels(chart: str, names: set[str]) -> dict[str, tuple[float, float, float, float]]:
-    """Left, right, top and bottom of each name in a chart, as letters of its font size mostly take."""
+    """Left, right, top and bottom of each name in a chart, of a wide font."""
     found = {}
     for x, y, kind, name in re.findall(
         r'<text x="([\d.]+)" y="([\d.]+)" class="(label axis[ a-z]*)">([^<]+)</text>', chart
     ):
         if name in names:
-            left = float(x) - (8.3 * len(name) if kind.endswith("end") else 0)
-            found[name] = (left, left + 8.3 * len(name), float(y) - 12, float(y) + 4)
+            left = float(x) - (9.6 * len(name) if kind.endswith("end") else 0)
+            found[name] = (left, left + 9.6 * len(name), float(y) - 12, float(y) + 4)
     return found
 
 

@@ -36,7 +36,10 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     report_paths([one], folder / "run.html", overwrite=False)
     report_paths([large], folder / "large.html", overwrite=False)
     report_paths([one, other], folder / "comparison.html", overwrite=False)
-    return {name: folder / f"{name}.html" for name in ("run", "comparison", "large")}
+    losses = {"w4a16-gptq": (113.1, 0.0581), "w8a8": (163.5, 0.0234), "w8a16": (166.2, 0.00311)}
+    three = [save_run(folder / name, bytes=int(size * 1e9), kl=kl) for name, (size, kl) in losses.items()]
+    report_paths(three, folder / "charts.html", overwrite=False)
+    return {name: folder / f"{name}.html" for name in ("run", "comparison", "large", "charts")}
 
 
 @pytest.mark.parametrize("name", ["run", "comparison", "large"])
@@ -97,6 +100,30 @@ def test_tables_of_a_narrow_window_scroll_in_their_boxes_to_the_last_column(
         assert table["cut"] <= 0
         assert table["facts"] or table["height"] < 160
     assert browser.evaluate("document.documentElement.scrollWidth") <= 400
+
+
+_NAMES = """
+[...document.querySelectorAll("svg")].filter(svg => svg.querySelector(".front")).map(svg => {
+  const front = svg.querySelector(".front"), length = front.getTotalLength();
+  const line = [...Array(501).keys()].map(i => front.getPointAtLength(length * i / 500));
+  return [...svg.querySelectorAll("text")].filter(text => /w[48]a|float/.test(text.textContent)).map(text => {
+    const box = text.getBBox(), right = box.x + box.width;
+    const on = line.filter(p => box.x < p.x && p.x < right && box.y + 3 < p.y && p.y < box.y + box.height - 3);
+    return { left: box.x, over: right - svg.viewBox.baseVal.width, on: on.length };
+  });
+})
+"""
+
+
+def test_names_in_charts_are_whole_and_off_the_line(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.send("Emulation.setDeviceMetricsOverride", width=1100, height=900, deviceScaleFactor=1, mobile=False)
+    browser.open(pages["charts"])
+    charts = browser.evaluate(_NAMES)
+    assert [len(names) for names in charts] == [3, 4]
+    for name in (name for names in charts for name in names):
+        assert name["left"] >= 0
+        assert name["over"] <= 0
+        assert name["on"] == 0
 
 
 def test_light_and_dark_differ_and_text_is_readable_in_both(browser: Browser, pages: dict[str, Path]) -> None:
