@@ -26,8 +26,7 @@ SCHEMES: dict[str, Any] = {
     "W4A16": {"weights": {"bits": 4, "granularity": "group", "group_size": 64, "method": "minmax"}},
 }
 SEARCHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "auto, saved": ("W8A8", {"method": "auto", "save_model": True}),
-    "auto, rotated": ("W8A8", {"method": "auto", "rotation": {}}),
+    "auto, rotated and saved": ("W8A8", {"method": "auto", "rotation": {}, "save_model": True}),
     "awq with clip": ("W4A16", {"method": "awq"}),
 }
 STAGE = """

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.serving
 QUICK = ["calibration.samples=2", "smooth={method: iterative}"]
 RUNS = {
     "W8A8 dynamic": ["w8a8-dynamic"],
-    "W8A8 dynamic, rotated": ["w8a8-dynamic", "smooth={method: rotate}"],  # its head no longer is the embedding
     # whose kernel for CPUs cuts e4m3 towards zero (below), where the evaluation rounds to nearest if it is not told
     "W8A8 dynamic, fp8 cache": [
         "w8a8-dynamic", "quantize.kv_cache={type: float}", "evaluate.perplexity.arithmetic=vllm-cpu",
