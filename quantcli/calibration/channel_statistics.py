@@ -21,7 +21,7 @@ class ChannelStatistics:
     the deviation of sample i unbiased, over all its tokens and channels. These two depend on the order of the samples,
     not on how they are divided into batches. Tensors are float32 [channels]; sums are float64 where the device has it.
 
-    With `by_sample` the extremes of each sample are kept as well: min_t x_itc and max_t x_itc [samples, channels].
+    With `by_sample` the extremes of each sample are kept as well: min_t x_itc and max_t x_itc, [2, samples, channels].
 
     Attributes:
         count: tokens seen; with none seen, every statistic is zero.
@@ -30,8 +30,7 @@ class ChannelStatistics:
 
     def __init__(self, channels: int, device: torch.device | str = "cpu", by_sample: bool = False) -> None:
         self.channels = channels
-        self.by_sample = by_sample
-        self._extremes: list[tuple[Tensor, Tensor]] = []
+        self._extremes: list[Tensor] | None = [] if by_sample else None
         self.device = torch.device(device)
         self.count = 0
         self.non_finite = 0
@@ -67,8 +66,8 @@ class ChannelStatistics:
             self.non_finite += int(x.numel() - finite.sum())
             x = x.where(finite, 0)
             low, high = x.amin(0), x.amax(0)
-        if self.by_sample:
-            self._extremes.append((low, high))
+        if self._extremes is not None:
+            self._extremes.append(torch.stack((low, high)))
         self._minimum = torch.minimum(self._minimum, low)
         self._maximum = torch.maximum(self._maximum, high)
         middle = (self._maximum + self._minimum) / 2
@@ -87,12 +86,10 @@ class ChannelStatistics:
         return self._seen(self._maximum)
 
     @property
-    def sample_extremes(self) -> tuple[Tensor, Tensor]:
-        """The least and the largest value of each channel in each sample, [samples, channels] both; none without
-        `by_sample`."""
-        nothing = self._minimum.new_zeros(0, self.channels)
-        lows, highs = zip(*self._extremes, strict=True) if self._extremes else ((), ())
-        return (torch.stack(lows), torch.stack(highs)) if lows else (nothing, nothing)
+    def sample_extremes(self) -> Tensor | None:
+        """The least and the largest value of each channel in each sample, [2, samples, channels]; None where none are
+        kept."""
+        return torch.stack(self._extremes, 1) if self._extremes else None
 
     @property
     def mean_absolute(self) -> Tensor:

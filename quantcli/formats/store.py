@@ -126,13 +126,13 @@ class Store:
         self.schemes: dict[str, Scheme] = {}
         for name, entry in content["quantized"].items():
             self.blocks[name] = entry.pop("block")
-            self.schemes[name] = Scheme(**entry)
+            self.schemes[name] = Scheme.from_json(entry)
         self.attention: AttentionScheme | None = None
         self.attention_modules: dict[str, int] = {}
         if content.get("attention"):
             entry = dict(content["attention"])
             self.attention_modules = entry.pop("modules")
-            self.attention = AttentionScheme(**entry)
+            self.attention = AttentionScheme.from_json(entry)
 
     def read(self, name: str) -> StoredLinear:
         """The stored codes and scales of one linear."""

@@ -95,16 +95,13 @@ def _whole(group: Group, seen: Seen) -> Group:
         return group
     one, other = seen.apart, seen.rest
     counts = one.count + other.count
-    extremes = None
-    if group.sample_extremes is not None:
-        pairs = zip(one.sample_extremes, other.sample_extremes, strict=True)
-        extremes = (torch.cat(next(pairs)), torch.cat(next(pairs)))
+    extremes = [each for each in (one.sample_extremes, other.sample_extremes) if each is not None]
     return replace(
         group,
         minimum=torch.minimum(one.minimum, other.minimum),
         maximum=torch.maximum(one.maximum, other.maximum),
         mean_absolute=(one.mean_absolute * one.count + other.mean_absolute * other.count) / counts,
-        sample_extremes=extremes,
+        sample_extremes=torch.cat(extremes, 1) if extremes else None,
     )
 
 
@@ -118,7 +115,7 @@ def _shifted(group: Group, shift: Tensor) -> Group:
         mean_absolute=tokens.abs().mean(0),
         tokens=tokens,
         fitted=None if group.fitted is None else group.fitted - shift,
-        sample_extremes=None if extremes is None else (extremes[0] - shift, extremes[1] - shift),
+        sample_extremes=None if extremes is None else extremes - shift,
         shift=shift,
     )
 
@@ -288,7 +285,7 @@ class GroupSource:
             spread=statistics.spread,
             tokens=tokens,
             fitted=fitted,
-            sample_extremes=statistics.sample_extremes if statistics.by_sample else None,
+            sample_extremes=statistics.sample_extremes,
             beyond=torch.stack(others).amax(0) if others else None,
         )
 

@@ -55,10 +55,9 @@ def inputs_seen(
     per_sample = -(-section.search_tokens // kept)
     apart = section.method == "auto" and samples > 1
     device, inside = context.device, {name for layer in block.experts for name in layer.leaving}
-    found = {}
+    found, treatments = {}, context.plan.treatments
     for shared in wanted:
-        treatments = [context.plan.treatments.get(name) for name in shared.linears]
-        by_sample = any(treatment is not None and treatment.averages for treatment in treatments)
+        by_sample = any(treatments[name].averages for name in shared.linears if name in treatments)
         one, other = (ChannelStatistics(shared.width, device, by_sample) for _ in range(2))
         found[shared.name] = shared, Seen([], one, other)
 

@@ -145,16 +145,18 @@ def int8_linear(
     """
     if weight_scale.shape[1] > 1:
         return _grouped_linear(x_codes, x_scale, x_zero_point, weight_codes, weight_scale, bias, dtype)
-    sums, columns = None, weight_scale.float().view(1, -1)
-    if isinstance(x_zero_point, Tensor) or x_zero_point:
-        sums = weight_codes.sum(1, dtype=torch.int32).long()  # summed in int64 it takes forty times as long
+    columns, by_token, offset = weight_scale.float().view(1, -1), None, None
+    if isinstance(x_zero_point, Tensor):
+        by_token, offset = x_zero_point.double(), _row_sums(weight_codes).double()  # which holds their product exactly
+    elif x_zero_point:
+        offset = x_zero_point * _row_sums(weight_codes)
 
     def product(part: slice) -> Tensor:
         integers = _integer_product(x_codes[part], weight_codes)
-        if sums is not None and isinstance(x_zero_point, Tensor):  # float64 holds z * sum exactly
-            integers = integers.double().addcmul_(x_zero_point[part].double(), sums.double(), value=-1)
-        elif sums is not None:
-            integers -= ((x_zero_point or 0) * sums).to(integers.dtype)
+        if by_token is not None and offset is not None:
+            integers = integers.double().addcmul_(by_token[part], offset, value=-1)
+        elif offset is not None:
+            integers -= offset.to(integers.dtype)
         return integers.to(torch.float32).mul_(columns)
 
     rows = x_codes.shape[0] if x_codes.is_cuda else max(32, _CPU_ELEMENTS // weight_codes.shape[0])
@@ -163,6 +165,11 @@ def int8_linear(
 
 Int8Linear = Callable[[Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
 """(x_codes, x_scale, bias, dtype) to `int8_linear` of them and of a weight."""
+
+
+def _row_sums(codes: Tensor) -> Tensor:
+    """Int64 [rows]. Summed in int64 they take forty times as long, and int32 holds them."""
+    return codes.sum(1, dtype=torch.int32).long()
 
 
 def prepared_int8_linear(x_zero_point: int | None, weight_codes: Tensor, weight_scale: Tensor) -> Int8Linear:

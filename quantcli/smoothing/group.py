@@ -36,7 +36,7 @@ class Group:
         tokens: inputs kept for searches, float32 [T, C].
         fitted: those of them that a descent looks at, float32 [F, C], which are not among `tokens` then; None if it
             looks at these.
-        sample_extremes: least and largest x in each sample, float32 [samples, C] both, for a static range that is their
+        sample_extremes: least and largest x in each sample, float32 [2, samples, C], for a static range that is their
             mean; None where none is.
         shift: what was subtracted from x and the linears give back in their biases, float32 [C]; None for nothing.
         beyond: max |w| in each column of the linears that are not held, float32 [C]; None if all are.
@@ -51,7 +51,7 @@ class Group:
     spread: float
     tokens: Tensor
     fitted: Tensor | None = None
-    sample_extremes: tuple[Tensor, Tensor] | None = None
+    sample_extremes: Tensor | None = None
     shift: Tensor | None = None
     beyond: Tensor | None = None
 

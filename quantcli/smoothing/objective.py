@@ -56,9 +56,10 @@ Targets = Sequence[Target | None]
 
 def static_range(group: Group, scale: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """The range of x/s over all inputs seen, or the mean of those of samples; other methods have about the first."""
-    if target.averaged and group.sample_extremes is not None:
-        low, high = group.sample_extremes
-        return (low / scale).amin(1).mean(), (high / scale).amax(1).mean()
+    if target.averaged:
+        assert group.sample_extremes is not None
+        low, high = group.sample_extremes / scale
+        return low.amin(1).mean(), high.amax(1).mean()
     return (group.minimum / scale).amin(), (group.maximum / scale).amax()
 
 
@@ -144,9 +145,8 @@ class ExpectedNoise:
     output. Without a product with the tokens it is far cheaper than `output_error`, though less exact.
     """
 
-    def __init__(self, group: Group, targets: Targets, tokens: int = 128) -> None:
-        seen = group.tokens if group.fitted is None else group.fitted
-        kept = seen[:: max(1, len(seen) // tokens)]
+    def __init__(self, group: Group, targets: Targets) -> None:
+        kept = group.tokens if group.fitted is None else group.fitted
         self.group = group
         outputs = _unshifted(group, [kept @ weight.t() for weight in group.weights])
         share = token_shares(outputs)

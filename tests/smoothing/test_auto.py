@@ -74,7 +74,7 @@ def test_auto_sees_the_range_that_is_the_mean_of_samples() -> None:
     x = torch.randn(20, 10, 16, generator=generator)
     x[0, 0, 5] = 400.0
     group = group_from(x[1:].flatten(0, 1), *random_group(1).weights)
-    group = replace(group, maximum=x.amax((0, 1)), sample_extremes=(x.amin(1), x.amax(1)))
+    group = replace(group, maximum=x.amax((0, 1)), sample_extremes=torch.stack((x.amin(1), x.amax(1))))
     target = replace(by_row(8), activations="static")
     extremes, mean = (auto(group, group, [each, each]).scale for each in (target, replace(target, averaged=True)))
     assert extremes[5] / extremes.median() > 3 * mean[5] / mean.median()

@@ -179,7 +179,7 @@ def test_a_range_that_is_the_mean_of_samples_is_judged_as_such(symmetric: bool) 
     group = gaussian()
     x = group.tokens.view(4, -1, group.tokens.shape[1]).clone()
     x[1] *= 7  # so that means and extremes differ
-    group = replace(group, tokens=x.flatten(0, 1), sample_extremes=(x.amin(1), x.amax(1)))
+    group = replace(group, tokens=x.flatten(0, 1), sample_extremes=torch.stack((x.amin(1), x.amax(1))))
     group = replace(group, minimum=group.tokens.amin(0), maximum=group.tokens.amax(0))
     scale = scale_of(group)
     scaled = x / scale
