@@ -92,11 +92,23 @@ class StoredArray:
         """The array, from the file opened anew. Raises ModelError if the file has become shorter."""
         import numpy as np
 
+        return self.shaped(next(self.pieces(file, prod(self.shape)), np.empty(0, f"<{self.kind}")))
+
+    def shaped(self, elements: NDArray[Any]) -> NDArray[Any]:
+        """The array of all elements, in the order in which they are stored."""
+        return elements.reshape(self.shape, order=self.order)  # type: ignore[call-overload]
+
+    def pieces(self, file: IO[bytes], most: int) -> Iterator[NDArray[Any]]:
+        """The elements in the order in which they are stored, at most `most` at a time. Raises as `read`."""
+        import numpy as np
+
         file.seek(self.offset)
-        data = np.fromfile(file, dtype=np.dtype(f"<{self.kind}"), count=prod(self.shape))
-        if data.nbytes != self.nbytes:
-            raise ModelError(f"{file.name} ends inside an array.", "Export it again.")
-        return data.reshape(self.shape, order=self.order)  # type: ignore[call-overload]
+        for start in range(0, prod(self.shape), max(most, 1)):
+            count = min(most, prod(self.shape) - start)
+            data = np.fromfile(file, dtype=np.dtype(f"<{self.kind}"), count=count)
+            if len(data) != count:
+                raise ModelError(f"{file.name} ends inside an array.", "Export it again.")
+            yield data
 
 
 def read_places(path: Path) -> dict[str, StoredArray]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,7 @@ from quantcli.model.writer import PlannedTensor
 
 _KINDS = {"f8": "F64", "f4": "F32", "f2": "F16", "i8": "I64", "i4": "I32", "i2": "I16", "i1": "I8", "u1": "U8",
           "b1": "BOOL"}  # fmt: skip
+_PIECE = 1 << 20  # elements that are converted at a time
 
 
 def write_dictionaries(folder: Path, planned: Sequence[PlannedTensor], produce: Callable[[str], Tensor]) -> list[Path]:
@@ -90,14 +92,14 @@ class NpyCheckpoint(Checkpoint):
                     raise ModelError(f"{file} holds {key[:100]}, which does not belong there.", "Export it again.")
                 self.places[name] = place
                 self.entries[name] = _Entry(name, file, place.shape, _KINDS[place.kind], place.nbytes)
-        for name in self._rounded():
+        for name in self._names_rounded():
             entry = self.entries.get(name)
             if entry is None or entry.dtype != "F32":
                 raise ModelError(f"{directory / ROUNDED} names {name[:100]}, which is no tensor of float32.",
                                  "Export it again.")  # fmt: skip
             self.entries[name] = _Entry(name, entry.file, entry.shape, "BF16", entry.nbytes)
 
-    def _rounded(self) -> set[str]:
+    def _names_rounded(self) -> set[str]:
         path = self.directory / ROUNDED
         names = read_json(path).get("bfloat16") if path.exists() else []
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -112,10 +114,18 @@ class NpyCheckpoint(Checkpoint):
                 raise ModelError(f"{self.directory}: tensor {name} is missing.", "Export it again.")
             entry = self.entries[name]
             with entry.file.open("rb") as file:
-                tensor = torch.from_numpy(self.places[name].read(file))
-            if entry.dtype == "BF16":
-                stored, tensor = tensor, tensor.bfloat16()
-                if not torch.equal(stored.view(torch.int32), tensor.float().view(torch.int32)):
-                    raise ModelError(f"{entry.file}: {name} holds values that are not bfloat16.", "Export it again.")
-            found[name] = tensor
+                if entry.dtype == "BF16":
+                    found[name] = _rounded(name, self.places[name], file)
+                else:
+                    found[name] = torch.from_numpy(self.places[name].read(file))
         return found
+
+
+def _rounded(name: str, place: StoredArray, file: IO[bytes]) -> Tensor:
+    """A tensor of bfloat16 that is stored in float32, of which a part at a time is in memory."""
+    flat = torch.empty(prod(place.shape), dtype=torch.bfloat16)
+    for piece, target in zip(place.pieces(file, _PIECE), flat.split(_PIECE), strict=False):  # of nothing no piece
+        stored = torch.from_numpy(piece)
+        if not torch.equal(stored.view(torch.int32), target.copy_(stored).float().view(torch.int32)):
+            raise ModelError(f"{file.name}: {name} holds values that are not bfloat16.", "Export it again.")
+    return torch.from_numpy(place.shaped(flat.view(torch.int16).numpy())).view(torch.bfloat16)

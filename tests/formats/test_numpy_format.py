@@ -24,7 +24,7 @@ from quantcli.errors import ModelError, VerificationError
 from quantcli.formats import npy
 from quantcli.formats.ascend import type_name
 from quantcli.formats.npy import refusal
-from quantcli.model import npy_names
+from quantcli.model import npy_file, npy_names
 from quantcli.model.npy_dictionary import DictionaryWriter, read_places
 from quantcli.model.npy_file import NpyCheckpoint
 from quantcli.model.npy_names import FILES, name_of, place_of
@@ -321,6 +321,24 @@ class Evil:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (4, 7), (3,), (0, 4), (2, 3, 7)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_tensor_of_bfloat16_is_read_in_parts(
+    shape: tuple[int, ...], order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(npy_file, "_PIECE", 7)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    array = np.array(tensor.float().numpy(), order=order)  # type: ignore[call-overload]
+    np.save(tmp_path / "others.npy", {"n.bias": array})  # type: ignore[arg-type]
+    (tmp_path / "bfloat16.json").write_text('{"bfloat16": ["n.bias"]}', encoding="utf-8")
+    assert torch.equal(NpyCheckpoint(tmp_path).read(["n.bias"])["n.bias"], tensor)
+    if array.size:
+        array[(-1,) * array.ndim] += 1e-6
+        np.save(tmp_path / "others.npy", {"n.bias": array})  # type: ignore[arg-type]
+        with pytest.raises(ModelError, match="not bfloat16"):
+            NpyCheckpoint(tmp_path).read(["n.bias"])
 
 
 def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
