@@ -31,35 +31,40 @@ class Curvature:
     hessian: Tensor
 
 
-def factored(hessian: Tensor, damping: float = 0.01, natural: bool = False) -> Curvature:
-    """Factor a Hessian H [in, in] float32 for `gptq`. Channels that never held anything are left without compensation.
-    `natural` keeps channels in their own order.
-
-    Damping is relative to each channel, as Marquardt has it: H_jj (1 + damping). Where H does not factor it is
-    multiplied by 10, then by 100; `Curvature.damping` says which one was used. Raises ValueError for a Hessian that
-    holds values that are not finite, or that does not factor even then.
-    """
+def factored(hessian: Tensor, damping: float = 0.01) -> Curvature:
+    """Factor a Hessian H [in, in] float32 for `gptq`. Raises as `inverse_factor`."""
     diagonal = hessian.diagonal()
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    backwards = order.flip(0)
+    factor, used = inverse_factor(hessian[backwards][:, backwards], damping)
+    return Curvature(order, factor.flip(0, 1), used, hessian)
+
+
+def inverse_factor(matrix: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
+    """Lower triangular V with (M + damping · diag M)⁻¹ = Vᵀ V, and the damping that was used; M [n, n] float32.
+
+    Damping is relative to each channel, as Marquardt has it: M_jj (1 + damping). Where M does not factor it is
+    multiplied by 10, then by 100. Channels that never held anything are left without compensation. Raises ValueError
+    for a matrix that holds values that are not finite, or that does not factor even then.
+    """
+    diagonal = matrix.diagonal()
     if not bool(torch.isfinite(diagonal).all()):
         raise ValueError("the Hessian holds values that are not finite")
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    if natural:
-        order = torch.arange(len(diagonal), device=hessian.device)
     # Solved for channels of variance one: the factor's rounding is then relative to each channel
-    unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[order]
+    unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     for step in DAMPING_STEPS:
         used = min(1.0, damping * step)
         # made anew at each step, and let go of at once: these matrices are the most that solving a block holds
-        normal = hessian[order][:, order].mul_(unit).mul_(unit[:, None])
+        normal = (matrix * unit).mul_(unit[:, None])
         normal.diagonal().copy_(torch.full_like(unit, 1.0 + used))
-        matrix, info = torch.linalg.cholesky_ex(normal)
-        del normal
-        if not info:
-            matrix = torch.cholesky_inverse(matrix)
-            matrix, info = torch.linalg.cholesky_ex(matrix, upper=True)
-        if not info and bool(torch.isfinite(matrix).all()):
-            # of S N S with S = 1 / unit: the inverse is unit N⁻¹ unit, its factor U has its columns scaled
-            return Curvature(order, matrix.mul_(unit), used, hessian)
+        lower, info = torch.linalg.cholesky_ex(normal)  # N = L Lᵀ, and so N⁻¹ = Vᵀ V of V = L⁻¹
+        if info:
+            continue
+        torch.eye(len(unit), device=matrix.device, out=normal)
+        torch.linalg.solve_triangular(lower, normal, upper=False, out=normal)
+        if bool(torch.isfinite(normal).all()):
+            # of S N S with S = 1 / unit: the inverse is unit N⁻¹ unit, its factor V has its columns scaled
+            return normal.mul_(unit), used
     raise ValueError(f"the Hessian does not factor with {used:.0%} of its diagonal added")
 
 

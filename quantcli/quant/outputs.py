@@ -8,17 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantcli.quant.gptq import Curvature, factored
+from quantcli.quant.gptq import Curvature, inverse_factor
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, nearest_codes_
-from quantcli.quant.refine import refitted
 
 RUN = 32
 """Outputs of a run, which is mostly an attention head: those of one rank in their runs are rounded together, as a
 lot."""
 CHUNK = 16
 """Channels that are rounded one after the other before others learn of it."""
-CAUTION = (1.0, 2.0)
-"""How much steeper the loss is taken to be in a descent: rows that change at once may be in each other's way."""
+ITERATIONS = 2
+"""Of conjugate gradients, for scales: what more of them gain, the codes that follow gain without."""
+ATTEMPTS = 3
+"""How often lots of a wave are asked whether their changes help; the last time all go back if those of one do not."""
 
 
 def mixed_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, outputs: Tensor) -> float:
@@ -36,8 +37,8 @@ def mixed_outputs(
     change of the loss L if the two are independent (K-FAC, Martens & Grosse 2015). A diagonal G has no effect, so that
     `gptq` does without it. What is off the diagonal lets an error of one output be made good by others, as H does with
     channels (BoA, Kim et al. 2024, for heads; YAQA, Tseng et al. 2025, in full). On the scales of `start` codes are
-    found anew; then `sweeps` times scales are fitted to them and codes descended, each row aiming at
-    w_i + Σ_{k≠i} G_ik / G_ii (w_k − ŵ_k). The best of all states is returned, `start` included.
+    found anew; then `sweeps` times all scales are fitted to them together, and codes descended. Where that ends above
+    `start`, this is returned.
 
     weight [out, in] float32; outputs float32 [out, out].
     """
@@ -45,24 +46,18 @@ def mixed_outputs(
     hessian, mixing = curvature.hessian, outputs[layout.rows][:, layout.rows]
     before = mixed_error(weight, start, hessian, outputs)
     found = _rounded(weight, start, grid, curvature, mixing, layout)
-    least = mixed_error(weight, found, hessian, outputs)
     for _ in range(sweeps):
-        fitted = refitted(_aims(weight, found, outputs), found, grid, hessian)
-        for caution in CAUTION:
-            tried = _descended(weight, fitted, grid, hessian, mixing, layout, caution)
-            lost = mixed_error(weight, tried, hessian, outputs)
-            if lost < least:
-                found, least = tried, lost
-                break
-        else:  # as another sweep would end
-            break
-    return (found, before, least) if least < before else (start, before, before)
+        found = _fitted(weight, found, grid, hessian, outputs)
+        found = _descended(weight, found, grid, hessian, mixing, layout)
+    after = mixed_error(weight, found, hessian, outputs)
+    return (found, before, after) if after < before else (start, before, before)
 
 
 @dataclass(frozen=True)
 class _Layout:
     """How a weight [out, in] is laid out to be rounded: rows [out] and columns [in] in their orders, as
-    [lots, rows of a lot, chunks, columns of a chunk]. Lots, and chunks, are rounded one after the other."""
+    [lots, rows of a lot, chunks, columns of a chunk]. Chunks are rounded one after the other, and lots the last one
+    first: so what is rounded at a time lies on a diagonal, where views reach it."""
 
     rows: Tensor
     columns: Tensor
@@ -83,14 +78,18 @@ class _Layout:
         values[self.rows[:, None], self.columns] = laid.reshape(values.shape).to(dtype)
         return values
 
-    def waves(self) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
-        """Lots that are under way at a time, as a slice and as numbers; the chunk where each of them is, and the first
-        of these. A lot waits for earlier lots to have done a chunk before it begins it, so that each is one behind."""
+    def waves(self) -> Iterator[tuple[slice, slice]]:
+        """Lots that are under way at a time, and the chunks where they are, one each. A lot waits for those before it
+        to have done a chunk before it begins it, so that each is one behind."""
         chunks = len(self.columns) // self.chunk
         for wave in range(self.lots + chunks - 1):
             first, last = max(0, wave - chunks + 1), min(self.lots - 1, wave)
-            who = torch.arange(first, last + 1, device=self.rows.device)
-            yield slice(first, last + 1), who, wave - who, wave - last
+            yield slice(self.lots - 1 - last, self.lots - first), slice(wave - last, wave - first + 1)
+
+
+def _diagonal(laid: Tensor, lots: slice, chunks: slice) -> Tensor:
+    """What is at work of [lots, rows, chunks, columns], each lot at its chunk: a view [lots, columns, rows]."""
+    return laid[lots, :, chunks].diagonal(dim1=0, dim2=2).permute(2, 1, 0)
 
 
 def _layout(weight: Tensor, curvature: Curvature, outputs: Tensor) -> _Layout:
@@ -99,7 +98,7 @@ def _layout(weight: Tensor, curvature: Curvature, outputs: Tensor) -> _Layout:
     lots, chunk = largest_divisor(rows, RUN), largest_divisor(width, CHUNK)
     ranked = torch.argsort(outputs.diagonal().view(-1, lots), dim=1, descending=True, stable=True)
     first = torch.arange(0, rows, lots, device=weight.device)[:, None]
-    return _Layout((first + ranked).t().flatten(), curvature.order, lots, chunk)
+    return _Layout((first + ranked).t().flatten().flip(0), curvature.order, lots, chunk)
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -107,83 +106,133 @@ def largest_divisor(number: int, most: int) -> int:
     return next(each for each in range(min(number, most), 0, -1) if number % each == 0)
 
 
-def _aims(weight: Tensor, quantized: QuantizedWeight, outputs: Tensor) -> Tensor:
-    """What each row is to be, with all others as they are."""
-    diagonal = outputs.diagonal()
-    shares = outputs / torch.where(diagonal > 0, diagonal, torch.inf)[:, None]
-    shares.fill_diagonal_(0)
-    return torch.addmm(weight.float(), shares, weight.float() - dequantize(quantized))
+def _fitted(
+    weight: Tensor,
+    quantized: QuantizedWeight,
+    grid: WeightGrid,
+    hessian: Tensor,
+    outputs: Tensor,
+    iterations: int = ITERATIONS,
+) -> QuantizedWeight:
+    """Scales that fit the codes better, all of them together, by conjugate gradients, which start with each scale by
+    itself: its curvature is G_ii c H cᵀ, with c = q − z of its group. As they are stored they are taken if the error
+    falls."""
+    rows, groups = quantized.scale.shape
+    codes = quantized.codes.float()
+    if quantized.zero_point is not None:
+        codes -= quantized.zero_point.float().repeat_interleave(codes.shape[1] // groups, 1)
+    grouped = codes.view(rows, groups, -1)
+    inside = hessian.view(groups, grouped.shape[2], groups, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    steep = (torch.bmm(grouped.transpose(0, 1), inside).transpose(0, 1) * grouped).sum(-1) * outputs.diagonal()[:, None]
+    alone = torch.where(steep > 0, 1 / steep, 0.0)
+
+    def slope(difference: Tensor) -> Tensor:
+        """How much each scale takes part in G · difference · H."""
+        return ((outputs @ difference.view(rows, -1) @ hessian).view_as(grouped) * grouped).sum(-1)
+
+    scale = quantized.scale.float()
+    first = left = slope(weight.float() - dequantize(quantized))
+    moved, direction, energy = torch.zeros_like(scale), alone * left, (left * alone * left).sum()
+    for _ in range(iterations):
+        along = slope(grouped * direction.unsqueeze(-1))
+        curvature = (direction * along).sum()
+        if energy <= 0 or curvature <= 0:
+            break
+        moved += energy / curvature * direction
+        left = left - energy / curvature * along
+        before, energy = energy, (left * alone * left).sum()
+        direction = alone * left + energy / before * direction
+    found = grid.stored(scale + moved)
+    if not grid.full_range:
+        found = torch.where(found > 0, found, scale)
+    moved = found - scale
+    if (moved * (2 * first - slope(grouped * moved.unsqueeze(-1)))).sum() <= 0:
+        return quantized
+    return QuantizedWeight(quantized.codes, found.to(grid.scale_dtype), quantized.zero_point)
 
 
 def _rounded(
     weight: Tensor, start: QuantizedWeight, grid: WeightGrid, curvature: Curvature, mixing: Tensor, layout: _Layout
 ) -> QuantizedWeight:
-    """With G⁻¹ = Vᵀ V, V upper triangular in the order of rows, and U of `gptq`: row i is rounded as `gptq` rounds it,
-    e_i = (w_i − ŵ_i) / V_ii, and w_k −= V_ik e_i for all later rows k. Of rows of a lot, later lots alone learn."""
+    """With G⁻¹ = Vᵀ V and U of `gptq`: row i is rounded as `gptq` rounds it, e_i = (w_i − ŵ_i) / V_ii, and
+    w_k −= V_ik e_i for all later rows k. Of rows of a lot, later lots alone learn. V is lower triangular here, since
+    rows are laid out the last one first."""
     steps, aims = layout.spread(start.scale), layout.lay(weight.float())
     zeros = None if start.zero_point is None else layout.spread(start.zero_point)
     lots, lot, chunks, chunk = aims.shape
-    across = curvature.factor.view(chunks, chunk, -1)
-    within = curvature.factor.view(chunks, chunk, chunks, chunk).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    given = factored(mixing, natural=True).factor.view(lots, lot, -1)
+    rows = lots * lot
+    factor = curvature.factor / curvature.factor.diagonal()[:, None]  # what an error moves the channels behind it by
+    across = factor.view(chunks, chunk, -1)
+    within = factor.view(chunks, chunk, chunks, chunk).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    given = inverse_factor(mixing)[0].view(lots, lot, rows)
     own = given.view(lots, lot, lots, lot).diagonal(dim1=0, dim2=2).permute(2, 1, 0).contiguous()
     moved, codes = torch.zeros_like(aims), torch.zeros_like(aims)
-    for those, who, where, near in layout.waves():
-        aim = aims[who, :, where]  # [lots, rows, channels]; moved by earlier rows, and below by earlier channels
-        left = (aim + moved[who, :, where]).transpose(1, 2).contiguous()
-        step = steps[who, :, where].transpose(1, 2).contiguous()
-        zero = None if zeros is None else zeros[who, :, where].transpose(1, 2).contiguous()
+    for those, where in layout.waves():
+        aim = _diagonal(aims, those, where)  # moved by earlier rows, and below by earlier channels
+        left, step = aim + _diagonal(moved, those, where), _diagonal(steps, those, where).contiguous()
+        zero = None if zeros is None else _diagonal(zeros, those, where).contiguous()
         upper, code, error = within[where], torch.empty_like(left), torch.empty_like(left)
-        for j in range(chunk):
+        parts = zip(*(each.unbind(1) for each in (left, step, upper, code, error)), strict=True)
+        for j, (now, size, reach, new, lost) in enumerate(parts):
             at = None if zero is None else zero[:, j]
-            nearest_codes_(torch.div(left[:, j], step[:, j], out=code[:, j]), at, grid)
-            rounded = code[:, j] if at is None else code[:, j] - at
-            torch.div(left[:, j] - rounded * step[:, j], upper[:, j, j, None], out=error[:, j])
+            nearest_codes_(torch.div(now, size, out=new), at, grid)
+            torch.addcmul(now, new if at is None else new - at, size, value=-1, out=lost)
             if j + 1 < chunk:
-                left[:, j + 1 :].baddbmm_(upper[:, j, j + 1 :, None], error[:, j, None], alpha=-1)
-        codes[who, :, where] = code.transpose(1, 2)
-        later = torch.bmm(error.transpose(1, 2), across[where, :, near * chunk :])
-        moved[those, :, near:] -= later.view(len(who), lot, -1, chunk)
-        lost = aim - ((code if zero is None else code - zero) * step).transpose(1, 2)
-        blame = torch.linalg.solve_triangular(own[those], lost, upper=False)
-        pushed = torch.bmm(given[those].transpose(1, 2), blame)  # [lots, rows of all, channels]
-        aims.view(lots * lot, chunks, chunk)[:, where] -= pushed.transpose(0, 1)
+                left[:, j + 1 :].addcmul_(reach[:, j + 1 :, None], lost[:, None], value=-1)
+        _diagonal(codes, those, where).copy_(code)
+        moved[those].view(-1, lot, chunks * chunk).baddbmm_(error.transpose(1, 2), across[where], alpha=-1)
+        lost = (aim - (code if zero is None else code - zero) * step).transpose(1, 2)
+        blame = torch.linalg.solve_triangular(own[those], lost, upper=True)
+        waiting = those.stop * lot  # rows of earlier lots do not learn
+        by_chunk = aims.view(rows, chunks, chunk).transpose(0, 1)
+        by_chunk[where, :waiting].baddbmm_(given[those, :, :waiting].transpose(1, 2), blame, alpha=-1)
     return QuantizedWeight(layout.natural(codes, grid.code_dtype), start.scale, start.zero_point)
 
 
 def _descended(
-    weight: Tensor,
-    start: QuantizedWeight,
-    grid: WeightGrid,
-    hessian: Tensor,
-    mixing: Tensor,
-    layout: _Layout,
-    caution: float,
+    weight: Tensor, start: QuantizedWeight, grid: WeightGrid, hessian: Tensor, mixing: Tensor, layout: _Layout
 ) -> QuantizedWeight:
-    """One sweep of descent: a code becomes the nearest to where G (W − Ŵ) H is zero with all others as they are. Those
-    of a wave change at once, which may raise the error."""
+    """One sweep of descent: a code becomes the nearest to where G (W − Ŵ) H is zero with all others as they are.
+
+    The codes of a wave change at once and may be in each other's way. So each lot is asked once all have changed
+    whether its own changes still lower the error, and goes back if they do not; the error never rises.
+    """
     steps, codes = layout.spread(start.scale), layout.lay(start.codes.float())
     lots, lot, chunks, chunk = codes.shape
     h = hessian[layout.columns][:, layout.columns]
-    within = h.view(chunks, chunk, chunks, chunk).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    towards = h.view(-1, chunks, chunk).transpose(0, 1)  # [chunks, in, channels]
-    steepness = mixing.diagonal().view(lots, lot) * caution
+    within = h.view(chunks, chunk, chunks, chunk).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    towards = h.view(-1, chunks, chunk).transpose(0, 1).contiguous()  # [chunks, in, channels]
+    own = mixing.view(lots, lot, lots, lot).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    steep_in, steep_out = within.diagonal(dim1=1, dim2=2)[:, :, None], own.diagonal(dim1=1, dim2=2)[:, None]
     given = mixing.view(-1, lots, lot).transpose(0, 1)  # [lots, rows of all, rows]
     pull = mixing @ layout.lay(weight.float() - dequantize(start)).reshape(len(mixing), -1)  # G (W − Ŵ)
-    for those, who, where, _ in layout.waves():
-        slope = torch.bmm(pull.view(lots, lot, -1)[those], towards[where]).transpose(1, 2).contiguous()
-        step = steps[who, :, where].transpose(1, 2).contiguous()
-        code = codes[who, :, where].transpose(1, 2).contiguous()
-        steep, near, changes = steepness[those], within[where], torch.empty_like(code)
-        for j in range(chunk):
-            new = torch.nan_to_num(slope[:, j] / (step[:, j] * steep * near[:, j, j, None]), 0.0, 0.0, 0.0)
-            nearest_codes_(new.add_(code[:, j]), None, grid)
-            torch.mul(new - code[:, j], step[:, j], out=changes[:, j])
-            code[:, j] = new
+    by_lot, by_chunk = pull.view(lots, lot, -1), pull.view(-1, chunks, chunk).transpose(0, 1)
+    for those, where in layout.waves():
+        step, code = (_diagonal(laid, those, where).contiguous() for laid in (steps, codes))
+        steep = step * steep_in[where]
+        steep = torch.where(steep == 0, torch.inf, steep)
+        slope = torch.bmm(by_lot[those], towards[where]).transpose(1, 2).contiguous()
+        slope = torch.where(steep_out[those] > 0, slope / steep_out[those], 0.0)
+        near, changes, found = within[where], torch.empty_like(code), torch.empty_like(code)
+        parts = zip(*(each.unbind(1) for each in (slope, steep, near, code, found, step, changes)), strict=True)
+        for j, (pulled, size, reach, old, new, unit, change) in enumerate(parts):
+            nearest_codes_(torch.addcdiv(old, pulled, size, out=new), None, grid)
+            torch.sub(new, old, out=change).mul_(unit)
             if j + 1 < chunk:
-                felt = (changes[:, j] * steep)[:, None]
-                slope[:, j + 1 :].baddbmm_(near[:, j, j + 1 :, None], felt, alpha=-1)
-        codes[who, :, where] = code.transpose(1, 2)
-        pushed = torch.bmm(given[those], changes.transpose(1, 2))
-        pull.view(lots * lot, chunks, chunk)[:, where] -= pushed.transpose(0, 1)
+                slope[:, j + 1 :].addcmul_(reach[:, j + 1 :, None], change[:, None], value=-1)
+        turned = changes.transpose(1, 2)
+        by_chunk[where].baddbmm_(given[those], turned, alpha=-1)
+        alone = (torch.bmm(torch.bmm(own[those], turned), near) * turned).sum((1, 2)) / 2
+        for attempt in range(ATTEMPTS):
+            gain = (torch.bmm(by_lot[those], towards[where]) * turned).sum((1, 2)) + alone
+            against = gain < 0
+            if not bool(against.any()):
+                break
+            if attempt + 1 == ATTEMPTS:
+                against = torch.ones_like(against)
+            back = against[:, None, None]
+            by_chunk[where].baddbmm_(given[those], torch.where(back, turned, 0.0))
+            turned, alone = torch.where(back, 0.0, turned), torch.where(against, 0.0, alone)
+            found = torch.where(back, code, found)
+        _diagonal(codes, those, where).copy_(found)
     return QuantizedWeight(layout.natural(codes, grid.code_dtype), start.scale, start.zero_point)

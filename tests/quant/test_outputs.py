@@ -11,7 +11,7 @@ from torch import Tensor
 from quantcli.quant.gptq import factored
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize
 from quantcli.quant.minmax import minmax
-from quantcli.quant.outputs import RUN, _layout, _rounded, mixed_error, mixed_outputs
+from quantcli.quant.outputs import RUN, _descended, _fitted, _layout, _rounded, mixed_error, mixed_outputs
 from quantcli.quant.solver import solved
 
 
@@ -79,6 +79,51 @@ def test_errors_that_make_good_each_other_cost_less(bits: int, symmetric: bool, 
     assert after < 0.8 * before
     assert int(found.codes.min()) >= grid.qmin
     assert int(found.codes.max()) <= grid.qmax
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("strength", [0.0, 1.0, 30.0])
+def test_a_descent_never_raises_the_error_however_alike_outputs_are(strength: float, symmetric: bool) -> None:
+    """Codes that change at once, each as if it were alone, overshoot where all outputs push in one direction."""
+    rows, width = 3 * RUN, 160
+    grid = WeightGrid(4, symmetric, "group", 32, torch.bfloat16)
+    weight, hessian, outputs = some_weight(rows, width), correlated(width), mixing(rows, strength=strength)
+    curvature = factored(hessian, 0.01)
+    layout = _layout(weight, curvature, outputs)
+    found = minmax(weight, grid)
+    error = before = slow_error(weight, found, hessian, outputs)
+    for _ in range(4):
+        found = _descended(weight, found, grid, hessian, outputs[layout.rows][:, layout.rows], layout)
+        error, last = slow_error(weight, found, hessian, outputs), error
+        assert error <= last * (1 + 1e-4)
+    assert error < 0.8 * before
+    assert int(found.codes.min()) >= grid.qmin
+    assert int(found.codes.max()) <= grid.qmax
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_are_those_of_least_squares_over_all_of_them(symmetric: bool) -> None:
+    """In float64 every scale of a weight is one column of a least-squares problem of tr(G (W − Ŵ) H (W − Ŵ)ᵀ)."""
+    rows, width, size = 6, 64, 16
+    grid = WeightGrid(3, symmetric, "group", size, torch.float32)
+    weight, hessian, outputs = some_weight(rows, width), correlated(width), mixing(rows)
+    start = minmax(weight, grid)
+    codes = dequantize(start._replace(scale=torch.ones_like(start.scale))).double()
+    parts = torch.zeros(rows * (width // size), rows, width, dtype=torch.float64)
+    for k in range(len(parts)):
+        row, group = divmod(k, width // size)
+        parts[k, row, group * size : (group + 1) * size] = codes[row, group * size : (group + 1) * size]
+    turned = outputs.double() @ parts @ hessian.double()
+    best = torch.linalg.solve(
+        torch.einsum("kij,lij->kl", turned, parts), torch.einsum("kij,ij->k", turned, weight.double())
+    )
+    found = _fitted(weight, start, grid, hessian, outputs, iterations=100)
+    assert torch.allclose(found.scale.double().flatten(), best, rtol=2e-3, atol=1e-4)
+    few = _fitted(weight, start, grid, hessian, outputs)
+    errors = [slow_error(weight, each, hessian, outputs) for each in (found, few, start)]
+    assert errors == sorted(errors)
+    assert errors[2] - errors[1] > 0.8 * (errors[2] - errors[0])
+    assert torch.equal(few.codes, start.codes)
 
 
 @pytest.mark.parametrize("outputs", ["unmixed", "none", "one"])
