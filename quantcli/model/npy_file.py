@@ -124,7 +124,7 @@ class NpyCheckpoint(Checkpoint):
 def _rounded(name: str, place: StoredArray, file: IO[bytes]) -> Tensor:
     """A tensor of bfloat16 that is stored in float32, of which a part at a time is in memory."""
     flat = torch.empty(prod(place.shape), dtype=torch.bfloat16)
-    for piece, target in zip(place.pieces(file, _PIECE), flat.split(_PIECE), strict=False):  # of nothing no piece
+    for piece, target in zip(place.pieces(file, _PIECE), flat.split(_PIECE), strict=False):  # none of nothing
         stored = torch.from_numpy(piece)
         if not torch.equal(stored.view(torch.int32), target.copy_(stored).float().view(torch.int32)):
             raise ModelError(f"{file.name}: {name} holds values that are not bfloat16.", "Export it again.")

@@ -36,7 +36,7 @@ SECONDS_A_WEIGHT = {
 SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 350e-9, 1000e-9)
 # What it holds of its widest group of linears in float32, in copies of its weights (on a block of 44 M weights).
 SMOOTHING_COPIES = (1.5, 5.5, 11.0, 11.0)
-SECONDS_A_MIXED_WEIGHT = 1200e-9
+SECONDS_A_MIXED_WEIGHT = 600e-9
 """Of rounding with what outputs are to each other, which little of runs on more than one core."""
 MOST_OUTPUTS = 2048
 """Outputs of a part; those of a wider linear are taken in parts of one size, and each part by itself."""
@@ -173,7 +173,8 @@ def _curvature_memory(
     recipe: Recipe, structure: Structure, quantized: Collection[tuple[Linear, WeightsSection]]
 ) -> int:
     """Most bytes of stage curvature, beside the process itself: a block and the copy of it that has gradients, those
-    of a batch, two matrices of each linear's outputs, the head with its logits, and hidden states at every block."""
+    of a batch, two matrices of each linear's outputs and a product that is added to one, the head with its logits, and
+    hidden states at every block."""
     width, tokens = 2 if structure.dtype != "float32" else 4, _backward_tokens(recipe)
     mixed = {linear.name for linear, weights in quantized if weights.mixed}
     most = 0
@@ -181,8 +182,10 @@ def _curvature_memory(
         values = sum(linear.in_features + linear.out_features for linear in block.linears)
         held = min(BATCH_TOKENS, tokens) * values * GRADED_VALUE[False] * width // 2
         held += 2 * width * sum(linear.weights for linear in block.linears)
-        of_outputs = [linear.out_features for linear in block.linears if linear.name in mixed]
-        most = max(most, held + sum(8 * outputs * min(outputs, MOST_OUTPUTS) for outputs in of_outputs))
+        outputs = [linear.out_features for linear in block.linears if linear.name in mixed]
+        moments = [each * min(each, MOST_OUTPUTS) for each in outputs]
+        product = 2 if structure.dtype == "bfloat16" else 4
+        most = max(most, held + 8 * sum(moments) + product * max(moments, default=0))
     states = min((len(structure.blocks) + 2) * tokens * structure.width * width, recipe.model.cache_memory)
     return max(most, structure.vocabulary * structure.width * width + GRADED_HEAD) + states
 

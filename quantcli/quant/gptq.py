@@ -35,19 +35,19 @@ def factored(hessian: Tensor, damping: float = 0.01) -> Curvature:
     """Factor a Hessian H [in, in] float32 for `gptq`. Raises as `inverse_factor`."""
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    backwards = order.flip(0)
-    factor, used = inverse_factor(hessian[backwards][:, backwards], damping)
+    factor, used = inverse_factor(hessian, order.flip(0), damping)
     return Curvature(order, factor.flip(0, 1), used, hessian)
 
 
-def inverse_factor(matrix: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
-    """Lower triangular V with (M + damping · diag M)⁻¹ = Vᵀ V, and the damping that was used; M [n, n] float32.
+def inverse_factor(matrix: Tensor, order: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
+    """Lower triangular V with (M + damping · diag M)⁻¹ = Vᵀ V, and the damping that was used. M is `matrix` [n, n]
+    float32 with rows and columns in `order`.
 
     Damping is relative to each channel, as Marquardt has it: M_jj (1 + damping). Where M does not factor it is
     multiplied by 10, then by 100. Channels that never held anything are left without compensation. Raises ValueError
     for a matrix that holds values that are not finite, or that does not factor even then.
     """
-    diagonal = matrix.diagonal()
+    diagonal = matrix.diagonal()[order]
     if not bool(torch.isfinite(diagonal).all()):
         raise ValueError("the Hessian holds values that are not finite")
     # Solved for channels of variance one: the factor's rounding is then relative to each channel
@@ -55,12 +55,12 @@ def inverse_factor(matrix: Tensor, damping: float = 0.01) -> tuple[Tensor, float
     for step in DAMPING_STEPS:
         used = min(1.0, damping * step)
         # made anew at each step, and let go of at once: these matrices are the most that solving a block holds
-        normal = (matrix * unit).mul_(unit[:, None])
+        normal = matrix[order][:, order].mul_(unit).mul_(unit[:, None])
         normal.diagonal().copy_(torch.full_like(unit, 1.0 + used))
         lower, info = torch.linalg.cholesky_ex(normal)  # N = L Lᵀ, and so N⁻¹ = Vᵀ V of V = L⁻¹
         if info:
             continue
-        torch.eye(len(unit), device=matrix.device, out=normal)
+        torch.eye(len(unit), out=normal)
         torch.linalg.solve_triangular(lower, normal, upper=False, out=normal)
         if bool(torch.isfinite(normal).all()):
             # of S N S with S = 1 / unit: the inverse is unit N⁻¹ unit, its factor V has its columns scaled

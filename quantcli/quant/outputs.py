@@ -38,14 +38,14 @@ def mixed_outputs(
     `gptq` does without it. What is off the diagonal lets an error of one output be made good by others, as H does with
     channels (BoA, Kim et al. 2024, for heads; YAQA, Tseng et al. 2025, in full). On the scales of `start` codes are
     found anew; then `sweeps` times all scales are fitted to them together, and codes descended. Where that ends above
-    `start`, this is returned.
+    `start`, `start` is returned.
 
     weight [out, in] float32; outputs float32 [out, out].
     """
     layout = _layout(weight, curvature, outputs)
     hessian, mixing = curvature.hessian, outputs[layout.rows][:, layout.rows]
     before = mixed_error(weight, start, hessian, outputs)
-    found = _rounded(weight, start, grid, curvature, mixing, layout)
+    found = _rounded(weight, start, grid, curvature, outputs, layout)
     for _ in range(sweeps):
         found = _fitted(weight, found, grid, hessian, outputs)
         found = _descended(weight, found, grid, hessian, mixing, layout)
@@ -114,14 +114,12 @@ def _fitted(
     outputs: Tensor,
     iterations: int = ITERATIONS,
 ) -> QuantizedWeight:
-    """Scales that fit the codes better, all of them together, by conjugate gradients, which start with each scale by
-    itself: its curvature is G_ii c H cᵀ, with c = q − z of its group. As they are stored they are taken if the error
-    falls."""
+    """Scales that fit the codes better, all of them together, by conjugate gradients, preconditioned with each scale's
+    own curvature, G_ii c H cᵀ with c = q − z of its group. As they are stored they are taken if the error falls."""
     rows, groups = quantized.scale.shape
-    codes = quantized.codes.float()
+    grouped = quantized.codes.float().view(rows, groups, -1)
     if quantized.zero_point is not None:
-        codes -= quantized.zero_point.float().repeat_interleave(codes.shape[1] // groups, 1)
-    grouped = codes.view(rows, groups, -1)
+        grouped -= quantized.zero_point.float().unsqueeze(-1)
     inside = hessian.view(groups, grouped.shape[2], groups, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     steep = (torch.bmm(grouped.transpose(0, 1), inside).transpose(0, 1) * grouped).sum(-1) * outputs.diagonal()[:, None]
     alone = torch.where(steep > 0, 1 / steep, 0.0)
@@ -136,7 +134,7 @@ def _fitted(
     for _ in range(iterations):
         along = slope(grouped * direction.unsqueeze(-1))
         curvature = (direction * along).sum()
-        if energy <= 0 or curvature <= 0:
+        if not (energy > 0 and curvature > 0):
             break
         moved += energy / curvature * direction
         left = left - energy / curvature * along
@@ -146,13 +144,13 @@ def _fitted(
     if not grid.full_range:
         found = torch.where(found > 0, found, scale)
     moved = found - scale
-    if (moved * (2 * first - slope(grouped * moved.unsqueeze(-1)))).sum() <= 0:
+    if not (moved * (2 * first - slope(grouped * moved.unsqueeze(-1)))).sum() > 0:
         return quantized
     return QuantizedWeight(quantized.codes, found.to(grid.scale_dtype), quantized.zero_point)
 
 
 def _rounded(
-    weight: Tensor, start: QuantizedWeight, grid: WeightGrid, curvature: Curvature, mixing: Tensor, layout: _Layout
+    weight: Tensor, start: QuantizedWeight, grid: WeightGrid, curvature: Curvature, outputs: Tensor, layout: _Layout
 ) -> QuantizedWeight:
     """With G⁻¹ = Vᵀ V and U of `gptq`: row i is rounded as `gptq` rounds it, e_i = (w_i − ŵ_i) / V_ii, and
     w_k −= V_ik e_i for all later rows k. Of rows of a lot, later lots alone learn. V is lower triangular here, since
@@ -161,29 +159,32 @@ def _rounded(
     zeros = None if start.zero_point is None else layout.spread(start.zero_point)
     lots, lot, chunks, chunk = aims.shape
     rows = lots * lot
-    factor = curvature.factor / curvature.factor.diagonal()[:, None]  # what an error moves the channels behind it by
-    across = factor.view(chunks, chunk, -1)
-    within = factor.view(chunks, chunk, chunks, chunk).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-    given = inverse_factor(mixing)[0].view(lots, lot, rows)
+    across = curvature.factor.view(chunks, chunk, -1)
+    within = curvature.factor.view(chunks, chunk, chunks, chunk).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    diagonal = within.diagonal(dim1=1, dim2=2)[:, :, None]
+    within = within / diagonal  # by what an error moves the channels behind it
+    given = inverse_factor(outputs, layout.rows)[0].view(lots, lot, rows)
     own = given.view(lots, lot, lots, lot).diagonal(dim1=0, dim2=2).permute(2, 1, 0).contiguous()
     moved, codes = torch.zeros_like(aims), torch.zeros_like(aims)
     for those, where in layout.waves():
         aim = _diagonal(aims, those, where)  # moved by earlier rows, and below by earlier channels
-        left, step = aim + _diagonal(moved, those, where), _diagonal(steps, those, where).contiguous()
+        left = (aim + _diagonal(moved, those, where)).contiguous()
+        step = _diagonal(steps, those, where).contiguous()
         zero = None if zeros is None else _diagonal(zeros, those, where).contiguous()
         upper, code, error = within[where], torch.empty_like(left), torch.empty_like(left)
         parts = zip(*(each.unbind(1) for each in (left, step, upper, code, error)), strict=True)
-        for j, (now, size, reach, new, lost) in enumerate(parts):
+        for j, (now, size, reach, new, missed) in enumerate(parts):
             at = None if zero is None else zero[:, j]
             nearest_codes_(torch.div(now, size, out=new), at, grid)
-            torch.addcmul(now, new if at is None else new - at, size, value=-1, out=lost)
+            torch.addcmul(now, new if at is None else new - at, size, value=-1, out=missed)
             if j + 1 < chunk:
-                left[:, j + 1 :].addcmul_(reach[:, j + 1 :, None], lost[:, None], value=-1)
+                left[:, j + 1 :].addcmul_(reach[:, j + 1 :, None], missed[:, None], value=-1)
         _diagonal(codes, those, where).copy_(code)
+        error /= diagonal[where]
         moved[those].view(-1, lot, chunks * chunk).baddbmm_(error.transpose(1, 2), across[where], alpha=-1)
         lost = (aim - (code if zero is None else code - zero) * step).transpose(1, 2)
         blame = torch.linalg.solve_triangular(own[those], lost, upper=True)
-        waiting = those.stop * lot  # rows of earlier lots do not learn
+        waiting = those.stop * lot  # V is zero for rows that are done
         by_chunk = aims.view(rows, chunks, chunk).transpose(0, 1)
         by_chunk[where, :waiting].baddbmm_(given[those, :, :waiting].transpose(1, 2), blame, alpha=-1)
     return QuantizedWeight(layout.natural(codes, grid.code_dtype), start.scale, start.zero_point)
@@ -195,13 +196,14 @@ def _descended(
     """One sweep of descent: a code becomes the nearest to where G (W − Ŵ) H is zero with all others as they are.
 
     The codes of a wave change at once and may be in each other's way. So each lot is asked once all have changed
-    whether its own changes still lower the error, and goes back if they do not; the error never rises.
+    whether its own changes still lower the error, and goes back if they do not; and all do if the error has risen.
     """
     steps, codes = layout.spread(start.scale), layout.lay(start.codes.float())
     lots, lot, chunks, chunk = codes.shape
     h = hessian[layout.columns][:, layout.columns]
     within = h.view(chunks, chunk, chunks, chunk).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
     towards = h.view(-1, chunks, chunk).transpose(0, 1).contiguous()  # [chunks, in, channels]
+    del h
     own = mixing.view(lots, lot, lots, lot).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
     steep_in, steep_out = within.diagonal(dim1=1, dim2=2)[:, :, None], own.diagonal(dim1=1, dim2=2)[:, None]
     given = mixing.view(-1, lots, lot).transpose(0, 1)  # [lots, rows of all, rows]
@@ -211,24 +213,20 @@ def _descended(
         step, code = (_diagonal(laid, those, where).contiguous() for laid in (steps, codes))
         steep = step * steep_in[where]
         steep = torch.where(steep == 0, torch.inf, steep)
-        slope = torch.bmm(by_lot[those], towards[where]).transpose(1, 2).contiguous()
+        before = torch.bmm(by_lot[those], towards[where])  # G (W − Ŵ) H
+        slope = before.transpose(1, 2).contiguous()
         slope = torch.where(steep_out[those] > 0, slope / steep_out[those], 0.0)
-        near, changes, found = within[where], torch.empty_like(code), torch.empty_like(code)
-        parts = zip(*(each.unbind(1) for each in (slope, steep, near, code, found, step, changes)), strict=True)
-        for j, (pulled, size, reach, old, new, unit, change) in enumerate(parts):
-            nearest_codes_(torch.addcdiv(old, pulled, size, out=new), None, grid)
-            torch.sub(new, old, out=change).mul_(unit)
-            if j + 1 < chunk:
-                slope[:, j + 1 :].addcmul_(reach[:, j + 1 :, None], change[:, None], value=-1)
+        found, changes = _nearest(code, step, slope, steep, within[where], grid)
         turned = changes.transpose(1, 2)
         by_chunk[where].baddbmm_(given[those], turned, alpha=-1)
-        alone = (torch.bmm(torch.bmm(own[those], turned), near) * turned).sum((1, 2)) / 2
+        alone = (torch.bmm(torch.bmm(own[those], turned), within[where]) * turned).sum((1, 2)) / 2
         for attempt in range(ATTEMPTS):
-            gain = (torch.bmm(by_lot[those], towards[where]) * turned).sum((1, 2)) + alone
-            against = gain < 0
-            if not bool(against.any()):
+            after = torch.bmm(by_lot[those], towards[where])
+            against = (after * turned).sum((1, 2)) + alone < 0
+            some, lower = bool(against.any()), bool(((before + after) * turned).sum() >= 0)
+            if lower and not some:
                 break
-            if attempt + 1 == ATTEMPTS:
+            if not some or attempt + 1 == ATTEMPTS:
                 against = torch.ones_like(against)
             back = against[:, None, None]
             by_chunk[where].baddbmm_(given[those], torch.where(back, turned, 0.0))
@@ -236,3 +234,17 @@ def _descended(
             found = torch.where(back, code, found)
         _diagonal(codes, those, where).copy_(found)
     return QuantizedWeight(layout.natural(codes, grid.code_dtype), start.scale, start.zero_point)
+
+
+def _nearest(
+    code: Tensor, step: Tensor, slope: Tensor, steep: Tensor, within: Tensor, grid: WeightGrid
+) -> tuple[Tensor, Tensor]:
+    """New codes [lots, channels, rows], one channel after the other, and how their weights change. slope is used up."""
+    found, changes = torch.empty_like(code), torch.empty_like(code)
+    parts = zip(*(each.unbind(1) for each in (code, step, slope, steep, within, found, changes)), strict=True)
+    for j, (old, unit, pulled, size, reach, new, change) in enumerate(parts, 1):
+        nearest_codes_(torch.addcdiv(old, pulled, size, out=new), None, grid)
+        torch.sub(new, old, out=change).mul_(unit)
+        if j < code.shape[1]:
+            slope[:, j:].addcmul_(reach[:, j:, None], change[:, None], value=-1)
+    return found, changes

@@ -83,6 +83,19 @@ def test_moments_are_those_of_the_whole_model(recipe: Recipe, tmp_path: Path, fa
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_samples_go_to_the_halves_in_turn_however_they_are_batched(dtype: torch.dtype) -> None:
+    gradients = torch.randn(6, 40, 12, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = OutputMoments(12, "cpu")
+    for batch in gradients.split([3, 1, 2]):
+        found.update(batch)
+    assert found.samples == 6
+    for half, own in zip(found.halves, (gradients[0::2], gradients[1::2]), strict=True):
+        wanted = own.double().flatten(0, 1)
+        rounding = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(half[0].double(), wanted.t() @ wanted, rtol=rounding, atol=rounding * 120)
+
+
 def test_chance_is_taken_out() -> None:
     """Of outputs that are nothing to each other nothing is kept; of those that are one, all."""
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ import torch
 from test_gptq import correlated, slow_gptq, some_weight
 from torch import Tensor
 
+from quantcli.quant import outputs as module
 from quantcli.quant.gptq import factored
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize
 from quantcli.quant.minmax import minmax
@@ -53,7 +54,7 @@ def test_codes_are_those_of_one_row_after_the_other(rows: int, width: int, granu
     start, curvature = minmax(weight, grid), factored(hessian, 0.01)
     layout = _layout(weight, curvature, outputs)
     assert layout.lots == rows
-    found = _rounded(weight, start, grid, curvature, outputs[layout.rows][:, layout.rows], layout)
+    found = _rounded(weight, start, grid, curvature, outputs, layout)
     # a code at a tie goes either way, and all that follow may differ with it
     assert (found.codes.numpy() == slow_mixed(weight, start, grid, hessian, outputs)).mean() > 0.98
     assert torch.equal(found.scale, start.scale)
@@ -99,6 +100,25 @@ def test_a_descent_never_raises_the_error_however_alike_outputs_are(strength: fl
     assert error < 0.8 * before
     assert int(found.codes.min()) >= grid.qmin
     assert int(found.codes.max()) <= grid.qmax
+
+
+def test_lots_that_overshoot_together_go_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that are nearly one each lot may help where the other has overshot, and still both do harm."""
+    monkeypatch.setattr(module, "RUN", 2)
+    monkeypatch.setattr(module, "CHUNK", 1)
+    grid, hessian = WeightGrid(8, True, "channel", None, torch.float32), torch.eye(4) * 0.1 + 0.9
+    for across in torch.linspace(-0.9, 0.9, 37).tolist():
+        pairs = torch.tensor([[1.0, across], [across, 1.0]]).repeat(3, 3)  # of each two rows the first is in one lot
+        outputs = pairs + torch.diag(torch.tensor([0.02, 0.01]).repeat(3))
+        weight = torch.tensor([1.0, 0.5, -0.5, 0.25]).expand(6, 4)
+        start, layout = minmax(weight, grid), _layout(weight, factored(hessian, 0.01), outputs)
+        assert (layout.lots, layout.chunk) == (2, 1)
+        found = start._replace(codes=start.codes - 40)  # all weights too small by as much
+        error = slow_error(weight, found, hessian, outputs)
+        for _ in range(3):
+            found = _descended(weight, found, grid, hessian, outputs[layout.rows][:, layout.rows], layout)
+            error, last = slow_error(weight, found, hessian, outputs), error
+            assert error <= last * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
