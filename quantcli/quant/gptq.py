@@ -35,12 +35,11 @@ def factored(hessian: Tensor, damping: float = 0.01) -> Curvature:
     """Factor a Hessian H [in, in] float32 for `gptq`. Raises as `inverse_factor`."""
     diagonal = hessian.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    factor, used = inverse_factor(hessian, order.flip(0), damping)
-    return Curvature(order, factor.flip(0, 1), used, hessian)
+    return Curvature(order, *inverse_factor(hessian, order, damping), hessian)
 
 
 def inverse_factor(matrix: Tensor, order: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:
-    """Lower triangular V with (M + damping · diag M)⁻¹ = Vᵀ V, and the damping that was used. M is `matrix` [n, n]
+    """Upper triangular U with (M + damping · diag M)⁻¹ = Uᵀ U, and the damping that was used. M is `matrix` [n, n]
     float32 with rows and columns in `order`.
 
     Damping is relative to each channel, as Marquardt has it: M_jj (1 + damping). Where M does not factor it is
@@ -57,14 +56,14 @@ def inverse_factor(matrix: Tensor, order: Tensor, damping: float = 0.01) -> tupl
         # made anew at each step, and let go of at once: these matrices are the most that solving a block holds
         normal = matrix[order][:, order].mul_(unit).mul_(unit[:, None])
         normal.diagonal().copy_(torch.full_like(unit, 1.0 + used))
-        lower, info = torch.linalg.cholesky_ex(normal)  # N = L Lᵀ, and so N⁻¹ = Vᵀ V of V = L⁻¹
-        if info:
-            continue
-        torch.eye(len(unit), out=normal)
-        torch.linalg.solve_triangular(lower, normal, upper=False, out=normal)
-        if bool(torch.isfinite(normal).all()):
-            # of S N S with S = 1 / unit: the inverse is unit N⁻¹ unit, its factor V has its columns scaled
-            return normal.mul_(unit), used
+        factor, info = torch.linalg.cholesky_ex(normal)
+        del normal
+        if not info:
+            factor = torch.cholesky_inverse(factor)
+            factor, info = torch.linalg.cholesky_ex(factor, upper=True)
+        if not info and bool(torch.isfinite(factor).all()):
+            # of S N S with S = 1 / unit: the inverse is unit N⁻¹ unit, its factor U has its columns scaled
+            return factor.mul_(unit), used
     raise ValueError(f"the Hessian does not factor with {used:.0%} of its diagonal added")
 
 

@@ -152,9 +152,9 @@ def _fitted(
 def _rounded(
     weight: Tensor, start: QuantizedWeight, grid: WeightGrid, curvature: Curvature, outputs: Tensor, layout: _Layout
 ) -> QuantizedWeight:
-    """With G⁻¹ = Vᵀ V and U of `gptq`: row i is rounded as `gptq` rounds it, e_i = (w_i − ŵ_i) / V_ii, and
-    w_k −= V_ik e_i for all later rows k. Of rows of a lot, later lots alone learn. V is lower triangular here, since
-    rows are laid out the last one first."""
+    """With G⁻¹ = Vᵀ V, V upper triangular in the order of rows, and U of `gptq`: row i is rounded as `gptq` rounds it,
+    e_i = (w_i − ŵ_i) / V_ii, and w_k −= V_ik e_i for all later rows k. Of rows of a lot, later lots alone learn. V is
+    laid out as rows are, the last one first."""
     steps, aims = layout.spread(start.scale), layout.lay(weight.float())
     zeros = None if start.zero_point is None else layout.spread(start.zero_point)
     lots, lot, chunks, chunk = aims.shape
@@ -163,7 +163,7 @@ def _rounded(
     within = curvature.factor.view(chunks, chunk, chunks, chunk).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     diagonal = within.diagonal(dim1=1, dim2=2)[:, :, None]
     within = within / diagonal  # by what an error moves the channels behind it
-    given = inverse_factor(outputs, layout.rows)[0].view(lots, lot, rows)
+    given = inverse_factor(outputs, layout.rows.flip(0))[0].flip(0, 1).view(lots, lot, rows)
     own = given.view(lots, lot, lots, lot).diagonal(dim1=0, dim2=2).permute(2, 1, 0).contiguous()
     moved, codes = torch.zeros_like(aims), torch.zeros_like(aims)
     for those, where in layout.waves():
