@@ -112,7 +112,7 @@ def test_the_simulated_device_computes(elsewhere: ProcessPoolExecutor) -> None:
             id="static, rolled back and tuned",
         ),
         pytest.param(
-            {"quantize": {"weights": GROUPS | {"method": "gptq"}, "gptq": {"asymmetric": True, "output_samples": 2}}},
+            {"quantize": {"weights": GROUPS | {"method": "gptq"}, "gptq": {"asymmetric": True, "output_samples": 3}}},
             id="gptq, asymmetric, outputs",
         ),
         pytest.param(
@@ -145,7 +145,8 @@ def test_a_run_there_is_a_run_here(elsewhere: ProcessPoolExecutor, recipe: Recip
         elsewhere.submit(run_there, there).result()
     else:
         quantcli.run(there, device=place)
-    # sums are of float32 there, where they are of float64 here: a code may be rounded the other way
+    # sums are of float32 there, where they are of float64 here: a code may be rounded the other way, and where GPTQ
+    # hands that on, those behind it (with gradients of two samples one lies at a tie, and takes 451 of 104 000 along)
     assert _perplexity(there) == pytest.approx(_perplexity(recipe), rel=1e-3)
 
 
