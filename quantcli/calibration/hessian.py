@@ -12,6 +12,11 @@ STRIPS = 4
 HELD_OUT = 4
 
 
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values are multiplied in: sums of products of float16 leave its range where a channel is six in size."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 class Hessian:
     """H = E[x xᵀ] over tokens and, where the same tokens of another pass are given, P = E[a x eᵀ], a the share of each
     token and e what outputs lack. Of HELD_OUT batches that have another pass one is kept apart, to check what is made
@@ -47,8 +52,7 @@ class Hessian:
 
         share [...]: how much each token counts in what is compared, 1 without it.
         """
-        # sums of products of float16 values leave its range where a channel is six in size
-        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        dtype = product_dtype(x.dtype)
         tokens = x.reshape(-1, x.shape[-1]).to(dtype)
         turned = tokens.t().contiguous()
         self._add(self._sum, turned, turned)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quantcli.calibration.hessian import product_dtype
 from quantcli.formats.store import block_file
 from quantcli.pipeline.estimate import MOST_OUTPUTS
 from quantcli.quant.outputs import largest_divisor
@@ -73,7 +74,7 @@ class OutputMoments:
         energy = gradients.float().square().sum(-1, keepdim=True)
         most = MOST_ENERGY * energy.median()
         counted = (most / energy.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1).sqrt()
-        gradients = (gradients * counted).to(torch.float32 if gradients.dtype == torch.float16 else gradients.dtype)
+        gradients = (gradients * counted).to(product_dtype(gradients.dtype))
         for half in (0, 1):
             total = self.halves[(self.samples + half) % 2]
             parts = gradients[half::2].reshape(-1, *total.shape[:2]).transpose(0, 1)

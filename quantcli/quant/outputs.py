@@ -43,12 +43,12 @@ def mixed_outputs(
     weight [out, in] float32; outputs float32 [out, out].
     """
     layout = _layout(weight, curvature, outputs)
-    hessian, mixing = curvature.hessian, outputs[layout.rows][:, layout.rows]
+    hessian = curvature.hessian
     before = mixed_error(weight, start, hessian, outputs)
     found = _rounded(weight, start, grid, curvature, outputs, layout)
     for _ in range(sweeps):
         found = _fitted(weight, found, grid, hessian, outputs)
-        found = _descended(weight, found, grid, hessian, mixing, layout)
+        found = _descended(weight, found, grid, hessian, outputs, layout)
     after = mixed_error(weight, found, hessian, outputs)
     return (found, before, after) if after < before else (start, before, before)
 
@@ -92,8 +92,14 @@ def _diagonal(laid: Tensor, lots: slice, chunks: slice) -> Tensor:
     return laid[lots, :, chunks].diagonal(dim1=0, dim2=2).permute(2, 1, 0)
 
 
+def _blocks(matrix: Tensor, count: int) -> Tensor:
+    """The blocks on the diagonal of a matrix [n, n]: [count, n / count, n / count], a view."""
+    size = len(matrix) // count
+    return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
 def _layout(weight: Tensor, curvature: Curvature, outputs: Tensor) -> _Layout:
-    """The rows of the largest G_ii in each run come first."""
+    """The rows of the largest G_ii in each run are rounded first, and so laid out last."""
     rows, width = weight.shape
     lots, chunk = largest_divisor(rows, RUN), largest_divisor(width, CHUNK)
     ranked = torch.argsort(outputs.diagonal().view(-1, lots), dim=1, descending=True, stable=True)
@@ -120,8 +126,8 @@ def _fitted(
     grouped = quantized.codes.float().view(rows, groups, -1)
     if quantized.zero_point is not None:
         grouped -= quantized.zero_point.float().unsqueeze(-1)
-    inside = hessian.view(groups, grouped.shape[2], groups, -1).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    steep = (torch.bmm(grouped.transpose(0, 1), inside).transpose(0, 1) * grouped).sum(-1) * outputs.diagonal()[:, None]
+    turned = torch.bmm(grouped.transpose(0, 1), _blocks(hessian, groups)).transpose(0, 1)
+    steep = (turned * grouped).sum(-1) * outputs.diagonal()[:, None]
     alone = torch.where(steep > 0, 1 / steep, 0.0)
 
     def slope(difference: Tensor) -> Tensor:
@@ -158,14 +164,13 @@ def _rounded(
     steps, aims = layout.spread(start.scale), layout.lay(weight.float())
     zeros = None if start.zero_point is None else layout.spread(start.zero_point)
     lots, lot, chunks, chunk = aims.shape
-    rows = lots * lot
-    across = curvature.factor.view(chunks, chunk, -1)
-    within = curvature.factor.view(chunks, chunk, chunks, chunk).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    across, within = curvature.factor.view(chunks, chunk, -1), _blocks(curvature.factor, chunks)
     diagonal = within.diagonal(dim1=1, dim2=2)[:, :, None]
     within = within / diagonal  # by what an error moves the channels behind it
-    given = inverse_factor(outputs, layout.rows.flip(0))[0].flip(0, 1).view(lots, lot, rows)
-    own = given.view(lots, lot, lots, lot).diagonal(dim1=0, dim2=2).permute(2, 1, 0).contiguous()
+    inverse = inverse_factor(outputs, layout.rows.flip(0))[0].flip(0, 1)
+    given, own = inverse.view(lots, lot, -1), _blocks(inverse, lots).mT.contiguous()
     moved, codes = torch.zeros_like(aims), torch.zeros_like(aims)
+    by_chunk = aims.view(-1, chunks, chunk).transpose(0, 1)
     for those, where in layout.waves():
         aim = _diagonal(aims, those, where)  # moved by earlier rows, and below by earlier channels
         left = (aim + _diagonal(moved, those, where)).contiguous()
@@ -185,13 +190,12 @@ def _rounded(
         lost = (aim - (code if zero is None else code - zero) * step).transpose(1, 2)
         blame = torch.linalg.solve_triangular(own[those], lost, upper=True)
         waiting = those.stop * lot  # V is zero for rows that are done
-        by_chunk = aims.view(rows, chunks, chunk).transpose(0, 1)
         by_chunk[where, :waiting].baddbmm_(given[those, :, :waiting].transpose(1, 2), blame, alpha=-1)
     return QuantizedWeight(layout.natural(codes, grid.code_dtype), start.scale, start.zero_point)
 
 
 def _descended(
-    weight: Tensor, start: QuantizedWeight, grid: WeightGrid, hessian: Tensor, mixing: Tensor, layout: _Layout
+    weight: Tensor, start: QuantizedWeight, grid: WeightGrid, hessian: Tensor, outputs: Tensor, layout: _Layout
 ) -> QuantizedWeight:
     """One sweep of descent: a code becomes the nearest to where G (W − Ŵ) H is zero with all others as they are.
 
@@ -200,11 +204,10 @@ def _descended(
     """
     steps, codes = layout.spread(start.scale), layout.lay(start.codes.float())
     lots, lot, chunks, chunk = codes.shape
-    h = hessian[layout.columns][:, layout.columns]
-    within = h.view(chunks, chunk, chunks, chunk).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    mixing, h = outputs[layout.rows][:, layout.rows], hessian[layout.columns][:, layout.columns]
+    within, own = _blocks(h, chunks).contiguous(), _blocks(mixing, lots).contiguous()
     towards = h.view(-1, chunks, chunk).transpose(0, 1).contiguous()  # [chunks, in, channels]
     del h
-    own = mixing.view(lots, lot, lots, lot).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
     steep_in, steep_out = within.diagonal(dim1=1, dim2=2)[:, :, None], own.diagonal(dim1=1, dim2=2)[:, None]
     given = mixing.view(-1, lots, lot).transpose(0, 1)  # [lots, rows of all, rows]
     pull = mixing @ layout.lay(weight.float() - dequantize(start)).reshape(len(mixing), -1)  # G (W − Ŵ)
