@@ -50,6 +50,7 @@ GRADED_VALUE = (4, 12)
 GRADED_HEAD = 16 * (24 << 20)
 SECONDS_A_BYTE = 1.5e-9  # written once, read back once to verify, hashed
 SECONDS_A_BYTE_READ = 0.4e-9  # of weights, by a model that writes one token after the other
+SECONDS_A_BYTE_STREAMED = 1.0e-9  # of weights that are read from files for that, and decoded
 START = 6.0  # imports and the first look at a model
 
 
@@ -107,9 +108,14 @@ def estimate(
         sum(map(prod, structure.parameters.values())) * width,
         recipe.evaluate and recipe.evaluate.generate,
     )
-    if generate and recipe.export and whole <= generate.memory:
-        memory = max(memory, BASE_MEMORY + whole)
-        seconds += 2 * len(generate.prompts) * generate.max_new_tokens * SECONDS_A_BYTE_READ * whole
+    if generate and recipe.export:
+        readings = 2 * generate.max_new_tokens
+        if whole <= generate.memory:
+            memory = max(memory, BASE_MEMORY + whole)
+            seconds += readings * SECONDS_A_BYTE_READ * whole
+        elif readings * whole <= generate.streamed:
+            memory = max(memory, BASE_MEMORY + outer + 2 * block_weights * width)
+            seconds += readings * SECONDS_A_BYTE_STREAMED * whole
     if recipe.smooth is not None and recipe.smooth.scales:
         seconds += SECONDS_A_SMOOTHED_WEIGHT[_smoothing_cost(recipe.smooth, quantized)] * linear_weights
     seconds += sum(SECONDS_A_WEIGHT[weights.method] * linear.weights for linear, weights in quantized)

@@ -43,8 +43,8 @@ def harness_version() -> str:
 def harness_outcome(context: Context, section: TaskSection, model: Model, asked: Asked) -> Outcome:
     """What the library makes of the model's answers: its own aggregates, and metrics between 0 and 1 of each question.
 
-    Log-likelihoods of given text are computed block by block, those of all requests in one pass; a task that generates
-    needs the whole model in memory.
+    Log-likelihoods of given text are computed block by block, those of all requests in one pass; where a task
+    generates, the whole model is in memory if it fits.
     """
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
@@ -148,11 +148,11 @@ def _streamed(context: Context, task: str, model: Model, asked: Asked) -> Any:
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
             from lm_eval.models.huggingface import HFLM
 
-            from quantcli.pipeline.whole import whole_model
+            from quantcli.pipeline.generation import serving
 
             asked_for = [len(self.tok_encode(text)) + _new_tokens(how) for text, how in (r.args for r in requests)]
             tokens = GENERATED_TOGETHER * min(max(asked_for, default=0), longest)
-            with whole_model(model, f"The task {task}", tokens) as loaded:
+            with serving(model, f"The task {task}", tokens, context.emit) as loaded:
                 harness = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=GENERATED_TOGETHER)
                 harness.set_cache_hook(Answered(len(requests)))
                 found: list[str] = harness.generate_until(list(requests), disable_tqdm=True)

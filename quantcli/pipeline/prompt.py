@@ -24,7 +24,7 @@ from quantcli.model.names import checkpoint_prefix
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
 from quantcli.model.structure import Linear, Structure, biased
-from quantcli.pipeline.stages import eval_ppl
+from quantcli.pipeline.served import block_as_served, head_as_served
 from quantcli.quant.grid import QuantizedWeight, dequantize
 
 if TYPE_CHECKING:
@@ -79,9 +79,9 @@ def _logits(read: QuantizedCheckpoint, source: Source, structure: Structure, pha
     stream = BlockStream(skeleton, [_prompt(structure)])
     (hidden,) = stream.start()
     for index in range(len(skeleton.blocks)):
-        with eval_ppl.block_as_served(stream, index, read, phase):
+        with block_as_served(skeleton, index, read, phase):
             hidden = stream.run(index, 0, hidden)
-    with stream.head(), eval_ppl.head_as_served(stream, read, phase):
+    with stream.head(), head_as_served(skeleton, read, phase):
         return torch.cat([piece for _, piece in stream.logits(hidden)], dim=1)
 
 

@@ -68,19 +68,15 @@ def ask(
     """
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.stages.eval_ppl import advance, head_as_served
+    from quantcli.pipeline.served import advance, head_as_served
 
     order, batches = _padded([query.tokens for query in queries], batch_tokens)
     stream = BlockStream(model.skeleton, batches)
     cache = HiddenCache(folder, stream.hidden_shapes(), model.skeleton.dtype, cache_memory)
     advance(model.name, stream, cache, model.exported, model.phase, emit)
     replies: dict[int, Reply] = {}
-    with stream.head():
-        if model.exported is None:
-            _read_off(stream, cache, order, queries, replies)
-        else:
-            with head_as_served(stream, model.exported, model.phase):
-                _read_off(stream, cache, order, queries, replies)
+    with stream.head(), head_as_served(model.skeleton, model.exported, model.phase):
+        _read_off(stream, cache, order, queries, replies)
     cache.clear()
     return [replies[index] for index in range(len(queries))]
 

@@ -148,6 +148,7 @@ def score_checkpoint(
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.skeleton import Skeleton
     from quantcli.model.stream import BlockStream
+    from quantcli.pipeline.served import advance, head_as_served
     from quantcli.pipeline.stages import eval_ppl
 
     if model.dtype != "auto":
@@ -186,9 +187,8 @@ def score_checkpoint(
         for name, stream in streams.items():
             read = checkpoint if stream.skeleton is own else None
             said = "quantized" if stream.skeleton is own and checkpoint.schemes else name
-            eval_ppl.advance(said, stream, caches[name], read, section.phase, emit, section.arithmetic)
-        scored = streams["quantized" if original is not None else "float"]
-        with eval_ppl.head_as_served(scored, checkpoint, section.phase, section.arithmetic):
+            advance(said, stream, caches[name], read, section.phase, emit, section.arithmetic)
+        with head_as_served(own, checkpoint, section.phase, section.arithmetic):
             windows = eval_ppl.windows_scored(streams, caches, text, batches)
     scores = summarize(windows, original is not None, text.batch)
     per_text = text_scores(windows, text, original is not None)

@@ -65,7 +65,8 @@ def run_task(
     Without `batch_tokens` prompts of boolq, whose whole answer is one comparison, are each alone in a batch: the number
     of rows decides how products round in 16 bits, and one answer in a hundred of a small model changed with it.
 
-    Raises DataError for questions that cannot be read, RoomError where text is generated and the model does not fit.
+    Raises DataError for questions that cannot be read, RoomError where text is generated and its keys and values do not
+    fit.
     """
     from quantcli.evaluation.tasks import BOOLQ, SQUAD
 
@@ -102,14 +103,16 @@ def _boolq(context: Context, section: TaskSection, asked: Callable[[Sequence[Que
 
 def _squad(context: Context, section: TaskSection, model: Model) -> list[Scored]:
     from quantcli.evaluation.tasks import squad_scored
-    from quantcli.pipeline.whole import cached_tokens, generate, whole_model
+    from quantcli.pipeline.generation import cached_tokens, generate, serving
 
     tokenizer, questions = context.tokenizer(), questions_of(section)
     prompts = _encoded(context, tokenizer, questions, NEW_TOKENS)
     found: dict[int, Scored] = {}
-    tokens = cached_tokens(map(len, prompts), NEW_TOKENS)
-    with whole_model(model, f"The task {section.task}", tokens) as loaded:
-        for index, text in generate(loaded, tokenizer, prompts, NEW_TOKENS):
+    tokens = cached_tokens([len(prompt) for prompt in prompts], NEW_TOKENS)
+    with serving(model, f"The task {section.task}", tokens, context.emit) as loaded:
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        for index, written in generate(loaded, prompts, NEW_TOKENS, ends, tokenizer.pad_token_id):
+            text = tokenizer.decode(written, skip_special_tokens=True)
             found[index] = squad_scored(questions[index], text)
             context.emit("answered", number=len(found), of=len(prompts), model=model.name)
     return [found[index] for index in range(len(prompts))]

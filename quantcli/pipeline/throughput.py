@@ -16,9 +16,9 @@ from typing import Any
 
 from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import verdicts
+from quantcli.pipeline.generation import cached_values
 from quantcli.pipeline.plan import Plan
 from quantcli.pipeline.source import known_positions
-from quantcli.pipeline.whole import cached_values
 from quantcli.recipe.comparison import ThroughputSection
 from quantcli.recipe.schema import Recipe
 

@@ -30,9 +30,14 @@ class GenerateSection(Section):
     max_new_tokens: Count = Field(default=24, description="At most this many tokens are written to a prompt.")
     memory: Size = Field(
         default=1 << 30,
-        description="A model whose weights, with keys and values of the longest text, take more than this writes "
-        "nothing, since all of them have to be in memory.",
+        description="A model whose weights, with keys and values, take more than this is run one block at a time.",
         json_schema_extra={"default": "1GiB"},
+    )
+    streamed: Size = Field(
+        default=256 << 30,
+        description="Block by block all weights are read for every token. Where that would be more than this in all, "
+        "nothing is written.",
+        json_schema_extra={"default": "256GiB"},
     )
 
 

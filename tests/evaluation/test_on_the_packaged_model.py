@@ -183,7 +183,7 @@ def test_batches_change_no_answer_of_either_model(
     from quantcli.pipeline.engine import run_recipe
     from quantcli.pipeline.rundir import open_run
     from quantcli.pipeline.sequences import Model
-    from quantcli.pipeline.stages.eval_ppl import exported_model
+    from quantcli.pipeline.served import exported_model
     from quantcli.pipeline.tasks import run_task
 
     recipe = load_recipe(run / "recipe.yaml")

@@ -30,7 +30,7 @@ from quantcli.evaluation import simulate
 from quantcli.formats.engines import verdicts
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.stream import BlockStream
-from quantcli.pipeline.stages.eval_ppl import block_as_served
+from quantcli.pipeline.served import block_as_served
 from quantcli.pipeline.treatment import Arithmetic
 from quantcli.quant.scheme import CodeType
 
@@ -44,7 +44,7 @@ def of_evaluation(made: Export, arithmetic: Arithmetic = "engine") -> Tensor:
     stream = BlockStream(Skeleton(made.model, made.structure, dtype=reader.dtype, checkpoint=reader), [TOKENS])
     (hidden,) = stream.start()
     for index in range(len(made.structure.blocks)):
-        with block_as_served(stream, index, reader, "prefill", arithmetic):
+        with block_as_served(stream.skeleton, index, reader, "prefill", arithmetic):
             hidden = stream.run(index, 0, hidden)
     with stream.head():
         return torch.cat([logits for _, logits in stream.logits(hidden)], 1)

@@ -23,7 +23,7 @@ from quantcli.model.stream import BlockStream
 from quantcli.model.structure import Structure, biased
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.convert import convert_checkpoint
-from quantcli.pipeline.stages import eval_ppl
+from quantcli.pipeline.served import block_as_served
 from quantcli.pipeline.standalone import open_checkpoint
 from quantcli.pipeline.verify import verify_path
 
@@ -119,7 +119,7 @@ def served_logits(folder: Path, tokens: Tensor, structure: Structure, checkpoint
     stream = BlockStream(Skeleton(folder, structure, dtype="float32", checkpoint=checkpoint), [tokens.view(1, -1)])
     (hidden,) = stream.start()
     for index in range(len(structure.blocks)):
-        with eval_ppl.block_as_served(stream, index, checkpoint, "prefill"):
+        with block_as_served(stream.skeleton, index, checkpoint, "prefill"):
             hidden = stream.run(index, 0, hidden)
     with stream.head():
         return torch.cat([piece[0] for _, piece in stream.logits(hidden)])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from tiny_models import save_tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer
 
 import quantcli
-from quantcli.pipeline import whole
+from quantcli.model.skeleton import Skeleton
+from quantcli.pipeline import generation
 from quantcli.pipeline.stages.generate import prompt_tokens
 
 Recipe = dict[str, Any]
-PROMPTS = ["The hill saw", "One old sheep"]
+PROMPTS = ["The hill saw", "One old sheep and the hill", "Sheep"]
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<you>{% endif %}"
 )
@@ -80,13 +82,67 @@ def test_integer_products_and_a_quantized_cache_are_part_of_it(
     assert first["mix"] == first["token"]
 
 
+@pytest.mark.parametrize(
+    ("family", "form", "quantize"),
+    [
+        ("gemma3", "compressed-tensors", {"weights": {"bits": 4}}),
+        ("llama", "ascend", {"activations": {"bits": 8, "scope": "token"}, "kv_cache": {"bits": 8}}),
+        ("mixtral", "compressed-tensors", {"activations": {"bits": 8, "scope": "token"}}),
+        ("llama", "ascend", {"activations": {"bits": 8, "scope": "mix"}}),
+    ],
+    ids=["weights", "cache", "experts", "mix"],
+)
+def test_a_model_that_is_large_writes_the_same_with_one_block_in_memory(
+    family: str,
+    form: str,
+    quantize: dict[str, Any],
+    static_recipe: Callable[[Path], Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    resident = Skeleton.resident
+    held: list[str] = []
+    most: dict[bool, int] = {}
+
+    @contextmanager
+    def watched(self: Skeleton, names: Iterable[str], *rest: Any) -> Iterator[None]:
+        names = [*names]
+        block = next((path for path in self.blocks if any(name.startswith(f"{path}.") for name in names)), None)
+        with resident(self, names, *rest):
+            held.extend([block] if block else [])
+            most[large] = max(most.get(large, 0), len(held))
+            yield
+            held[:] = held[: len(held) - bool(block)]
+
+    model, found = save_tiny_model(family, tmp_path / "model", with_tokenizer=True), {}
+    for large in (False, True):
+        recipe = changed(
+            static_recipe(tmp_path / f"run{large}"),
+            model__path=str(model),
+            quantize=quantize,
+            export={"formats": [form]},
+            evaluate__generate={"prompts": PROMPTS, "max_new_tokens": 5, "memory": "100kB" if large else "1GiB"},
+        )
+        quantcli.run_stage("export", recipe)
+        with monkeypatch.context() as patched:
+            patched.setattr(Skeleton, "resident", watched)
+            quantcli.run_stage("generate", recipe)
+        found[large] = read(recipe, "generate", "generated.json")
+        events = [json.loads(line) for line in (tmp_path / f"run{large}" / "events.jsonl").open()]
+        told = [e["text"] for e in events if e["event"] == "note" and e["text"].startswith("evaluate.generate runs")]
+        assert len(told) == 2 * large
+    assert found[True] == found[False]
+    assert most == {False: float_model(model).config.num_hidden_layers, True: 1}
+
+
 def test_a_model_that_is_too_large_writes_nothing_and_says_so(
     static_recipe: Callable[[Path], Recipe], tmp_path: Path
 ) -> None:
-    recipe = changed(static_recipe(tmp_path / "run"), evaluate__generate={"memory": "100kB"})
+    recipe = changed(static_recipe(tmp_path / "run"), evaluate__generate={"memory": "500kB", "streamed": "1MB"})
     quantcli.run_stage("generate", recipe)
     content = read(recipe, "generate", "generated.json")
     assert content["skipped"].startswith("No text was generated: the model's weights (")
+    assert "in all, is more than evaluate.generate.streamed (0.000931 GiB)." in content["skipped"]
     assert "prompts" not in content
     notes = [e["text"] for e in map(json.loads, (tmp_path / "run" / "events.jsonl").open()) if e["event"] == "note"]
     assert content["skipped"] in notes
@@ -96,7 +152,7 @@ def test_a_model_that_is_too_large_writes_nothing_and_says_so(
 def test_what_was_left_out_for_want_of_free_memory_is_done_when_it_is_there(
     static_recipe: Callable[[Path], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = static_recipe(tmp_path / "run")
+    recipe = changed(static_recipe(tmp_path / "run"), evaluate__generate__streamed="1kB")
     page = tmp_path / "run" / "report.html"
 
     def generated() -> tuple[bool, dict[str, Any]]:
@@ -105,20 +161,21 @@ def test_what_was_left_out_for_want_of_free_memory_is_done_when_it_is_there(
         return record["reused"], read(recipe, "generate", "generated.json")
 
     fingerprints: set[str] = set()
-    monkeypatch.setattr(whole, "free_memory", lambda _: 100_000)
+    monkeypatch.setattr(generation, "free_memory", lambda _: 100_000)
     reused, content = generated()
     assert not reused
-    assert content["skipped"].endswith("the memory that is free (9.31e-05 GiB). Run again when there is more.")
-    monkeypatch.setattr(whole, "free_memory", lambda _: content["needs"] - 1)
+    assert "are more than the memory that is free (9.31e-05 GiB)" in content["skipped"]
+    assert content["skipped"].endswith(" Run again when there is more.")
+    monkeypatch.setattr(generation, "free_memory", lambda _: content["needs"] - 1)
     assert generated() == (True, content)
     assert "No text was generated" in page.read_text()
-    monkeypatch.setattr(whole, "free_memory", lambda _: content["needs"])
+    monkeypatch.setattr(generation, "free_memory", lambda _: content["needs"])
     reused, done = generated()
     assert not reused
     assert len(done["prompts"]) == 1
     assert "No text was generated" not in page.read_text()
     # what was generated stays, however little is free later
-    monkeypatch.setattr(whole, "free_memory", lambda _: 100_000)
+    monkeypatch.setattr(generation, "free_memory", lambda _: 100_000)
     assert generated() == (True, done)
     assert len(fingerprints) == 1
 
@@ -130,7 +187,8 @@ def test_a_text_whose_keys_and_values_are_too_large_is_not_written(
     recipe = static_recipe(tmp_path / "run")
     weights = sum(value.numel() for value in float_model(Path(recipe["model"]["path"])).parameters()) * 4
     for room, count in ((768 * 100, 1000), (768 * 100, 50)):
-        generate = {"prompts": ["The hill"], "max_new_tokens": count, "memory": f"{(weights + room) / 1000}kB"}
+        memory = f"{(weights + room) / 1000}kB"
+        generate = {"prompts": ["The hill"], "max_new_tokens": count, "memory": memory, "streamed": "1kB"}
         quantcli.run_stage("generate", changed(recipe, evaluate__generate=generate))
         content = read(recipe, "generate", "generated.json")
         assert ("the keys and values of 10" in content["skipped"]) == (count == 1000)

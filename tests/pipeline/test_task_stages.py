@@ -18,11 +18,11 @@ import quantcli
 from quantcli.errors import DataError, ModelError, RecipeError, RoomError
 from quantcli.evaluation.tasks import boolq_choices
 from quantcli.model import hub
-from quantcli.pipeline import harness, whole
+from quantcli.pipeline import generation, harness
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.sequences import Model, _padded
+from quantcli.pipeline.served import exported_model
 from quantcli.pipeline.stages import check
-from quantcli.pipeline.stages.eval_ppl import exported_model
 from quantcli.pipeline.tasks import NEW_TOKENS, questions_of, run_task
 from quantcli.recipe import load_recipe
 from quantcli.recipe.evaluation import TaskSection
@@ -93,7 +93,7 @@ def by_transformers(context: Context, model: Model) -> Iterator[Any]:
     elif "dense" in context.recipe.export.formats:
         yield loaded_model(context.folder("export") / "dense", context.plan.structure.dtype)
     else:
-        with whole.whole_model(model, "a test", 1000) as loaded:
+        with generation.serving(model, "a test", 1000, context.emit) as loaded:
             yield loaded
 
 
@@ -182,8 +182,9 @@ def test_a_run_measures_tasks_and_reuses_the_float_models_answers(recipe: Recipe
 
 
 def test_generated_answers_are_those_of_transformers(
-    recipe: Recipe, squad: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, squad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also by a model that does not fit into the memory that is free, which keys and values fill to the last byte."""
     recipe = changed(recipe, evaluate={"tasks": [{"task": "squad", "path": str(squad)}]})
     result = quantcli.run(recipe)
     questions = questions_of(TaskSection(task="squad", path=str(squad)))
@@ -201,8 +202,18 @@ def test_generated_answers_are_those_of_transformers(
             assert sample["answer"] == next((line.strip() for line in text.splitlines() if line.strip()), "")
     assert set(results(recipe)["squad"]["metrics"]) == {"exact_match", "f1"}
 
-    monkeypatch.setattr(whole, "free_memory", lambda _: 1000)
-    with pytest.raises(RoomError, match=r"The task squad generates text, .* tokens \(.* and 1e-06 GB are free"):
+    lengths = [len(tokenizer(question.prompt).input_ids) for question in questions]
+    free = 4 * generation.cached_tokens(lengths, NEW_TOKENS) * generation.cached_values(loaded.config)
+    monkeypatch.setattr(generation, "free_memory", lambda _: free)
+    told: list[str] = []
+    beside = changed(recipe, output=str(tmp_path / "apart" / "run"))
+    quantcli.run(beside, listener=lambda event: told.extend([event["text"]] if event["event"] == "note" else []))
+    assert results(beside) == results(recipe)
+    for model in ("float", "quantized"):
+        assert sum(f"The task squad runs the {model} model one block at a time" in text for text in told) == 1
+
+    monkeypatch.setattr(generation, "free_memory", lambda _: free - 1)
+    with pytest.raises(RoomError, match=r"The task squad generates text, .* of \d+ tokens \(.* and 0.\d+ GB are free"):
         quantcli.run(changed(recipe, quantize__weights__bits=8))
 
 
@@ -354,7 +365,7 @@ def test_a_task_that_generates_says_how_far_it_is_and_is_what_the_harness_finds(
         found = results(recipe)["lm-eval/goes_on"]["lm_eval"]["float_model" if name == "float" else name]
         assert found["exact_match,none"] == pytest.approx(wanted["results"]["goes_on"]["exact_match,none"])
 
-    monkeypatch.setattr(whole, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(generation, "free_memory", lambda _: 1000)
     with pytest.raises(RoomError, match=r"The task lm-eval/goes_on generates text, .* the keys and values of"):
         quantcli.run(changed(recipe, quantize__weights__bits=8))
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,16 +11,14 @@ from quantcli.model.checkpoint import replacing
 from quantcli.pipeline.batches import data_identity, evaluation_batches
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.served import advance, exported_model, head_as_served
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from quantcli.evaluation.protocols import EvaluationText
     from quantcli.evaluation.scores import Pieces, WindowScores
-    from quantcli.formats.reader import QuantizedCheckpoint
     from quantcli.model.hidden import HiddenCache
-    from quantcli.model.skeleton import Skeleton
     from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.treatment import Arithmetic, Phase
 
 RESULTS = "results.json"
 TOKENS = "tokens.safetensors"
@@ -76,7 +72,7 @@ def run(context: Context, folder: StageFolder) -> None:
         read = exported if name == "quantized" else None
         advance(name, streams[name], cache, read, section.phase, context.emit, section.arithmetic)
     states = caches if kept is None else {"float": kept, **caches}
-    with head_as_served(streams["quantized"], exported, section.phase, section.arithmetic):
+    with head_as_served(quantized, exported, section.phase, section.arithmetic):
         windows = windows_scored(streams, states, text, batches)
     scores = with_distributions(summarize(windows, quantized=True, batch=text.batch), windows)
     columns = {name: values.contiguous() for name, values in zip(COLUMNS, per_token(windows).unbind(1), strict=True)}
@@ -98,117 +94,6 @@ def run(context: Context, folder: StageFolder) -> None:
     folder.add(folder.path / RESULTS)
     for cache in caches.values():
         cache.clear()
-
-
-def exported_model(context: Context) -> tuple[Skeleton, QuantizedCheckpoint]:
-    """The model as its first export has it: without weights, and the checkpoint that they are read from."""
-    from quantcli.model.skeleton import Skeleton
-
-    exported = exported_checkpoint(context)
-    skeleton = Skeleton(
-        context.model,
-        context.structure,
-        dtype=exported.dtype,
-        device=context.device,
-        trust_remote_code=context.recipe.model.trust_remote_code,
-        checkpoint=exported,
-        untied=context.untied,
-    )
-    return skeleton, exported
-
-
-def exported_checkpoint(context: Context) -> QuantizedCheckpoint:
-    """The first export, as it is read back."""
-    from quantcli.formats.reader import QuantizedCheckpoint
-    from quantcli.pipeline.stages.export import float_source
-
-    assert context.recipe.export is not None
-    folder = context.folder("export") / context.recipe.export.formats[0]
-    return QuantizedCheckpoint(folder, context.linears, float_source(context).weights)
-
-
-def advance(
-    name: str,
-    stream: BlockStream,
-    cache: HiddenCache,
-    exported: QuantizedCheckpoint | None,
-    phase: Phase,
-    emit: Callable[..., None],
-    arithmetic: Arithmetic = "engine",
-) -> None:
-    """Carry the hidden states of one model through all its blocks, going on where an interrupted run stopped.
-
-    `exported` is the checkpoint that a quantized model is read from; `emit` is told of every block.
-    """
-    blocks = len(stream.skeleton.blocks)
-    for index in range(stream.enter(cache, cache.resume()), blocks):
-        started = time.perf_counter()
-        with block_as_served(stream, index, exported, phase, arithmetic):
-            for batch in range(len(stream.batches)):
-                cache.put(batch, stream.run(index, batch, cache.get(batch)))
-        cache.commit(index + 1)
-        seconds = round(time.perf_counter() - started, 3)
-        emit("block", index=index, of=blocks, model=name, seconds=seconds)
-
-
-@contextmanager
-def block_as_served(
-    stream: BlockStream,
-    index: int,
-    exported: QuantizedCheckpoint | None,
-    phase: Phase,
-    arithmetic: Arithmetic = "engine",
-) -> Iterator[None]:
-    """A resident block; of a quantized model, with linears and attention computing as an engine does."""
-    from quantcli.evaluation.simulate import not_read, simulated
-    from quantcli.pipeline.attention import attention_as_stored
-
-    path = stream.skeleton.blocks[index]
-    if exported is None:
-        with stream.block(index):
-            yield
-        return
-    replaced = _replaced(stream, exported, f"{path}.", phase, arithmetic)
-    experts = stream.skeleton.structure.blocks[index].local_experts
-    left_out = {f"{path}.{name}" for name in not_read(replaced, experts)}
-    modules = [module for module in exported.attention_modules if module.startswith(f"{path}.")]
-    attention = {module: exported.read_attention(module) for module in modules}
-    with (
-        stream.block(index, left_out=left_out) as module,
-        simulated(module, replaced, experts),
-        attention_as_stored(module, path, exported.attention, attention, arithmetic),
-    ):
-        yield
-
-
-@contextmanager
-def head_as_served(
-    stream: BlockStream, exported: QuantizedCheckpoint, phase: Phase, arithmetic: Arithmetic = "engine"
-) -> Iterator[None]:
-    """While the body runs, the quantized model's output head computes as an engine does, if it is quantized."""
-    from quantcli.evaluation.simulate import simulated
-
-    head = stream.skeleton.structure.head
-    quantized = head is not None and head in exported.schemes
-    replaced = _replaced(stream, exported, head, phase, arithmetic) if head is not None and quantized else {}
-    with simulated(stream.skeleton.model, replaced):
-        yield
-
-
-def _replaced(
-    stream: BlockStream, exported: QuantizedCheckpoint, prefix: str, phase: Phase, arithmetic: Arithmetic
-) -> dict[str, Any]:
-    """What takes the place of linears with quantized inputs whose names begin so, by the rest of their names."""
-    from quantcli.pipeline.treatment import replacement
-
-    short = prefix if prefix.endswith(".") else ""
-    return {
-        name.removeprefix(short): replacement(
-            exported.read_linear(name), scheme, stream.skeleton.dtype, stream.skeleton.device, phase, arithmetic
-        )
-        for name, scheme in exported.schemes.items()
-        if scheme.activations != "none" and (name == prefix or (short and name.startswith(prefix)))
-    }
 
 
 def windows_scored(

@@ -7,7 +7,8 @@ from typing import Any
 from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
-from quantcli.pipeline.stages.eval_ppl import exported_model, finite
+from quantcli.pipeline.served import exported_model
+from quantcli.pipeline.stages.eval_ppl import finite
 from quantcli.pipeline.stages.reference_tasks import wanted
 from quantcli.pipeline.tasks import run_task, task_file, task_identity
 

@@ -31,71 +31,82 @@ def _identity(context: Context) -> dict[str, Any]:
 
 def run(context: Context, folder: StageFolder) -> None:
     """Writes generated.json: the prompts, and the tokens and text that each model puts behind them, greedily; or why
-    there are none: the models have to be whole in memory, one after the other, and `memory` bounds that, with the keys
-    and values of the longest text. `needs` is what they take where only the memory that was free was less."""
+    there are none. A model that takes more than `memory`, with its keys and values, is run block by block, unless more
+    than `streamed` bytes would be read for that. `needs` is what the models take where only the memory that was free
+    was less."""
     section, tokenizer = _section(context.recipe), context.tokenizer()
     prompts = [prompt_tokens(tokenizer, prompt) for prompt in section.prompts]
-    tokens = max(map(len, prompts)) + section.max_new_tokens
-    skipped, needs = _obstacle(context, section, tokens)
+    skipped, needs = _obstacle(context, section, prompts)
     content: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "skipped": skipped, "needs": needs}
     if content["skipped"]:
         context.emit("note", text=content["skipped"])
     else:
-        content |= _generated(context, section, tokenizer, prompts, tokens)
+        content |= _generated(context, section, tokenizer, prompts)
     write_json(folder.path / RESULT, content)
     folder.add(folder.path / RESULT)
 
 
-def _obstacle(context: Context, section: GenerateSection, tokens: int) -> tuple[str, int | None]:
-    """Why no text of `tokens` tokens, with its prompt, can be generated, empty if it can; and the memory that it needs
-    where that is all that is missing."""
+def _obstacle(context: Context, section: GenerateSection, prompts: list[list[int]]) -> tuple[str, int | None]:
+    """Why no text can be generated, empty if it can; and the memory that it needs where that is all that is missing."""
     from quantcli.model.skeleton import load_config
-    from quantcli.pipeline.whole import cached_values, free_memory
+    from quantcli.pipeline.generation import cached_values, free_memory
 
-    structure, dtype = context.plan.structure, context.recipe.model.dtype
+    structure, dtype, tokens = context.plan.structure, context.recipe.model.dtype, _cached(section, prompts)
     config = load_config(context.model, trust_remote_code=context.recipe.model.trust_remote_code)
     size = BYTES[structure.dtype if dtype == "auto" else dtype]
     weights, cache = sum(map(prod, structure.parameters.values())) * size, tokens * cached_values(config) * size
     room, what, needs = section.memory, "evaluate.generate.memory", None
     free = free_memory(context.device)
-    if free is not None and free < weights + cache <= room:
-        room, what, needs = free, "the memory that is free", weights + cache
-    if weights + cache > room:
-        text = (
-            f"No text was generated: the model's weights ({weights / 2**30:.3g} GiB) and the keys and values of "
-            f"{tokens} tokens ({cache / 2**30:.3g} GiB) are more than {what} ({room / 2**30:.3g} GiB)."
+    if free is not None and free < min(room, weights + cache):
+        room, what = free, "the memory that is free"
+        needs = weights + cache if weights + cache <= section.memory else None
+    reads = 2 * section.max_new_tokens * weights
+    if weights + cache <= room or (cache <= room and reads <= section.streamed):
+        return "", None
+    text = (
+        f"No text was generated: the model's weights ({weights / 2**30:.3g} GiB) and the keys and values of {tokens} "
+        f"tokens ({cache / 2**30:.3g} GiB) are more than {what} ({room / 2**30:.3g} GiB)"
+    )
+    if cache <= room:
+        text += (
+            f", and to read them anew for every token, {reads / 2**30:.3g} GiB in all, is more than "
+            f"evaluate.generate.streamed ({section.streamed / 2**30:.3g} GiB)"
         )
-        return text + " Run again when there is more." * (needs is not None), needs
-    return "", None
+    return f"{text}." + " Run again when there is more." * (needs is not None), needs
+
+
+def _cached(section: GenerateSection, prompts: list[list[int]]) -> int:
+    from quantcli.pipeline.generation import cached_tokens
+
+    return cached_tokens([len(prompt) for prompt in prompts], section.max_new_tokens)
 
 
 def _unfinished(context: Context) -> bool:
     """Whether the memory is there by now that was missing."""
     from quantcli.model.checkpoint import read_json
-    from quantcli.pipeline.whole import free_memory
+    from quantcli.pipeline.generation import free_memory
 
     needs = read_json(context.folder(STAGE.name) / RESULT).get("needs")
     free = free_memory(context.device)
     return isinstance(needs, int) and (free is None or needs <= free)
 
 
-def _generated(
-    context: Context, section: GenerateSection, tokenizer: Any, prompts: list[list[int]], tokens: int
-) -> dict[str, Any]:
+def _generated(context: Context, section: GenerateSection, tokenizer: Any, prompts: list[list[int]]) -> dict[str, Any]:
+    from quantcli.pipeline.generation import serving
     from quantcli.pipeline.sequences import Model
-    from quantcli.pipeline.stages.eval_ppl import exported_model
-    from quantcli.pipeline.whole import whole_model
+    from quantcli.pipeline.served import exported_model
 
     entries: list[dict[str, Any]] = [{"prompt": prompt} for prompt in section.prompts]
+    tokens = _cached(section, prompts)
     for model in (
         Model("float", context.skeleton(original=True), None, "prefill"),
         Model("quantized", *exported_model(context), "prefill"),
     ):
-        with whole_model(model, "evaluate.generate", tokens):
-            for entry, prompt in zip(entries, prompts, strict=True):
-                written = _continued(context, model.skeleton, prompt, section.max_new_tokens)
-                entry[model.name] = {"text": tokenizer.decode(written, skip_special_tokens=True), "tokens": written}
-                context.emit("generated", model=model.name, prompt=entry["prompt"], tokens=len(written))
+        with serving(model, "evaluate.generate", tokens, context.emit, section.memory):
+            texts = _continued(context, model.skeleton, prompts, section.max_new_tokens)
+        for entry, written in zip(entries, texts, strict=True):
+            entry[model.name] = {"text": tokenizer.decode(written, skip_special_tokens=True), "tokens": written}
+            context.emit("generated", model=model.name, prompt=entry["prompt"], tokens=len(written))
     return {"chat_template": getattr(tokenizer, "chat_template", None) is not None, "prompts": entries}
 
 
@@ -110,27 +121,20 @@ def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
     return chat
 
 
-def _continued(context: Context, skeleton: Skeleton, prompt: list[int], count: int) -> list[int]:
-    """At most `count` tokens, each the likeliest behind those before it, up to one that ends a text."""
-    import torch
-    from transformers import GenerationConfig
+def _continued(context: Context, skeleton: Skeleton, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """At most `count` tokens behind each prompt, each the likeliest behind those before it, up to one that ends a text
+    or fills the model's positions."""
+    from quantcli.pipeline.generation import generate
 
-    longest = known_positions(context.model)
-    count = count if longest is None else min(count, longest - len(prompt))
-    if count < 1:
-        return []
-    ends = _ends(context, skeleton)
-    # nothing of generation_config.json but what ends a text: penalties and sampling would hide what weights do
-    settings = GenerationConfig(
-        do_sample=False, max_new_tokens=count, eos_token_id=ends, pad_token_id=ends[0] if ends else 0
-    )
-    skeleton.model.generation_config = settings
-    tokens = torch.tensor([prompt], device=skeleton.device)
-    with torch.inference_mode():
-        output = skeleton.model.generate(  # type: ignore[operator]
-            tokens, attention_mask=torch.ones_like(tokens), generation_config=settings
-        )
-    written: list[int] = output[0, len(prompt) :].tolist()
+    longest, ends = known_positions(context.model), _ends(context, skeleton)
+    written: list[list[int]] = [[] for _ in prompts]
+    by_room: dict[int, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        by_room.setdefault(count if longest is None else min(count, longest - len(prompt)), []).append(index)
+    for room, members in by_room.items():
+        if room > 0:
+            for place, tokens in generate(skeleton.model, [prompts[index] for index in members], room, ends):
+                written[members[place]] = tokens
     return written
 
 

@@ -49,7 +49,7 @@ def run(context: Context, folder: StageFolder) -> None:
 
     from quantcli.calibration.tokens import tokenize
     from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.stages.eval_ppl import exported_checkpoint
+    from quantcli.pipeline.served import exported_checkpoint
     from quantcli.pipeline.stages.export import float_source
 
     wanted, section = _tokens(context.recipe)

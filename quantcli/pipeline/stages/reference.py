@@ -55,7 +55,7 @@ def run(context: Context, folder: StageFolder) -> None:
 
     from quantcli.model.hidden import HiddenCache
     from quantcli.model.stream import BlockStream
-    from quantcli.pipeline.stages.eval_ppl import advance
+    from quantcli.pipeline.served import advance
 
     evaluate = context.recipe.evaluate
     assert evaluate is not None
