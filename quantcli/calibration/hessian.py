@@ -10,6 +10,8 @@ WIDE = 1024
 """From this width on a symmetric sum is made in strips that leave out most of what lies below the diagonal."""
 STRIPS = 4
 HELD_OUT = 4
+MOST_ATTENDED = 100.0
+"""What a token counts at most for its small value: some are zero."""
 
 
 def product_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,13 +19,37 @@ def product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def shares(values: Tensor) -> Tensor:
+    """min(1, median of ‖y‖² / ‖y_t‖²) of each token t of [..., width]: float32 [...].
+
+    A norm behind it divides by the size of a token, and a few tokens are a thousand times larger than the rest: they
+    would decide alone what is made good.
+    """
+    return _against_median(values).clamp(max=1)
+
+
+def attended(values: Tensor) -> Tensor:
+    """max(1, median of ‖v‖² / ‖v_t‖²), at most MOST_ATTENDED, of each token t of [..., width]: float32 [...].
+
+    v are values that attention adds up. Tokens to which nearly all others attend, for want of something better, have
+    values near zero (attention sinks with value-state drains, Guo et al. 2024, arXiv:2410.13835): what they are off by
+    reaches all others, and is next to nothing in a mean over tokens. So each counts by the size of its own value.
+    """
+    return _against_median(values).clamp(1, MOST_ATTENDED)
+
+
+def _against_median(values: Tensor) -> Tensor:
+    energy = values.float().square().sum(-1)
+    return energy.median() / energy.clamp(min=torch.finfo(torch.float32).tiny)
+
+
 class Hessian:
-    """H = E[x xᵀ] over tokens and, where the same tokens of another pass are given, P = E[a x eᵀ], a the share of each
-    token and e what outputs lack. Of HELD_OUT batches that have another pass one is kept apart, to check what is made
-    of P.
+    """H = E[a x xᵀ] over tokens of importance a, which is 1 where none is given. Where the same tokens of another pass
+    are given, P = E[a b x eᵀ] as well, b the share of each token and e what outputs lack. Of HELD_OUT batches that have
+    another pass one is kept apart, to check what is made of P.
 
     e = (y − x) Wᵀ + l of linears W that read y in the other pass, where what they add to lacks l. Of a `weight` W
-    [out, width] that is given from the start P itself is summed, else D = E[a x (y − x)ᵀ], since P = D Wᵀ: that takes
+    [out, width] that is given from the start P itself is summed, else D = E[a b x (y − x)ᵀ], since P = D Wᵀ: that takes
     less time and memory where there are fewer channels than outputs.
 
     Float32 [width, width]. Tokens of a batch are multiplied in their own dtype and summed over batches in float32.
@@ -46,14 +72,25 @@ class Hessian:
         self._strips = range(0, width, self._height)
 
     def update(
-        self, x: Tensor, y: Tensor | None = None, lack: Tensor | None = None, share: Tensor | None = None
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        lack: Tensor | None = None,
+        share: Tensor | None = None,
+        importance: Tensor | None = None,
     ) -> None:
         """Add the tokens of x [..., width], of y [..., width] if it is given, and beside y of `lack` [..., out].
 
-        share [...]: how much each token counts in what is compared, 1 without it.
+        importance [...]: how much each token counts, in H too; share [...]: how much besides in what is compared.
         """
         dtype = product_dtype(x.dtype)
-        tokens = x.reshape(-1, x.shape[-1]).to(dtype)
+        root = None if importance is None else importance.reshape(-1, 1).sqrt()
+
+        def weighed(values: Tensor) -> Tensor:
+            values = values.reshape(-1, values.shape[-1])
+            return values.to(dtype) if root is None else (values * root).to(dtype)
+
+        tokens = weighed(x)
         turned = tokens.t().contiguous()
         self._add(self._sum, turned, turned)
         self.tokens += len(tokens)
@@ -67,8 +104,8 @@ class Hessian:
                 self._add(self._compared_sum, counted, turned)
                 turned = counted
             self._compared[kept_apart] += len(tokens)
-            moved = y.reshape(tokens.shape).to(dtype) - tokens
-            other = None if lack is None else lack.reshape(len(tokens), -1).to(dtype)
+            moved = weighed(y) - tokens
+            other = None if lack is None else weighed(lack)
             if self._weight is None:
                 self._drifts = self._drifts or [torch.zeros_like(self._sum) for _ in range(2)]
                 self._drifts[kept_apart] += turned @ moved
@@ -97,7 +134,7 @@ class Hessian:
         return self._whole(self._sum, self.tokens)
 
     def compared_moments(self) -> Tensor | None:
-        """E[a x xᵀ] of the tokens of two passes, None where they had no share. The sum is used up."""
+        """E[a b x xᵀ] of the tokens of two passes, None where they had no share. The sum is used up."""
         if self._compared_sum is None:
             return None
         return self._whole(self._compared_sum, sum(self._compared))

@@ -161,6 +161,15 @@ class Block:
         included = {name for shared in self.mixed for name in shared.linears}
         return (*(shared for shared in self.inputs if not included.issuperset(shared.linears)), *self.mixed)
 
+    def values_of(self, shared: SharedInput) -> tuple[str, list[int]] | None:
+        """The linear that makes the values which attention adds up, and which of its outputs they are, if it reads this
+        input."""
+        for other in self.inputs:
+            producer = other.producer
+            if producer is not None and producer.attention and producer.name in shared.linears:
+                return producer.name, sorted(set(producer.channels(other.width)))
+        return None
+
     @property
     def writers(self) -> tuple[str, ...]:
         """The linears that write to the residual stream, those of experts too."""

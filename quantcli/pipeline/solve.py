@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from quantcli.calibration.hessian import Hessian
+from quantcli.calibration.hessian import Hessian, attended, shares
 from quantcli.errors import ModelError
 from quantcli.evaluation.simulate import Replacement, forward_of, simulated
 from quantcli.formats.store import StoredLinear
@@ -129,17 +129,19 @@ def solve_block(
                     direct = beside is not None and solver.asymmetric and _narrows(source, solving)
                     weight = source.weight(solving[0]).to(device, dtype) if direct else None
                     hessian = Hessian(shared.width, device, weight)
+                values = _values(source, passes, block, shared) if solving else None
                 others = beside.advance(position) if beside is not None else iter(())
                 writes = all(name in writers for name in solving)
                 for batch, value in enumerate(walk.advance(position)):
                     other = next(others, None)
+                    importance = None if values is None else attended(functional.linear(value, *values))
                     if hessian is not None and other is not None and solver.asymmetric:
                         assert passes.plain is not None
                         lack = _lacking(passes, batch, walk, beside) if writes else None
                         meant = passes.plain.get(batch) if writes else other
-                        hessian.update(value, other, lack, _shares(meant).to(device))
+                        hessian.update(value, other, lack, shares(meant).to(device), importance)
                     elif hessian is not None:
-                        hessian.update(value)
+                        hessian.update(value, importance=importance)
                 for name in shared.linears:
                     if name in treatments and name not in solving:
                         found[name] = source.quantize(name, statistics, with_inputs=True)
@@ -290,20 +292,23 @@ def _writers(passes: Passes, index: int, block: Block) -> tuple[str, ...]:
     return tuple(name for name in block.residual.writers if 0.8 < factors.get(name, 0.0) < 1.25)
 
 
+def _values(
+    source: WeightSource, passes: Passes, block: Block, shared: SharedInput
+) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of what makes the values that attention adds up from this input; None if it does not."""
+    found = block.values_of(shared)
+    if found is None:
+        return None
+    name, channels = found
+    skeleton = passes.stream.skeleton
+    weight, bias = source.read(name)[channels].to(skeleton.dtype), getattr(skeleton.module(name), "bias", None)
+    return weight, None if bias is None else bias[channels]
+
+
 def _narrows(source: WeightSource, solving: Sequence[str]) -> bool:
     """Whether one linear is solved that has half as many outputs as inputs, or fewer."""
     linears = [source.context.linears[name] for name in solving]
     return len(linears) == 1 and 2 * linears[0].out_features <= linears[0].in_features
-
-
-def _shares(values: Tensor) -> Tensor:
-    """min(1, median of ‖y‖² / ‖y_t‖²) of each token t of [..., width]: float32 [...].
-
-    A norm behind it divides by the size of a token, and a few tokens are a thousand times larger than the rest: they
-    would decide alone what is made good.
-    """
-    energy = values.float().square().sum(-1)
-    return (energy.median() / energy.clamp(min=torch.finfo(torch.float32).tiny)).clamp(max=1)
 
 
 def _lacking(passes: Passes, batch: int, walk: Lockstep, beside: Lockstep | None) -> Tensor:
@@ -401,7 +406,7 @@ def _solve_input(
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)
         quantized, gained = _mixed(source, members, target, quantized, grid, curvature, section.sweeps)
-        if gained:
+        if gained is not None:
             facts["outputs"] = gained
             lost = relative_error(target, quantized, curvature.hessian)
         facts["error"] = float(f"{lost:.6g}")

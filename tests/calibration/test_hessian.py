@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcli.calibration.hessian import HELD_OUT, WIDE, Hessian
+from quantcli.calibration.hessian import HELD_OUT, MOST_ATTENDED, WIDE, Hessian, attended, shares
 
 
 def batches(width: int, *shapes: tuple[int, ...], seed: int = 0) -> list[Tensor]:
@@ -162,3 +162,46 @@ def test_sums_of_float16_inputs_do_not_leave_its_range() -> None:
         assert pulls is not None
         assert all(bool(torch.isfinite(pull).all()) for pull in pulls)
         assert relative(hessian.moments(), slow_moments(inputs), inputs) < 1e-5
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_importance_counts_in_everything(direct: bool) -> None:
+    """As if each token, what it is in the other pass and what is lacking were that much larger."""
+    generator = torch.Generator().manual_seed(6)
+    weight = torch.randn(3, 12, generator=generator)
+    weighed, larger = (Hessian(12, "cpu", weight if direct else None) for _ in range(2))
+    for _ in range(3):
+        x, y = torch.randn(2, 2, 5, 12, generator=generator)
+        lack, share = torch.randn(2, 5, 3, generator=generator), torch.rand(2, 5, generator=generator)
+        importance = torch.rand(2, 5, generator=generator) * 100
+        root = importance.sqrt().unsqueeze(-1)
+        weighed.update(x, y, lack, share, importance)
+        larger.update(x * root, y * root, lack * root, share)
+    assert weighed.tokens == larger.tokens
+    torch.testing.assert_close(weighed.moments(), larger.moments())
+    torch.testing.assert_close(weighed.compared_moments(), larger.compared_moments())
+    for one, other in zip(weighed.pulls(weight) or [None], larger.pulls(weight) or (), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_tokens_of_small_values_count_by_that() -> None:
+    values = torch.tensor([[[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], [[30.0, 40.0], [0.0, 2.5], [5.0, 0.0]]])
+    assert attended(values).dtype == torch.float32
+    assert attended(values).tolist() == [pytest.approx([1, 25, MOST_ATTENDED]), [1, 1, 1]], "the median is 2.5²"
+    assert shares(values).tolist() == [pytest.approx([0.25, 1, 1]), pytest.approx([0.0025, 1, 0.25])]
+    assert attended(torch.zeros(2, 3, 4)).tolist() == [[1.0] * 3] * 2
+
+
+def test_what_a_sink_is_off_by_counts() -> None:
+    """A token of which a weight makes nothing, among many of which it makes something."""
+    generator = torch.Generator().manual_seed(0)
+    weight, noise = torch.randn(2, 8, 16, generator=generator)
+    x = torch.randn(1, 400, 16, generator=generator)
+    x[0, 0] = 20 * torch.linalg.svd(weight).Vh[-1]
+    errors = []
+    for importance in (None, attended(x @ weight.t())):
+        hessian = Hessian(16, "cpu")
+        hessian.update(x, importance=importance)
+        errors.append(float(((noise @ hessian.moments()) * noise).sum()))
+    sink = float((x[0, 0] @ noise.t()).square().sum()) / 400
+    assert errors[1] - errors[0] > (MOST_ATTENDED - 1) * sink > errors[0]

@@ -362,3 +362,24 @@ def test_code_from_the_checkpoint_is_not_run(tmp_path: Path) -> None:
     )
     assert find_structure(tmp_path).architecture == "LlamaForCausalLM"
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "maker", "channels"),
+    [
+        ("llama", "self_attn.v_proj", range(32)),
+        ("opt", "self_attn.v_proj", range(64)),
+        ("phi3", "self_attn.qkv_proj", None),
+        ("gpt2", "attn.c_attn", range(128, 192)),
+        ("mixtral", "self_attn.v_proj", None),
+    ],
+)
+def test_what_attention_adds_up_is_made_of_one_input(
+    family: str, maker: str, channels: range | None, tiny_model
+) -> None:
+    for block in find_structure(tiny_model(family)).blocks:
+        found = {shared.name: block.values_of(shared) for shared in block.inputs}
+        (made,) = [values for values in found.values() if values is not None]
+        assert made[0] == f"{block.name}.{maker}"
+        assert channels is None or made[1] == [*channels]
+        assert found[next(shared.name for shared in block.inputs if made[0] in shared.linears)] == made

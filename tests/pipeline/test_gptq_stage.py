@@ -66,15 +66,28 @@ def moments_of(
     name: str,
     replaced: Mapping[str, Any] | None = None,
     experts: Sequence[Experts] = (),
+    values: tuple[str, list[int]] | None = None,
 ) -> Tensor:
-    """H of a linear's input in the whole model, in which some linears are replaced."""
+    """H of a linear's input in the whole model, in which some linears are replaced. Of an input that attention's values
+    are made of, tokens count by how small those are beside the median of their batch."""
     seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+
+    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2).double()
+        if values is not None:
+            maker = model.get_submodule(values[0])
+            bias = 0 if maker.bias is None else maker.bias.double()
+            energies = ((x @ weight_of(model, values[0]).double().t() + bias)[:, values[1]] ** 2).sum(1)
+            middle = sorted(energies.tolist())[(len(x) - 1) // 2]
+            x = x * torch.tensor([min(100.0, max(1.0, middle / e)) for e in energies.tolist()]).double().sqrt()[:, None]
+        seen.append(x)
+
+    handle = model.get_submodule(name).register_forward_pre_hook(see)
     with torch.inference_mode(), simulated(model, replaced or {}, experts):
         for batch in batches:
             model(batch, use_cache=False)
     handle.remove()
-    x = torch.cat(seen).double()
+    x = torch.cat(seen)
     return (x.t() @ x / len(x)).float()
 
 
@@ -108,11 +121,12 @@ def check_by_hand(recipe: Recipe) -> None:
             for block in blocks
             for names in [*(layer.names for layer in block.experts), *(shared.linears for shared in block.inputs)]
         ]
+        values = {shared.linears: block.values_of(shared) for block in blocks for shared in block.inputs}
         for names in [*inputs, (context.plan.structure.head,)]:
             planned = [name for name in names if name in store.schemes]
             if any(context.plan.treatments[name].weights.solves for name in planned):
                 before = replaced if section.prefix == "quantized" else {}
-                hessian = moments_of(model, batches, planned[0], before, experts)
+                hessian = moments_of(model, batches, planned[0], before, experts, values.get(names))
                 if section.shrink:
                     hessian, _ = shrunk(hessian, sum(batch.numel() for batch in batches), section.damping)
                 curvature = factored(hessian, section.damping)

@@ -11,6 +11,8 @@ from quantcli.quant.gptq import BLOCK, factored, gptq
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, quantize_codes
 from quantcli.quant.minmax import minmax
 from quantcli.quant.refine import output_error
+from quantcli.quant.search import mse
+from quantcli.quant.solver import solved
 
 TIE = 2e-3  # steps of the grid: codes this far from a tie are not moved by float32, whatever came before them
 
@@ -195,3 +197,19 @@ def test_channels_that_never_held_anything_neither_give_nor_take() -> None:
     assert torch.equal(found[:, dead], start.codes[:, dead])
     nothing = gptq(weight, grid, start.scale, None, factored(torch.zeros(60, 60)))
     assert torch.equal(nothing.codes, start.codes)
+
+
+def test_scales_weigh_channels_by_what_their_errors_cost_before_and_after_they_are_made_good() -> None:
+    """What is left of H_jj when all channels that are rounded later are free is a Schur complement."""
+    hessian, weight, grid = correlated(48), some_weight(24, 48), WeightGrid(4, True, "group", 16, torch.bfloat16, True)
+    curvature = factored(hessian)
+    exact = hessian.double().numpy() + 0.01 * np.diag(np.diag(hessian.double().numpy()))
+    left = np.empty(48)
+    order = curvature.order.tolist()
+    for place, j in enumerate(order):
+        behind = order[place + 1 :]
+        pulled = np.linalg.solve(exact[np.ix_(behind, behind)], exact[behind, j])
+        left[j] = exact[j, j] - exact[j, behind] @ pulled
+    wanted = mse(weight, grid, (hessian.diagonal() * torch.from_numpy(left).float()).sqrt())
+    found, _ = solved(weight, grid, curvature, 0)
+    assert (found.scale == wanted.scale).float().mean() > 0.98
