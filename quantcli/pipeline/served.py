@@ -112,8 +112,7 @@ def head_as_served(
     from quantcli.evaluation.simulate import simulated
 
     head = skeleton.structure.head
-    quantized = exported is not None and head is not None and head in exported.schemes
-    replaced = _replaced(skeleton, exported, head, phase, arithmetic) if quantized and exported and head else {}
+    replaced = {} if exported is None or head is None else _replaced(skeleton, exported, head, phase, arithmetic)
     with simulated(skeleton.model, replaced):
         yield [f"{name}.weight" for name in replaced]
 

@@ -300,9 +300,10 @@ def _values(
     if found is None:
         return None
     name, channels = found
-    skeleton = passes.stream.skeleton
-    weight, bias = source.read(name)[channels].to(skeleton.dtype), getattr(skeleton.module(name), "bias", None)
-    return weight, None if bias is None else bias[channels]
+    linear = passes.stream.skeleton.module(name)
+    stored, bias = linear.get_parameter("weight"), getattr(linear, "bias", None)
+    weight = stored.t() if source.context.linears[name].transposed else stored
+    return weight[channels], None if bias is None else bias[channels]
 
 
 def _narrows(source: WeightSource, solving: Sequence[str]) -> bool:
