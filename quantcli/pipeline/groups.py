@@ -163,12 +163,14 @@ class GroupSource:
         return [name for name in planned if section.clips(treatments[name].weights, treatments[name].activations)]
 
     def clips(self, shared: SharedInput, seen: Seen, folds: list[Fold]) -> dict[str, Tensor]:
-        """Bounds of the weights that are to be clipped among the readers of an input, with the block's folds in them.
-        Inside an expert that saw too few tokens there are none."""
+        """Bounds of the weights that are to be clipped among the readers of an input, with the block's folds in them,
+        by the names that they are stored under. Inside an expert that saw too few tokens there are none."""
         import torch
 
         from quantcli.model.folding import fold_changes
+        from quantcli.pipeline.smoothed import clip_name
 
+        treatments = self.context.plan.treatments
         names = self.clipped(shared)
         if not names or not seen.tokens or seen.count < self._least(shared):
             return {}
@@ -183,7 +185,7 @@ class GroupSource:
         for name in names:
             target, change = self._target(name), changes.get(f"{name}.weight")
             assert target is not None
-            found[name] = target.bounds(self._weight(name, change).float(), tokens)
+            found[clip_name(name, treatments[name].scheme)] = target.bounds(self._weight(name, change).float(), tokens)
         return found
 
     def smooth(self, shared: SharedInput, seen: Seen, *, shifting: bool = True) -> Outcome:

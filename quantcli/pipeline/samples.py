@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from quantcli.pipeline.batches import beginning, calibration_tokens, texts_of
 from quantcli.pipeline.context import Context
@@ -14,6 +14,8 @@ from quantcli.recipe.data import PerplexitySection
 if TYPE_CHECKING:
     from quantcli.calibration.tokens import TokenSet
     from quantcli.evaluation.protocols import EvaluationText
+
+Item = TypeVar("Item")
 
 SELECTION = "selection.json"
 
@@ -31,8 +33,8 @@ def calibration_samples(context: Context, *, every: bool = False) -> TokenSet:
     return replace(found, samples=samples, tokens=sum(map(len, samples)))
 
 
-def spread(samples: Sequence[list[int]], count: int | None) -> list[list[int]]:
-    """`count` of the samples, evenly spaced and in order; all of them if there are no more, or without a count."""
+def spread(samples: Sequence[Item], count: int | None) -> list[Item]:
+    """`count` of the samples (or of tokens' places), evenly spaced and in order; all if no more, or without a count."""
     if count is None or count >= len(samples):
         return list(samples)
     return [samples[index * len(samples) // count] for index in range(count)]

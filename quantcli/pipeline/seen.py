@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantcli.model.structure import Block, SharedInput
 from quantcli.pipeline.context import Context
+from quantcli.pipeline.samples import spread
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -82,8 +83,7 @@ def inputs_seen(
             most = min(room, per_sample * first)
             searched, others = x.tensor_split([x.shape[1] * first // samples], dim=1)
         for sample in searched:
-            step = max(1, len(sample) // max(1, most))
-            seen.tokens.append(sample[::step][:most].float())
+            seen.tokens.append(sample[spread(range(len(sample)), most)].float())
         seen.apart.update(searched if apart else x[:0])
         seen.rest.update(others if apart else x)
 

@@ -3,8 +3,8 @@
 The stage's folder holds one safetensors file a block, `block-00000.safetensors`, float32: `X.scale` [C] and, if
 channels are shifted too, `X.shift` [C] for each shared input X that is folded; an input without them stays as it is.
 Where a shift needs a bias that the architecture lacks, that bias is added: which ones follows from the shifts.
-`L.clip` [out, groups], or [1, 1] for a weight of one scale, are bounds that the weight of linear L is held within when
-it is quantized, and only then.
+`L.clip.int4` [out, groups], or [1, 1] for a weight of one scale, are bounds that the weight of linear L is held within
+when it is quantized to these codes, and only then.
 `rotation.json` holds the rotation that comes before, if there is one: scales are those of the rotated model.
 """
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from quantcli.model.folding import Fold
     from quantcli.model.rotation import ModelRotation
+    from quantcli.quant.scheme import Scheme
 
 ROTATION = "rotation.json"
 CLIP = "clip"
@@ -107,7 +108,7 @@ def folds_file(folder: Path, index: int) -> Path:
 
 
 def write_folds(folder: Path, index: int, folds: Iterable[Fold], clips: Mapping[str, Tensor] | None = None) -> str:
-    """Write scales, shifts and clips of a block, an empty file if there are none; returns the sha256."""
+    """Write scales, shifts and clips (by `clip_name`) of a block, or an empty file; returns the sha256."""
     from quantcli.model.writer import write_tensors
 
     tensors: dict[str, Tensor] = {}
@@ -115,7 +116,7 @@ def write_folds(folder: Path, index: int, folds: Iterable[Fold], clips: Mapping[
         tensors[f"{fold.linears[0]}.scale"] = fold.scale.float()
         if fold.shift is not None:
             tensors[f"{fold.linears[0]}.shift"] = fold.shift.float()
-    tensors |= {f"{linear}.{CLIP}": bounds.float().cpu() for linear, bounds in (clips or {}).items()}
+    tensors |= {name: bounds.float().cpu() for name, bounds in (clips or {}).items()}
     return write_tensors(folds_file(folder, index), tensors, "quantcli-folds")
 
 
@@ -124,7 +125,7 @@ def read_folds(folder: Path, index: int, structure: Structure) -> list[Fold]:
     from quantcli.model.folding import Fold
 
     file = folds_file(folder, index)
-    tensors = _load(file, lambda name: not name.endswith(f".{CLIP}"))
+    tensors = _load(file, lambda name: name.split(".")[-2] != CLIP)
     folds = []
     for shared in structure.blocks[index].groups:
         scale, shift = (tensors.pop(f"{shared.name}.{part}", None) for part in ("scale", "shift"))
@@ -137,9 +138,15 @@ def read_folds(folder: Path, index: int, structure: Structure) -> list[Fold]:
     return folds
 
 
-def read_clip(folder: Path, index: int, linear: str) -> Tensor | None:
-    """The bounds of the weight of a linear in a block, if it has them."""
-    return _load(folds_file(folder, index), lambda name: name == f"{linear}.{CLIP}").get(f"{linear}.{CLIP}")
+def clip_name(linear: str, scheme: Scheme) -> str:
+    """What bounds of a weight are stored as: those for codes of four bits ruin eight."""
+    return f"{linear}.{CLIP}.{scheme.type}{scheme.bits}{'' if scheme.symmetric else '_asym'}"
+
+
+def read_clip(folder: Path, index: int, linear: str, scheme: Scheme) -> Tensor | None:
+    """The bounds of the weight of a linear in a block, if they were found for the codes of this scheme."""
+    wanted = clip_name(linear, scheme)
+    return _load(folds_file(folder, index), lambda name: name == wanted).get(wanted)
 
 
 def _load(file: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:

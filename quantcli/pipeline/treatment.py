@@ -76,9 +76,10 @@ class WeightSource:
         treatment = self.context.plan.treatments[name]
         if not section.clips(treatment.weights, treatment.activations):
             return None
-        found, linear = read_clip(self.context.folder("smooth"), index, name), self.context.linears[name]
-        shape = treatment.scheme.scale_shape(linear.out_features, linear.in_features)
-        # a linear that was rolled back since to other groups has bounds that were found for those it had
+        scheme, linear = treatment.scheme, self.context.linears[name]
+        found = read_clip(self.context.folder("smooth"), index, name, scheme)
+        shape = scheme.scale_shape(linear.out_features, linear.in_features)
+        # a linear that was rolled back since to other bits or groups has bounds that were found for those it had
         return found if found is not None and tuple(found.shape) == shape else None
 
     def _few(self, name: str, seen: Statistics) -> bool:

@@ -48,15 +48,17 @@ def auto(group: Group, whole: Group, targets: Targets) -> Found:
     name = min(losses, key=losses.__getitem__)
     found = trials[name](whole)
     error = output_error(whole, targets, "token")
-    moved = downhill(found, whole.channels, ExpectedNoise(whole, targets))
+    moved = downhill(found, whole, ExpectedNoise(whole, targets))
     last = {"none": torch.ones_like(found), name: found, f"{name}, descent": moved}
     losses = {name: error(scale) for name, scale in last.items()}
     name = min(losses, key=losses.__getitem__)
     return Found(last[name], {"chosen": name, "error": losses[name]})
 
 
-def downhill(scale: Tensor, channels: Tensor, noise: ExpectedNoise) -> Tensor:
-    """The scale after STEPS steps of Adam on log(noise) over the logarithms of a scale for each producer channel."""
+def downhill(scale: Tensor, group: Group, noise: ExpectedNoise) -> Tensor:
+    """The scale after STEPS steps of Adam on log(noise) over the logarithms of a scale for each producer channel.
+    Channels without input or weights stay at 1."""
+    channels = group.channels
     size = int(channels.max()) + 1
     with torch.inference_mode(False), torch.enable_grad():
         start = scale.new_zeros(size).index_copy_(0, channels, scale.log())
@@ -72,7 +74,8 @@ def downhill(scale: Tensor, channels: Tensor, noise: ExpectedNoise) -> Tensor:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return _around_one(torch.where(scale == 1, 1.0, best))
+    used = (shared_maximum(largest_input(group), channels) > 0) & (shared_maximum(largest_weight(group), channels) > 0)
+    return _around_one(torch.where(used, best, torch.nan))
 
 
 def _strength(group: Group, rounded: bool, alpha: float, beta: float) -> Tensor:

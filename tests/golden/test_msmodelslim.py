@@ -25,7 +25,7 @@ from quantcli.quant.refine import output_error
 CASES = golden.index()
 pytestmark = pytest.mark.skipif(not CASES, reason="the recorded cases are not beside the checkout")
 
-SMOOTHED = 2e-6  # relative distance of smoothing scales, products of powers in float32
+SMOOTHED = 2e-6  # relative distance of smoothing scales; on the same inputs, in test_golden_scales.py, 4e-7
 # A code at a tie falls to either side: static input scales are also tried this much off, which is within the tolerance.
 MOVES = (0.0, 3e-7, -3e-7)
 # Cases whose static input scales follow from a defect of the tool; names, weights and ranking are compared.
@@ -128,7 +128,16 @@ def _compare_scales(model: str, case: str, root: Path) -> None:
         load_file(golden.GOLDEN / model / case / "scales.safetensors"),
         golden.smoothed_scales(model, case, root),
     )
-    assert ours
+    blocks = {".".join(name.split(".")[:3]) for name in theirs}
+    scaled = {
+        f"{block}.{reader}"
+        for block in blocks
+        for reader, factor in SCALES.items()
+        if bool(((theirs.get(f"{block}.{factor}", torch.ones(1)) - 1).abs() > 1e-6).any())
+    }
+    if case == "v1_flex_smooth_a07_b03":  # only its pairs: norms come after them there, by the weights that they left
+        scaled = {name for name in scaled if name.endswith(("o_proj", "down_proj"))}
+    assert ours.keys() == scaled
     for name, scale in ours.items():
         block, reader = ".".join(name.split(".")[:3]), ".".join(name.split(".")[3:])
         if case == "anti_m6" and reader == "self_attn.o_proj":

@@ -10,9 +10,9 @@ import torch
 from test_objective import by_row
 from test_smoothing_methods import SHARED, group_from, random_group
 
-from quantcli.smoothing.auto import auto
+from quantcli.smoothing.auto import auto, downhill
 from quantcli.smoothing.group import Group
-from quantcli.smoothing.objective import output_error
+from quantcli.smoothing.objective import ExpectedNoise, output_error
 
 Activations = Literal["none", "static", "dynamic"]
 
@@ -66,6 +66,18 @@ def test_a_descent_is_judged_by_tokens_that_it_has_not_seen() -> None:
     assert "descent" in str(auto(group, group, [target, target]).facts["chosen"])
     assert "descent" not in str(found.facts["chosen"])
     assert found.facts["error"] == pytest.approx(output_error(group, [target, target], "token")(found.scale), rel=1e-5)
+
+
+def test_a_descent_that_starts_from_nothing_moves() -> None:
+    """All scales are 1 there, as that of a channel without input is, which stays."""
+    group = random_group(1, outlier=5)
+    x = group.tokens.clone()
+    x[:, 2] = 0
+    dead = group_from(x, *group.weights)
+    noise = ExpectedNoise(dead, [replace(by_row(8), activations="dynamic")] * 2)
+    moved = downhill(torch.ones(16), dead, noise)
+    assert float(noise(moved.log())) < 0.9 * float(noise(torch.zeros(16)))
+    assert moved[2] == 1
 
 
 def test_auto_sees_the_range_that_is_the_mean_of_samples() -> None:
