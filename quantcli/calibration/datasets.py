@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from quantcli.calibration.builtin_text import builtin_documents
-from quantcli.calibration.conversations import CONVERSATION_FIELDS, Turn, rendered, turns_of
+from quantcli.calibration.conversations import Turn, rendered, turns_of
+from quantcli.calibration.tables import choose_field, hub_column, hub_split, hub_table, parquet_column
 from quantcli.errors import DataError, first_line
-from quantcli.model.hub import hub_asked
 
-DEFAULT_FIELDS = ("text", "prompt", "inputs_pretokenized", "content", *CONVERSATION_FIELDS)
 PROMPT_FIELDS = ("prompt", "inputs_pretokenized")
 """Columns whose rows are prompts, complete by themselves; rows of other columns may be pieces of one text."""
 
@@ -66,7 +65,7 @@ def load_documents(
         path: local file or directory; required for text, lines, jsonl and parquet, optional for wikitext2 and boolq,
             refused otherwise.
         field: the column that holds the text or the messages (jsonl, parquet, hub); by default the first of
-            DEFAULT_FIELDS present, in JSON lines the first that is not null in the row.
+            `tables.DEFAULT_FIELDS` present, in JSON lines the first that is not null in the row.
         split: for hub data sets, builtin (train, test: disjoint) and directories of wikitext2 and boolq; a file is
             read whole.
         subset: of a hub data set that has several.
@@ -144,8 +143,9 @@ def _load_wikitext2(path: Path | None, field: str | None, split: str) -> list[Do
     """One document: a file's text verbatim, or rows joined by blank lines, as the usual protocols tokenize it."""
     _refuse_field(field, "wikitext2")
     if path is None:
-        table = _hub_table("Salesforce/wikitext", "wikitext-2-raw-v1", _hub_split(split))
-        return [_joined(_hub_documents(table, None, "Salesforce/wikitext"), "Salesforce/wikitext")]
+        table = hub_table("Salesforce/wikitext", "wikitext-2-raw-v1", hub_split(split))
+        rows = _column_documents(*hub_column(table, None, "Salesforce/wikitext"), "Salesforce/wikitext")
+        return [_joined(rows, "Salesforce/wikitext")]
     files = _wikitext2_files(path, split)
     if files[0].suffix == ".parquet":
         return [_joined([row for file in files for row in _parquet_documents(file, "text")], str(path))]
@@ -165,7 +165,7 @@ def _load_boolq(path: Path | None, field: str | None, split: str) -> list[Docume
 def boolq_rows(path: Path | None, split: str) -> Iterator[tuple[Mapping[str, Any], str]]:
     """The rows of BoolQ, of a local file or from the hub, each with its place. Raises DataError as load_documents."""
     if path is None:
-        for number, row in enumerate(_hub_table("google/boolq", None, _hub_split(split))):
+        for number, row in enumerate(hub_table("google/boolq", None, hub_split(split))):
             yield row, f"google/boolq, row {number}"
     else:
         for file in _boolq_files(path, split):
@@ -174,7 +174,7 @@ def boolq_rows(path: Path | None, split: str) -> Iterator[tuple[Mapping[str, Any
 
 def squad_rows() -> Iterator[Mapping[str, Any]]:
     """The rows of SQuAD 1.1's development set on the hub. Raises DataError if it cannot be had."""
-    yield from _hub_table("rajpurkar/squad", None, "validation")
+    yield from hub_table("rajpurkar/squad", None, "validation")
 
 
 def boolq_prompt(row: Mapping[str, Any], place: str) -> str:
@@ -218,7 +218,7 @@ def _load_jsonl(path: Path | None, field: str | None, split: str) -> list[Docume
         for row, place in _json_rows(file):
             # A file that was merged from others may hold all their columns in every row, null where a row has none.
             names = row if field is not None else [name for name, value in row.items() if value is not None]
-            column = _choose_field(names, field, place)
+            column = choose_field(names, field, place)
             documents.append(_document(row[column], column, place))
     return documents
 
@@ -233,7 +233,7 @@ def _load_hub(name: str, path: Path | None, field: str | None, split: str, subse
             f"The hub data set {name} takes no path, but got {path}.",
             "Drop path, or set dataset to the file's kind: text, lines, jsonl or parquet.",
         )
-    return _hub_documents(_hub_table(name, subset, split), field, name)
+    return _column_documents(*hub_column(hub_table(name, subset, split), field, name), name)
 
 
 DATASETS: dict[str, Loader] = {
@@ -372,20 +372,6 @@ def _parsed(text: str, place: str, remedy: str) -> Any:
         raise DataError(f"{place}: no valid JSON: {reason}.", remedy) from error
 
 
-def _parquet_documents(file: Path, field: str | None) -> list[Document]:
-    try:
-        from pyarrow import parquet  # type: ignore[import-untyped,unused-ignore]
-    except ImportError as error:
-        raise DataError(f"Reading {file} needs pyarrow.", "Install it: pip install pyarrow") from error
-    try:
-        table = parquet.ParquetFile(file)
-        column = _choose_field(table.schema_arrow.names, field, str(file))
-        values = table.read(columns=[column]).column(column).to_pylist()
-    except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise DataError(f"The file {file} cannot be read as parquet: {first_line(error)}.", "Check path.") from error
-    return _column_documents(values, column, str(file))
-
-
 def _file_digest(file: Path) -> bytes:
     digest = hashlib.sha256()
     try:
@@ -397,54 +383,14 @@ def _file_digest(file: Path) -> bytes:
     return digest.digest()
 
 
-# ------------------------------------------------------------------------------------------------------ the hub
-
-
-def _hub_table(name: str, config: str | None, split: str) -> Any:
-    """A data set of the hub, as the datasets library has it."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise DataError(
-            f"Reading the hub data set {name} needs the datasets library.",
-            'Install it: pip install "quantcli[hub]", or set path to a local copy.',
-        ) from error
-    with hub_asked() as obstacle:
-        try:
-            return load_dataset(name, config, split=split)
-        except Exception as error:  # whatever network, cache, hub and data set reader raise
-            reason = f"{obstacle}, and no earlier copy is here" if obstacle else first_line(error)
-            raise DataError(
-                f"The hub data set {name}, split {split}, cannot be read: {reason}.",
-                "Check name, split and network, or set path to a local copy.",
-            ) from error
-
-
-def _hub_split(split: str) -> str:
-    return _SPLITS.get(split, (split,))[-1]
-
-
-def _hub_documents(table: Any, field: str | None, name: str) -> list[Document]:
-    column = _choose_field(table.column_names, field, name)
-    return _column_documents(table[column], column, name)
-
-
 # ------------------------------------------------------------------------------------------------------ checks
 
 
-def _choose_field(present: Iterable[str], field: str | None, place: str) -> str:
-    names = list(present)
-    wanted = DEFAULT_FIELDS if field is None else (field,)
-    for name in wanted:
-        if name in names:
-            return name
-    raise DataError(
-        f"{place}: no field {' or '.join(wanted)}; there is {', '.join(names) or 'none'}.",
-        "Set field to the one that holds the text.",
-    )
+def _parquet_documents(file: Path, field: str | None) -> list[Document]:
+    return _column_documents(*parquet_column(file, field), str(file))
 
 
-def _column_documents(values: Iterable[Any], column: str, place: str) -> list[Document]:
+def _column_documents(column: str, values: Iterable[Any], place: str) -> list[Document]:
     """The rows of one column, without those that are null."""
     return [_document(value, column, f"{place}, row {row}") for row, value in enumerate(values) if value is not None]
 
