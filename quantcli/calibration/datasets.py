@@ -81,6 +81,32 @@ def load_documents(
         documents = DATASETS[dataset](path, field, split)
     else:
         raise _unknown(dataset)
+    documents = _checked(documents, tokenizer, dataset, path)
+    return [document for document in documents if document.text.strip() or document.turns]
+
+
+def load_rows(
+    dataset: str,
+    *,
+    path: Path | None = None,
+    field: str | None = None,
+    split: str = "train",
+    subset: str | None = None,
+    tokenizer: Any = None,
+) -> list[str] | None:
+    """The rows of a table, as they are and blank ones too: of parquet, of the hub, and of wikitext2 from either. None
+    for other data sets. Arguments and errors are those of load_documents."""
+    if dataset == "wikitext2":
+        rows = _wikitext2_rows(path, split)
+    elif dataset == "parquet":
+        rows = _load_parquet(path, field, split)
+    else:
+        rows = _load_hub(dataset, path, field, split, subset) if "/" in dataset else None
+    return None if rows is None else [row.text for row in _checked(rows, tokenizer, dataset, path)]
+
+
+def _checked(documents: list[Document], tokenizer: Any, dataset: str, path: Path | None) -> list[Document]:
+    """The documents with conversations rendered; refuses those that cannot be used, or that are all blank."""
     if tokenizer is not None:
         documents = [
             each._replace(text=rendered(each.turns, tokenizer, each.place)) if each.turns else each
@@ -90,8 +116,7 @@ def load_documents(
         _require_characters(document)
         if document.prompt and not document.text.strip() and not document.turns:
             raise DataError(f"{document.place}: the prompt is empty.", "Fill it, or remove the row.")
-    documents = [document for document in documents if document.text.strip() or document.turns]
-    if not documents:
+    if not any(document.text.strip() or document.turns for document in documents):
         raise DataError(f"The data set {dataset}{_at(path)} holds no text.", "Choose data that holds text.")
     return documents
 
@@ -142,18 +167,23 @@ def _load_builtin(path: Path | None, field: str | None, split: str) -> list[Docu
 def _load_wikitext2(path: Path | None, field: str | None, split: str) -> list[Document]:
     """One document: a file's text verbatim, or rows joined by blank lines, as the usual protocols tokenize it."""
     _refuse_field(field, "wikitext2")
+    rows = _wikitext2_rows(path, split)
+    if rows is not None:
+        place = "Salesforce/wikitext" if path is None else str(path)
+        return [Document("\n\n".join(row.text for row in rows), place)]
+    assert path is not None
+    return [Document(_read_text(file), str(file)) for file in _wikitext2_files(path, split)]
+
+
+def _wikitext2_rows(path: Path | None, split: str) -> list[Document] | None:
+    """A row for each line of wikitext2, from the hub or from parquet; None if it is a text."""
     if path is None:
         table = hub_table("Salesforce/wikitext", "wikitext-2-raw-v1", hub_split(split))
-        rows = _column_documents(*hub_column(table, None, "Salesforce/wikitext"), "Salesforce/wikitext")
-        return [_joined(rows, "Salesforce/wikitext")]
+        return _column_documents(*hub_column(table, None, "Salesforce/wikitext"), "Salesforce/wikitext")
     files = _wikitext2_files(path, split)
-    if files[0].suffix == ".parquet":
-        return [_joined([row for file in files for row in _parquet_documents(file, "text")], str(path))]
-    return [Document(_read_text(file), str(file)) for file in files]
-
-
-def _joined(rows: list[Document], place: str) -> Document:
-    return Document("\n\n".join(row.text for row in rows), place)
+    if files[0].suffix != ".parquet":
+        return None
+    return [row for file in files for row in _parquet_documents(file, "text")]
 
 
 def _load_boolq(path: Path | None, field: str | None, split: str) -> list[Document]:

@@ -53,7 +53,8 @@ def evaluation_windows(
     stride: int | None = None,
     begin: Sequence[int] = (),
     batch: int = 1,
-    dataset: str = "text",
+    wikitext: bool = False,
+    table: bool = False,
 ) -> EvaluationText:
     """The text's tokens in windows, by one of three protocols: `_standard`, `_golden_stick`, `_lm_eval`.
 
@@ -63,19 +64,21 @@ def evaluation_windows(
         stride: of standard, the tokens from the start of a window to that of the next; null for `sequence_length`.
         begin: of standard, what every window starts with, a BOS token as a rule.
         batch: of golden-stick, the windows in a batch.
-        dataset: what the texts come from, as recipes name it: lm-eval cuts wikitext2 into articles, golden-stick takes
-            rows of tables as they are.
+        wikitext: the text is wikitext, which lm-eval cuts into articles.
+        table: the texts are the rows of a table, blank ones included: golden-stick takes them as they are, and of
+            wikitext each is a line.
 
     Raises:
         DataError: the text gives no window.
     """
-    texts = [text for text in texts if text.strip()]
+    filled = [text for text in texts if text.strip()]
     if protocol == "lm-eval":
-        return _lm_eval(texts, tokenizer, sequence_length, windows, dataset == "wikitext2")
-    text = "\n\n".join(texts)
+        whole = ["".join(map(_line, texts))] if table and wikitext else filled
+        return _lm_eval(whole, tokenizer, sequence_length, windows, wikitext)
     if protocol == "golden-stick":
-        rows = dataset == "parquet" or "/" in dataset
-        return _golden_stick(text, tokenizer, sequence_length, windows, batch, rows)
+        text = "\n\n".join(texts if table else filled)
+        return _golden_stick(text, tokenizer, sequence_length, windows, batch, table)
+    text = "\n\n".join(filled)
     return _standard(text, tokenizer, sequence_length, windows, stride, list(begin))
 
 
@@ -211,6 +214,12 @@ def _too_short(ids: Sequence[int], length: int, protocol: str) -> DataError:
         f"The evaluation text gives {len(ids)} tokens, too few for a window of {length} by protocol {protocol}.",
         "Choose a longer text or a smaller sequence_length.",
     )
+
+
+def _line(row: str) -> str:
+    """The line of the wikitext file that a row of the hub's table was: the table has an empty row in the place of a
+    line that is a space."""
+    return row if row.endswith("\n") else f"{row or ' '}\n"
 
 
 def wikitext_pages(text: str) -> list[str]:

@@ -53,6 +53,13 @@ def texts_of(section: CalibrationSection | PerplexitySection, tokenizer: Any = N
     return [document.text for source in _sources(section) for document in _documents(source, tokenizer)]
 
 
+def rows_of(section: PerplexitySection, tokenizer: Any) -> list[str] | None:
+    """All rows of the table that a section names, blank ones too; None if it names no table."""
+    from quantcli.calibration.datasets import load_rows
+
+    return load_rows(tokenizer=tokenizer, **_arguments(section))
+
+
 def calibration_tokens(section: CalibrationSection, tokenizer: Any, evaluated_length: int | None = None) -> TokenSet:
     """The samples that a calibration section asks for.
 
@@ -112,10 +119,7 @@ def data_identity(section: CalibrationSection | PerplexitySection) -> dict[str, 
     """The section without its paths, and digests of the texts in their place: one, or one for each source of a mix."""
     from quantcli.calibration.datasets import data_fingerprint
 
-    digests = [
-        data_fingerprint(source.dataset, _path(source), source.field, source.split, source.subset)
-        for source in _sources(section)
-    ]
+    digests = [data_fingerprint(**_arguments(source)) for source in _sources(section)]
     keys = section.model_dump(
         exclude={"path": True, "mix": {"__all__": {"path"}}, "expert_tokens": True, "route_all_experts": True}
     )
@@ -125,14 +129,12 @@ def data_identity(section: CalibrationSection | PerplexitySection) -> dict[str, 
 def _documents(source: _SourceSection, tokenizer: Any) -> list[Document]:
     from quantcli.calibration.datasets import load_documents
 
-    return load_documents(
-        source.dataset,
-        path=_path(source),
-        field=source.field,
-        split=source.split,
-        subset=source.subset,
-        tokenizer=tokenizer,
-    )
+    return load_documents(tokenizer=tokenizer, **_arguments(source))
+
+
+def _arguments(source: _SourceSection) -> dict[str, Any]:
+    keys = source.model_dump(include={"dataset", "field", "split", "subset"})
+    return {**keys, "path": _path(source)}
 
 
 def _conversations(documents: Sequence[Document]) -> bool:

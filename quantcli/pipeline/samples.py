@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from quantcli.pipeline.batches import beginning, calibration_tokens, texts_of
+from quantcli.pipeline.batches import beginning, calibration_tokens, rows_of, texts_of
 from quantcli.pipeline.context import Context
 from quantcli.recipe.data import PerplexitySection
 
@@ -44,8 +44,9 @@ def windows_of(section: PerplexitySection, tokenizer: Any) -> EvaluationText:
     """The windows that a section of evaluation text asks for."""
     from quantcli.evaluation.protocols import evaluation_windows
 
+    rows = None if section.protocol == "standard" else rows_of(section, tokenizer)
     return evaluation_windows(
-        texts_of(section, tokenizer),
+        texts_of(section, tokenizer) if rows is None else rows,
         tokenizer,
         section.protocol,
         section.sequence_length,
@@ -53,5 +54,6 @@ def windows_of(section: PerplexitySection, tokenizer: Any) -> EvaluationText:
         stride=section.stride,
         begin=beginning(tokenizer, section.bos, "evaluate.perplexity.bos") if section.protocol == "standard" else (),
         batch=section.batch_size,
-        dataset=section.dataset,
+        wikitext=section.dataset == "wikitext2",
+        table=rows is not None,
     )

@@ -16,10 +16,12 @@ import transformers
 from test_protocols import ARTICLE
 from torch import Tensor
 
-from quantcli.evaluation.protocols import wikitext_pages
+from quantcli.evaluation.protocols import EvaluationText, wikitext_pages
+from quantcli.pipeline.samples import windows_of
 from quantcli.pipeline.source import locate_model
 from quantcli.pipeline.standalone import score_recipe
 from quantcli.recipe import load_recipe
+from quantcli.recipe.data import PerplexitySection
 from quantcli.recipe.schema import ModelSection
 
 ROOT = Path(__file__).parents[2]
@@ -150,14 +152,41 @@ def test_golden_stick_is_its_slow_self(padded_llama: Path, tmp_path: Path, batch
     assert f"over batches of {batch} " in found["description"]
 
 
-def test_golden_stick_takes_rows_of_a_table_as_they_are(tiny_llama: Path) -> None:
-    from quantcli.evaluation.protocols import evaluation_windows
+def write_rows(path: Path, rows: list[str]) -> Path:
+    from pyarrow import parquet, table  # type: ignore[import-untyped,unused-ignore]
 
+    parquet.write_table(table({"text": rows}), path)
+    return path
+
+
+def windows_by(model: Path, file: Path, **section: Any) -> EvaluationText:
+    keys = {"path": str(file), "windows": None, **section}
+    return windows_of(PerplexitySection(**keys), transformers.AutoTokenizer.from_pretrained(model))
+
+
+@pytest.mark.parametrize("dataset", ["parquet", "wikitext2"])
+def test_golden_stick_takes_rows_of_a_table_as_they_are(tiny_llama: Path, tmp_path: Path, dataset: str) -> None:
+    file = write_rows(tmp_path / "test.parquet", ["", " = Title = \n", "", "A sheep @-@ dog .", " \n", "x"])
+    found = windows_by(tiny_llama, file, dataset=dataset, protocol="golden-stick", sequence_length=4)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
-    rows = [" = Title = \n", "A sheep @-@ dog ."]
-    found = evaluation_windows(rows, tokenizer, "golden-stick", 6, None, dataset="parquet")
-    ids = tokenizer("\n\n".join(rows)).input_ids
-    assert [token for window in found.windows for token in window] == ids[: len(ids) // 5 * 5]
+    ids = tokenizer("\n\n = Title = \n\n\n\n\nA sheep @-@ dog .\n\n \n\n\nx").input_ids
+    assert [token for window in found.windows for token in window] == ids[: len(ids) // 3 * 3]
+    assert "rows joined by blank lines" in found.description
+
+
+def test_lm_eval_finds_the_articles_of_the_text_in_the_table_of_the_hub(tiny_llama: Path, tmp_path: Path) -> None:
+    """The hub's rows are the file's lines with their ends, but for blank lines, which are empty."""
+    text = tmp_path / "wiki.test.tokens"
+    text.write_text(WIKITEXT)
+    lines = text.read_text().splitlines(keepends=True)
+    assert " \n" in lines
+    table = write_rows(tmp_path / "rows.parquet", [line if line.strip() else "" for line in lines])
+    by_text, by_table = (
+        windows_by(tiny_llama, file, dataset="wikitext2", protocol="lm-eval", sequence_length=24)
+        for file in (text, table)
+    )
+    assert len(by_text.words) == 2
+    assert by_table == by_text
 
 
 def test_articles_of_wikitext_begin_at_headings_of_the_first_level() -> None:
