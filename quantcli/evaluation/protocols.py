@@ -126,8 +126,8 @@ def _golden_stick(
     """As Golden Stick's wikitext2 evaluation does it. The text of a file is detokenized (clean_wikitext) and split at
     blank lines, headings (which start with "=") are dropped, each paragraph is tokenized alone with special tokens;
     rows of a table, joined by blank lines, are tokenized once as they are. The tokens are cut into windows of
-    `sequence_length` − 1, a last short one is dropped. Predictions of the tokenizer's pad token are masked. The mean is
-    that of batches, each of which is the mean of its predictions."""
+    `sequence_length` − 1, a last short one is dropped, and so is a last short batch. Predictions of the tokenizer's pad
+    token are masked. The mean is that of batches, each of which is the mean of its predictions."""
     length = sequence_length - 1
     paragraphs = [text] if rows else clean_wikitext(text).split("\n\n")
     ids: list[int] = []
@@ -137,7 +137,13 @@ def _golden_stick(
     count = len(ids) // length if length > 1 else 0
     if not count:
         raise _too_short(ids, length, "golden-stick")
-    kept = [ids[start : start + length] for start in range(0, count * length, length)][:windows]
+    used = count if windows is None else min(windows, count)
+    if used < batch:
+        raise DataError(
+            f"Protocol golden-stick drops a short last batch, and {used} windows are fewer than a batch of {batch}.",
+            "Choose a smaller batch_size, more windows or a longer text.",
+        )
+    kept = [ids[start : start + length] for start in range(0, used // batch * batch * length, length)]
     masked = tokenizer.pad_token_id
     unit = "rows joined by blank lines and tokenized once with special tokens"
     if not rows:
@@ -149,7 +155,8 @@ def _golden_stick(
         masked_token=masked,
         description=(
             f"Protocol golden-stick: {unit}; windows of {length} tokens without overlap{_limited(kept, count)}; a last "
-            "short window is dropped; each window is scored from its second token on, "
+            f"short window{' and a last short batch are' if batch > 1 else ' is'} dropped; each window is scored from "
+            "its second token on, "
             f"{'there is no pad token' if masked is None else 'predictions of the pad token are left out'}; the mean "
             f"over batches of {batch} of the mean of each."
         ),

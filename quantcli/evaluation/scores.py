@@ -211,8 +211,8 @@ class Scores:
 def summarize(windows: Sequence[WindowScores], quantized: bool, batch: int | None = None) -> Scores:
     """Means over all scored tokens. Standard errors take windows as independent, since the tokens of one are not.
 
-    With `batch`, perplexities and their increase are of the mean over batches of so many windows, where each batch
-    counts as one, whatever predictions of it are left out.
+    With `batch`, which divides the windows, perplexities and their increase are of the mean over batches of so many,
+    where each batch counts as one, whatever predictions of it are left out.
     """
     tokens = sum(w.tokens for w in windows)
     units = windows if batch is None else _batches(windows, batch)

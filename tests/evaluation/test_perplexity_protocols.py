@@ -16,6 +16,7 @@ import transformers
 from test_protocols import ARTICLE
 from torch import Tensor
 
+from quantcli.errors import DataError
 from quantcli.evaluation.protocols import EvaluationText, wikitext_pages
 from quantcli.pipeline.samples import windows_of
 from quantcli.pipeline.source import locate_model
@@ -115,14 +116,14 @@ def padded_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_golden_stick_is_its_slow_self(padded_llama: Path, tmp_path: Path, batch: int) -> None:
     """Chunks of one token less than the length, padded to it; logits and labels shifted; loss · mask summed over a
-    batch and divided by the sum of its mask; the mean over batches; exp."""
+    batch and divided by the sum of its mask; the mean over full batches; exp."""
     text = tmp_path / "text.txt"
     numbers = ["one", "two", "three", "four", "five"]
     text.write_text(
         " \n = Sheep = \n \n"
         + " \n \n".join(f"The {a} sheep @-@ dog saw {b} sheep ." for a in numbers for b in numbers)
     )
-    length = 24
+    length = 26
     tokenizer = transformers.AutoTokenizer.from_pretrained(padded_llama)
     pad = tokenizer.pad_token_id
     ids: list[int] = []
@@ -134,7 +135,7 @@ def test_golden_stick_is_its_slow_self(padded_llama: Path, tmp_path: Path, batch
             ).input_ids
     chunks = [[*ids[i : i + length - 1], pad] for i in range(0, len(ids) - length + 2, length - 1)]
     means = []
-    for begin in range(0, len(chunks), batch):
+    for begin in range(0, len(chunks) - batch + 1, batch):
         numerator = denominator = 0.0
         for chunk in chunks[begin : begin + batch]:
             logp = log_probabilities(padded_llama, chunk)[:-1]
@@ -144,12 +145,16 @@ def test_golden_stick_is_its_slow_self(padded_llama: Path, tmp_path: Path, batch
             numerator += float((losses * mask).sum())
             denominator += float(mask.sum())
         means.append(numerator / (denominator + 1e-12))
+    assert len(chunks) % 3  # so that a batch is left out
     assert sum(chunk[1:].count(pad) for chunk in chunks) > len(chunks)  # some are in the text
     found = measured(padded_llama, text, protocol="golden-stick", sequence_length=length, batch_size=batch)
     assert found["quantized"]["value"] == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-6)
     other = measured(padded_llama, text, protocol="golden-stick", sequence_length=length, batch_size=5 - batch)
     assert other["quantized"]["value"] != found["quantized"]["value"]
+    assert found["windows"] == len(chunks) // batch * batch
     assert f"over batches of {batch} " in found["description"]
+    with pytest.raises(DataError, match="2 windows are fewer than a batch of 3"):
+        measured(padded_llama, text, protocol="golden-stick", sequence_length=length, windows=2, batch_size=3)
 
 
 def write_rows(path: Path, rows: list[str]) -> Path:
