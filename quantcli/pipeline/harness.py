@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,8 @@ def harness_version() -> str:
 
 
 def harness_outcome(context: Context, section: TaskSection, model: Model, asked: Asked) -> Outcome:
-    """What the library makes of the model's answers: its own aggregates, and metrics between 0 and 1 of each question.
+    """What the library makes of the model's answers: its own aggregates, and metrics between 0 and 1 of each question
+    by each of the task's filters.
 
     Log-likelihoods of given text are computed block by block, those of all requests in one pass; where a task
     generates, the whole model is in memory if it fits.
@@ -82,14 +83,37 @@ def harness_outcome(context: Context, section: TaskSection, model: Model, asked:
         for metric, value in found.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and "stderr" not in metric and "," in metric
     }
-    rows = [row for subtask in subtasks for row in sorted(results["samples"][subtask], key=lambda r: r["doc_id"])]
-    names = [key for key in rows[0].get("metrics", ()) if all(_is_share(row.get(key)) for row in rows)] if rows else []
-    samples = [{key: float(row[key]) for key in names} for row in rows]
+    samples = [sample for subtask in subtasks for sample in _by_question(results["samples"][subtask])]
+    names = [key for key in samples[0] if all(_is_share(each.get(key)) for each in samples)] if samples else []
+    samples = [{key: float(sample[key]) for key in names} for sample in samples]
+    shots = {subtask: int(results["n-shot"][subtask]) for subtask in subtasks}
+    if refused := [subtask for subtask, used in shots.items() if section.shots not in (None, used)]:
+        # the library keeps to a definition that says 0, and tells its log alone
+        context.emit("warning", text=f"evaluate.tasks: {', '.join(refused)} is asked with 0 shots, as its definition "
+                     f"says; shots: {section.shots} has no effect on it.")  # fmt: skip
     pooled = f", questions of {len(subtasks)} subtasks pooled" if len(subtasks) > 1 else ""
-    description = f"Task {name} of lm-evaluation-harness {harness_version()}, {section.shots} shots{pooled}."
+    version = harness_version()
+    description = f"Task {name} of lm-evaluation-harness {version}, {_shots(shots.values())}{pooled}."
     directions = [results["higher_is_better"].get(subtask, {}) for subtask in subtasks]
-    lower = [key for key in names if any(better.get(key) is False for better in directions)]
+    lower = [key for key in names if any(better.get(key.partition(",")[0]) is False for better in directions)]
     return {"description": description, "samples": samples, "aggregates": aggregates, "lower_is_better": lower}
+
+
+def _by_question(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Metrics of each question in order, from a row for every question and filter. Of several filters, by which the
+    library finds an answer in a text, each has metrics of its own, named as it names them: "exact_match,strict-match".
+    """
+    several = len({row["filter"] for row in rows}) > 1
+    found: dict[int, dict[str, Any]] = {}
+    for row in sorted(rows, key=lambda row: row["doc_id"]):
+        named = {f"{key},{row['filter']}" if several else key: row.get(key) for key in row.get("metrics", ())}
+        found.setdefault(row["doc_id"], {}).update(named)
+    return list(found.values())
+
+
+def _shots(used: Iterable[int]) -> str:
+    counts = sorted(set(used)) or [0]
+    return f"{' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} shot{'' if counts == [1] else 's'}"
 
 
 @cache

@@ -23,8 +23,10 @@ class TaskSection(Section):
         description="Local file of boolq or squad, without which the hub is asked; of lm-eval a directory with tasks.",
     )
     limit: Count | None = Field(default=None, description="At most so many questions, from the start; null for all.")
-    shots: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Answered examples before each question, of tasks of lm-evaluation-harness."
+    shots: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Answered examples before each question, of tasks of lm-evaluation-harness; null for as many as "
+        "the task says.",
     )
 
     @model_validator(mode="after")
@@ -93,7 +95,7 @@ class GatesSection(Section):
         default=None, description="Least share of tokens where both models have the same first choice, as 95% or 0.95."
     )
     task_drop: Fraction | None = Field(
-        default=None, description="Largest drop of any metric of any task, in points, as 1% or 0.01."
+        default=None, description="Largest drop of any metric of any task, by any filter, in points, as 1% or 0.01."
     )
     bits_per_weight: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Largest mean number of bits of a quantized weight, scales and zero points included."
