@@ -62,6 +62,7 @@ def table(
         key = None
         if isinstance(content, tuple):
             content, key = content
+        key = repr(key) if isinstance(key, float) else key  # whole, since attributes are rounded for drawings
         return element("td", content, class_="number" if column in right else None, data_key=key)
 
     head = element("tr", [element("th", h, class_="number" if i in right else None) for i, h in enumerate(headings)])

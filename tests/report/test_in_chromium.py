@@ -37,9 +37,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     report_paths([large], folder / "large.html", overwrite=False)
     report_paths([one, other], folder / "comparison.html", overwrite=False)
     losses = {"w4a16-gptq": (113.1, 0.0581), "w8a8": (163.5, 0.0234), "w8a16": (166.2, 0.00311)}
+    # what two decimals do not tell apart
+    close = [save_run(folder / name, kl=kl) for name, kl in (("a", 0.0041), ("b", 0.0031), ("c", 0.0035))]
+    report_paths(close, folder / "close.html", overwrite=False)
     three = [save_run(folder / name, bytes=int(size * 1e9), kl=kl) for name, (size, kl) in losses.items()]
     report_paths(three, folder / "charts.html", overwrite=False)
-    return {name: folder / f"{name}.html" for name in ("run", "comparison", "large", "charts")}
+    return {name: folder / f"{name}.html" for name in ("run", "comparison", "large", "close", "charts")}
 
 
 @pytest.mark.parametrize("name", ["run", "comparison", "large"])
@@ -148,3 +151,13 @@ def test_a_table_is_sorted_by_the_column_that_is_clicked(browser: Browser, pages
     assert browser.evaluate(column) == sorted(before, reverse=True) != before
     browser.evaluate(click)
     assert browser.evaluate(column) == sorted(before)
+
+
+def test_small_numbers_are_sorted_by_all_their_digits(browser: Browser, pages: dict[str, Path]) -> None:
+    browser.open(pages["close"])
+    head = """[...document.querySelectorAll("table.sortable th")].find(each => each.textContent == "KL divergence")"""
+    shown = f"""[...{head}.closest("table").tBodies[0].rows]
+        .map(row => parseFloat(row.cells[{head}.cellIndex].textContent))"""
+    for order in ([0.0041, 0.0035, 0.0031], [0.0031, 0.0035, 0.0041]):
+        browser.evaluate(f"{head}.click()")
+        assert browser.evaluate(shown) == pytest.approx(order)

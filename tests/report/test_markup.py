@@ -61,6 +61,9 @@ def test_cells_can_be_sorted_by_another_value_than_they_show() -> None:
     shown = table(("name", "bytes"), [("a", ("1 kB", 1000))], numbers=[1], sortable=True)
     assert '<td class="number" data-key="1000">1 kB</td>' in shown
     assert '<table class="sortable">' in shown
+    close = table(("KL",), [[("0.003", 0.00314159265)], [("1e-9", 1e-9)], [("–", None)]], sortable=True)
+    assert [f'data-key="{key}"' in close for key in ("0.00314159265", "1e-09")] == [True, True]
+    assert "<td>–</td>" in close
 
 
 def test_numbers_are_short_and_their_absence_is_a_dash() -> None:
