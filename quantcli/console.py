@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quantcli.report.numbers import size
-from quantcli.report.outcome import arithmetic_note, outcome_rows, scheme_rows
+from quantcli.report.outcome import outcome_rows, protocol_line, scheme_rows
 
 if TYPE_CHECKING:
     from quantcli.pipeline.context import Listener
@@ -272,10 +272,7 @@ def show_scores(found: Mapping[str, Any]) -> None:
             facts["increase"] += f" (95 % interval {' to '.join(ends)})"
     for name, models in (found["per_text"] or {}).items():
         facts[name.replace("_", " ")] = measured(models["quantized"])
-    facts["protocol"] = (
-        f"{found['protocol']}, {found['windows']} windows of {found['sequence_length']}, {found['dtype']}"
-        f"{arithmetic_note(found)}"
-    )
+    facts["protocol"] = f"{protocol_line(found)}, {found['dtype']}"
     facts["measured so"] = found["description"].removeprefix(f"Protocol {found['protocol']}: ")
     show_facts(found["checkpoint"], facts)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Literal
 
 from quantcli.errors import DataError
@@ -29,6 +31,7 @@ class EvaluationText:
         batch: the mean is taken over batches of so many windows, each counting as one; null for over tokens.
         documents: of each window its document; empty where windows do not keep to documents.
         words, bytes: of each document, counted before it is tokenized; empty where windows do not keep to documents.
+        begin: tokens before those of the text that each window, or each document, starts with.
     """
 
     protocol: str
@@ -41,6 +44,11 @@ class EvaluationText:
     documents: list[int] = field(default_factory=list)
     words: list[int] = field(default_factory=list)
     bytes: list[int] = field(default_factory=list)
+    begin: list[int] = field(default_factory=list)
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the tokens in all windows and of which of them are scored."""
+        return sha256(json.dumps([self.windows, self.first, self.masked_token]).encode()).hexdigest()
 
 
 def evaluation_windows(
@@ -117,6 +125,7 @@ def _standard(
             f"the only one; each window is scored from {scored}, every prediction counts."
         ),
         first=[] if set(first) == {1} else first,
+        begin=begin,
     )
 
 
@@ -209,6 +218,7 @@ def _lm_eval(texts: Sequence[str], tokenizer: Any, length: int, windows: int | N
         documents=documents,
         words=[len(re.split(r"\s+", page)) for page in taken],
         bytes=[len(page.encode()) for page in taken],
+        begin=[prefix],
     )
 
 

@@ -14,7 +14,7 @@ from quantcli.pipeline.rundir import current_events, write_json
 from quantcli.pipeline.stages import layers, quantize
 from quantcli.recipe.evaluation import GatesSection
 from quantcli.report.gains import HEADINGS, gain_rows
-from quantcli.report.outcome import stored_sizes, throughput_setting
+from quantcli.report.outcome import data_name, stored_sizes, throughput_setting
 
 FOLDER = "gates"
 WORST = 5
@@ -227,7 +227,7 @@ def summary(gates: Sequence[Gate], result: Mapping[str, Any], worst: Worst) -> s
         plain, quantized = scores["float_model"]["value"], scores["quantized"]["value"]
         lines += ["", f"Perplexity {_shown(plain)} → {_shown(quantized)}, KL divergence "
                   f"{_shown(scores['kl_divergence'])}, same top token {_shown(scores['agreement'])}. "
-                  f"{scores['description']}"]  # fmt: skip
+                  f"{scores['description']}{f' Text: {name}.' if (name := data_name(scores)) else ''}"]  # fmt: skip
     before, after = stored_sizes(result)
     lines += ["", f"Size {before / 1e6:.1f} MB → {after / 1e6:.1f} MB."]
     if speed := result.get("throughput"):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from quantcli.pipeline.batches import beginning, calibration_tokens, rows_of, texts_of
+from quantcli.pipeline.batches import beginning, calibration_tokens, data_identity, rows_of, texts_of
 from quantcli.pipeline.context import Context
 from quantcli.recipe.data import PerplexitySection
 
@@ -57,3 +58,28 @@ def windows_of(section: PerplexitySection, tokenizer: Any) -> EvaluationText:
         wikitext=section.dataset == "wikitext2",
         table=rows is not None,
     )
+
+
+def protocol_facts(section: PerplexitySection, text: EvaluationText, scored: int) -> dict[str, Any]:
+    """What a perplexity depends on beside the model, for the record that holds it. `scored`: predictions that count.
+
+    `data` names the text and holds the digest of its contents; `tokens_digest` is of the tokens, which are the same
+    from whatever file they come.
+    """
+    path = Path(section.path) if section.path else None
+    chosen = path is None or (path.is_dir() and section.dataset in ("wikitext2", "boolq"))  # one of several splits
+    data = {"dataset": section.dataset, "file": path.name if path else None,
+            "split": section.split if chosen else None, "subset": section.subset, "field": section.field,
+            "digest": data_identity(section)["text"]}  # fmt: skip
+    masked = {"token": text.masked_token, "predictions": text.tokens - scored}
+    return {
+        "protocol": text.protocol,
+        "description": text.description,
+        "data": data,
+        "sequence_length": section.sequence_length,
+        "stride": section.stride,
+        "begin": text.begin,
+        "batch_size": text.batch,
+        "masked": None if text.masked_token is None else masked,
+        "tokens_digest": text.digest(),
+    }

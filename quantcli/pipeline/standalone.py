@@ -15,7 +15,7 @@ from quantcli.model.structure import Structure, biased, rms_norms
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.batches import evaluation_batches
 from quantcli.pipeline.held import refuse_arithmetic
-from quantcli.pipeline.samples import windows_of
+from quantcli.pipeline.samples import protocol_facts, windows_of
 from quantcli.pipeline.source import (
     float_structure,
     load_tokenizer,
@@ -205,10 +205,7 @@ def score_checkpoint(
         "schemes": dict(counts),
         "dtype": checkpoint.dtype,
         "arithmetic": section.arithmetic,
-        "protocol": text.protocol,
-        "description": text.description,
-        "sequence_length": section.sequence_length,
-        "stride": section.stride,
+        **protocol_facts(section, text, scores.tokens),
         **found,
         "per_text": eval_ppl.finite(per_text),
         "float_model": found["float_model"] if original is not None else None,

@@ -63,7 +63,9 @@ def _row(run: Run, name: str) -> dict[str, Any]:
         counts[linear["scheme"]] = counts.get(linear["scheme"], 0) + 1
     protocol = None
     if scores:
-        protocol = [scores.get(key) for key in ("protocol", "sequence_length", "windows", "tokens")]
+        # of these the digest tells tokens and beginnings of windows apart, also where counts are the same
+        protocol = [scores.get(key) for key in ("protocol", "sequence_length", "windows", "tokens", "stride",
+                                                "batch_size", "tokens_digest")]  # fmt: skip
         protocol.append(scores.get("arithmetic", "engine"))
     return {
         "run": name,

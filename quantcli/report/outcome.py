@@ -111,23 +111,35 @@ def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "same top token", f"{_number(scores['agreement'], '.1%')}"
     for name, pair in (scores.get("per_text") or {}).items():
         yield name.replace("_", " "), f"{_with_error(pair['float_model'])} → {_with_error(pair['quantized'])}"
-    yield (
-        "protocol",
-        f"{scores['protocol']}, {_count(scores['windows'], 'window')} of {scores['sequence_length']}"
-        f"{f' every {stride} tokens' if (stride := scores.get('stride')) else ''}, "
-        f"{_count(scores['tokens'], 'token')}"
-        f"{arithmetic_note(scores)}",
-    )
+    yield "protocol", protocol_line(scores)
 
 
-def arithmetic_note(scores: Mapping[str, Any]) -> str:
-    """What follows a protocol where inputs or the cache were not rounded as most engines do."""
-    return _ARITHMETICS.get(scores.get("arithmetic", "engine"), "")
+def protocol_line(scores: Mapping[str, Any]) -> str:
+    """What a perplexity depends on beside the model, as far as its record says, in one line."""
+    masked, begin = scores.get("masked") or {}, scores.get("begin")
+    parts = [
+        scores["protocol"],
+        data_name(scores),
+        f"{_count(scores['windows'], 'window')} of {scores['sequence_length']}"
+        + (f" every {stride} tokens" if (stride := scores.get("stride")) else ""),
+        f"begun with {' '.join(map(str, begin))}" if begin else "",
+        f"mean over batches of {batch}" if (batch := scores.get("batch_size")) else "",
+        _count(scores["tokens"], "token"),
+        f"{_count(masked['predictions'], 'prediction')} of {masked['token']} masked" if masked else "",
+        _ARITHMETICS.get(scores.get("arithmetic", "engine"), ""),
+    ]
+    return ", ".join(filter(None, parts))
 
 
-_ARITHMETICS = {
-    "transformers": ", inputs rounded as by transformers",
-    "vllm-cpu": ", cache rounded towards zero as by vLLM on a CPU",
+def data_name(scores: Mapping[str, Any]) -> str:
+    """The text that was scored: its kind, and its file, or its subset and split."""
+    data = scores.get("data") or {}
+    return " ".join(data[key] for key in ("dataset", "file", "subset", "split") if data.get(key))
+
+
+_ARITHMETICS = {  # where inputs or the cache are not rounded as most engines do
+    "transformers": "inputs rounded as by transformers",
+    "vllm-cpu": "cache rounded towards zero as by vLLM on a CPU",
 }
 
 

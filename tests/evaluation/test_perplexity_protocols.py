@@ -16,6 +16,7 @@ import transformers
 from test_protocols import ARTICLE
 from torch import Tensor
 
+from quantcli.calibration.datasets import data_fingerprint
 from quantcli.errors import DataError
 from quantcli.evaluation.protocols import EvaluationText, wikitext_pages
 from quantcli.pipeline.samples import windows_of
@@ -63,6 +64,7 @@ def test_windows_that_overlap_score_each_token_once(tiny_llama: Path, prose: Pat
         seen = start + own
     found = measured(tiny_llama, prose, sequence_length=length, stride=stride, bos=None if bos else False)
     assert found["tokens"] == count
+    assert found["begin"] == begin
     assert found["quantized"]["value"] == pytest.approx(math.exp(total / count), rel=1e-6)
     if stride < length:
         assert count > len(ids) - length
@@ -151,7 +153,15 @@ def test_golden_stick_is_its_slow_self(padded_llama: Path, tmp_path: Path, batch
     assert found["quantized"]["value"] == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-6)
     other = measured(padded_llama, text, protocol="golden-stick", sequence_length=length, batch_size=5 - batch)
     assert other["quantized"]["value"] != found["quantized"]["value"]
-    assert found["windows"] == len(chunks) // batch * batch
+    kept = chunks[: len(chunks) // batch * batch]
+    assert found["windows"] == len(kept)
+    assert found["batch_size"] == batch
+    # the last token of each chunk is the padding, which is no prediction here
+    in_text = sum(chunk[1:-1].count(pad) for chunk in kept)
+    assert found["masked"] == {"token": pad, "predictions": in_text}
+    data = found["data"]
+    assert (data["dataset"], data["file"], data["split"]) == ("text", "text.txt", None)
+    assert data["digest"] == data_fingerprint("text", text, None, "test")
     assert f"over batches of {batch} " in found["description"]
     with pytest.raises(DataError, match="2 windows are fewer than a batch of 3"):
         measured(padded_llama, text, protocol="golden-stick", sequence_length=length, windows=2, batch_size=3)
@@ -192,6 +202,8 @@ def test_lm_eval_finds_the_articles_of_the_text_in_the_table_of_the_hub(tiny_lla
     )
     assert len(by_text.words) == 2
     assert by_table == by_text
+    assert by_table.digest() == by_text.digest()
+    assert by_table.begin == [transformers.AutoTokenizer.from_pretrained(tiny_llama).bos_token_id]
 
 
 def test_articles_of_wikitext_begin_at_headings_of_the_first_level() -> None:

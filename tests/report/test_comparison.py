@@ -137,6 +137,17 @@ def test_runs_of_other_text_are_told_apart_and_left_out_of_the_charts(tmp_path: 
     assert found["notes"][1].startswith("unmeasured: nothing was measured")
 
 
+@pytest.mark.parametrize(("key", "value"), [("stride", 512), ("batch_size", 4), ("tokens_digest", "f" * 64)])
+def test_runs_with_as_many_tokens_that_are_others_are_told_apart(tmp_path: Path, key: str, value: Any) -> None:
+    paths = [*_three(tmp_path), save_run(tmp_path / "other")]
+    summary = json.loads((paths[-1] / "summary.json").read_text())
+    summary["result"]["perplexity"][key] = value
+    (paths[-1] / "summary.json").write_text(json.dumps(summary))
+    found = compare([run_facts(path) for path in paths])
+    assert found["comparable"] == ["w8", "w4", "bad"]
+    assert found["notes"][0].startswith("other: measured on other text")
+
+
 def test_directories_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
     facts = [run_facts(save_run(tmp_path / parent / "run")) for parent in ("a", "b")]
     assert [row["run"] for row in compare(facts)["runs"]] == ["a/run", "b/run"]

@@ -94,6 +94,28 @@ def test_another_arithmetic_than_that_of_engines_is_said(arithmetic: str, said: 
     assert rows["protocol"].endswith(f"40920 tokens{said}")
 
 
+def test_the_protocol_is_told_with_all_that_the_number_depends_on() -> None:
+    scores = {
+        **RESULT["perplexity"],  # type: ignore[dict-item]
+        "protocol": "golden-stick",
+        "data": {"dataset": "wikitext2", "file": "wiki.valid.tokens", "split": None, "digest": "0" * 64},
+        "begin": [],
+        "batch_size": 4,
+        "masked": {"token": 0, "predictions": 3},
+    }
+    rows = dict(outcome_rows(PLAN, {**RESULT, "perplexity": scores}))
+    assert rows["protocol"] == (
+        "golden-stick, wikitext2 wiki.valid.tokens, 40 windows of 1024, mean over batches of 4, 40920 tokens, "
+        "3 predictions of 0 masked"
+    )
+    scores |= {"protocol": "standard", "batch_size": None, "masked": None, "begin": [2], "stride": 512}
+    scores |= {"data": {"dataset": "builtin", "file": None, "split": "test", "digest": "0" * 64}}
+    rows = dict(outcome_rows(PLAN, {**RESULT, "perplexity": scores}))
+    assert rows["protocol"] == (
+        "standard, builtin test, 40 windows of 1024 every 512 tokens, begun with 2, 40920 tokens"
+    )
+
+
 def test_a_run_without_evaluation_says_nothing_of_perplexity() -> None:
     labels = [label for label, _ in outcome_rows(PLAN, {**RESULT, "perplexity": None})]
     assert labels == ["schemes", "note", "size", "time", "peak memory", "checkpoint"]

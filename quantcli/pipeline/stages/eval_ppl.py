@@ -11,6 +11,7 @@ from quantcli.model.checkpoint import replacing
 from quantcli.pipeline.batches import data_identity, evaluation_batches
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.samples import protocol_facts
 from quantcli.pipeline.served import advance, exported_model, head_as_served
 from quantcli.recipe.schema import Recipe
 
@@ -80,10 +81,7 @@ def run(context: Context, folder: StageFolder) -> None:
         save_file(columns, temporary)
     folder.add(folder.path / TOKENS)
     result = {
-        "protocol": text.protocol,
-        "description": text.description,
-        "sequence_length": section.sequence_length,
-        "stride": section.stride,
+        **protocol_facts(section, text, scores.tokens),
         "arithmetic": section.arithmetic,
         "checkpoint": form,
         **{key: finite(value) for key, value in asdict(scores).items()},
