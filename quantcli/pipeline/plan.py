@@ -105,6 +105,16 @@ class Plan:
         """Linears in float: name → reason."""
         return {p.linear.name: p.reason for p in self.linears if p.scheme is None}
 
+    @property
+    def narrowed(self) -> dict[str, list[str]]:
+        """Linears whose groups are smaller than the recipe names, by what is said of them."""
+        found: dict[str, list[str]] = {}
+        for name, each in self.treatments.items():
+            asked, size = each.weights.group_size, each.scheme.group_size
+            if asked and size and asked != size and "group_size" in each.weights.model_fields_set:
+                found.setdefault(_narrowed_note(asked, size), []).append(name)
+        return found
+
     def to_json(self) -> dict[str, Any]:
         return {
             "model": str(self.model),
@@ -385,14 +395,17 @@ def _treatments(
     sizes = {asked: _dividing(found, asked) for asked, found in widths.items()}
     for asked, size in sizes.items():
         if size != asked:
-            notes.append(f"Group size {asked} does not divide every input width; {size} is used, "
-                         "the largest power of two that does.")  # fmt: skip
+            notes.append(_narrowed_note(asked, size))
     made: dict[tuple[WeightsSection, ActivationsSection], Treatment] = {}
     for pair in pairs.values():
         if pair not in made:
             group = sizes[pair[0].group_size] if pair[0].group_size is not None else None
             made[pair] = Treatment(_scheme(*pair, group, halves), *pair)
     return {name: made[pair] for name, pair in pairs.items()}
+
+
+def _narrowed_note(asked: int, size: int) -> str:
+    return f"Group size {asked} does not divide every input width; {size} is used, the largest power of two that does."
 
 
 def _settled(weights: WeightsSection, calibrated: bool) -> WeightsSection:

@@ -239,7 +239,8 @@ def _problems(
     if data_free:
         shown = ", ".join(data_free[:3]) + (", …" if len(data_free) > 3 else "")
         found["fallback", "quantize", f"{len(data_free)} linears are quantized without calibration: {shown}."] = None
-    for note in plan["notes"]:
+    warned = {text for kind, _, text in found if kind == "warning"}
+    for note in (note for note in plan["notes"] if note not in warned):
         found["note", "", note] = None
     return [{"kind": kind, "stage": stage, "text": text} for kind, stage, text in found]
 

@@ -70,6 +70,9 @@ class FallbacksSection(Section):
     unreached: _Bound = Field(
         default=None, description="Linears that stay in float because no input reaches them in calibration."
     )
+    smaller_groups: _Bound = Field(
+        default=None, description="Linears with smaller groups than the recipe names, since those do not divide."
+    )
     not_tuned: _Bound = Field(
         default=None, description="Steps that had no effect: asymmetric calibration and distillation."
     )

@@ -81,6 +81,14 @@ class WeightsSection(Section):
         default=3.0, description="Standard deviations within 4 bits in method low_bit_sigma."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_asks_for_none(cls, content: Any) -> Any:
+        """A group size that is null is that of a recipe without the key: none that was asked for."""
+        if isinstance(content, dict) and "group_size" in content and content["group_size"] is None:
+            return {key: value for key, value in content.items() if key != "group_size"}
+        return content
+
     @field_validator("group_size")
     @classmethod
     def _default_group_size(cls, value: int | None, info: ValidationInfo) -> int | None:

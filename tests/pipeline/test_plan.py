@@ -294,6 +294,13 @@ def test_group_sizes_are_made_to_divide_for_each_size_that_is_asked_for() -> Non
     narrow = planned(weights={"bits": 4, "granularity": "group"})  # 128 of widths 64 and 96
     assert set(schemes(narrow).values()) == {"W4A16 g32", "float"}
     assert any(note.startswith("Group size 128 does not divide every input width; 32 is used") for note in narrow.notes)
+    assert narrow.narrowed == {}, "the recipe names no size"
+    assert planned(weights={"bits": 4, "granularity": "group", "group_size": None}).narrowed == {}
+    named = planned(weights={"bits": 4, "granularity": "group", "group_size": 128})
+    ((said, names),) = named.narrowed.items()
+    assert said in named.notes
+    assert names == list(named.schemes)
+    assert planned(weights={"bits": 4, "granularity": "group", "group_size": 32}).narrowed == {}
     several = planned(
         weights={"bits": 4, "granularity": "group"},
         overrides=[{"match": "*.down_proj", "weights": {"group_size": 48}}],

@@ -43,6 +43,8 @@ def _identity(context: Context) -> dict[str, Any]:
         "samples": data_identity(recipe.calibration) if recipe.calibration and recipe.quantize.solves else None,
         "seed": recipe.calibration.seed if recipe.calibration and drawn else None,
         **({"experts": tokens_of_experts(context)} if solves else {}),
+        # a size that the recipe names is warned of where it does not divide, the same one by default is not
+        **({"narrowed": narrowed} if (narrowed := context.plan.narrowed) else {}),
     }
 
 
@@ -61,6 +63,8 @@ def run(context: Context, folder: StageFolder) -> None:
         stay = "1 linear stays" if len(unreached) == 1 else f"{len(unreached)} linears stay"
         context.emit("warning", fallback="unreached", count=len(unreached),
                      text=f"{stay} in float: no input reaches {shown}.")  # fmt: skip
+    for text, names in context.plan.narrowed.items():
+        context.emit("warning", fallback="smaller_groups", count=len(names), text=text, modules=names)
     if any(treatment.weights.solves for treatment in context.plan.treatments.values()):
         _run_solved(context, folder)
     elif propagates(context.plan.treatments):
