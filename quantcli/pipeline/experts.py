@@ -70,7 +70,7 @@ def warn_of_few(context: Context, layer: Experts, counts: Mapping[str, int]) -> 
     few = {name: count for name, count in counts.items() if count < least}
     if few:
         shown = ", ".join(f"{name} ({count})" for name, count in few.items())
-        context.emit("warning", fallback="data_free_experts", count=len(few),
+        context.emit("warning", fallback="data_free_experts", count=len(few), modules=list(few),
                      text=f"{len(few)} of {len(layer.linears)} experts of {layer.name} saw fewer than {least} tokens "
                      f"and are quantized without them: {shown}. Use more calibration text, or "
                      "route_all_experts.")  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,6 +23,9 @@ WORST = 5
 PERCENTAGES = {"perplexity_increase", "agreement", "task_drop", "size_ratio"}
 """Gates whose values are fractions, which recipes and sentences give in percent."""
 
+OF_OUTPUTS = {"perplexity_increase", "kl_divergence", "agreement", "task_drop"}
+"""Gates whose values come from errors of what linears put out."""
+
 UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 
 
@@ -30,7 +33,7 @@ UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
 class Gate:
     """A bound and what was found. `value` is null where it is not defined, `reason` says why if that is known; `least`
     marks a lower bound; `error` is the standard error of the value, where there is one; `parts` are what a sum of
-    fallbacks is made of."""
+    fallbacks is made of; `named`, of one that is missed, are the linears that took a fallback, or what is largest."""
 
     name: str
     bound: float
@@ -39,6 +42,7 @@ class Gate:
     error: float | None = None
     reason: str = ""
     parts: Mapping[str, int] = field(default_factory=dict)
+    named: Sequence[str] = ()
 
     @property
     def passed(self) -> bool:
@@ -64,7 +68,14 @@ class Gate:
         if self.missed_by is None:
             return f"{place} {shown} keeps {bound}."
         beyond = "below" if self.least else "above"
-        return f"{place} {shown} is {beyond} {bound}, by {self._amount(self.missed_by, digits=4)}."
+        return f"{place} {shown} is {beyond} {bound}, by {self._amount(self.missed_by, digits=4)}." + (
+            f" {self.shown_names()}" if self.named else ""
+        )
+
+    def shown_names(self) -> str:
+        more = f" and {len(self.named) - WORST} more" if len(self.named) > WORST else ""
+        said = "Concerned" if self.name.startswith("fallbacks.") else "Largest"
+        return f"{said}: {', '.join(self.named[:WORST])}{more}."
 
     def shown_value(self) -> str:
         """The value with its error and unit."""
@@ -112,11 +123,14 @@ def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Pa
                     Gate(f"task_drop ({task}, {metric})", gates.task_drop, drop, error=numbers["change_error"])
                 )
     found += _of_size(gates, result, export)
-    counts = fallbacks(run, result["stages"])
+    counts, taken = fallbacks(run, result["stages"]), _taken(run, result["stages"])
     for kind, bound in gates.fallbacks:
         if bound is not None:
             total = sum(counts.values()) if kind == "all" else counts.get(kind, 0)
-            found.append(Gate(f"fallbacks.{kind}", bound, total, parts=counts if kind == "all" else {}))
+            gate = Gate(f"fallbacks.{kind}", bound, total, parts=counts if kind == "all" else {})
+            concerned = [event for event in taken if not gate.passed and kind in ("all", event["fallback"])]
+            named = dict.fromkeys(name for event in concerned for name in event.get("modules", ()))
+            found.append(replace(gate, named=tuple(named)))
     return found
 
 
@@ -132,11 +146,17 @@ def _of_size(gates: GatesSection, result: Mapping[str, Any], export: Path) -> It
 
 
 def fallbacks(run: Path, stages: Iterable[str]) -> dict[str, int]:
-    """How often `stages`, those of the run, took each kind of fallback as they last ran, from its events.
+    """How often `stages`, those of the run, took each kind of fallback as they last ran, from its events."""
+    counts: dict[str, int] = {}
+    for event in _taken(run, stages):
+        counts[event["fallback"]] = counts.get(event["fallback"], 0) + event.get("count", 1)
+    return counts
 
-    A stage that was interrupted and went on counts from its first beginning; the same warning counts once.
-    """
-    warnings: dict[str, dict[str, tuple[str, int]]] = {}
+
+def _taken(run: Path, stages: Iterable[str]) -> list[dict[str, Any]]:
+    """The warnings of fallbacks. A stage that was interrupted and went on counts from its first beginning; the same
+    warning counts once."""
+    warnings: dict[str, dict[str, dict[str, Any]]] = {}
     finished: set[str] = set()
     for event in current_events(run, stages):
         stage, kind = event.get("stage", ""), event.get("event")
@@ -146,12 +166,8 @@ def fallbacks(run: Path, stages: Iterable[str]) -> dict[str, int]:
         elif kind == "finished":
             finished.add(stage)
         elif kind == "warning" and "fallback" in event:
-            warnings.setdefault(stage, {})[event["text"]] = (event["fallback"], event.get("count", 1))
-    counts: dict[str, int] = {}
-    for named in warnings.values():
-        for name, count in named.values():
-            counts[name] = counts.get(name, 0) + count
-    return counts
+            warnings.setdefault(stage, {})[event["text"]] = event
+    return [event for told in warnings.values() for event in told.values()]
 
 
 @dataclass(frozen=True)
@@ -223,6 +239,8 @@ def summary(gates: Sequence[Gate], result: Mapping[str, Any], worst: Worst) -> s
     for gate in gates:
         verdict = "kept" if gate.passed else "**missed**"
         lines.append(f"| `{gate.name}` | {gate.shown_bound()} | {gate.shown_value()} | {verdict} |")
+    named = [f"`{gate.name}`: {gate.shown_names()}" for gate in missed if gate.named]
+    lines += [line for each in named for line in ("", each)]
     if (scores := result["perplexity"]) is not None:
         plain, quantized = scores["float_model"]["value"], scores["quantized"]["value"]
         lines += ["", f"Perplexity {_shown(plain)} → {_shown(quantized)}, KL divergence "
@@ -257,8 +275,8 @@ def message_of(missed: Sequence[Gate], worst: Worst) -> str:
 
 
 def hurt_by_error(gates: Sequence[Gate]) -> bool:
-    """Whether any of the gates has to do with what linears put out: a count of fallbacks has not."""
-    return not all(gate.name.startswith("fallbacks.") for gate in gates)
+    """Whether any of the gates has to do with what linears put out: fallbacks and sizes have not."""
+    return any(gate.name.partition(" ")[0] in OF_OUTPUTS for gate in gates)
 
 
 def worst_sentences(missed: Sequence[Gate], worst: Worst) -> list[str]:

@@ -13,8 +13,8 @@ from quantcli.errors import GateError
 from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.experts import few_tokens, solved_experts, weighed_experts
-from quantcli.pipeline.gates import Gate, Worst, judged, message_of, remove_reports, worst_linears, write_reports
-from quantcli.pipeline.plan import Plan, match_names
+from quantcli.pipeline.gates import WORST, Gate, Worst, judged, message_of, remove_reports, worst_linears, write_reports
+from quantcli.pipeline.plan import Plan, match_names, stored_bytes
 from quantcli.pipeline.rundir import room_errors
 from quantcli.pipeline.stages import (
     allocate,
@@ -29,6 +29,7 @@ from quantcli.pipeline.stages import (
     throughput,
 )
 from quantcli.recipe.schema import Recipe
+from quantcli.report.numbers import size
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def with_gates(recipe: Recipe, result: RunResult) -> tuple[RunResult, MissedGate
         return result, None
     assert recipe.export is not None
     found, measured = result.to_json(), result.path / export.STAGE.name / recipe.export.formats[0]
-    gates = judged(section, found, result.path, measured)
+    gates = [
+        _with_largest(recipe, result.plan, gate, measured) for gate in judged(section, found, result.path, measured)
+    ]
     if not gates:  # the files that an earlier run left say nothing of this one
         remove_reports(result.path)
         return result, None
@@ -119,6 +122,25 @@ def with_gates(recipe: Recipe, result: RunResult) -> tuple[RunResult, MissedGate
     missed = [gate for gate in gates if not gate.passed]
     remedy = f"The run is complete in {result.path}; try a milder scheme or roll back more."
     return result, MissedGate(message_of(missed, worst), remedy, result) if missed else None
+
+
+def _with_largest(recipe: Recipe, plan: Plan, gate: Gate, export: Path) -> Gate:
+    """A missed gate of sizes with what is largest in the export: its modules by bytes, or linears by bits a weight."""
+    schemes = {name: scheme.name for name, (_, scheme) in plan.schemes.items()}
+    if gate.passed or gate.name not in ("size", "size_ratio", "bits_per_weight"):
+        return gate
+    if gate.name == "bits_per_weight":
+        dtype = plan.structure.dtype
+        bits = {p.linear.name: 8 * stored_bytes(recipe, p.linear, p.scheme, dtype) / p.linear.weights
+                for p in plan.linears if p.scheme is not None}  # fmt: skip
+        ranked = sorted(bits.items(), key=lambda item: -item[1])[:WORST]
+        return replace(gate, named=tuple(f"{name} {each:.4g} bits ({schemes[name]})" for name, each in ranked))
+    from quantcli.pipeline.sizes import largest_modules
+
+    kinds = dict.fromkeys(plan.kept, "float") | schemes
+    largest = largest_modules(export, WORST)
+    named = (f"{name} {size(each)}{f' ({kinds[name]})' if name in kinds else ''}" for name, each in largest)
+    return replace(gate, named=tuple(named))
 
 
 def _perplexity(context: Context) -> dict[str, Any] | None:

@@ -36,6 +36,15 @@ def checkpoint_sizes(context: Context) -> dict[str, dict[str, Any]]:
     return found
 
 
+def largest_modules(directory: Path, count: int) -> list[tuple[str, int]]:
+    """The modules of a checkpoint with the most bytes, largest first."""
+    sizes: dict[str, int] = {}
+    for entry in open_weights(directory).entries.values():
+        module = entry.name.rpartition(".")[0] or entry.name
+        sizes[module] = sizes.get(module, 0) + entry.nbytes
+    return sorted(sizes.items(), key=lambda item: (-item[1], item[0]))[:count]
+
+
 def _parts_of(
     context: Context, checkpoint: Checkpoint, owners: Mapping[str, str], *, quantized: bool
 ) -> dict[str, Any]:

@@ -397,7 +397,7 @@ def _solve_input(
     except ValueError as error:
         raise ModelError(f"{names[0]}: {error}.", "Use more calibration text, or roll it back.") from error
     if curvature.damping > section.damping:
-        context.emit("warning", fallback="extra_damping",
+        context.emit("warning", fallback="extra_damping", modules=list(names),
                      text=f"The Hessian of {names[0]} factors only with {curvature.damping:.0%} of its "
                      f"diagonal added, not {section.damping:.0%}.")  # fmt: skip
     found: Results = {}

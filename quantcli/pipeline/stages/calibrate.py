@@ -198,6 +198,7 @@ def _check(context: Context, block: Block, statistics: dict[str, InputStatistics
     """Raise ModelError for inputs that nothing can be found from; warn of those that never vary."""
     from quantcli.pipeline.propagation import require_finite
 
+    readers = {shared.name: list(shared.linears) for shared in block.inputs}
     for name, gathered in statistics.items():
         require_finite(name, gathered)
         if gathered.count == 0:
@@ -205,11 +206,11 @@ def _check(context: Context, block: Block, statistics: dict[str, InputStatistics
         low, high = gathered.minimum, gathered.maximum
         constant = int((low == high).sum())
         if bool((low == 0).all() & (high == 0).all()):
-            context.emit("warning", fallback="constant_inputs",
+            context.emit("warning", fallback="constant_inputs", modules=readers.get(name, [name]),
                          text=f"The input of {name} was zero for every calibration token; its scale is 1. "
                          "Use other calibration text, or roll it back.")  # fmt: skip
         elif constant:
-            context.emit("warning", fallback="constant_inputs",
+            context.emit("warning", fallback="constant_inputs", modules=readers.get(name, [name]),
                          text=f"{constant} of {len(low)} input channels of {name} never varied during "
                          "calibration. Use more calibration text if they should.")  # fmt: skip
 

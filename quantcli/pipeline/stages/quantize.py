@@ -61,7 +61,7 @@ def run(context: Context, folder: StageFolder) -> None:
     if unreached := [name for name, reason in context.plan.kept.items() if reason == UNREACHED]:
         shown = ", ".join(unreached[:3]) + (", …" if len(unreached) > 3 else "")
         stay = "1 linear stays" if len(unreached) == 1 else f"{len(unreached)} linears stay"
-        context.emit("warning", fallback="unreached", count=len(unreached),
+        context.emit("warning", fallback="unreached", count=len(unreached), modules=unreached,
                      text=f"{stay} in float: no input reaches {shown}.")  # fmt: skip
     for text, names in context.plan.narrowed.items():
         context.emit("warning", fallback="smaller_groups", count=len(names), text=text, modules=names)
@@ -263,7 +263,7 @@ def _write(
 
     for name, found in facts.items():
         if zero_rows := found.pop("zero_rows", 0):
-            context.emit("warning", fallback="zero_channels",
+            context.emit("warning", fallback="zero_channels", modules=[name],
                          text=f"{zero_rows} of {context.linears[name].out_features} output channels of "
                          f"{name} hold zeros only; their scale is 1. Check the checkpoint.")  # fmt: skip
         context.emit("linear", module=name, scheme=context.plan.treatments[name].scheme.name, **found)

@@ -97,10 +97,12 @@ def _rotated(context: Context, folder: StageFolder) -> tuple[Checkpoint, ModelRo
     names = changeable_tensors(context.recipe, checkpoint, structure)
     rotated = rotated_checkpoint(checkpoint, structure, rotation, names)
     if rotation.heads and size is not None:
-        turned = len(rotatable_heads(structure, size))
-        if turned < context.blocks:
-            context.emit("warning", fallback="not_rotated", count=context.blocks - turned,
-                         text=f"The values of attention are rotated in {turned} of {context.blocks} blocks; "
+        turned = {name for shared in rotatable_heads(structure, size) for name in shared.linears}
+        plain = [block.name for block in structure.blocks if not turned & {each.name for each in block.linears}]
+        if plain:
+            done = f"{context.blocks - len(plain)} of {context.blocks}"
+            context.emit("warning", fallback="not_rotated", count=len(plain), modules=plain,
+                         text=f"The values of attention are rotated in {done} blocks; "
                          "in the others they do not reach the output projection head by head.")  # fmt: skip
     if ROTATION not in folder.files:
         write_rotation(folder.path, rotation)
@@ -143,8 +145,9 @@ def _go_through_blocks(
         check_outside(context, exact, embedded, rotation)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     source = GroupSource(context, shiftable)
-    for text, count in _obstacles(context.plan.structure, source):
-        context.emit("warning", fallback="not_smoothed", count=count, text=text)
+    for text, kept_out in _obstacles(context.plan.structure, source):
+        linears = [name for shared in kept_out for name in shared.linears]
+        context.emit("warning", fallback="not_smoothed", count=len(kept_out), text=text, modules=linears)
     for index in range(stream.enter(cache, cache.resume(recorded)), context.blocks):
         started = time.perf_counter()
         block = context.plan.structure.blocks[index]
@@ -166,17 +169,17 @@ def _go_through_blocks(
     cache.clear()
 
 
-def _obstacles(structure: Structure, source: GroupSource) -> Iterator[tuple[str, int]]:
-    """What keeps groups from being scaled, each once with its blocks, and of how many: blocks of one make have the
-    same."""
-    found: dict[tuple[str, str], list[int]] = {}
+def _obstacles(structure: Structure, source: GroupSource) -> Iterator[tuple[str, list[SharedInput]]]:
+    """What keeps groups from being scaled, each once with its blocks, and which: blocks of one make have the same."""
+    found: dict[tuple[str, str], list[tuple[int, SharedInput]]] = {}
     for index, block in enumerate(structure.blocks):
         for shared in filter(source.folds, block.groups):
             if shared.producer is not None and shared.producer.obstacle:
                 name = shared.name.removeprefix(f"{block.name}.")
-                found.setdefault((name, shared.producer.obstacle), []).append(index)
-    for (name, obstacle), indices in found.items():
-        yield f"{name} of {_blocks(indices)} is not smoothed: {obstacle}.", len(indices)
+                found.setdefault((name, shared.producer.obstacle), []).append((index, shared))
+    for (name, obstacle), places in found.items():
+        blocks = _blocks([index for index, _ in places])
+        yield f"{name} of {blocks} is not smoothed: {obstacle}.", [shared for _, shared in places]
 
 
 def _blocks(indices: list[int]) -> str:
@@ -228,7 +231,8 @@ def _smooth_block(
                 fold = found[place].fold
                 if made[place].fold is None and fold is not None and fold.shift is not None:
                     reason = made[place].reason
-                    context.emit("warning", fallback="not_smoothed", text=f"{shared.name} is not shifted: {reason}.")
+                    context.emit("warning", fallback="not_smoothed", modules=list(shared.linears),
+                                 text=f"{shared.name} is not shifted: {reason}.")  # fmt: skip
                     (made[place],) = checked([source.smooth(shared, own, shifting=False)])
             kept += [outcome.fold for outcome in made if outcome.fold is not None]
             _tell(context, made)
@@ -262,7 +266,8 @@ def _tell(context: Context, outcomes: Sequence[Outcome]) -> None:
         text = f"{name} is not smoothed: {reason}."
         if len(left) > 1:
             text = f"{name} and {len(left) - 1} more of {len(outcomes)} experts are not smoothed: {reason}."
-        context.emit("warning", fallback="not_smoothed", count=len(left), text=text)
+        names = [name for outcome in left for name in outcome.shared.linears]
+        context.emit("warning", fallback="not_smoothed", count=len(left), text=text, modules=names)
 
 
 def _manifest(context: Context, folder: StageFolder, rotation: ModelRotation | None) -> dict[str, Any]:
