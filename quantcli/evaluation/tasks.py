@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantcli.errors import DataError, ModelError
-from quantcli.evaluation.scores import Z95
+from quantcli.evaluation.scores import Z95, t95
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,10 @@ def compared(exact: Sequence[Scored], rounded: Sequence[Scored], lower: Containe
     """For each metric both models' means with errors and 95 % intervals, and the paired change. Of those in `lower`
     less is better.
 
-    Intervals of metrics that are 0 or 1 are Wilson's, others normal and cut off at 0 and 1; the change's is normal,
-    from differences question by question. `flips` are the shares of questions that the float model has better
-    (`lost`) and that the quantized one has better (`gained`); `same_answer` is the share of equal answers.
+    Intervals of metrics that are 0 or 1 are Wilson's, that of their change is `paired_interval`; others are Student's,
+    cut off at 0 and 1, and that of the change from differences question by question. `flips` are the shares of
+    questions that the float model has better (`lost`) and that the quantized one has better (`gained`); `same_answer`
+    is the share of equal answers.
     """
     names = [key for key, value in exact[0].items() if isinstance(value, float)]
     metrics = {}
@@ -132,15 +133,20 @@ def compared(exact: Sequence[Scored], rounded: Sequence[Scored], lower: Containe
         pairs = [(before[name], after[name]) for before, after in zip(exact, rounded, strict=True)]
         differences = [after - before for before, after in pairs]
         change, error = mean_and_error(differences)
+        spread = t95(len(pairs)) * error
+        interval = [change - spread, change + spread]
+        risen, fallen = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+        if not risen + fallen or {value for pair in pairs for value in pair} <= {0.0, 1.0}:
+            interval = paired_interval(risen, fallen, len(pairs))
         metrics[name] = {
             "float_model": accuracy([before for before, _ in pairs]),
             "quantized": accuracy([after for _, after in pairs]),
             "change": change,
             "change_error": error,
-            "change_interval": [change - Z95 * error, change + Z95 * error],
+            "change_interval": interval,
             "flips": {
-                "lost": sum(d > 0 if name in lower else d < 0 for d in differences) / len(pairs),
-                "gained": sum(d < 0 if name in lower else d > 0 for d in differences) / len(pairs),
+                "lost": (risen if name in lower else fallen) / len(pairs),
+                "gained": (fallen if name in lower else risen) / len(pairs),
             },
             **({"lower_is_better": True} if name in lower else {}),
         }
@@ -156,7 +162,8 @@ def accuracy(values: Sequence[float]) -> dict[str, Any]:
     mean, error = mean_and_error(values)
     if set(values) <= {0.0, 1.0}:
         return {"value": mean, "error": error, "interval": wilson(mean, len(values))}
-    return {"value": mean, "error": error, "interval": [max(0.0, mean - Z95 * error), min(1.0, mean + Z95 * error)]}
+    spread = t95(len(values)) * error
+    return {"value": mean, "error": error, "interval": [max(0.0, mean - spread), min(1.0, mean + spread)]}
 
 
 def wilson(share: float, count: int) -> list[float]:
@@ -165,6 +172,31 @@ def wilson(share: float, count: int) -> list[float]:
     middle = (share + square / 2) / (1 + square)
     half = Z95 / (1 + square) * math.sqrt(share * (1 - share) / count + square / (4 * count))
     return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def paired_interval(more: int, less: int, count: int) -> list[float]:
+    """Tango's 95 % score interval of the change of a share (Statistics in Medicine 17, 1998), where of `count` pairs of
+    0 or 1 `more` rise and `less` fall: the δ with |more − less − n·δ| ≤ 1.96 · √(n · (2q + δ(1 − δ))), where q is the
+    likeliest share that falls if the change is δ.
+
+    Where none rises or falls it is ± 1.96² / (n + 1.96²), which is Wilson's bound of the share that does.
+    """
+
+    def kept(change: float) -> bool:
+        b = (2 * count - more + less) * change - more - less
+        c = -less * change * (1 - change)
+        falling = (math.sqrt(max(0.0, b * b - 8 * count * c)) - b) / (4 * count)
+        variance = count * (2 * falling + change * (1 - change))
+        return abs(more - less - count * change) <= Z95 * math.sqrt(max(0.0, variance))
+
+    bounds = []
+    for end in (-1.0, 1.0):
+        inside, outside = (more - less) / count, end
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if kept(middle) else (inside, middle)
+        bounds.append(outside)
+    return bounds
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -265,7 +265,11 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
             row["run"],
             shown(metric["float_model"]),
             shown(metric["quantized"]),
-            (f"{percent(metric['change'], 2, True)} ± {percent(metric['change_error'], 2)}", metric["change"]),
+            (
+                f"{percent(metric['change'], 2, True)} ± {percent(metric['change_error'], 2)} "
+                f"({' to '.join(percent(end, 2, True) for end in metric['change_interval'])})",
+                metric["change"],
+            ),
             metric["questions"],
         )
         for name in dict.fromkeys(name for row in rows for name in row["tasks"])

@@ -144,14 +144,15 @@ _ARITHMETICS = {  # where inputs or the cache are not rounded as most engines do
 
 
 def _task_rows(task: str, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Both models' metrics with 95 % intervals, and the paired change with its error."""
+    """Both models' metrics with 95 % intervals, and the paired change with its error and interval."""
     for name, metric in found.get("metrics", {}).items():
         models = [metric["float_model"], metric["quantized"]]
         shown = [
             f"{_number(m['value'], '.1%')} ({' to '.join(format(x, '.1%') for x in m['interval'])})" for m in models
         ]
         change = f"{_number(metric['change'], '+.2%')} ± {_number(metric['change_error'], '.2%')}"
-        yield f"{task} {name}".replace("_", " "), f"{' → '.join(shown)}, {change} on {found['questions']} questions"
+        change += _interval(metric.get("change_interval"))
+        yield f"{task} {name}".replace("_", " "), f"{' → '.join(shown)} ({change}) on {found['questions']} questions"
 
 
 def _throughput_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -15,10 +15,12 @@ from torch import Tensor
 from quantcli.evaluation import scores as scores_module
 from quantcli.evaluation.scores import (
     PERCENTILES,
+    Z95,
     Scores,
     WindowScores,
     mean_and_error,
     summarize,
+    t95,
     with_distributions,
 )
 from quantcli.model.skeleton import Skeleton
@@ -164,6 +166,9 @@ def test_distributions_over_tokens_against_definitions_in_float64(masked: int | 
     assert found.increase_interval is not None
     assert found.increase is not None
     assert found.increase_interval[0] < found.increase < found.increase_interval[1]
+    assert found.increase_error is not None
+    half = math.log1p(found.increase_interval[1]) - math.log1p(found.increase)
+    assert half == pytest.approx(t95(found.windows) * found.increase_error / (1 + found.increase))
 
 
 def test_masked_labels_count_nowhere() -> None:
@@ -269,3 +274,12 @@ def test_streamed_float_perplexity_is_that_of_a_plain_loop(family: str, tmp_path
     assert found.tokens == 5 * 39
     assert found.float_model.value == pytest.approx(math.exp(sum(nll) / found.tokens), rel=1e-6)
     assert found.quantized is None
+
+
+def test_intervals_of_few_values_are_wider_than_normal_ones() -> None:
+    table = {2: 12.7062, 3: 4.30265, 5: 2.77645, 6: 2.57058, 11: 2.22814, 31: 2.04227, 121: 1.97993}
+    for count, quantile in table.items():
+        assert t95(count) == pytest.approx(quantile, rel=4e-4)
+    assert t95(4) == pytest.approx(3.18245, rel=2e-3)
+    assert t95(10**7) == pytest.approx(Z95)
+    assert math.isnan(t95(1))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quantcli.errors import DataError, ModelError
-from quantcli.evaluation.scores import Z95
+from quantcli.evaluation.scores import Z95, t95
 from quantcli.evaluation.tasks import (
     boolq_choices,
     boolq_question,
     boolq_scored,
     compared,
     normalized,
+    paired_interval,
     squad_questions,
     squad_scored,
     token_f1,
@@ -102,6 +104,37 @@ def test_wilson_bounds_are_shares_at_which_what_was_found_is_just_not_rejected(s
     assert (low == 0) == (share == 0)
 
 
+@pytest.mark.parametrize(("more", "less", "count"), [(1, 7, 21), (3, 3, 100), (0, 4, 9), (12, 0, 500)])
+def test_paired_bounds_are_changes_at_which_what_was_found_is_just_not_rejected(
+    more: int, less: int, count: int
+) -> None:
+    """The likeliest shares that rise and fall by this much apart are sought among many."""
+    low, high = paired_interval(more, less, count)
+    assert low < (more - less) / count < high
+    for change in (low, high):
+        falls = np.linspace(max(0.0, -change), (1 - change) / 2, 400_002)[1:-1]
+        likelihood = less * np.log(falls) + (count - more - less) * np.log1p(-2 * falls - change)
+        likelihood += more * np.log(falls + change)
+        q = falls[likelihood.argmax()]
+        deviation = math.sqrt(count * (2 * q + change * (1 - change)))
+        assert abs(more - less - count * change) == pytest.approx(Z95 * deviation, rel=1e-3)
+
+
+def test_the_paired_interval_is_that_of_published_examples() -> None:
+    # Bentur and others (2009) as computed in Fagerland, Lydersen and Laake, Statistics in Medicine 33 (2014)
+    assert paired_interval(1, 7, 21) == pytest.approx([-0.517, -0.026], abs=5e-4)
+
+
+def test_no_changed_answer_is_no_proof_that_none_can_change() -> None:
+    same = [{"accuracy": float(n % 2), "f1": n / 40} for n in range(40)]
+    for metric in compared(same, same)["metrics"].values():
+        assert (metric["change"], metric["change_error"]) == (0.0, 0.0)
+        low, high = metric["change_interval"]
+        assert high == pytest.approx(wilson(0.0, 40)[1], rel=1e-9)
+        assert low == pytest.approx(-high)
+    assert paired_interval(5, 0, 5)[1] == 1.0
+
+
 def test_of_a_metric_that_should_be_low_less_is_gained() -> None:
     exact, rounded = ([{"wrong": value} for value in values] for values in ((0.0, 0.0, 1.0, 1.0), (1.0, 1.0, 0.0, 1.0)))
     found = compared(exact, rounded, ["wrong"])["metrics"]["wrong"]
@@ -127,5 +160,6 @@ def test_models_are_compared_question_by_question() -> None:
     mean = sum(differences) / 4
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 3 / 4)
     assert f1["change"] == pytest.approx(mean)
-    assert f1["change_interval"] == pytest.approx([mean - Z95 * error, mean + Z95 * error])
+    assert f1["change_interval"] == pytest.approx([mean - t95(4) * error, mean + t95(4) * error])
+    assert accuracy["change_interval"] == paired_interval(1, 1, 4)
     assert f1["float_model"]["interval"][1] <= 1.0
