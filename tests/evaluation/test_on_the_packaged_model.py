@@ -76,8 +76,8 @@ def detokenized(text: str) -> str:
 @torch.inference_mode()
 def test_golden_stick_is_its_slow_self_on_wikitext(model: Path, loaded: Loaded, tmp_path: Path) -> None:
     """Windows one at a time and alone; loss · mask summed over a batch, over the sum of its mask; the mean over
-    batches; exp."""
-    length, batch, windows = 256, 2, 3
+    full batches; exp."""
+    length, batch, windows = 256, 2, 5
     text = tmp_path / "text.txt"
     text.write_text(WIKITEXT_2.read_text(encoding="utf-8")[:20_000], encoding="utf-8")
     network, tokenizer = loaded
@@ -92,7 +92,7 @@ def test_golden_stick_is_its_slow_self_on_wikitext(model: Path, loaded: Loaded, 
         mask = (chunk[1:] != tokenizer.pad_token_id).double()
         losses = -logp.gather(1, chunk[1:, None])[:, 0]
         sums.append((float((losses * mask).sum()), float(mask.sum())))
-    batches = [sums[begin : begin + batch] for begin in range(0, windows, batch)]
+    batches = [sums[begin : begin + batch] for begin in range(0, windows - batch + 1, batch)]
     means = [sum(loss for loss, _ in part) / sum(count for _, count in part) for part in batches]
     section = {"dataset": "text", "path": str(text), "windows": windows, "protocol": "golden-stick",
                "sequence_length": length, "batch_size": batch}  # fmt: skip
