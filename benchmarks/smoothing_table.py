@@ -35,7 +35,7 @@ METHODS = {
     "none": "null",
     **{method: f"{{method: {method}}}" for method in SMOOTHED},
     "rotate": "{method: rotate}",
-    **{f"rotation, {method}": f"{{method: {method}, rotation: {{}}}}" for method in ("smoothquant", "auto")},
+    **{f"rotation, {method}": f"{{method: {method}, rotation: {{}}}}" for method in SMOOTHED},
 }
 
 
