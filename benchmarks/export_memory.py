@@ -2,10 +2,8 @@
 
 python benchmarks/export_memory.py [--work DIRECTORY] [--layers 22]
 
-A random Llama (22 layers: 1.1B) is quantized by min-max, to 4 bits in groups of 64 and to 8 bits a channel. The store
-of the first is exported as compressed-tensors, gptq, awq, gguf and dense, that of the second as ascend,
-mindie, numpy, compressed-tensors and gguf. The peak is VmHWM of a process that does one thing, Python and its libraries
-included. Rows go to BENCHMARKS.md by hand.
+A random Llama (22 layers: 1.1B) is quantized by min-max as STORES has it, and each store exported in its formats. The
+peak is VmHWM of a process that does one thing, Python and its libraries included. Rows go to BENCHMARKS.md by hand.
 """
 
 from __future__ import annotations
@@ -20,19 +18,35 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-CASES = [("w4", "compressed-tensors"), ("w4", "gptq"), ("w4", "awq"), ("w4", "gguf"), ("w4", "dense"),
-         ("w8", "ascend"), ("w8", "mindie"), ("w8", "numpy"), ("w8", "compressed-tensors"), ("w8", "gguf")]  # fmt: skip
-WEIGHTS: dict[str, dict[str, Any]] = {
-    "w4": {"bits": 4, "granularity": "group", "group_size": 64, "method": "minmax"},
-    "w8": {"bits": 8, "granularity": "channel", "method": "minmax"},
+_BY_4 = {"bits": 4, "granularity": "group", "group_size": 64, "method": "minmax"}
+_W8 = {"bits": 8, "granularity": "channel", "method": "minmax"}
+_FLOAT = {"type": "float"}
+STORES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "W4A16 g64": ({"weights": _BY_4}, ("compressed-tensors", "gptq", "awq", "gguf", "dense", "ascend")),
+    "W8A16": ({"weights": _W8}, ("ascend", "mindie", "numpy", "compressed-tensors", "gguf")),
+    "W8A8 static": ({"weights": _W8, "activations": {"bits": 8}}, ("ascend", "mindie", "numpy", "compressed-tensors")),
+    "W4A8": (
+        {"weights": _W8 | {"bits": 4}, "activations": {"bits": 8, "scope": "token"}},
+        ("ascend", "compressed-tensors"),
+    ),
+    "FP8": (
+        {"weights": _W8 | _FLOAT, "activations": {"bits": 8, "scope": "token"} | _FLOAT},
+        ("compressed-tensors",),
+    ),
 }
+"""What is quantized how, and the formats that its store is exported in."""
 
 
 def recipe(work: Path, name: str) -> dict[str, Any]:
-    """The recipe whose store all formats of this width share."""
-    formats = sorted({form for width, form in CASES if width == name})
-    return {"model": {"path": str(work / "model")}, "quantize": {"weights": WEIGHTS[name]},
-            "export": {"formats": formats}, "output": str(work / name)}  # fmt: skip
+    """The recipe whose store all its formats share."""
+    section, formats = STORES[name]
+    text = {"calibration": {"dataset": "builtin", "samples": 2, "sequence_length": 512}} if "static" in name else {}
+    return {"model": {"path": str(work / "model"), "sanity_check": "off"}, **text, "quantize": section,
+            "export": {"formats": list(formats)}, "output": str(work / name.replace(" ", "-"))}  # fmt: skip
+
+
+def place(work: Path, name: str, form: str) -> Path:
+    return work / f"{name.replace(' ', '-')}-{form}"
 
 
 def one(work: Path, name: str, form: str, what: str) -> None:
@@ -48,8 +62,8 @@ def one(work: Path, name: str, form: str, what: str) -> None:
     from quantcli.recipe import load_recipe
 
     started = time.perf_counter()
-    loaded, model, folder = load_recipe(recipe(work, name)), work / "model", work / f"{name}-{form}"
-    structure, store = find_structure(model), finished_store(loaded, work / name)
+    loaded, model, folder = load_recipe(recipe(work, name)), work / "model", place(work, name, form)
+    structure, store = find_structure(model), finished_store(loaded, work / name.replace(" ", "-"))
     source = source_of(loaded, structure, Checkpoint(model))
     if what == "export":
         linears = {linear.name: linear for linear in structure.matrices()}
@@ -66,18 +80,18 @@ def one(work: Path, name: str, form: str, what: str) -> None:
 def main(work: Path, layers: int) -> None:
     if not (work / "model").exists():
         subprocess.run([sys.executable, HERE / "random_llama.py", work / "model", "--layers", str(layers)], check=True)
-    for name in WEIGHTS:
-        file = work / f"{name}.yaml"
+    for name in STORES:
+        file = work / f"{name.replace(' ', '-')}.yaml"
         file.write_text(json.dumps(recipe(work, name)), encoding="utf-8")
         subprocess.run([sys.executable, "-m", "quantcli", "quantize", str(file), "--quiet"], check=True)
     print("| codes | format | GB on disk | export, peak GB | s | verify, peak GB | s |\n|---|---|---|---|---|---|---|")
-    for name, form in CASES:
+    for name, form in [(name, form) for name, (_, formats) in STORES.items() for form in formats]:
         row = []
         for what in ("export", "verify"):
             command = [sys.executable, __file__, "--work", str(work), "--one", name, form, what]
             found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
             row += [f"{found['peak'] / 1e9:.3f}", f"{found['seconds']:.1f}"]
-        size = sum(file.stat().st_size for file in (work / f"{name}-{form}").iterdir())
+        size = sum(file.stat().st_size for file in place(work, name, form).iterdir())
         print("|", " | ".join([name, form, f"{size / 1e9:.2f}", *row]), "|", flush=True)
 
 
@@ -87,9 +101,9 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--one", nargs=3, metavar=("CODES", "FORMAT", "WHAT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    place = (arguments.work or Path(tempfile.mkdtemp())).absolute()
-    place.mkdir(parents=True, exist_ok=True)
+    folder = (arguments.work or Path(tempfile.mkdtemp())).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
     if arguments.one:
-        one(place, *arguments.one)
+        one(folder, *arguments.one)
     else:
-        main(place, arguments.layers)
+        main(folder, arguments.layers)
