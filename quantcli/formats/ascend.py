@@ -173,10 +173,12 @@ def _scale_dtype(scheme: Scheme, dtype: str) -> str:
 def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, linear: Linear) -> dict[str, Tensor]:
     """The tensors of `layout` from the store's codes, for a model of `dtype` and the linear's bias [n], if it has one.
 
-    One scale a tensor is repeated for every channel, as engines want it. Raises ModelError if deq_scale underflows or
-    quant_bias does not fit int32.
+    One scale a tensor is repeated for every channel, as engines want it. Raises ModelError for a scale beside inputs in
+    float that the model's dtype does not hold, and if deq_scale underflows or quant_bias does not fit int32.
     """
     import torch
+
+    from quantcli.formats.store import held_scale
 
     codes, scale, zero_point = stored.weight
     own = getattr(torch, dtype)
@@ -197,7 +199,7 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
             "quant_bias": _quant_bias(codes, offset, deq_scale, bias),
             "deq_scale": deq_scale if dtype == "bfloat16" else deq_scale.view(torch.int32).to(torch.int64),
         }
-    weight_scale = scale.to(written).contiguous()
+    weight_scale = held_scale(scale, written).contiguous()
     weight_offset = torch.zeros_like(weight_scale)
     if zero_point is not None:
         weight_offset.copy_(zero_point)

@@ -80,11 +80,10 @@ def _in_numpy(dtype: str) -> str:
 
 
 def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, linear: Linear) -> dict[str, Tensor]:
-    """The tensors of `layout`: those of `ascend.encode`."""
-    import torch
-
-    tensors = ascend.encode(stored, scheme, dtype, bias, linear)
-    return {suffix: t.float() if t.dtype == torch.bfloat16 else t for suffix, t in tensors.items()}
+    """The tensors of `layout`: those of `ascend.encode`, but for scales of weights alone in a bfloat16 model, which are
+    float32 here and so need not be bfloat16 values."""
+    own = _in_numpy(dtype) if scheme.activations == "none" else dtype
+    return ascend.encode(stored, scheme, own, bias, linear)
 
 
 def write_weights(

@@ -202,10 +202,8 @@ def _check_module(
         _usable(module, "its scale", stored.weight.scale)
         found = {k: t.t() if transposed and k == "weight" else t for k, t in found.items()}
     if form in verify_ascend.FORMS:
-        wanted = verify_ascend.expected_linear(stored, scheme, store.dtype, bias_value, split)
-        if form == "numpy":  # which has no bfloat16
-            wanted = {k: t.float() if t is not None and t.dtype == torch.bfloat16 else t for k, t in wanted.items()}
-        _check_parts(module, found, wanted)
+        dtype = verify_ascend.derived_dtype(form, scheme, store.dtype)
+        _check_parts(module, found, verify_ascend.expected_linear(stored, scheme, dtype, bias_value, split))
     elif form in _EXPECTED:
         _check_parts(module, found, _EXPECTED[form](stored, scheme, store.dtype, bias_value))
     else:

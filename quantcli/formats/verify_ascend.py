@@ -219,11 +219,18 @@ def _highest(types: set[str]) -> str:
     return next((kind for kind in reversed(ascending) if kind in types), "FLOAT")
 
 
+def derived_dtype(form: str, scheme: Scheme, dtype: str) -> str:
+    """The dtype that tensors of a linear in a model of `dtype` follow: in dictionaries of NumPy, which has no bfloat16,
+    scales that no product of 8-bit inputs hangs on are float32."""
+    return "float32" if (form, scheme.activations, dtype) == ("numpy", "none", "bfloat16") else dtype
+
+
 def expected_linear(
     stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None, split: bool = False
 ) -> dict[str, Tensor | None]:
     """The tensors that stand for X.weight in a model of `dtype`, by suffix. `bias` [n] is as the checkpoint holds it,
-    `split` says that engines cut the linear along its input."""
+    `split` says that engines cut the linear along its input. Raises VerificationError for a scale beside inputs in
+    float that is no value of `dtype`."""
     if scheme.bits == 4:
         dynamic = scheme.activations == "dynamic"
         return _expected_w4a8(stored, dtype, 16 if split else 1) if dynamic else _expected_four_bits(stored, dtype)
@@ -236,7 +243,7 @@ def expected_linear(
     held = dtype if scheme.activations == "none" else "float32"
     tensors: dict[str, Tensor | None] = {
         "weight": stored.weight.codes,
-        "weight_scale": torch.from_numpy(scale[:, None].copy()).to(getattr(torch, held)),
+        "weight_scale": _held(torch.from_numpy(scale[:, None].copy()), held),
         "weight_offset": torch.from_numpy(zero[:, None].copy()).to(getattr(torch, held)),
     }
     if scheme.activations not in ("static", "mix") or stored.input_scale is None:
@@ -264,7 +271,7 @@ def _expected_four_bits(stored: StoredLinear, dtype: str) -> dict[str, Tensor | 
     zero = torch.zeros_like(scale) if stored.weight.zero_point is None else stored.weight.zero_point.to(scale.dtype)
     return {
         "weight": torch.from_numpy(packed.astype(np.uint8).view(np.int8)),
-        "weight_scale": scale.to(getattr(torch, dtype)),
+        "weight_scale": _held(scale, dtype),
         "weight_offset": zero.expand(scale.shape).to(getattr(torch, dtype)),
     }
 
@@ -296,6 +303,14 @@ def expected_attention(parts: Mapping[str, Tensor], attention: AttentionScheme, 
             tensors[f"{letter}_proj.kv_cache_scale"] = rounded
             tensors[f"{letter}_proj.kv_cache_offset"] = parts.get(f"{letter}_offset", torch.zeros(scale.shape))
     return tensors
+
+
+def _held(scale: Tensor, dtype: str) -> Tensor:
+    """The store's very values in `dtype`."""
+    held = scale.to(getattr(torch, dtype))
+    if not np.array_equal(_float32(held), _float32(scale), equal_nan=True):
+        raise VerificationError(f"A scale of the store is no {dtype} value.", "Quantize for this format again.")
+    return held
 
 
 def _float32(tensor: Tensor) -> NDArray[np.float32]:

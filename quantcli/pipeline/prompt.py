@@ -18,7 +18,7 @@ from quantcli.errors import ModelError, VerificationError
 from quantcli.formats import ascend, dense
 from quantcli.formats.reader import QuantizedCheckpoint
 from quantcli.formats.store import Store, StoredLinear
-from quantcli.formats.verify_ascend import FORMS, expected_attention, expected_linear
+from quantcli.formats.verify_ascend import FORMS, derived_dtype, expected_attention, expected_linear
 from quantcli.model.folding import added_biases, unties
 from quantcli.model.names import checkpoint_prefix
 from quantcli.model.skeleton import Skeleton
@@ -105,7 +105,8 @@ class _Stored:
         stored = self.store.read(module)
         if self.form not in FORMS:
             return stored
-        held = expected_linear(stored, self.store.schemes[module], self.dtype, None)  # with its rounded scales
+        scheme = self.store.schemes[module]
+        held = expected_linear(stored, scheme, derived_dtype(self.form, scheme, self.dtype), None)  # scales rounded
         scale = held["weight_scale"]
         assert scale is not None
         weight = QuantizedWeight(stored.weight.codes, scale, _of_channels(stored.weight.zero_point, len(scale)))

@@ -121,7 +121,13 @@ def export(
     parts = {path: stored_attention(tensors, path, attention) for path in paths if attention is not None}
     dtype = str(tensors["model.norm.weight"].dtype).removeprefix("torch.")
     (place / "store").mkdir()
-    write_block(place / "store", 0, {name: stored_linear(tensors, name, scheme) for name in names}, parts)
+    stored = {name: stored_linear(tensors, name, scheme) for name in names}
+    if scheme.activations == "none":  # the tool has float32 scales of groups in models of 16 bits; a run rounds them
+        stored = {
+            name: replace(linear, weight=linear.weight._replace(scale=linear.weight.scale.to(getattr(torch, dtype))))
+            for name, linear in stored.items()
+        }
+    write_block(place / "store", 0, stored, parts)
     quantized = dict.fromkeys(names, (0, scheme))
     original = Checkpoint(GOLDEN / model / "model")
     matrices = [e for e in original.entries.values() if len(e.shape) == 2 and "embed" not in e.name]

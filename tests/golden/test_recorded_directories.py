@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_ascend_tensors import GOLDEN, recorded, stored_linear
 from torch import Tensor
 
-from quantcli.errors import RecipeError
+from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.ascend import type_name
 from quantcli.formats.reader import QuantizedCheckpoint
 from quantcli.model.skeleton import Skeleton
@@ -112,6 +112,24 @@ def test_a_recorded_directory_is_converted(case: str, tmp_path: Path) -> None:
             assert torch.equal(found[name], tensor), name
     convert_checkpoint(folder, "compressed-tensors", tmp_path / "other")
     assert verify_path(tmp_path / "other")["linears"] == 14
+
+
+@pytest.mark.parametrize(("model", "numpy_holds_them"), [("A_bf16", True), ("A_fp16", False)])
+def test_recorded_scales_of_more_bits_than_the_format_has_are_not_rounded(
+    model: str, numpy_holds_them: bool, tmp_path: Path
+) -> None:
+    folder, tensors = directory(tmp_path / "made", model, "w4a16_g32_sym")
+    scales = {name: t for name, t in tensors.items() if name.endswith(".weight_scale")}
+    assert {t.dtype for t in scales.values()} == {torch.float32}
+    for form in ("ascend", "mindie", *([] if numpy_holds_them else ["numpy"])):
+        with pytest.raises(ModelError, match=r"A scale of its codes is no b?float16 value"):
+            convert_checkpoint(folder, form, tmp_path / form)
+        assert not (tmp_path / form).exists()
+    if numpy_holds_them:
+        convert_checkpoint(folder, "numpy", tmp_path / "numpy")
+        _, checkpoint, _ = open_checkpoint(tmp_path / "numpy")
+        for name in checkpoint.schemes:
+            assert torch.equal(checkpoint.read_linear(name).weight.scale, scales[f"{name}.weight_scale"])
 
 
 def served_logits(folder: Path, tokens: Tensor, structure: Structure, checkpoint: QuantizedCheckpoint) -> Tensor:

@@ -1,17 +1,21 @@
-"""Conversions keep what is beside integer weights, bit for bit: scales of attention, FP8 codes."""
+"""Conversions keep what is beside integer codes, bit for bit: their scales, those of attention, FP8 codes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_exports import export_tiny
 
-from quantcli.errors import RecipeError
+from quantcli.errors import ModelError, RecipeError, VerificationError
+from quantcli.formats.store import StoredLinear
+from quantcli.formats.verify_ascend import expected_linear
 from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.standalone import open_checkpoint
 from quantcli.pipeline.verify import verify_path
+from quantcli.quant.grid import QuantizedWeight
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
 STATIC = Scheme(8, activations="static", activations_symmetric=False)
@@ -96,3 +100,34 @@ def test_what_the_other_format_lacks_is_refused(
     with pytest.raises(RecipeError, match=reason):
         convert_checkpoint(source.folder, form, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["gptq", "awq"])
+def test_float16_scales_of_a_bfloat16_model_are_kept_or_refused(form: str, tmp_path: Path) -> None:
+    """As AutoRound and GPTQModel write them: scales are not rounded on the way, but refused where they would be."""
+    source = export_tiny(tmp_path, Scheme(4, granularity="group", group_size=32), dtype=torch.float16, form=form,
+                         with_tokenizer=True)  # fmt: skip
+    path = source.folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"dtype": "bfloat16"}))
+    wanted = held(source.folder)
+    for other in ("ascend", "mindie", "compressed-tensors"):
+        with pytest.raises(ModelError, match=r"_proj: A scale of its codes is no bfloat16 value"):
+            convert_checkpoint(source.folder, other, tmp_path / other)
+        assert not (tmp_path / other).exists()
+    convert_checkpoint(source.folder, "numpy", tmp_path / "numpy")
+    found = held(tmp_path / "numpy")
+    for name, values in wanted.items():
+        assert torch.equal(found[name], values), name
+    assert verify_path(tmp_path / "numpy")["linears"] == len(source.store.schemes)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4), Scheme(8)], ids=lambda scheme: scheme.name)
+def test_verification_sees_scales_that_the_format_does_not_hold(scheme: Scheme) -> None:
+    codes, scale = torch.zeros(2, 4, dtype=torch.int8), torch.tensor([[0.1], [0.25]])
+    stored = StoredLinear(QuantizedWeight(codes, scale, None))
+    with pytest.raises(VerificationError, match="no bfloat16 value"):
+        expected_linear(stored, scheme, "bfloat16", None)
+    exact = expected_linear(stored, scheme, "float32", None)["weight_scale"]
+    assert exact is not None
+    assert torch.equal(exact, scale)
