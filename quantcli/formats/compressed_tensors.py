@@ -135,6 +135,8 @@ def decode(tensors: Mapping[str, Tensor], scheme: Scheme) -> StoredLinear:
     from quantcli.quant.packing import unpack_int32
 
     scale, zero_point = tensors["weight_scale"], tensors.get("weight_zero_point")
+    if scheme.scale_dtype("bfloat16") == "float32":  # in which engines multiply, also where a file has 16 bits
+        scale = scale.float()
     if scheme.granularity == "tensor":
         scale = scale.view(1, 1)
     if "weight" in tensors:

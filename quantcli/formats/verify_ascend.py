@@ -250,7 +250,8 @@ def expected_linear(
         return tensors
     input_scale = _rounded(_float32(stored.input_scale), dtype)
     offset = 0 if stored.input_zero_point is None else stored.input_zero_point.item()
-    deq_scale = input_scale * scale
+    # other tools round the products of scales that they have in 16 bits to these, too
+    deq_scale = _nearest(input_scale * scale, str(stored.weight.scale.dtype).removeprefix("torch."))[0]
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # a scale of zero is found in the export
         quotient = np.zeros_like(deq_scale) if bias is None else _float32(bias) / deq_scale
         quant_bias = np.rint(quotient.astype(np.float64) - offset * codes.astype(np.float64).sum(1)).astype(np.int32)
@@ -318,13 +319,17 @@ def _float32(tensor: Tensor) -> NDArray[np.float32]:
 
 
 def _rounded(values: NDArray[np.float32], dtype: str) -> NDArray[np.float32]:
-    """Scales as `dtype` holds them, ties to even; what underflows is the smallest normal number, not zero."""
+    """Scales as `dtype` holds them; what underflows is the smallest normal number, not zero."""
+    found, tiny = _nearest(values, dtype)
+    return np.where((found == 0) & (values != 0), np.float32(tiny), found).astype(np.float32)
+
+
+def _nearest(values: NDArray[np.float32], dtype: str) -> tuple[NDArray[np.float32], float]:
+    """The values of `dtype` that are nearest, ties to even and none infinite, and its smallest normal number."""
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
         bits = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-        found, tiny = (bits & np.uint32(0xFFFF0000)).view(np.float32), 2.0**-126
-    elif dtype == "float16":
-        found, tiny = values.clip(None, 65504).astype(np.float16).astype(np.float32), 2.0**-14
-    else:
-        return values
-    return np.where((found == 0) & (values != 0), np.float32(tiny), found).astype(np.float32)
+        return (bits & np.uint32(0xFFFF0000)).view(np.float32), 2.0**-126
+    if dtype == "float16":
+        return values.clip(None, 65504).astype(np.float16).astype(np.float32), 2.0**-14
+    return values, 0.0

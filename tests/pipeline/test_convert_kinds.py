@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_exports import export_tiny
 
 from quantcli.errors import ModelError, RecipeError, VerificationError
@@ -131,3 +132,20 @@ def test_verification_sees_scales_that_the_format_does_not_hold(scheme: Scheme) 
     exact = expected_linear(stored, scheme, "float32", None)["weight_scale"]
     assert exact is not None
     assert torch.equal(exact, scale)
+
+
+def test_bfloat16_scales_of_static_inputs_are_multiplied_in_float32(tmp_path: Path) -> None:
+    """As llm-compressor writes them and vLLM multiplies: deq_scale has the bits of the product, not of its factors."""
+    source = export_tiny(tmp_path, STATIC, dtype=torch.bfloat16, form="compressed-tensors", with_tokenizer=True)
+    file = source.folder / "model.safetensors"
+    tensors = load_file(file)
+    kept = (".weight_scale", ".input_scale")
+    tensors |= {name: t.bfloat16() for name, t in tensors.items() if name.endswith(kept)}
+    save_file(tensors, file, {"format": "pt"})
+    convert_checkpoint(source.folder, "ascend", tmp_path / "ascend")
+    found = load_file(tmp_path / "ascend" / "quant_model_weights.safetensors")
+    for module in source.store.schemes:
+        factors = (tensors[f"{module}.{name}"].double().view(-1) for name in ("weight_scale", "input_scale"))
+        product = next(factors) * next(factors)
+        assert torch.equal(found[f"{module}.deq_scale"].double(), product), module  # 8 bits by 8 bits fit 24
+        assert not torch.equal(product, product.bfloat16().double())
