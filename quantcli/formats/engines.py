@@ -1,4 +1,4 @@
-"""Which serving engines load which scheme in which format: the reader of engines.yaml, which has the sources."""
+"""Which serving engines load which scheme in which format: the reader of engines.yaml and of its sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from quantcli.formats.compressed_tensors import layout_name
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
-TABLE = Path(__file__).with_name("engines.yaml")
+TABLE, SOURCES = (Path(__file__).with_name(name) for name in ("engines.yaml", "engine_sources.yaml"))
 
 UNPACKING = frozenset({"transformers"})
 """Engines that unpack weights on loading: they compute with any scheme, and gain no speed by it."""
@@ -82,8 +82,8 @@ class Table:
 
 @cache
 def table() -> Table:
-    content = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
-    sources = {key: f"{source['what']}, {source['url']}" for key, source in content["sources"].items()}
+    content, read_in = (yaml.safe_load(file.read_text(encoding="utf-8")) for file in (TABLE, SOURCES))
+    sources = {key: f"{source['what']}, {source['url']}" for key, source in read_in.items()}
     return Table(
         names={key: engine["name"] for key, engine in content["engines"].items()},
         rows=tuple(_row(row, sources) for row in content["rows"]),

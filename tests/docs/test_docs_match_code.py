@@ -193,16 +193,21 @@ def test_the_engines_of_ascend_are_what_plan_says() -> None:
     kinds = ["none", "static", "dynamic", "mix"]
     schemes = [Scheme(8, activations=kind) for kind in kinds]  # type: ignore[arg-type]
     schemes += [Scheme(8, symmetric=False), Scheme(8, activations="static", sparse=True)]
-    schemes += [Scheme(4, activations="dynamic")]
+    schemes += [Scheme(4), Scheme(4, activations="dynamic"), Scheme(8, activations="dynamic", type="float")]
     wanted = {
-        type_name(s) + ("" if s.symmetric else " asym"): verdicts([(linear, s)], None, ["ascend"]) for s in schemes
+        type_name(s) + ("" if s.symmetric else " asym"): [
+            verdict
+            for experts in ([], [["x"]])
+            for verdict in verdicts([(linear, s)], None, ["ascend"], experts=experts)
+        ]
+        for s in schemes
     }
     attentions = {"C8": AttentionScheme(kv="int8"), "FAQuant": AttentionScheme(heads=True)}
     wanted |= {name: verdicts([], attention, ["ascend"]) for name, attention in attentions.items()}
     assert not any(map(attention_refusal, attentions.values()))
     assert not any(refusal(linear, s) for s in schemes)
     table = rows(section("docs/formats.md", "Which Ascend engine loads what"))
-    assert {codes(name)[0]: cells for name, *cells in table} == {
+    assert {codes(name)[0]: [cell for cell in cells if cell] for name, *cells in table} == {
         name: ["yes" if verdict.loads else "no" for verdict in found] for name, found in wanted.items()
     }
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from quantcli.formats import engines
-from quantcli.formats.engines import FACTS, TABLE, refusal, table, verdicts
+from quantcli.formats.engines import FACTS, SOURCES, TABLE, refusal, table, verdicts
 from quantcli.formats.table import FORMATS
 from quantcli.model.structure import Linear
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -39,12 +39,12 @@ SCHEMES = list(schemes())
 
 
 def test_every_row_has_a_source_and_asks_for_facts_that_there_are() -> None:
-    content = yaml.safe_load(TABLE.read_text())
-    for key, source in content["sources"].items():
+    content, sources = yaml.safe_load(TABLE.read_text()), yaml.safe_load(SOURCES.read_text())
+    for key, source in sources.items():
         assert source["url"].startswith("https://"), key
         assert source["what"], key
     used = {row["source"] for row in content["rows"]} | {group["source"] for group in content["joins"]}
-    assert used == set(content["sources"])
+    assert used == set(sources)
     for row in content["rows"]:
         assert set(row) <= {"engines", "formats", "of", "when", "loads", "note", "source"}, row
         assert {"engines", "formats", "of", "loads", "source"} <= set(row), row
@@ -122,7 +122,7 @@ def test_a_verdict_names_its_source() -> None:
     assert "takes for symmetric, where zero points are evaluated" in said("SGLang", asymmetric)[1]
     assert said("vLLM-Ascend", asymmetric)[:2] == (
         False,
-        "takes int8 products with a scale a channel, of symmetric inputs",
+        "takes products of 8 bits with a scale a channel: int8 of symmetric inputs, fp8 of dynamic ones",
     )
     assert said("vLLM on a CPU", asymmetric)[:2] == (True, "int8 products (oneDNN)")
     assert said("SGLang", Scheme(3))[:2] == (False, "takes packed weights of 4 and 8 bits, not 3")

@@ -12,7 +12,7 @@ import transformers
 from tiny_models import save_tiny_model, token_batches
 
 import quantcli
-from quantcli.formats.engines import verdicts
+from quantcli.formats.engines import refusal, verdicts
 from quantcli.formats.reader import QuantizedCheckpoint
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.structure import Linear
@@ -109,3 +109,39 @@ DYNAMIC_ASYM = Scheme(8, activations="dynamic", activations_symmetric=False)
 def test_the_table(engine: str, schemes: list[Scheme | None], loads: bool, note: str) -> None:
     assert said(engine, *schemes)[0] == loads
     assert note in said(engine, *schemes)[1]
+
+
+@pytest.mark.parametrize("form", ["ascend", "mindie"])
+@pytest.mark.parametrize(
+    ("scheme", "vllm_ascend"),
+    [
+        (Scheme(8), "has classes for experts of dynamic inputs, not of W8A16"),
+        (Scheme(8, activations="static"), "has classes for experts of dynamic inputs, not of W8A8 static"),
+        (Scheme(8, activations="dynamic"), ""),
+        (Scheme(8, activations="mix"), ""),
+        (Scheme(4, activations="dynamic"), ""),
+        (None, ""),
+    ],
+)
+def test_experts_in_ascend_are_loaded_by_type(form: str, scheme: Scheme | None, vllm_ascend: str) -> None:
+    """The static linears beside them are loaded; what is refused is said with its source."""
+    beside = (Linear("model.layers.0.self_attn.o_proj", 256, 256), Scheme(8, activations="static"))
+    linears = [beside, *([(Linear(ONE, 256, 256), scheme)] if scheme else [])]
+    kept = [] if scheme else [ONE]
+    found = {v.engine: v for v in verdicts(linears, None, [form], kept, [[ONE]])}
+    assert found["MindIE"].loads
+    assert "moe_weight_wrapper.py" in found["MindIE"].source
+    why = refusal("vllm-ascend", linears, None, [form], kept, [[ONE]])
+    if form == "mindie":
+        assert "looks for quant_model_description.json" in why
+    else:
+        assert found["vLLM-Ascend"].loads == (not vllm_ascend)
+        assert vllm_ascend in why
+        assert bool(why) == bool(vllm_ascend) == ("w8a8_pdmix.py, https://" in why.replace(" and others", ""))
+
+
+def test_the_name_of_fp8_in_ascend_is_one_that_vllm_ascend_lacks() -> None:
+    """It registers the type as W8A8FP8_DYNAMIC; from compressed-tensors it makes that name itself."""
+    linears = [(Linear(ONE, 256, 256), Scheme(8, activations="dynamic", type="float"))]
+    assert "does not know WFP8AFP8_DYNAMIC" in refusal("vllm-ascend", linears, None, ["ascend"])
+    assert not refusal("vllm-ascend", linears, None, ["compressed-tensors"])
