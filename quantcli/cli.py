@@ -263,6 +263,10 @@ def convert(
             help="Whether ascend, mindie and numpy are for their owner alone, as export.restrict_permissions.",
         ),
     ] = True,
+    shard_size: Annotated[
+        str | None,
+        typer.Option("--shard-size", metavar="SIZE", help="Largest size of a file of weights, as export.shard_size."),
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code, if it comes with some.")
     ] = False,
@@ -272,6 +276,7 @@ def convert(
     """Write a quantized checkpoint in another format, with the codes that it has."""
     from quantcli import console
     from quantcli.pipeline.convert import convert_checkpoint
+    from quantcli.recipe.fields import size_option
 
     found = convert_checkpoint(
         checkpoint,
@@ -279,6 +284,7 @@ def convert(
         output,
         overwrite=overwrite,
         restrict_permissions=restrict_permissions,
+        shard_bytes=None if shard_size is None else size_option("--shard-size", shard_size),
         trust_remote_code=trust_remote_code,
     )
     if as_json:

@@ -36,6 +36,7 @@ def convert_checkpoint(
     *,
     overwrite: bool = False,
     restrict_permissions: bool = True,
+    shard_bytes: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write the checkpoint `source`, whoever made it, in the format `form`; codes and scales stay as they are.
@@ -45,9 +46,10 @@ def convert_checkpoint(
     next one clears it away. With `overwrite` the files of the checkpoint that was there are replaced
     (`pipeline.replaced`), and what has the name of a file that comes along; other files stay, and those of them that
     engines may read are named (`beside`). `restrict_permissions` gives files the modes of `formats.permissions` if
-    those are the format's. Raises RecipeError for what the format cannot hold, before
-    anything is written, ModelError for a source without codes or with scales that the format does not hold, OutputError
-    for an output that is in use, VerificationError where what was written is not what was read.
+    those are the format's; `shard_bytes` bounds files of weights as in `formats.export`. Raises RecipeError for
+    what the format cannot hold, before anything is written, ModelError for a source without codes or with scales
+    that the format does not hold, OutputError for an output that is in use, VerificationError where what was
+    written is not what was read.
     """
     if form not in FORMATS:
         raise RecipeError(f"--to: there is no format {form!r}.", f"Known formats: {', '.join(FORMATS)}.")
@@ -76,7 +78,7 @@ def convert_checkpoint(
             raise OutputError(f"{output} cannot be made: {error.strerror}.", "Choose another --output.") from error
         try:
             found, score = _written(
-                temporary, form, structure, checkpoint, weights, restrict_permissions, trust_remote_code
+                temporary, form, structure, checkpoint, weights, restrict_permissions, shard_bytes, trust_remote_code
             )
             written = _move(temporary, output)
         finally:
@@ -121,6 +123,7 @@ def _written(
     checkpoint: QuantizedCheckpoint,
     weights: dict[str, str],
     restrict_permissions: bool,
+    shard_bytes: int | None,
     trust_remote_code: bool,
 ) -> tuple[Verified, float]:
     """The checkpoint written and read back; what is known of it, and the log-likelihood of the prompt."""
@@ -134,7 +137,7 @@ def _written(
     read_as_float = cast("Checkpoint", checkpoint)
     tied = tied_head(structure, read_as_float)
     source = Source(read_as_float, weights, None, tied)
-    files = export_checkpoint(folder, FORMATS[form], store, source, checkpoint.linears)
+    files = export_checkpoint(folder, FORMATS[form], store, source, checkpoint.linears, shard_bytes)
     for _ in restricted(folder, files) if restrict_permissions and restricts(FORMATS[form]) else files:
         pass
     split = [name for name, linear in checkpoint.linears.items() if linear.splits_input]

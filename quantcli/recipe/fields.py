@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
+from quantcli.errors import RecipeError
+
 
 def refusal(key: str, wrong: str, remedy: str) -> PydanticCustomError:
     """An error about `key` (dotted, relative to the section whose validator raises it), for the loader to place."""
@@ -58,6 +60,18 @@ def size_of(value: object) -> object:
     if written is None or unit is None:
         raise refusal("", f"{value!r} is no size", "Write it with its unit, as 1GiB or 500MB.")
     return int(Decimal(written[1]) * unit)
+
+
+def size_option(option: str, written: str) -> int:
+    """Bytes of a size that an option of the command line has. Raises RecipeError for what is none, and for nothing."""
+    try:
+        size = size_of(written)
+    except PydanticCustomError as error:
+        context = error.context or {}
+        raise RecipeError(f"{option}: {context['wrong']}.", context["remedy"]) from None
+    if not isinstance(size, int) or size < 1:
+        raise RecipeError(f"{option}: {written!r} is no room for a tensor.", "Write a size above 0, as 500MB.")
+    return size
 
 
 def as_size(value: int) -> str:

@@ -282,6 +282,9 @@ def test_convert_says_what_it_wrote(
         "fixed prompt": f"log-likelihood {content['prompt']:.4f} a token",
         "size": f"{content['bytes'] / 1e3:.1f} kB",
     }
+    cut = ["convert", tmp_path / "new", "--to", "ascend", "--output", tmp_path / "cut", "--shard-size", "64 kB"]
+    assert quantcli(*cut).status == 0
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
     to_dense = ["convert", tmp_path / "new", "--to", "dense", "--output", tmp_path / "dense"]
     assert "quantized inputs of linears" in quantcli(*to_dense).out
 

@@ -149,3 +149,18 @@ def test_bfloat16_scales_of_static_inputs_are_multiplied_in_float32(tmp_path: Pa
         product = next(factors) * next(factors)
         assert torch.equal(found[f"{module}.deq_scale"].double(), product), module  # 8 bits by 8 bits fit 24
         assert not torch.equal(product, product.bfloat16().double())
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "mindie"])
+def test_files_are_of_the_size_that_is_asked_for(form: str, tmp_path: Path) -> None:
+    source = export_tiny(tmp_path, Scheme(8), dtype=torch.bfloat16, form="ascend", with_tokenizer=True)
+    convert_checkpoint(source.folder, form, tmp_path / "one")
+    convert_checkpoint(source.folder, form, tmp_path / "many", shard_bytes=40_000)
+    (one,), many = (sorted((tmp_path / name).glob("*.safetensors")) for name in ("one", "many"))
+    whole, parts = load_file(one), [load_file(file) for file in many]
+    assert len(parts) > 3
+    assert sum(map(len, parts)) == len(whole)
+    for part in parts:
+        assert len(part) == 1 or sum(tensor.nbytes for tensor in part.values()) <= 40_000
+        assert all(torch.equal(whole[name], tensor) for name, tensor in part.items())
+    assert verify_path(tmp_path / "many")["linears"] == len(source.store.schemes)
