@@ -260,6 +260,8 @@ def show_scores(found: Mapping[str, Any]) -> None:
 
     schemes = ", ".join(f"{count} × {name}" for name, count in found["schemes"].items())
     facts = {"format": found["format"], "schemes": schemes or "none", "perplexity": measured(found["quantized"])}
+    if found["zero_points"] is not None:
+        facts["zero points"] = found["zero_points"]
     if found["float_model"] is not None:
         facts["float model"] = measured(found["float_model"])
         for key, form in (("increase", "+.2%"), ("kl_divergence", ".4f"), ("agreement", ".1%")):

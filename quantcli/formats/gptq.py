@@ -13,7 +13,8 @@ Of a linear X [out, in] with b-bit codes q, groups of g inputs (or one, of all) 
 checkpoint_format in config.json is `gptq` (v1) or `gptq_v2`. All loaders know v1, but of z = 0 it cannot hold z − 1:
 writers let it wrap around and borrow from the next zero point, or clamp it, and loaders disagree about what they find:
 of b ones some make z = 0, some 2^b. So symmetric weights, whose z is 2^(b-1), are written as v1 and asymmetric ones as
-v2. Both are read of both, but for asymmetric ones of v1 that hold b ones.
+v2. Both are read of both, but for asymmetric ones of v1 that hold b ones. Symmetric ones have that z whatever their
+qzeros hold of the two, as writers mean them: GPTQModel has written 8 under the name of v1. `disputed` says so.
 
 AutoRound writes the same tensors, but for g_idx, under `quant_method: auto-round`: packing_format is
 `auto_round:auto_gptq` for zero points of v1, `auto_round` and `auto_round:gptqmodel` for those of v2
@@ -232,6 +233,24 @@ def described(
             ordered = said["desc_act"] is True and f"{prefix}.g_idx" in checkpoint.entries and groups > 1
             schemes[module] = replace(scheme, ordered=ordered)
     return schemes, None
+
+
+def disputed(
+    checkpoint: Checkpoint, config: Mapping[str, Any], schemes: Mapping[str, Scheme], weights: Mapping[str, str]
+) -> str:
+    """What loaders disagree about: qzeros of symmetric weights that are those of the other version. Empty where they
+    agree. The first symmetric linear stands for all."""
+    module = next((name for name, scheme in schemes.items() if scheme.symmetric), None)
+    if module is None:
+        return ""
+    name, bits = f"{weights[module].removesuffix('.weight')}.qzeros", schemes[module].bits
+    middle, version = 1 << (bits - 1), _version(config["quantization_config"])
+    held = int(checkpoint.read([name])[name].view(-1)[0]) & ((1 << bits) - 1)
+    added = 1 if version == "gptq" else 0
+    if held + added == middle:
+        return ""
+    return (f"{name} holds {held}, which checkpoint_format {version} makes {held + added} of: read as {middle}, since "
+            "sym is true, as kernels for symmetric weights do; other loaders compute something else")  # fmt: skip
 
 
 def grouped(bits: int, symmetric: bool, inner: int, groups: int, declared: object) -> Scheme:

@@ -69,6 +69,13 @@ class QuantizedCheckpoint:
         return name in self.entries
 
     @property
+    def disputed(self) -> str | None:
+        """What loaders make different things of, and how it is read here; None where there is nothing."""
+        if self.form is None or not hasattr(self.form, "disputed"):
+            return None
+        return str(self.form.disputed(self.raw, self.config, self.schemes, self.weights)) or None
+
+    @property
     def attention_modules(self) -> list[str]:
         """The attention modules that have scales."""
         return list(self._attention_paths)

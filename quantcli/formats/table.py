@@ -26,6 +26,7 @@ type_name, where each linear has a type by name, which engines want to be one fo
 refusal, layout, encode, decode: a linear as tensors and back;
 attention_refusal, attention_names, attention_tensors: the scales of an attention module;
 reading: layout and decode for checkpoints of others, where these differ from what is written;
+disputed: what loaders of a checkpoint make different things of, where there is such a thing;
 documents: its JSON files; recognizes, described: what a directory is, and the schemes in it;
 refuses_model, where it is not for every model; write_weights and FILES, where its weights are no safetensors.
 """

@@ -93,6 +93,7 @@ def convert_checkpoint(
         "other_tensors": found.other_tensors,
         "prompt": score,
         "bytes": found.nbytes,
+        "zero_points": checkpoint.disputed,
         "left_out": missing or None,
         "beside": f"{', '.join(beside)}: not replaced, and engines may read it; move it elsewhere" if beside else None,
     }

@@ -53,6 +53,8 @@ def inspect_path(path: Path) -> dict[str, Any]:
         facts |= {"schemes": ", ".join(f"{count} × {name}" for name, count in schemes.items())}
         if quantized.attention is not None:
             facts["attention"] = quantized.attention.name
+        if disputed := quantized.disputed:
+            facts["zero points"] = disputed
     else:
         require_floats(directory, structure, checkpoint)
     return facts

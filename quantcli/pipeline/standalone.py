@@ -203,6 +203,7 @@ def score_checkpoint(
         "checkpoint": str(directory),
         "format": checkpoint.form.NAME if checkpoint.form is not None else "float",
         "schemes": dict(counts),
+        "zero_points": checkpoint.disputed,
         "dtype": checkpoint.dtype,
         "arithmetic": section.arithmetic,
         **protocol_facts(section, text, scores.tokens),

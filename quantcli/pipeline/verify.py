@@ -184,6 +184,8 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     found = {"linears": len(checkpoint.schemes), "checked against": f"itself (no run beside it; {sums})"}
     if checkpoint.attention_modules:
         found["attention modules"] = len(checkpoint.attention_modules)
+    if disputed := checkpoint.disputed:
+        found["zero points"] = disputed
     if unused := skeleton.unused_tensors:
         found["of no parameter"] = f"{len(unused)} tensors, such as {unused[0]}"
     return found

@@ -24,6 +24,7 @@ from quantcli.formats.store import held_scale
 from quantcli.model.discovery import discover
 from quantcli.model.structure import Linear
 from quantcli.pipeline.convert import convert_checkpoint
+from quantcli.pipeline.inspect import inspect_path
 from quantcli.pipeline.plan import make_plan
 from quantcli.pipeline.verify import verify_path
 from quantcli.quant.grid import WeightGrid, dequantize
@@ -298,6 +299,35 @@ def test_symmetric_weights_of_v2_are_read(made: Made, tmp_path: Path) -> None:
     )  # as loaders turn v1 into v2
     stored = export.store.read(UP).weight
     assert torch.equal(dequantize(export.reader().read_linear(UP).weight), dequantize(stored))
+
+
+@pytest.mark.parametrize(
+    ("version", "added", "held", "made_of_it"), [("gptq", 0x11111111, 8, 9), ("gptq_v2", 0, 7, 7), (None, 0, 7, 8)]
+)
+def test_symmetric_zero_points_of_the_other_version_are_said(
+    version: str | None, added: int, held: int, made_of_it: int, made: Made, tmp_path: Path
+) -> None:
+    """They are read as 8, which sym: true means; who adds one to them computes with something else."""
+    export = copy_of(made("gptq", "W4 g32"), tmp_path)
+    (export.folder / "SHA256SUMS").unlink()
+    change_config(export, lambda config: config.pop("checkpoint_format"))
+    if version:
+        change_config(export, lambda config: config.update(checkpoint_format=version))
+    change_tensors(export, lambda t: [v.add_(added) for k, v in t.items() if k.endswith("qzeros")])
+    stored = export.store.read(UP).weight
+    assert torch.equal(dequantize(export.reader().read_linear(UP).weight), dequantize(stored))
+    said = {
+        export.reader().disputed,
+        verify_path(export.folder).get("zero points"),
+        inspect_path(export.folder).get("zero points"),
+        convert_checkpoint(export.folder, "compressed-tensors", tmp_path / "converted")["zero_points"],
+    }
+    (note,) = said
+    if version is None:
+        assert note is None
+    else:
+        assert note is not None
+        assert f"qzeros holds {held}, which checkpoint_format {version} makes {made_of_it} of: read as 8" in note
 
 
 def hand_packed(rows: list[list[int]], bits: int) -> Tensor:
