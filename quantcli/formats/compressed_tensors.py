@@ -40,6 +40,8 @@ NAME = "compressed-tensors"
 STEM = "model"
 WRITES_TIED_HEAD = False
 ONE_SCHEME = False
+ALL_ATTENTION = True
+"""kv_cache_scheme is that of every layer. Of one without scales vLLM takes 1.0 for them, where it is refused here."""
 FLOAT16_SCALES = False
 
 recognizes = common.named_by_config(NAME)

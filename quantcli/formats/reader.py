@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,7 +164,8 @@ class QuantizedCheckpoint:
     def _find_attention(self, weights: Mapping[str, str]) -> dict[str, str]:
         """Attention module → its prefix in the checkpoint, of every module whose first scale is there.
 
-        Attention is what linears are directly below. Raises ModelError for scales that belong to no such module.
+        Attention is what linears are directly below. Raises ModelError for scales that belong to no such module, where
+        there are none, and where a module has none though the format's scheme is that of all alike in the model.
         """
         if self.attention is None:
             return {}
@@ -179,6 +181,14 @@ class QuantizedCheckpoint:
                 if path not in parents:
                     raise ModelError(f"{self.directory}: {name} belongs to no attention of this model.")
                 found[parents[path]] = path
+        assert self.form is not None
+        alike = {re.sub(r"\d+", "", path) for path in found.values()}
+        without = [path for path in parents if path not in found.values() and re.sub(r"\d+", "", path) in alike]
+        if not found:
+            without = sorted(parents, key=lambda path: not re.search("att", path))
+        if without and (not found or getattr(self.form, "ALL_ATTENTION", False)):
+            raise ModelError(f"{self.directory}: {without[0]}{suffix} is missing, where {self.attention.name} is said "
+                             "of the model.", "Take the weights that belong to it, or quantize again.")  # fmt: skip
         return found
 
 

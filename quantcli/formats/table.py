@@ -24,6 +24,7 @@ ONE_GROUP_SIZE, where groups have one size in a checkpoint;
 takes_added_bias, where norms may have biases that the architecture lacks: the schemes of linears that may, too;
 type_name, where each linear has a type by name, which engines want to be one for those that they join;
 refusal, layout, encode, decode: a linear as tensors and back;
+ALL_ATTENTION, where a scheme of attention is that of all layers;
 attention_refusal, attention_names, attention_tensors: the scales of an attention module;
 reading: layout and decode for checkpoints of others, where these differ from what is written;
 disputed: what loaders of a checkpoint make different things of, where there is such a thing;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_exports import export_tiny
 
-from quantcli.errors import VerificationError
+from quantcli.errors import ModelError, VerificationError
 from quantcli.formats.sums import SUMS
+from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.verify import verify_path
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
@@ -92,6 +94,46 @@ def test_scales_of_attention_are_read(
     rewritten(folder, tensors)
     with pytest.raises(VerificationError, match=r"layers.1.self_attn: .*_scale is zero or not finite"):
         verify_path(folder)
+
+
+@pytest.mark.parametrize(
+    ("form", "attention", "left_out", "named"),
+    [
+        ("compressed-tensors", AttentionScheme(kv="fp8"), "*.?_scale", "layers.0.self_attn.k_scale"),
+        ("compressed-tensors", AttentionScheme(kv="fp8"), "*.1.self_attn.?_scale", "layers.1.self_attn.k_scale"),
+        ("compressed-tensors", AttentionScheme(kv="fp8"), "*.1.self_attn.v_scale", "layers.1.self_attn.v_scale"),
+        ("numpy", AttentionScheme(kv="int8"), "*.kv_cache_*", "layers.0.self_attn.k_proj.kv_cache_scale"),
+    ],
+)
+def test_scales_of_a_cache_that_are_missing_are_named(
+    form: str, attention: AttentionScheme, left_out: str, named: str, tmp_path: Path
+) -> None:
+    """Such a cache would be left in float, or by engines be given scales of 1."""
+    folder = alone(export_tiny(tmp_path, DYNAMIC, dtype=torch.bfloat16, form=form, attention=attention).folder)
+    assert verify_path(folder)["attention modules"] == 2
+    if form == "numpy":
+        for file in folder.glob("kv_cache_*.npy"):
+            file.unlink()
+    else:
+        tensors = load_file(weights_file(folder))
+        rewritten(folder, {name: tensor for name, tensor in tensors.items() if not fnmatchcase(name, left_out)})
+    with pytest.raises(VerificationError, match=rf"{named} is missing"):
+        verify_path(folder)
+    with pytest.raises(ModelError, match=rf"{named} is missing"):
+        convert_checkpoint(folder, form, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ascend_may_quantize_the_cache_of_some_layers(tmp_path: Path) -> None:
+    """Its engines take the layers whose scales are there."""
+    scheme = AttentionScheme(kv="int8")
+    folder = alone(export_tiny(tmp_path, W8, dtype=torch.bfloat16, form="ascend", attention=scheme).folder)
+    tensors, file = load_file(weights_file(folder)), folder / "quant_model_description.json"
+    left = {name for name in tensors if ".layers.0." in name and ".kv_cache_" in name}
+    rewritten(folder, {name: tensor for name, tensor in tensors.items() if name not in left})
+    entries = json.loads(file.read_text())
+    file.write_text(json.dumps({name: kind for name, kind in entries.items() if name not in left}))
+    assert verify_path(folder)["attention modules"] == 1
 
 
 def test_tensors_of_no_parameter_are_reported(tmp_path: Path) -> None:
