@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".npy")
 """Of the files that hold weights, in any format."""
 
+DESCRIPTIONS = (
+    "quant_model_description.json", "quant_model_description_*.json", "quantization.json", "quantize_config.json"
+)  # fmt: skip
+"""Files of ours and of msModelSlim that say what the weights beside them are."""
+DESCRIPTIONS_OF_OTHERS = (
+    "quant_config.json", "quantization_config.json", "hf_quant_config.json", "pytorch_model.bin.index.json"
+)  # fmt: skip
+"""Such files of other tools. No checkpoint takes any of them over from another, whose weights they describe."""
+
 
 AUTOROUND = "auto-round"
 """The quant_method of AutoRound, which packs as other formats do: `packing_format` says as which."""

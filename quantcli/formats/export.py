@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from hashlib import sha256
 from itertools import chain, pairwise
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError
+from quantcli.formats.common import DESCRIPTIONS, DESCRIPTIONS_OF_OTHERS
 from quantcli.formats.store import Store
 from quantcli.formats.sums import write_sums
 from quantcli.model import npy_names
@@ -42,14 +44,9 @@ SHARD_BYTES = 2 << 30
 
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".md"}
-_NOT_COPIED = {
-    "quantization_config.json",
-    "config.json",
-    "README.md",
-    "quantization.json",
-    "quantize_config.json",
-    npy_names.ROUNDED,
-}
+_NOT_COPIED = (
+    "config.json", "README.md", "*.index.json", npy_names.ROUNDED, *DESCRIPTIONS, *DESCRIPTIONS_OF_OTHERS
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -267,13 +264,14 @@ def _producer(pieces: Mapping[str, _Piece]) -> Callable[[str], Tensor]:
 
 def companions(origin: Path) -> list[Path]:
     """What of a model directory an export copies: tokenizer, chat templates, generation settings, licence and code
-    files, whatever stands beside the weights. Raises ModelError for a link that leads out of the model."""
+    files, whatever stands beside the weights but what describes or indexes them.
+
+    Raises ModelError for a link that leads out of the model.
+    """
     found = []
     for file in checkpoint_entries(origin):
         wanted = file.suffix in _COPIED or file.name.upper().startswith("LICEN")
-        described = file.name.startswith("quant_model_description")
-        own = described or file.name in _NOT_COPIED or file.name.endswith(".safetensors.index.json")
-        if file.is_file() and wanted and not own:
+        if file.is_file() and wanted and not any(fnmatchcase(file.name, pattern) for pattern in _NOT_COPIED):
             found.append(file)
     check_links(found, origin)
     return found

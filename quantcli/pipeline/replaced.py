@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import ModelError
+from quantcli.formats.common import DESCRIPTIONS, DESCRIPTIONS_OF_OTHERS
 from quantcli.formats.sums import SUMS, summed_files
 from quantcli.formats.table import FORMATS
 from quantcli.model.checkpoint import read_json
 from quantcli.model.untrusted import TEMPLATES
-from quantcli.pipeline.stages.export import DESCRIPTIONS, weight_files
+from quantcli.pipeline.stages.export import weight_files
 
 _CHAT = ("chat_template.jinja", "chat_template.json", f"{TEMPLATES}/*.jinja")
 # As transformers and quantizers name what they save beside weights, and as weights were named before safetensors.
@@ -19,8 +20,7 @@ _SAVED = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "tiktoken.model", "preprocessor_config.json", "processor_config.json",
-    "video_preprocessor_config.json", "hf_quant_config.json", "quant_config.json", "quantization_config.json",
-    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
+    "video_preprocessor_config.json", "pytorch_model.bin", "pytorch_model-*-of-*.bin", *DESCRIPTIONS_OF_OTHERS,
 )  # fmt: skip
 _INDEXES = "*.safetensors.index.json"
 _NAMING_CODE = ("config.json", "tokenizer_config.json")

@@ -6,6 +6,7 @@ from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantcli.formats.common import DESCRIPTIONS
 from quantcli.formats.sums import SUMS
 from quantcli.model.structure import Structure
 from quantcli.model.untrusted import checkpoint_entries
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
 # What may lie beside the weights of a checkpoint is copied under its own name; the rest are names of ours, the first
 # three behind the stem of the format.
 _WEIGHTS = (".safetensors", "-*-of-*.safetensors", ".safetensors.index.json", ".gguf")
-DESCRIPTIONS = (
-    "quant_model_description.json", "quant_model_description_*.json", "quantization.json", "quantize_config.json"
-)  # fmt: skip
 
 
 def _identity(context: Context) -> dict[str, Any]:
