@@ -70,6 +70,8 @@ def verify_checkpoint(
     module and the difference.
     """
     if form == "gguf":
+        with _damage():
+            _check_model(read_json(folder / "config.json"), source, store, {})
         nbytes = verify_gguf.check_gguf(folder, store, source, weights, cast)
         return Verified(len(store.schemes), len(source.entries) - len(store.schemes), nbytes)
     if form in ("gptq", "awq") and not store.schemes:

@@ -1,4 +1,5 @@
-"""What a GGUF export has to hold, found from the store by other code than wrote it: block by block, in NumPy."""
+"""What a GGUF export has to hold, found from the store by other code than wrote it: block by block, in NumPy, and under
+the names of the gguf package."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from quantcli.errors import ModelError, VerificationError
 from quantcli.formats.store import Store, StoredLinear
-from quantcli.model import gguf_layout
+from quantcli.formats.verify_gguf_keys import check_keys, frequency_divisors, tensors_of
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.gguf import open_gguf
 from quantcli.model.gguf_file import FILE, configuration
@@ -57,9 +58,8 @@ def check_gguf(
         raise VerificationError(f"{folder}: config.json has a quantization_config.", "Export again.")
     tied = config.get("tie_word_embeddings")
     names = [n for n in source.entries if not n.endswith(".inv_freq") and not (tied and n == "lm_head.weight")]
-    if reason := gguf_layout.refusal(config, names):
-        raise VerificationError(f"{folder}: config.json is that of no model that gguf holds: it {reason}.")
-    _check_keys(folder, reader, config)
+    places = tensors_of(folder, config, names)
+    check_keys(folder, {key: field.contents() for key, field in reader.fields.items()}, config)
     tensors = {
         t.name: _Found(
             folder / FILE, t.tensor_type.name, tuple(map(int, reversed(t.shape))), int(t.data_offset), int(t.n_bytes)
@@ -70,7 +70,7 @@ def check_gguf(
     del reader  # whatever is read of the mapped file stays in memory
     _check_frequencies(folder, {name: tensors.pop(name) for name in list(tensors) if name.startswith("rope_")}, config)
     modules = {weights[module]: module for module in store.schemes}
-    for name, own in gguf_layout.tensor_names(config, names).items():
+    for name, own in places.items():
         tensor = tensors.pop(own, None)
         if tensor is None:
             raise VerificationError(f"{folder}: tensor {own} is missing.", "Export again.")
@@ -143,36 +143,9 @@ def _interleaved(rows: NDArray[np.uint8], heads: int) -> NDArray[np.uint8]:
 
 
 def _check_frequencies(folder: Path, tensors: Mapping[str, _Found], config: Mapping[str, Any]) -> None:
-    """The tensors of rotary embeddings are those of config.json: of type longrope as it lists them."""
-    wanted = gguf_layout.rope_tensors(config)
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type") == "longrope":
-        wanted = {f"rope_factors_{kind}.weight": rope[f"{kind}_factor"] for kind in ("long", "short")}
+    """The tensors of rotary embeddings are those of config.json."""
+    wanted = frequency_divisors(config)
     for name in {**wanted, **tensors}:
         found = tensors[name].read().view(np.float32).tolist() if name in tensors else None
         if name not in wanted or found != np.array(wanted[name], dtype=np.float32).tolist():
             raise VerificationError(f"{folder}: {name} is not that of config.json.", "Export again.")
-
-
-def _check_keys(folder: Path, reader: Any, config: Mapping[str, Any]) -> None:
-    """The keys of the model are those of config.json, and the tokens those of the tokenizer beside the file."""
-    from transformers import AutoTokenizer
-
-    found = {key: field.contents() for key, field in reader.fields.items()}
-    architecture = found.get("general.architecture")
-    for key, value in gguf_layout.architecture_keys(config).items():
-        same = key in found and (np.float32(value) == np.float32(found[key]) if isinstance(value, float)
-                                 else found[key] == value)  # fmt: skip
-        if not key.startswith(f"{architecture}.") or not same:
-            raise VerificationError(f"{folder}: {key} is not that of config.json.", "Export again.")
-    tokens = found.get("tokenizer.ggml.tokens") or []
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if len(tokens) != max(config["vocab_size"], len(tokenizer)):
-        raise VerificationError(f"{folder}: {len(tokens)} tokens are not those of the embedding.", "Export again.")
-    own = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    for number, (token, wanted) in enumerate(zip(tokens, own, strict=False)):
-        if wanted is not None and token != wanted:
-            raise VerificationError(f"{folder}: token {number} is not that of the tokenizer.", "Export again.")
-    for key in ("bos", "eos"):
-        if found.get(f"tokenizer.ggml.{key}_token_id") != getattr(tokenizer, f"{key}_token_id"):
-            raise VerificationError(f"{folder}: the {key} token is not that of the tokenizer.", "Export again.")
