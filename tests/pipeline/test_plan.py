@@ -541,17 +541,17 @@ def test_a_format_that_cannot_hold_a_scheme_refuses(quantize: dict[str, Any], me
 
 
 @pytest.mark.parametrize(
-    ("granularity", "scope", "on_cpu"),
+    ("granularity", "scope", "by_token"),
     [("channel", "token", True), ("channel", "tensor", False), ("tensor", "token", False), ("tensor", "tensor", False),
      ("channel", None, False)],
 )  # fmt: skip
-def test_the_plan_says_which_engines_load_fp8(granularity: str, scope: str | None, on_cpu: bool) -> None:
+def test_the_plan_says_which_engines_load_fp8(granularity: str, scope: str | None, by_token: bool) -> None:
     inputs = {"bits": 16} if scope is None else {"bits": 8, "type": "float", "scope": scope}
     plan = planned(weights={"type": "float", "granularity": granularity}, activations=inputs)
     assert plan.bits_per_weight == pytest.approx(8, abs=1)
     loads = {verdict.engine: verdict.loads for verdict in plan.engines}
     assert loads == {
-        "vLLM on a CPU": on_cpu, "vLLM on a GPU": True, "vLLM-Ascend": False, "transformers": True, "SGLang": True
+        "vLLM on a CPU": by_token, "vLLM on a GPU": True, "vLLM-Ascend": by_token, "transformers": True, "SGLang": True
     }  # fmt: skip
     assert all("fp8" in verdict.note for verdict in plan.engines if verdict.engine.startswith("vLLM on"))
 
