@@ -70,7 +70,8 @@ def one(work: Path, name: str, form: str, what: str) -> None:
         for _ in export_checkpoint(folder, FORMATS[form], store, source, linears):
             pass
     else:
-        verify_checkpoint(folder, store, source.checkpoint, source.weights, source.cast, form, source.tied)
+        split = [linear.name for linear in structure.matrices() if linear.splits_input]
+        verify_checkpoint(folder, store, source.checkpoint, source.weights, source.cast, form, source.tied, split)
         check_prompt(folder, form, store, source, structure)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) * 1024
