@@ -178,7 +178,7 @@ def _check_tokenizer(folder: Path, fields: Mapping[str, Any], vocabulary: int) -
     except ModelError as error:
         raise VerificationError(f"{folder}: gguf {error.message}.", "Export again.") from error
     for key in {**derived, **{key: None for key in fields if key.startswith("tokenizer.")}}:
-        if fields.get(key) != derived.get(key):
+        if fields.get(key) != derived.get(key) and (fields.get(key) or derived.get(key)) != []:  # none is no merges
             raise VerificationError(f"{folder}: {key} is not that of the tokenizer.", "Export again.")
 
 

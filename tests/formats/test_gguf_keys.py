@@ -3,6 +3,7 @@ model and of its tokenizer are found, whatever the family."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,19 @@ def test_frequencies_of_llama3_are_those_of_transformers(tmp_path: Path) -> None
     export = made(tmp_path, W4, "llama", rope_parameters=LLAMA3)
     export.verify()
     assert "rope_freqs.weight" in parts_of(export)
+
+
+def test_a_tokenizer_that_joins_nothing_has_no_key_of_merges(tmp_path: Path) -> None:
+    """A file holds no empty arrays."""
+    export = made(tmp_path, W4, "llama")
+    file = export.folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"] = []
+    file.write_text(json.dumps(content))
+    config = configuration(export.folder)
+    fields = {key: value for key, value in keys_of(export).items() if not key.startswith("tokenizer.")}
+    fields |= tokenizer_keys(export.folder, config["vocab_size"])
+    assert fields.pop("tokenizer.ggml.merges") == []
+    check_keys(export.folder, fields, config)
+    with pytest.raises(VerificationError, match="merges"):
+        check_keys(export.folder, fields | {"tokenizer.ggml.merges": ["a b"]}, config)
