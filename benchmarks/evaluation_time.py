@@ -4,8 +4,9 @@
 
 Transformers: the model is loaded and every window scored alone, the cross entropy in float32. quantcli: the stage
 eval-ppl of each recipe, from its record; the stage reference, which runs once for all of them, is a row of its own.
-Recipes run without smoothing and calibration, on which the time of an evaluation does not depend: w8a8-dynamic searches
-its smoothing for minutes. Processor seconds, of all threads, tell more than seconds where the machine is shared.
+Recipes run without smoothing, and with little or no calibration, on which the time of an evaluation does not depend:
+w8a8-dynamic searches its smoothing for minutes. Processor seconds, of all threads, tell more than seconds where the
+machine is shared.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from quantcli.recipe import load_recipe
 
 NOT_TIMED = ["smooth=null", "calibration=null", "model.sanity_check=off", "evaluate.output_error=null",
              "evaluate.generate=null", "export.formats=[compressed-tensors]"]  # fmt: skip
+
+STATIC = ("w8a8", "w8a8-fp8-static")
+"""Recipes that calibrate ranges: of two samples, since how good they are takes no time."""
 
 
 def processor() -> float:
@@ -71,7 +75,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--recipes", nargs="+", default=["w8a16", "w8a8-dynamic", "w4a16"])
+    parser.add_argument("--recipes", nargs="+", default=["w8a16", "w8a8-dynamic", "w4a16", "w8a8", "w8a8-fp8"])
     arguments = parser.parse_args()
     text: dict[str, Any] = {"windows": arguments.windows, "sequence_length": arguments.length}
     if arguments.text is not None:
@@ -84,6 +88,8 @@ def main() -> None:
             changes = [f"evaluate={{perplexity: {text!r}}}", *NOT_TIMED]
             if name.startswith("w4a16"):
                 changes.append("quantize.weights.importance=none")
+            if name in STATIC:
+                changes.append("calibration={dataset: builtin, samples: 2, sequence_length: 512}")
             output = str(Path(place) / name)
             recipe = load_recipe(name, changes, model=str(arguments.model), output=output)
             assert recipe.evaluate is not None
