@@ -207,6 +207,26 @@ def test_an_interrupted_search_goes_on(recipe: Recipe, found: tuple[Recipe, Any]
     assert content == expected
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_trials_of_another_recipe_are_no_trials_of_this_one(
+    recipe: Recipe, plain: dict[str, Any], tmp_path: Path, finished: bool
+) -> None:
+    first = with_target(recipe, kl_divergence=plain["kl_divergence"] / 2)
+    if finished:
+        quantcli.run_stage("search", first)
+    else:
+        with pytest.raises(Interrupted):
+            quantcli.run_stage("search", first, listener=interrupt("search", 2, "trial"))
+    second = changed(first, quantize__activations={"bits": 8, "scope": "token"})
+    quantcli.run_stage("search", second)
+    fresh = changed(second, output=str(tmp_path / "fresh"))
+    quantcli.run_stage("search", fresh)
+    assert trials_of(second) == trials_of(fresh)
+    expected, content = (read(r, "search", "found.json") for r in (fresh, second))
+    del expected["seconds"], content["seconds"]
+    assert content == expected
+
+
 def test_found_on_some_windows_it_holds_on_all(recipe: Recipe, plain: dict[str, Any]) -> None:
     target = plain["kl_divergence"] * 0.6
     outcome = quantcli.run(with_target(recipe, kl_divergence=target, windows=1))

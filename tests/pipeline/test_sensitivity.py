@@ -278,6 +278,18 @@ def test_an_interrupted_ranking_goes_on(recipe: Recipe, metric: str, kind: str, 
     }
 
 
+def test_divergences_of_another_recipe_are_not_those_of_this_one(recipe: Recipe, tmp_path: Path) -> None:
+    first = changed(
+        recipe, quantize__rollback={"level": 2, "metric": "kl_divergence", "names": ["*.0.*.down_proj", "*.o_proj"]}
+    )
+    quantcli.run_stage("sensitivity", first)
+    second = changed(first, quantize__activations={"bits": 8, "scope": "token"}, quantize__rollback__names=[])
+    quantcli.run_stage("sensitivity", second)
+    fresh = changed(second, output=str(tmp_path / "fresh"))
+    quantcli.run_stage("sensitivity", fresh)
+    assert result(second) == result(fresh)
+
+
 def test_every_metric_of_a_recipe_is_tested_here() -> None:
     field = RollbackSection.model_json_schema()["properties"]["metric"]["anyOf"][0]["enum"]
     assert (*METRICS, "kl_divergence") == tuple(field)

@@ -138,6 +138,7 @@ def _by_trials(
         while not trials.meets(text, chosen) and rest and trials.left:
             chosen = [*chosen, rest.pop(0)]
     scores = trials.measured(text, chosen)
+    folder.add(trials.file)  # trials belong to this fingerprint: under another the folder removes what it knows of
     if not trials.within(scores):
         context.emit("warning", fallback="missed_target",
                      text=f"The target {_shown(target)} is not met after {trials.count} trials: "

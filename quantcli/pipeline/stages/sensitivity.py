@@ -209,7 +209,8 @@ def _of_model(context: Context, folder: StageFolder) -> dict[str, float | None]:
             found |= dict.fromkeys(group, divergence)
             context.emit("group", number=number, of=len(groups), linears=list(group), kl_divergence=divergence,
                          seconds=round(time.perf_counter() - started, 3))  # fmt: skip
-        shutil.rmtree(folder.path / STORE)
+    shutil.rmtree(folder.path / STORE, ignore_errors=True)  # also of a run that was killed behind its last group
+    folder.add(file)  # measurements belong to this fingerprint: under another the folder removes what it knows of
     return found
 
 
