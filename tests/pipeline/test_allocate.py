@@ -108,6 +108,17 @@ def test_static_activations_leave_8_bits_and_float(recipe: Recipe) -> None:
     assert 1 < len(outcome.plan.kept) < 21
 
 
+def test_static_ranges_of_the_quantized_model_are_tried_as_of_the_float_one(recipe: Recipe, tmp_path: Path) -> None:
+    def errors(propagation: str) -> Any:
+        activations = {"bits": 8, "scope": "tensor", "method": "histogram", "propagation": propagation}
+        target = {"bits_per_weight": 12, "candidates": [{"bits": 8}, "float"]}
+        own = changed(recipe, quantize={"activations": activations, "target": target})
+        quantcli.run_stage("quantize", own | {"output": str(tmp_path / propagation)})
+        return read(own | {"output": str(tmp_path / propagation)}, "allocate", "found.json")["groups"]
+
+    assert errors("quantized") == errors("float")
+
+
 def test_the_plan_knows_the_size(recipe: Recipe) -> None:
     plan = quantcli.plan(recipe)
     assert plan.bits_per_weight == pytest.approx(6, abs=1e-3)

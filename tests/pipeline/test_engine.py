@@ -199,6 +199,18 @@ def test_a_damaged_artifact_is_made_again(
     }
 
 
+def test_lost_statistics_of_the_output_head_are_made_again(
+    static_recipe: Callable[[Path], Recipe], tree: Callable[[Path], Tree], tmp_path: Path
+) -> None:
+    recipe = changed(static_recipe(tmp_path / "run"), "quantize.rollback.last_linear", False)
+    recipe = {**recipe, "export": None, "evaluate": None}
+    assert worked(recipe) == ["check", "calibrate", "quantize"]
+    before = tree(tmp_path / "run" / "calibrate")
+    (tmp_path / "run" / "calibrate" / "block-00003.safetensors").unlink()  # of three blocks; the head comes behind
+    assert worked(recipe) == ["calibrate"]
+    assert tree(tmp_path / "run" / "calibrate") == before
+
+
 def test_files_of_the_user_stay(done: Recipe) -> None:
     run = Path(done["output"])
     kept = [

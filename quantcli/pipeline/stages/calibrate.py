@@ -67,9 +67,11 @@ def _looks_at(context: Context) -> int | None:
 
 
 def _counts(context: Context) -> bool:
-    """Whether the distribution of values is read: by measures of linears, or by a range other than of extremes."""
+    """Whether the distribution of values is read: by measures of linears, or by a range other than of extremes; of
+    static scales that are found on the quantized model, by trials that come before them."""
+    tried = context.recipe.quantize.target is not None
     return context.ranks or any(
-        t.scheme.observed and t.activations.propagation == "float" and t.activations.method != "minmax"
+        t.scheme.observed and (tried or t.activations.propagation == "float") and t.activations.method != "minmax"
         for t in context.plan.treatments.values()
     )
 
@@ -113,7 +115,8 @@ def run(context: Context, folder: StageFolder) -> None:
     from quantcli.pipeline.propagation import observe_head
 
     recorded = [_block_file(index) in folder.files for index in range(context.blocks)]
-    if MANIFEST in folder.files and all(recorded):
+    head_recorded = not _observes_head(context) or _block_file(context.blocks) in folder.files
+    if MANIFEST in folder.files and all(recorded) and head_recorded:
         HiddenCache(folder.path / HIDDEN, [], torch.float32).clear()
         return
     found = calibration_samples(context)
