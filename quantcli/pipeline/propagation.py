@@ -38,7 +38,8 @@ class RunningInput:
 
     The range is the running one of the extremes, by `aggregation`; the scale is that of `static_parameters`. A value
     takes its quantized value with probability `quantized_share` (msModelSlim's `pr`); a negative share is drawn anew
-    for each batch. `seed` fixes what is drawn.
+    for each batch. `seed` fixes what is drawn. `entered` is the shape [samples, tokens] of the batch that enters the
+    block: OPT hands all its tokens to some linears as one sequence, and samples are told apart all the same.
     """
 
     def __init__(self, width: int, section: ActivationsSection, device: str, seed: int) -> None:
@@ -46,11 +47,13 @@ class RunningInput:
         self.statistics = InputStatistics(width, device, counts=section.method != "minmax")
         self._generator = torch.Generator(device="cpu").manual_seed(seed)
         self._last: tuple[Tensor, Tensor] | None = None
+        self.entered = torch.Size()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [samples, tokens, width] or [tokens, width] as it enters the product, in its own dtype."""
         if self._last is None or self._last[0] is not x:  # linears that share an input get one tensor
-            self._last = (x, self._quantized(x))
+            apart = x.reshape(*self.entered, -1) if x.ndim == 2 and len(x) == self.entered.numel() else x
+            self._last = (x, self._quantized(apart).view_as(x))
         return self._last[1]
 
     def _quantized(self, x: Tensor) -> Tensor:
@@ -133,6 +136,8 @@ def propagate_block(
     with stream.block(index) as module:
         with simulated(module, replacements(final=not running), block.local_experts):
             for batch in range(len(stream.batches)):
+                for quantizer in running.values():
+                    quantizer.entered = stream.batches[batch].shape
                 cache.put(batch, stream.run(index, batch, cache.get(batch)))
         for name, quantizer in running.items():
             require_finite(name, quantizer.statistics)

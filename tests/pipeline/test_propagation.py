@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from run_contexts import Interrupted, changed, float_model, interrupt, opened
+from tiny_models import save_tiny_model
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 import quantcli
 from quantcli.calibration.statistics import InputStatistics
@@ -311,6 +313,34 @@ def test_a_share_of_none_sees_what_quantized_weights_alone_give(recipe: Recipe) 
             for name, entry in propagated(context, stream, cache, index)[0].items():
                 assert entry.input_scale is not None
                 assert math.isclose(entry.input_scale.item(), (seen[name][1] - seen[name][0]) / 255, rel_tol=1e-5)
+
+
+def test_samples_that_enter_as_one_sequence_are_told_apart(recipe: Recipe, tmp_path: Path) -> None:
+    """OPT's fc1 and fc2 read all tokens of a batch as [tokens, width]."""
+    path = save_tiny_model("opt", tmp_path / "opt", with_tokenizer=True)
+    keys = {"quantized_share": 0, "aggregation": "mean"}
+    recipe = changed(recipe, model__path=str(path), **{f"quantize__activations__{k}": v for k, v in keys.items()})
+    with prepared(recipe) as (context, stream, cache):
+        assert [batch.shape[0] for batch in stream.batches] == [4]
+        model = float_model(context.model)
+        lows: dict[str, float] = {}
+        highs: dict[str, float] = {}
+
+        def observing(name: str, weight: Tensor, module: nn.Module, x: Tensor) -> Tensor:
+            samples = x.reshape(4, -1)
+            lows[name], highs[name] = (float(ends.mean()) for ends in (samples.amin(1), samples.amax(1)))
+            return linear(x, weight, module.bias)  # type: ignore[arg-type]
+
+        entries = weights_of(context, 0)
+        replaced = {name: partial(observing, name, dequantize(entry.weight)) for name, entry in entries.items()}
+        with simulated(model, replaced), torch.inference_mode():
+            model(stream.batches[0], use_cache=False)
+        found, _ = propagated(context, stream, cache, 0)
+        assert {"fc1", "fc2"} <= {name.rpartition(".")[2] for name in found}
+        for name, entry in found.items():
+            assert entry.input_scale is not None
+            low, high = min(lows[name], 0.0), max(highs[name], 0.0)
+            assert math.isclose(entry.input_scale.item(), (high - low) / 255, rel_tol=1e-5), name
 
 
 def test_values_that_overflow_only_when_quantized_are_refused(recipe: Recipe) -> None:
