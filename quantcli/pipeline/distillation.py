@@ -21,6 +21,7 @@ from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.fused import scale_groups
+from quantcli.pipeline.treatment import graded_inputs
 from quantcli.quant.grid import stored_scale
 from quantcli.quant.scheme import Scheme
 from quantcli.quant.straight_through import graded_linear
@@ -112,16 +113,12 @@ class Student:
         return found
 
     def _forward(self, name: str, stored: StoredLinear, scheme: Scheme, module: nn.Module, x: Tensor) -> Tensor:
-        static = scheme.activations in ("static", "mix")
         return graded_linear(
             x,
             stored.weight,
             self.scale(name, stored).to(stored.weight.scale.dtype),  # rounded as it will be stored
             getattr(module, "bias", None),
-            input_bits=None if scheme.activations == "none" else scheme.activation_bits,
-            input_symmetric=not scheme.token_zero_points,
-            input_scale=self.input_scale(name, stored) if static else None,
-            input_zero_point=stored.input_zero_point if static else None,
+            **graded_inputs(scheme, self.input_scale(name, stored), stored.input_zero_point),
         )
 
     def block(self, index: int, batch: int, hidden: Tensor, *, graded: bool) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,6 @@ from quantcli.pipeline.plan import Treatment
 from quantcli.pipeline.treatment import (
     StatisticsOf,
     WeightSource,
-    dequantized,
     input_parameters,
     observed_of,
     replacement,
@@ -35,20 +34,19 @@ from quantcli.pipeline.treatment import (
     weight_grid,
     with_input,
 )
-from quantcli.pipeline.tune import tune_block
+from quantcli.pipeline.tune import Aims, tuned_linears
 from quantcli.quant.compensate import compensation
 from quantcli.quant.gptq import Curvature, factored
 from quantcli.quant.grid import QuantizedWeight, WeightGrid
 from quantcli.quant.outputs import mixed_outputs
 from quantcli.quant.refine import relative_error
-from quantcli.quant.rounding import LearnedRounding
 from quantcli.quant.shrinkage import shrunk
 from quantcli.quant.solver import solved
 
 if TYPE_CHECKING:
     from quantcli.pipeline.treatment import Facts
     from quantcli.recipe.quantization import QuantizeSection
-    from quantcli.recipe.solver import GptqSection, SignroundSection
+    from quantcli.recipe.solver import GptqSection
 
     Results = dict[str, tuple[StoredLinear, Facts]]
 
@@ -86,12 +84,12 @@ def solve_block(
     """
     treatments, solver = source.context.plan.treatments, section.gptq
     found: Results = {}
-    aims: dict[str, Tensor] = {}
+    aims: Aims = {}
     hows: dict[str, Replacement] = {}
     replaced: dict[str, Forward] = {}
     every = [name for shared in block.inputs for name in shared.linears]
     device, dtype = passes.stream.skeleton.device, passes.stream.skeleton.dtype
-    plain: dict[int, Tensor] = {}
+    wanted: dict[int, Tensor] = {}
 
     def replace_linear(name: str, linear: nn.Module) -> None:
         hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
@@ -130,12 +128,12 @@ def solve_block(
                     weight = source.weight(solving[0]).to(device, dtype) if direct else None
                     hessian = Hessian(shared.width, device, weight)
                 values = _values(source, passes, block, shared) if solving else None
-                others = beside.advance(position) if beside is not None else iter(())
+                others = beside.advance(position) if beside is not None and solver.asymmetric else iter(())
                 writes = all(name in writers for name in solving)
                 for batch, value in enumerate(walk.advance(position)):
                     other = next(others, None)
                     importance = None if values is None else attended(functional.linear(value, *values))
-                    if hessian is not None and other is not None and solver.asymmetric:
+                    if hessian is not None and other is not None:
                         assert passes.plain is not None
                         lack = _lacking(passes, batch, walk, beside) if writes else None
                         meant = passes.plain.get(batch) if writes else other
@@ -153,23 +151,17 @@ def solve_block(
             if beside is not None and passes.plain is not None:
                 for batch, value in enumerate(beside.finish()):
                     passes.plain.put(batch, value)
-                    plain[batch] = value
+                    if aims:
+                        wanted[batch] = value
             if aims:
                 walk.close()
             else:
                 for batch, value in enumerate(walk.finish()):
                     passes.quantized.put(batch, value)
         if aims:
-            # experts are not tuned: the others make good what they lack
-            fixed = {
-                name.removeprefix(f"{block.name}."): how
-                if isinstance(how, Tensor)
-                else dequantized(found[name][0], dtype, device)
-                for name, how in hows.items()
-                if name in of_experts
-            }
-            with simulated(module, fixed, block.local_experts):
-                found |= _tune(source, passes, index, aims, found, plain, section.signround)
+            found |= tuned_linears(
+                source, passes.stream, index, passes.quantized, wanted, aims, found, hows, section.signround
+            )
             for name in aims:
                 hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
             local = {name.removeprefix(f"{block.name}."): how for name, how in hows.items()}
@@ -324,30 +316,6 @@ def _lacking(passes: Passes, batch: int, walk: Lockstep, beside: Lockstep | None
     return lack.to(passes.stream.skeleton.dtype)
 
 
-def _tune(
-    source: WeightSource,
-    passes: Passes,
-    index: int,
-    aims: Mapping[str, Tensor],
-    found: Results,
-    wanted: Mapping[int, Tensor],
-    section: SignroundSection,
-) -> Results:
-    """The linears of `aims`, tuned together until the block puts out `wanted`."""
-    treatments, device = source.context.plan.treatments, passes.stream.skeleton.device
-    dtype = source.context.plan.structure.dtype
-    learned = {}
-    for name, aim in aims.items():
-        start = found[name][0].weight.to(device)
-        transposed = source.context.linears[name].transposed
-        learned[name] = LearnedRounding(aim, start, weight_grid(treatments[name], dtype)), transposed
-    facts = tune_block(passes.stream, index, passes.quantized, wanted, learned, section)
-    results: Results = {}
-    for name, (linear, _) in learned.items():
-        results[name] = replace(found[name][0], weight=linear.quantized().to("cpu")), found[name][1] | facts
-    return results
-
-
 def solve_head(source: WeightSource, passes: Passes, section: GptqSection, statistics: StatisticsOf) -> Results:
     """Codes and scales of the output head, from what leaves the last block and the final norm."""
     context, stream = source.context, passes.stream
@@ -373,7 +341,7 @@ def _solve_input(
     hessian: Hessian,
     section: GptqSection,
     statistics: StatisticsOf,
-    aims: dict[str, Tensor],
+    aims: Aims,
 ) -> Results:
     """The linears that read one input, those of one treatment at once. What was aimed at by those to be tuned
     is added to `aims`."""
@@ -419,7 +387,8 @@ def _solve_input(
                 entry, own = with_input(entry, scale, zero), own | ranges
             found[name] = (entry, own)
         if treatment.weights.method == "signround":
-            aims |= dict(zip(members, target.split(rows), strict=True))
+            seconds = moments.diagonal().clone()
+            aims |= {name: (aim, seconds) for name, aim in zip(members, target.split(rows), strict=True)}
     return found
 
 

@@ -247,6 +247,17 @@ def replacement(
     return QuantizedProduct(codes, weight_scale, *inputs)
 
 
+def graded_inputs(scheme: Scheme, scale: Tensor | None, zero_point: Tensor | None) -> dict[str, Any]:
+    """How `quant.straight_through` rounds the inputs of a linear, as its keywords. A `mix` has its static scale."""
+    static = scheme.activations in ("static", "mix")
+    return {
+        "input_bits": None if scheme.activations == "none" else scheme.activation_bits,
+        "input_symmetric": not scheme.token_zero_points,
+        "input_scale": scale if static else None,
+        "input_zero_point": zero_point if static else None,
+    }
+
+
 def dequantized(stored: StoredLinear, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """The weight [out, in] that the codes stand for."""
     from quantcli.quant.grid import dequantize

@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from quantcli.evaluation.simulate import Replacement, simulated
+from quantcli.formats.store import StoredLinear
 from quantcli.model.hidden import HiddenCache
 from quantcli.model.stream import BlockStream
+from quantcli.pipeline.treatment import WeightSource, graded_inputs, weight_grid
+from quantcli.quant.methods import weight_error
 from quantcli.quant.rounding import LearnedRounding
+from quantcli.quant.scheme import CodeType, Scheme
+from quantcli.quant.straight_through import graded_linear, input_codes
 
 if TYPE_CHECKING:
+    from quantcli.pipeline.treatment import Facts
     from quantcli.recipe.solver import SignroundSection
+
+    Results = dict[str, tuple[StoredLinear, Facts]]
+
+Aims = dict[str, tuple[Tensor, Tensor]]
+"""By the name of a linear what its weight is rounded from, float32 [out, in], and the second moments [in] of what it
+reads."""
 
 Learned = Mapping[str, tuple[LearnedRounding, bool]]
 """By the name of a linear its rounding, and whether the model stores its weight transposed."""
@@ -24,6 +39,66 @@ CAP = 4.0
 """A token whose output has more than so many times the median energy counts less, so that few do not decide."""
 STRETCH_RATE = 0.02
 """Of the sum of all steps of a scale, relative to it."""
+
+
+def tuned_linears(
+    source: WeightSource,
+    stream: BlockStream,
+    index: int,
+    enters: HiddenCache,
+    wanted: Mapping[int, Tensor],
+    aims: Aims,
+    found: Results,
+    hows: Mapping[str, Replacement],
+    section: SignroundSection,
+) -> Results:
+    """The linears of `aims`, tuned together until the resident block puts out `wanted`.
+
+    `found` are all quantized linears of the block, those to start from among them, and `hows` what takes their places:
+    the others stay as they are, experts for one, and what they lack is made good. Inputs are rounded as an engine
+    rounds them, and gradients pass that as if it were not there.
+    """
+    context, device, dtype = source.context, stream.skeleton.device, source.context.plan.structure.dtype
+    treatments, block = context.plan.treatments, context.plan.structure.blocks[index]
+    learned: dict[str, tuple[LearnedRounding, bool]] = {}
+    places: dict[str, Replacement] = {}
+    for name, how in hows.items():
+        stored, treatment = found[name][0], treatments[name]
+        if name in aims:
+            grid, transposed = weight_grid(treatment, dtype), context.linears[name].transposed
+            learned[name] = LearnedRounding(aims[name][0], stored.weight.to(device), grid), transposed
+        if not isinstance(how, Tensor):
+            places[name] = _graded(stored.to(device), treatment.scheme, own=name in aims)
+        elif name not in aims:
+            places[name] = how
+    local = {name.removeprefix(f"{block.name}."): how for name, how in places.items()}
+    with simulated(stream.skeleton.module(block.name), local, block.local_experts):
+        facts = tune_block(stream, index, enters, wanted, learned, section)
+    results: Results = {}
+    for name, (linear, _) in learned.items():
+        quantized = linear.quantized()
+        own: Facts = {
+            "scale_max": float(f"{quantized.scale.abs().max().item():.6g}"),
+            "error": float(f"{weight_error(aims[name][0], quantized, aims[name][1]):.6g}"),
+        }
+        results[name] = replace(found[name][0], weight=quantized.to("cpu")), found[name][1] | own | facts
+    return results
+
+
+def _graded(stored: StoredLinear, scheme: Scheme, own: bool) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A linear of quantized inputs with gradients to what it reads: with the weight of its module (`own`), or codes."""
+    inputs = graded_inputs(scheme, stored.input_scale, stored.input_zero_point)
+
+    def with_codes(module: nn.Module, x: Tensor) -> Tensor:
+        return graded_linear(x, stored.weight, stored.weight.scale, getattr(module, "bias", None), **inputs)
+
+    return partial(_with_own_weight, scheme.type, inputs) if own else with_codes
+
+
+def _with_own_weight(kind: CodeType, inputs: Mapping[str, Any], module: nn.Module, x: Tensor) -> Tensor:
+    codes, step = input_codes(x, kind, **inputs)
+    output: Tensor = type(module).forward(module, (codes * step).to(x.dtype))
+    return output
 
 
 def tune_block(

@@ -70,6 +70,20 @@ def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, type: Code
     return (rounded(x.float() / scale) + zero).clamp(QMIN, QMAX) - zero
 
 
+def input_codes(
+    x: Tensor,
+    type: CodeType,
+    input_bits: int,
+    input_symmetric: bool = True,
+    input_scale: Tensor | None = None,
+    input_zero_point: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q − z of inputs, float32, with the gradient of x, and their scale: the static one, or of each token [..., 1]."""
+    if input_scale is not None:
+        return static_codes(x, input_scale, input_zero_point, type), input_scale
+    return token_codes(x, input_bits, type) if input_symmetric else asymmetric_token_codes(x)
+
+
 def graded_linear(
     x: Tensor,
     quantized: QuantizedWeight,
@@ -90,12 +104,7 @@ def graded_linear(
     if input_bits is None:
         return linear(x, graded_weight(quantized, scale, x.dtype), bias)
     type: CodeType = "float" if quantized.codes.dtype == FP8 else "int"
-    if input_scale is not None:
-        codes, step = static_codes(x, input_scale, input_zero_point, type), input_scale
-    elif input_symmetric:
-        codes, step = token_codes(x, input_bits, type)
-    else:
-        codes, step = asymmetric_token_codes(x)
+    codes, step = input_codes(x, type, input_bits, input_symmetric, input_scale, input_zero_point)
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # whose range sums of products of codes leave
     if scale.shape[1] == 1:
         weight, columns = quantized.codes.to(dtype), scale.float().view(1, -1)

@@ -435,3 +435,60 @@ def test_linears_that_are_handed_all_tokens_at_once_are_compensated_too(recipe: 
     shares = [event["asymmetric"] for event in events(asked, "linear") if event["module"].endswith("fc2")]
     assert len(shares) == 2
     assert max(shares) > 0
+
+
+ROUNDED: dict[str, Recipe] = {
+    "weights alone": {"weights": {**GROUPS, "method": "signround"}},
+    "beside another method": {
+        "weights": {**GROUPS, "method": "signround"},
+        "overrides": [{"match": "*.down_proj", "weights": {"bits": 2, "method": "minmax"}}],
+    },
+    "inputs of each token": {
+        "weights": {**GROUPS, "method": "signround"},
+        "activations": {"bits": 4, "scope": "token"},
+    },
+    "zero points of each token": {
+        "weights": {**W8, "method": "signround"},
+        "activations": {"bits": 8, "scope": "token", "symmetric": False},
+    },
+    "static inputs, beside another method": {
+        "weights": {"bits": 8, "method": "signround"},
+        "activations": {"bits": 8, "scope": "tensor"},
+        "overrides": [{"match": "*.o_proj", "weights": {"method": "minmax"}}],
+    },
+}
+
+
+@pytest.mark.parametrize("scheme", ROUNDED)
+def test_learned_rounding_is_judged_by_the_block_that_is_written(recipe: Recipe, scheme: str) -> None:
+    """All that is quantized in the first block, as stored, against the float block, on the batch kept apart."""
+    recipe = changed(recipe, export=None, evaluate=None, quantize=ROUNDED[scheme])
+    quantcli.run(recipe)
+    with opened(recipe, "quantize") as context:
+        store, model = Store(context.folder("quantize")), float_model(context.model)
+        batches = batched(calibration_samples(context).samples)
+    batch = batches[0].tensor_split(2)[0] if len(batches) == 1 else batches[0]
+    states: list[tuple[Tensor, Tensor]] = []
+    handle = model.get_submodule("model.layers.0").register_forward_hook(
+        lambda _module, args, output: states.append((args[0], output))
+    )
+    replaced = {
+        name: replacement(store.read(name), scheme, torch.float32, "cpu", "decode")
+        for name, scheme in store.schemes.items()
+        if ".layers.0." in name
+    }
+    with torch.inference_mode():
+        model(batch, use_cache=False)
+        with simulated(model, replaced):
+            model(batch, use_cache=False)
+    handle.remove()
+    (entered, exact), (_, found) = states
+    added = (exact - entered).square().sum(-1)
+    shares = 1 / (added + 4 * added.median())
+    error = float(((found - exact).square().sum(-1) * shares).sum() / (added * shares).sum())
+    facts = {event["module"]: event for event in events(recipe, "linear") if ".layers.0." in event["module"]}
+    of_tuned = {name: fact["tuned_to"] for name, fact in facts.items() if "tuned_to" in fact}
+    assert of_tuned.keys() == {n for n in facts if context.plan.treatments[n].weights.method == "signround"}
+    assert list(of_tuned.values()) == pytest.approx([error] * len(of_tuned), rel=0.02)
+    assert all(facts[name]["scale_max"] == pytest.approx(float(store.read(name).weight.scale.abs().max()), rel=1e-5)
+               for name in facts)  # fmt: skip
