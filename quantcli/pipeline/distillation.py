@@ -22,6 +22,7 @@ from quantcli.model.stream import BlockStream
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.fused import scale_groups
 from quantcli.pipeline.treatment import graded_inputs
+from quantcli.quant.gradients import scaled_gradients
 from quantcli.quant.grid import stored_scale
 from quantcli.quant.scheme import Scheme
 from quantcli.quant.straight_through import graded_linear
@@ -136,26 +137,40 @@ class Student:
         ):
             return self.stream.differentiable(index, batch, hidden, own)
 
-    def divergence(self, hidden: Tensor, wanted: Tensor, *, graded: bool) -> float:
+    def divergence(self, hidden: Tensor, wanted: Tensor, gradient: Tensor | None = None) -> float:
         """Mean KL divergence, in nats a token, of predictions from `hidden`, which left the last block, from those of
-        the float model from `wanted`. With `graded` its gradient is left in hidden.grad and in what is tuned."""
+        the float model from `wanted`. Its gradient is written to `gradient`, float32, and added to what is tuned."""
         head = self.context.plan.structure.head
         linears = self.linears(head) if head is not None and head in self.store.schemes else {}
         outer = [name for name in self.stream.head_names() if name in self.vectors]
         tokens, total = hidden.shape[0] * hidden.shape[1], 0.0
-        wanted = wanted.to(hidden.device)
+        wanted, graded = wanted.to(hidden.device), gradient is not None
         with self.stream.head():
             for piece in self.stream.pieces(hidden):
                 with torch.no_grad():
                     logp = torch.log_softmax(self.stream.head_logits(wanted[piece], {}), -1)
+                entering = hidden[piece].detach().requires_grad_(graded)
                 own = {name: self.vector(name).to(self.stream.skeleton.dtype) for name in outer}
                 with torch.set_grad_enabled(graded), simulated(self.stream.skeleton.model, linears):
-                    logq = torch.log_softmax(self.stream.head_logits(hidden[piece], own), -1)
-                    lost = (logp.exp() * (logp - logq)).sum() / tokens
-                    if graded:
-                        lost.backward()
+                    output = self.stream.head_logits(entering, own)
+                    logits = output.detach().requires_grad_(graded)
+                    lost = (logp.exp() * (logp - torch.log_softmax(logits, -1))).sum() / tokens
+                    if gradient is not None:
+                        gradient[piece] = self._backward(output, torch.autograd.grad(lost, logits)[0], entering)
                 total += float(lost.detach())
         return total
+
+    def _backward(self, output: Tensor, gradient: Tensor, entering: Tensor) -> Tensor:
+        """The gradient, float32, of what entered, where that of the output is `gradient`; those of what is tuned are
+        added there."""
+        changes = list(self.changes.values())
+        found, scale = scaled_gradients(output, gradient, [entering, *changes], self.stream.skeleton.dtype)
+        for change, own in zip(changes, found[1:], strict=True):
+            if own is not None:
+                own = own / scale
+                change.grad = own if change.grad is None else change.grad + own
+        assert found[0] is not None
+        return found[0].float() / scale
 
     def forward(self, batch: int, hidden: Tensor) -> list[Tensor]:
         """What enters each block, and last what leaves the last one."""
@@ -167,12 +182,12 @@ class Student:
     def step(self, batch: int, hidden: Tensor, wanted: Tensor) -> float:
         """The divergence on a batch; its gradient is added to what is tuned."""
         states = self.forward(batch, hidden)
-        leaf = states.pop().requires_grad_()
-        total = self.divergence(leaf, wanted, graded=True)
+        left = states.pop()
+        gradient = torch.zeros(left.shape, device=left.device)
+        total = self.divergence(left, wanted, gradient)
         for index in reversed(range(self.context.blocks)):
-            upstream = leaf.grad
-            leaf = states.pop().requires_grad_()
-            self.block(index, batch, leaf, graded=True).backward(upstream)
+            entering = states.pop().detach().requires_grad_()  # `hidden` itself is kept for other steps
+            gradient = self._backward(self.block(index, batch, entering, graded=True), gradient, entering)
         return total
 
     def tuned(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -17,6 +17,7 @@ from quantcli.formats.store import StoredLinear
 from quantcli.model.hidden import HiddenCache
 from quantcli.model.stream import BlockStream
 from quantcli.pipeline.treatment import WeightSource, graded_inputs, weight_grid
+from quantcli.quant.gradients import scaled_gradients
 from quantcli.quant.methods import weight_error
 from quantcli.quant.rounding import LearnedRounding
 from quantcli.quant.scheme import CodeType, Scheme
@@ -126,8 +127,7 @@ def tune_block(
     while done < 1:
         batch, share = taught[steps % len(taught)], 1 - done
         with torch.enable_grad():
-            loss = _loss(stream, index, batch, enters, wanted, linears)
-            loss.backward()
+            _backward(stream, index, batch, enters, wanted, linears)
         for linear, _ in linears.values():
             linear.step(rate * share, STRETCH_RATE * rate * share)
         steps += 1
@@ -143,22 +143,31 @@ def tune_block(
     return {"tuned_from": first, "tuned_to": best, "tuned_steps": steps}
 
 
-def _loss(
-    stream: BlockStream,
-    index: int,
-    batch: int,
-    enters: HiddenCache,
-    wanted: Mapping[int, Tensor],
-    linears: Learned,
-) -> Tensor:
+def _backward(
+    stream: BlockStream, index: int, batch: int, enters: HiddenCache, wanted: Mapping[int, Tensor], linears: Learned
+) -> None:
+    """Leave the gradients of the loss on a batch, up to one factor that is positive, in what is learned."""
+    found = _found(stream, index, batch, enters, linears)
+    output = found.detach().float().requires_grad_()
+    (gradient,) = torch.autograd.grad(_loss(output, enters.get(batch), wanted[batch]), output)
+    leaves = [tensor for linear, _ in linears.values() for tensor in (linear.offset, linear.stretch)]
+    for leaf, own in zip(leaves, scaled_gradients(found, gradient, leaves, stream.skeleton.dtype)[0], strict=True):
+        leaf.grad = own
+
+
+def _found(stream: BlockStream, index: int, batch: int, enters: HiddenCache, linears: Learned) -> Tensor:
+    """What the block puts out."""
     dtype = stream.skeleton.dtype
     weights = {}
     for name, (linear, transposed) in linears.items():
         weight = linear.weight().to(dtype)
         weights[f"{name}.weight"] = weight.t() if transposed else weight
-    hidden = enters.get(batch)
-    found = stream.differentiable(index, batch, hidden, weights)
-    target = wanted[batch].to(found.device).float()
+    return stream.differentiable(index, batch, enters.get(batch), weights)
+
+
+def _loss(found: Tensor, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """How far `found` is from what is `wanted`, relative to what that adds to `hidden`."""
+    target = wanted.to(found.device).float()
     added = (target - hidden.to(found.device).float()).square().sum(-1)
     cap = CAP * added.median()
     lost = (found.float() - target).square().sum(-1)
@@ -166,8 +175,10 @@ def _loss(
 
 
 @torch.no_grad()
-def _error(*args: object) -> float:
-    return float(_loss(*args))  # type: ignore[arg-type]
+def _error(
+    stream: BlockStream, index: int, batch: int, enters: HiddenCache, wanted: Mapping[int, Tensor], linears: Learned
+) -> float:
+    return float(_loss(_found(stream, index, batch, enters, linears), enters.get(batch), wanted[batch]))
 
 
 def _state(linears: Learned) -> dict[str, tuple[Tensor, Tensor]]:

@@ -74,6 +74,7 @@ def test_gradients_are_those_of_the_whole_model(
         with student.stream.head():
             target = torch.log_softmax(student.stream.head_logits(wanted, {}), -1).detach()
         loss = student.step(0, embedded, wanted)
+        assert not embedded.requires_grad, "it is kept from step to step"
         found = {name: change.grad.clone() for name, change in student.changes.items() if change.grad is not None}
 
         changes = {name: change.detach().clone().requires_grad_() for name, change in student.changes.items()}
@@ -98,6 +99,29 @@ def test_gradients_are_those_of_the_whole_model(
         gradient = torch.zeros_like(change) if change.grad is None else change.grad
         close = torch.allclose(found.get(name, torch.zeros_like(change)), gradient, rtol=1e-2, atol=1e-6)
         assert close, name
+
+
+def test_float16_has_gradients_where_float32_has_them(recipe: Recipe, tmp_path: Path) -> None:
+    """Of a step that is nearly at its end, whose gradients are small."""
+    gradients = []
+    for dtype in ("float32", "float16"):
+        own = changed(recipe, model__dtype=dtype, export=None, evaluate=None, output=str(tmp_path / dtype))
+        with opened(own, "quantize") as context:
+            batches = batched(calibration_samples(context).samples)
+            student = Student(context, BlockStream(context.skeleton(), batches), Store(context.folder("quantize")),
+                              DistillSection())  # fmt: skip
+            student.prepare()
+            embedded = next(student.stream.start()).clone()
+            left = student.forward(0, embedded)[-1]
+            noise = torch.randn(left.shape, generator=torch.Generator().manual_seed(0)).to(left.dtype) / 100
+            student.step(0, embedded, left + noise * left.abs().mean())
+            gradients.append({name: change.grad for name, change in student.changes.items()})
+    for name, exact in gradients[0].items():
+        found = gradients[1][name]
+        assert exact is not None
+        assert found is not None
+        assert float(((found == 0) & (exact != 0)).float().mean()) < 0.01, name
+        assert float(torch.cosine_similarity(found.flatten(), exact.flatten(), 0)) > 0.5, name
 
 
 def test_tuning_brings_predictions_closer_to_those_of_the_float_model(recipe: Recipe, tmp_path: Path) -> None:

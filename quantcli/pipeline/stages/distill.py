@@ -65,8 +65,7 @@ def run(context: Context, folder: StageFolder) -> None:
 
     def measured() -> float:
         sums = [
-            student.divergence(student.forward(b, states[b][0])[-1], states[b][1], graded=False) * batches[b].numel()
-            for b in checked
+            student.divergence(student.forward(b, states[b][0])[-1], states[b][1]) * batches[b].numel() for b in checked
         ]
         return sum(sums) / sum(batches[b].numel() for b in checked)
 
