@@ -17,7 +17,7 @@ from quantcli.recipe.aliases import with_aliases
 from quantcli.recipe.budget import BudgetSection, CandidateSection
 from quantcli.recipe.fields import Count, Pattern, SchemeName, Section, null_is_default, refusal, whole
 from quantcli.recipe.rollback import RollbackSection
-from quantcli.recipe.solver import SOLVED_METHODS, DistillSection, GptqSection, SignroundSection
+from quantcli.recipe.solver import SOLVED_METHODS, DistillSection, GptqSection, SignroundSection, check_solvers
 
 DEFAULT_GROUP_SIZE = 128
 SPARSE_METHODS = ("co_sparse", "low_bit", "low_bit_sigma")
@@ -146,6 +146,10 @@ def _default_symmetric(data: dict[str, Any]) -> bool:
     return data.get("scope") == "token" or data.get("type") == "float"
 
 
+_OF_RANGES = ("method", "propagation", "quantized_share")
+"""Keys of activations that are about ranges, which scales of tokens do without."""
+
+
 class ActivationsSection(Section):
     """The grid of the inputs of quantized linears."""
 
@@ -190,6 +194,12 @@ class ActivationsSection(Section):
             raise refusal(
                 "quantized_share", "has no effect while the float model is observed", "Set propagation: quantized."
             )
+        for key in _OF_RANGES if self.scope == "token" else ():
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise refusal(key, "has no effect with scope token, whose scales follow each token",
+                              "Remove it, or set scope: tensor or mix.")  # fmt: skip
+        if self.method != "percentile" and self.percentile != type(self).model_fields["percentile"].default:
+            raise refusal("percentile", f"has no effect on method {self.method}", "Set method: percentile.")
         if self.method != "minmax" and self.aggregation != "max":
             raise refusal("aggregation", f"has no effect on method {self.method}", "Remove it or set method: minmax.")
         if self.bits == 4 and self.scope != "token":
@@ -333,6 +343,7 @@ class QuantizeSection(Section):
         if self.gptq.output_samples is not None and not self.mixes:
             raise refusal("gptq.output_samples", "has no effect: no weights of method gptq with a scale a row or group",
                           "Set weights.method: gptq, or remove it.")  # fmt: skip
+        check_solvers(self.gptq, self.signround, solves=self.solves, tunes=self.tunes)
         if self.weights.bits == 16 and not (self.overrides or self.kv_cache or self.attention):
             raise refusal("weights.bits", "is 16, so nothing is quantized", "Set 8, 4, 3 or 2, or add kv_cache.")
         if self.target is not None:
@@ -416,6 +427,10 @@ def _overridden(
             kept.pop("group_size", None)
         if keys.get("method", "mse") != "mse":
             kept.pop("importance", None)
+        if kind is ActivationsSection and keys.get("scope") == "token":
+            kept = {key: value for key, value in kept.items() if key not in (*_OF_RANGES, "percentile")}
+        if kind is ActivationsSection and keys.get("method", "percentile") != "percentile":
+            kept.pop("percentile", None)
         if kind is ActivationsSection and kept.get("symmetric") == _default_symmetric(kept):
             kept.pop("symmetric", None)  # written or not, it is the default, which follows the override's scope
         try:

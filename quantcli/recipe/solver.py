@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from quantcli.recipe.fields import Count, Section, refusal, whole
+from quantcli.recipe.fields import Count, Length, Section, refusal, whole
 
 SOLVED_METHODS = ("gptq", "signround")
 
@@ -31,7 +31,7 @@ class GptqSection(Section):
         default=False,
         description="Aim at the outputs of the float model, whose inputs differ from those of the quantized one.",
     )
-    output_samples: Count | None = Field(
+    output_samples: Length | None = Field(
         default=None,
         description="Calibration samples whose gradients tell how errors of outputs add up in the loss; null for none.",
     )
@@ -62,6 +62,25 @@ class SignroundSection(Section):
     minutes: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Time for all blocks together, an equal part for each; null for as long as it takes."
     )
+
+
+def check_solvers(gptq: GptqSection, signround: SignroundSection, *, solves: bool, tunes: bool) -> None:
+    """Refuse keys that mean nothing where no linear is quantized by such a method: `solves` says whether any is by one
+    of them, `tunes` by signround."""
+    for place, section, used, methods in (
+        ("gptq", gptq, solves, "gptq or signround"),
+        ("signround", signround, tunes, "signround"),
+    ):
+        for key, field in type(section).model_fields.items():
+            if not used and getattr(section, key) != field.default:
+                raise refusal(f"{place}.{key}", f"has no effect: no weights of method {methods}",
+                              f"Set weights.method: {methods}, or remove it.")  # fmt: skip
+    if gptq.compared != 1 and not (gptq.asymmetric or tunes):
+        raise refusal("gptq.compared", "has no effect: the float model does not run beside",
+                      "Set gptq.asymmetric: true, or remove it.")  # fmt: skip
+    if gptq.prefix == "float" and tunes:
+        raise refusal("gptq.prefix", "is float, and signround learns behind quantized linears",
+                      "Set prefix: quantized, or weights.method: gptq.")  # fmt: skip
 
 
 class DistillSection(Section):

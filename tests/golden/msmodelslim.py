@@ -304,6 +304,7 @@ def recipe_with_model(
     if gptq is not None:
         whole["quantize"]["weights"]["method"] = "gptq"
         whole["quantize"]["gptq"] = gptq
+        whole["quantize"].pop("signround", None)
         whole["output"] += "-".join(["-gptq", *gptq])
     if smooth:
         whole["calibration"] |= {"samples": count}

@@ -126,8 +126,8 @@ BASE: dict[str, Any] = {
         "activations": {"bits": 8},
         "rollback": {"names": ["a", "b"], "target": {"size": 1.5}},
         "overrides": [{"match": "c", "scheme": "float"}],
-        "gptq": {"sweeps": 1},
-        "signround": {"iterations": 5},
+        "gptq": {"sweeps": 2},
+        "signround": {"iterations": 20},
         "distill": {"passes": 2},
         "kv_cache": {"bits": 8},
     },
@@ -260,12 +260,15 @@ _static = st.fixed_dictionaries(
     optional={
         "scope": st.sampled_from(["tensor", "mix"]),
         "symmetric": st.booleans(),
-        "percentile": st.floats(50, 100, exclude_min=True),
     },
+)
+_percentile = st.fixed_dictionaries(
+    {"method": st.just("percentile")}, optional={"percentile": st.floats(50, 100, exclude_min=True)}
 )
 _activations = (
     st.sampled_from([{"bits": bits, "scope": "token"} for bits in (8, 4)])
     | st.builds(dict.__or__, _static, st.fixed_dictionaries({"aggregation": st.sampled_from(["max", "mean"])}))
+    | st.builds(dict.__or__, _static, _percentile)
     | st.builds(
         dict.__or__,
         _static,

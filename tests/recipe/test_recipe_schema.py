@@ -325,6 +325,50 @@ STATIC = "  activations: {bits: 8}\n"
             "6: quantize.weights.symmetric: integer products",
             "Set it true",
         ),
+        (
+            "  activations:\n    bits: 8\n    percentile: 99\n",
+            "8: quantize.activations.percentile: has no effect on method minmax",
+            "method: percentile",
+        ),
+        *(
+            (
+                f"  activations:\n    bits: 8\n    scope: token\n    {key}: {value}\n",
+                f"9: quantize.activations.{key}: has no effect with scope token",
+                "scope: tensor or mix",
+            )
+            for key, value in (("method", "mse"), ("propagation", "quantized"))
+        ),
+        # methods of weights
+        *(
+            (
+                f"  weights:\n    bits: 4\n    method: {method}\n  {section}:\n    {key}: {value}\n",
+                f"10: quantize.{section}.{key}: has no effect",
+                part,
+            )
+            for method, section, key, value, part in (
+                ("mse", "gptq", "damping", 0.1, "gptq or signround"),
+                ("mse", "gptq", "sweeps", 3, "gptq or signround"),
+                ("mse", "gptq", "shrink", "false", "gptq or signround"),
+                ("mse", "gptq", "prefix", "float", "gptq or signround"),
+                ("mse", "gptq", "asymmetric", "true", "gptq or signround"),
+                ("mse", "gptq", "compared", 0.5, "gptq or signround"),
+                ("gptq", "gptq", "compared", 0.5, "asymmetric: true"),
+                ("gptq", "signround", "iterations", 5, "Set weights.method: signround"),
+                ("gptq", "signround", "check_every", 1, "Set weights.method: signround"),
+                ("mse", "signround", "patience", 1, "Set weights.method: signround"),
+                ("mse", "signround", "minutes", 1.5, "Set weights.method: signround"),
+            )
+        ),
+        (
+            "  weights:\n    method: signround\n  gptq:\n    prefix: float\n",
+            "9: quantize.gptq.prefix: is float, and signround learns behind quantized linears",
+            "prefix: quantized",
+        ),
+        (
+            "  weights:\n    method: gptq\n  gptq:\n    output_samples: 1\n",
+            "9: quantize.gptq.output_samples: is 1",
+            "more than 1",
+        ),
         # fp8
         (
             "  weights: {bits: 4, type: float}\n",
@@ -627,6 +671,20 @@ def test_an_override_changes_a_named_scheme_or_that_of_the_recipe() -> None:
     assert section.treatment(None) == (section.weights, section.activations)
 
 
+def test_keys_of_a_method_are_taken_for_an_override_of_it() -> None:
+    section = quantize_of(
+        """\
+  weights: {bits: 4, method: mse}
+  gptq: {asymmetric: true, compared: 0.5}
+  signround: {iterations: 5}
+  overrides: [{match: a, weights: {method: signround}}]
+""",
+        "calibration={}",
+    )
+    assert section.solves
+    assert section.tunes
+
+
 @pytest.mark.parametrize(
     ("base", "override"),
     [
@@ -635,6 +693,9 @@ def test_an_override_changes_a_named_scheme_or_that_of_the_recipe() -> None:
         ("{bits: 8, scope: token}", "{scope: tensor}"),
         ("{bits: 8, scope: token}", "{scope: tensor, symmetric: true}"),
         ("{bits: 8, symmetric: true}", "{method: mse}"),
+        ("{bits: 8, method: mse, propagation: quantized, quantized_share: 0.5}", "{scope: token}"),
+        ("{bits: 8, method: percentile, percentile: 99}", "{method: mse}"),
+        ("{bits: 8, method: percentile, percentile: 99}", "{scope: token}"),
     ],
 )
 def test_an_override_means_the_same_in_the_resolved_recipe(base: str, override: str) -> None:
