@@ -220,11 +220,9 @@ def _solve_experts(
                     x = tokens.to(device)
                     hessian.update(x if members[0] != names[-1] else _between(holder, layer, index, x, replaced))
                 results = _solve_input(source, members, hessian, section, statistics, {})
-                facts = {"asymmetric": 0.0} if section.asymmetric else {}
+                facts = {}
             for name, (_, own) in results.items():
-                own |= facts
-                if context.plan.treatments[name].weights.method == "signround":
-                    own["tuned"] = False
+                own |= _left_out(source, name, section) | facts
             yield results
     # the stage calibrate has warned of those that it observed to be few, for linears that are weighed
     observed = {name: int(statistics(name)["count"]) for name in weighed_experts(context) if name in counts}
@@ -316,6 +314,13 @@ def _lacking(passes: Passes, batch: int, walk: Lockstep, beside: Lockstep | None
     return lack.to(passes.stream.skeleton.dtype)
 
 
+def _left_out(source: WeightSource, name: str, section: GptqSection) -> Facts:
+    """What records say of a linear, of an expert or the head, that is solved as it is, though the recipe asks for
+    more."""
+    tuned: Facts = {"tuned": False} if source.context.plan.treatments[name].weights.method == "signround" else {}
+    return tuned | ({"asymmetric": 0.0} if section.asymmetric else {})
+
+
 def solve_head(source: WeightSource, passes: Passes, section: GptqSection, statistics: StatisticsOf) -> Results:
     """Codes and scales of the output head, from what leaves the last block and the final norm."""
     context, stream = source.context, passes.stream
@@ -332,7 +337,9 @@ def solve_head(source: WeightSource, passes: Passes, section: GptqSection, stati
                     pass
     finally:
         handle.remove()
-    return _solve_input(source, [head.name], hessian, section, statistics, {})
+    results = _solve_input(source, [head.name], hessian, section, statistics, {})
+    results[head.name][1].update(_left_out(source, head.name, section))
+    return results
 
 
 def _solve_input(
@@ -435,7 +442,13 @@ def _aimed(
     pulls = hessian.pulls(whole)
     if pulls is None:
         return whole, rows, zero_rows, {}
-    target, damping, share = compensation(whole, compared, *pulls, hessian.held_out_share)
+    try:
+        target, damping, share = compensation(whole, compared, *pulls, hessian.held_out_share)
+    except ValueError as error:
+        source.context.emit("warning", fallback="not_tuned", modules=list(members),
+                            text=f"{members[0]}: {error}: what came before is not made good. Use more calibration "
+                            "text.")  # fmt: skip
+        return whole, rows, zero_rows, {"asymmetric": 0.0}
     return target, rows, zero_rows, {"asymmetric": round(share, 3), "asymmetric_damping": damping}
 
 

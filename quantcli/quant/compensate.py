@@ -57,14 +57,15 @@ def compensation(
 
     Damping and share are those with which the step of `pull` lowers the error of the tokens of `held_out` most; the
     step that is taken is that of all tokens, `held_out_share` of which were held out. W itself, with share 0, if no
-    step lowers that error.
+    step lowers that error. Raises ValueError if H factors with none of the dampings.
     """
-    best, chosen, damping_chosen = 0.0, 0.0, 0.0
+    best, chosen, damping_chosen, factors = 0.0, 0.0, 0.0, False
     for damping in dampings:
         try:
             step = _step(hessian, pull, damping)
         except ValueError:
             continue  # more damping will do
+        factors = True
         gain = (step * held_out.t()).sum()
         # step H stepᵀ, since step (H + damping · diag H) = Pᵀ
         curvature = (step * pull.t()).sum() - damping * (step.square().sum(0) * hessian.diagonal()).sum()
@@ -74,6 +75,8 @@ def compensation(
         lowered = float(share * (2 * gain - share * curvature))
         if lowered > best:
             best, chosen, damping_chosen = lowered, share, damping
+    if not factors:
+        raise ValueError(f"the Hessian does not factor with {max(dampings):.0%} of its diagonal added")
     if not chosen:
         return weight.float(), 0.0, 0.0
     step = _step(hessian, torch.lerp(pull, held_out, held_out_share), damping_chosen)

@@ -74,7 +74,8 @@ class FallbacksSection(Section):
         default=None, description="Linears with smaller groups than the recipe names, since those do not divide."
     )
     not_tuned: _Bound = Field(
-        default=None, description="Steps that had no effect: asymmetric calibration and distillation."
+        default=None,
+        description="Asymmetric calibration and distillation without effect, and signround without samples kept apart.",
     )
     missed_target: _Bound = Field(default=None, description="Searches that did not reach their target.")
     constant_inputs: _Bound = Field(

@@ -269,6 +269,28 @@ def test_asymmetric_calibration_says_when_one_sample_is_not_enough(recipe: Recip
     assert [event for event in events(recipe, "warning") if "asymmetric has no effect with one" in event["text"]]
 
 
+def test_learned_rounding_says_when_it_is_judged_on_what_it_learned_from(recipe: Recipe) -> None:
+    recipe = changed(recipe, export=None, evaluate=None, quantize__weights__method="signround")
+    one = beside(recipe, "one", calibration__samples=1)
+    told = []
+    for each in (recipe, one):
+        quantcli.run(each)
+        told.append([e["fallback"] for e in events(each, "warning") if "judged on the one" in e["text"]])
+    assert told == [[], ["not_tuned"]]
+
+
+def test_records_say_what_the_output_head_is_solved_without(recipe: Recipe) -> None:
+    recipe = changed(
+        recipe, export=None, evaluate=None, quantize__rollback={"last_linear": False},
+        quantize__gptq={"asymmetric": True}, quantize__weights__method="signround",
+    )  # fmt: skip
+    quantcli.run(recipe)
+    facts = {event["module"]: event for event in events(recipe, "linear")}
+    head = facts.pop("lm_head")
+    assert (head["asymmetric"], head["tuned"]) == (0, False)
+    assert not [name for name, fact in facts.items() if "tuned" in fact]
+
+
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_blocks_that_are_run_anew_for_each_input_give_the_same(recipe: Recipe, asymmetric: bool) -> None:
     recipe = changed(

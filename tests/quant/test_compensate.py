@@ -84,6 +84,14 @@ def test_a_hessian_that_does_not_factor_is_refused() -> None:
         compensated(torch.ones(1, 2), hessian, torch.zeros(2, 1), 0.05)
 
 
+def test_no_damping_that_does_is_told_from_no_gain() -> None:
+    hessian = torch.tensor([[1.0, 5.0], [5.0, 1.0]])
+    weight, pull = torch.ones(1, 2), torch.ones(2, 1)
+    with pytest.raises(ValueError, match="does not factor with 300%"):
+        compensation(weight, hessian, pull, pull, 0.5)
+    assert compensation(weight, hessian.clamp(max=1), pull, -pull, 0.5)[1:] == (0, 0)
+
+
 def test_the_kept_share_is_the_best_on_the_tokens_that_were_kept_apart() -> None:
     inside = 0
     for seed in range(20):

@@ -208,6 +208,10 @@ def _run_solved(context: Context, folder: StageFolder) -> None:
         context.emit("warning", fallback="not_tuned",
                      text="quantize.gptq.asymmetric has no effect with one calibration "
                      "sample, which leaves none to check it on. Use more calibration text.")  # fmt: skip
+    if section.tunes and len(batches) == 1:
+        context.emit("warning", fallback="not_tuned",
+                     text="Method signround is judged on the one calibration sample that it learns "
+                     "from. Use more calibration text.")  # fmt: skip
     stream = BlockStream(skeleton, batches)
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     passes, caches = Passes(stream, cache), [cache]
