@@ -18,6 +18,7 @@ from quantcli.pipeline.estimate import with_trials
 from quantcli.pipeline.fused import fused_groups
 from quantcli.pipeline.held import unheld, unloaded
 from quantcli.pipeline.plan import BYTES, Plan, make_plan, stored_bytes, unobservable
+from quantcli.pipeline.tried import trial_weights
 from quantcli.recipe.budget import CandidateSection
 from quantcli.recipe.quantization import WeightsSection, variant
 from quantcli.recipe.schema import Recipe
@@ -172,13 +173,6 @@ def _trials(recipe: Recipe, found: Allocation) -> tuple[int, list[tuple[Linear, 
     section = recipe.calibration
     known = section.samples * section.sequence_length if section is not None else 0
     return min(TOKENS, known) * (1 + groups * len(plans)), quantized
-
-
-def trial_weights(weights: WeightsSection) -> WeightsSection:
-    """How a candidate is tried: by its own method; one that is solved block by block by `mse` under second moments."""
-    if not weights.solves:
-        return weights
-    return weights.model_copy(update={"method": "mse", "importance": "second_moment"})
 
 
 def with_overrides(recipe: Recipe, choices: Iterable[tuple[Sequence[str], CandidateSection]]) -> Recipe:

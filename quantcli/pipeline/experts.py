@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.model.structure import Experts
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.rundir import current_events
+from quantcli.pipeline.tried import weighed
 
 if TYPE_CHECKING:
     import torch
@@ -85,12 +86,7 @@ def tokens_of_experts(context: Context) -> list[Any]:
 
 def weighed_experts(context: Context) -> list[str]:
     """The experts, by their first linears, of which anything is found from what the stage calibrate observes."""
-    treatments = context.plan.treatments
-    return [
-        names[0]
-        for names in context.experts
-        if any(treatments[name].weights.importance != "none" for name in names if name in treatments)
-    ]
+    return [names[0] for names in context.experts if any(weighed(context, name) for name in names)]
 
 
 def solved_experts(context: Context, stage: str) -> dict[str, int]:

@@ -207,6 +207,16 @@ def test_an_interrupted_search_goes_on(recipe: Recipe, found: tuple[Recipe, Any]
     assert content == expected
 
 
+def test_what_is_solved_is_tried_as_data_weighted_mse(recipe: Recipe) -> None:
+    weights = {"bits": 4, "granularity": "group", "group_size": 32, "method": "mse", "importance": "second_moment"}
+    trials = []
+    for method in ({}, {"method": "gptq", "importance": "auto"}):
+        own = changed(recipe, quantize={"weights": weights | method}, output=f"{recipe['output']}{len(trials)}")
+        quantcli.run_stage("search", with_target(own, kl_divergence=1e-4, evaluations=3))
+        trials.append(trials_of(own))
+    assert trials[0] == trials[1]
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_trials_of_another_recipe_are_no_trials_of_this_one(
     recipe: Recipe, plain: dict[str, Any], tmp_path: Path, finished: bool

@@ -58,6 +58,19 @@ def selection(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
+def test_what_is_solved_is_tried_as_data_weighted_mse(recipe: Recipe) -> None:
+    weights = {"bits": 4, "granularity": "group", "group_size": 32, "method": "mse", "importance": "second_moment"}
+    found = []
+    for method in ({}, {"method": "gptq", "importance": "auto"}):
+        own = changed(
+            recipe, quantize={"weights": weights | method}, output=f"{recipe['output']}{len(found)}",
+            calibration__drop_outliers=0.2,
+        )  # fmt: skip
+        quantcli.run_stage("select", own)
+        found.append(selection(own))
+    assert found[0] == found[1]
+
+
 @torch.inference_mode()
 def divergences(recipe: Recipe) -> tuple[list[float], list[list[int]]]:
     """KL of each sample's logits, from the whole model with the linears of a run on all samples; and the samples."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from run_contexts import Interrupted, changed, float_model, interrupt, opened, read
+from tiny_models import save_tiny_model
 from torch import Tensor, nn
 
 import quantcli
@@ -288,6 +289,55 @@ def test_divergences_of_another_recipe_are_not_those_of_this_one(recipe: Recipe,
     fresh = changed(second, output=str(tmp_path / "fresh"))
     quantcli.run_stage("sensitivity", fresh)
     assert result(second) == result(fresh)
+
+
+WEIGHED = {"bits": 4, "granularity": "group", "group_size": 32, "method": "mse", "importance": "second_moment"}
+
+
+@pytest.mark.parametrize("metric", ["block_error", "kl_divergence"])
+@pytest.mark.parametrize("method", ["gptq", "signround"])
+def test_what_is_solved_is_ranked_as_data_weighted_mse(recipe: Recipe, method: str, metric: str) -> None:
+    found = []
+    for weights in (WEIGHED, {**WEIGHED, "method": method, "importance": "auto"}):
+        own = changed(
+            recipe, quantize={"weights": weights, "rollback": {"level": 3, "metric": metric, "last_linear": False}},
+            output=f"{recipe['output']}-{weights['method']}",
+        )  # fmt: skip
+        quantcli.run_stage("sensitivity", own)
+        found.append(result(own))
+    assert found[0] == found[1]
+
+
+def test_linears_may_become_what_is_weighed_by_data_though_others_are_not(recipe: Recipe) -> None:
+    recipe = changed(
+        recipe, quantize={"weights": {"bits": 3}, "rollback": {"level": 3, "to": "W4A16"}}, evaluate=None
+    )  # fmt: skip
+    plan = quantcli.run(recipe).plan
+    found = [treatment.weights for treatment in plan.treatments.values() if treatment.scheme.bits == 4]
+    assert len(found) >= 3
+    assert {(weights.method, weights.importance) for weights in found} == {("mse", "second_moment")}
+
+
+def test_experts_of_few_tokens_count_once_whether_they_are_ranked_or_not(tmp_path: Path, prose: Path) -> None:
+    model = save_tiny_model("mixtral", tmp_path / "model", with_tokenizer=True)
+    fallbacks = []
+    for level in (0, 1):
+        recipe = {
+            "model": {"path": str(model), "sanity_check": "off"},
+            "calibration": {"dataset": "text", "path": str(prose), "samples": 2, "sequence_length": 16,
+                            "expert_tokens": 14},
+            "quantize": {"weights": {**WEIGHED, "method": "gptq", "importance": "auto"},
+                         "rollback": {"level": level, "metric": "block_error", "siblings": "apart"}},
+            "export": None, "evaluate": None, "output": str(tmp_path / f"run-{level}"),
+        }  # fmt: skip
+        events: list[dict[str, Any]] = []
+        quantcli.run(recipe, listener=events.append)
+        told = [e for e in events if e.get("fallback") == "data_free_experts"]
+        names = [name for e in told for name in e["modules"]]
+        assert len(names) == len(set(names)) > 0
+        fallbacks.append(set(names))
+    assert fallbacks[0]
+    assert fallbacks[1]
 
 
 def test_every_metric_of_a_recipe_is_tested_here() -> None:

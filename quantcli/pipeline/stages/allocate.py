@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from quantcli.pipeline.allocation import TOKENS, Allocation, allocation_of, trial_weights, with_overrides
+from quantcli.pipeline.allocation import TOKENS, Allocation, allocation_of, with_overrides
 from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.experts import tokens_of_experts
 from quantcli.pipeline.knapsack import knapsack
-from quantcli.pipeline.plan import Plan, PlannedLinear, make_plan
+from quantcli.pipeline.plan import make_plan
 from quantcli.pipeline.rundir import RECIPE, StageFolder, write_json
 from quantcli.pipeline.stages.calibrate import read_statistics
 from quantcli.pipeline.stages.sensitivity import first_samples, relative_error
+from quantcli.pipeline.tried import tried
 from quantcli.recipe.budget import CandidateSection
 from quantcli.recipe.schema import Recipe
 
@@ -125,9 +125,7 @@ def _measured(context: Context, folder: StageFolder, allocation: Allocation) -> 
     from quantcli.pipeline.treatment import WeightSource
 
     names = set(allocation.names)
-    sources = {
-        c.name: WeightSource(_trial(context, c.plan, names)) for c in allocation.candidates if c.plan is not None
-    }
+    sources = {c.name: WeightSource(tried(context, c.plan, names)) for c in allocation.candidates if c.plan is not None}
     stream = BlockStream(context.skeleton(), batched(first_samples(context, TOKENS)))
     cache = context.hidden_cache(folder.path / HIDDEN, stream)
     parts = [folder.path / _part(index) for index in range(context.blocks)]
@@ -144,18 +142,6 @@ def _measured(context: Context, folder: StageFolder, allocation: Allocation) -> 
     for part in parts:
         errors |= json.loads(part.read_text(encoding="utf-8"))
     return errors
-
-
-def _trial(context: Context, plan: Plan, names: Collection[str]) -> Context:
-    """The context in which linears that have a choice have a candidate's scheme, as it is tried, and others none."""
-
-    def tried(planned: PlannedLinear) -> PlannedLinear:
-        assert planned.treatment is not None
-        weights = trial_weights(planned.treatment.weights)
-        return replace(planned, treatment=replace(planned.treatment, weights=weights))
-
-    linears = tuple(tried(p) for p in plan.linears if p.linear.name in names)
-    return replace(context, plan=replace(plan, linears=linears))
 
 
 def _block_errors(

@@ -16,6 +16,7 @@ from quantcli.pipeline.experts import few_tokens, tokens_of_experts, warn_of_few
 from quantcli.pipeline.plan import needs_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import calibration_samples, spread
+from quantcli.pipeline.tried import weighed
 from quantcli.recipe.quantization import named_scheme
 from quantcli.recipe.schema import Recipe
 
@@ -54,9 +55,9 @@ def _identity(context: Context) -> dict[str, Any]:
 
 def _identity_of_experts(context: Context) -> list[Any] | None:
     """How experts are observed, and of which anything is found so, where that is not all of them."""
-    weighed = weighed_experts(context)
-    some = [weighed] if len(weighed) < len(context.experts) else []
-    return [*tokens_of_experts(context), *some] if weighed else None
+    names = weighed_experts(context)
+    some = [names] if len(names) < len(context.experts) else []
+    return [*tokens_of_experts(context), *some] if names else None
 
 
 def _looks_at(context: Context) -> int | None:
@@ -77,18 +78,18 @@ def _counts(context: Context) -> bool:
 
 
 def _moments(context: Context) -> bool:
-    return any(t.weights.importance != "none" for t in context.plan.treatments.values())
+    return any(weighed(context, name) for name in context.plan.treatments)
 
 
 def _observes_head(context: Context) -> bool:
-    treatment = context.plan.treatments.get(context.plan.structure.head or "")
+    head = context.plan.structure.head or ""
+    treatment = context.plan.treatments.get(head)
     if treatment is None:
         return False
-    parts = [(treatment.weights, treatment.activations)]
     section = context.recipe.quantize.rollback
-    if section.ranks and (other := named_scheme(section.to)) is not None:  # what the ranking may make of it
-        parts.append(other)
-    return any(activations.observed or weights.weighed(calibrated=True) for weights, activations in parts)
+    other = named_scheme(section.to) if section.ranks else None  # what the ranking may make of it
+    observed = treatment.activations.observed or (other is not None and other[1].observed)
+    return observed or weighed(context, head)
 
 
 def _observes_experts(context: Context) -> bool:
@@ -191,9 +192,9 @@ def _check_experts(context: Context, block: Block, statistics: Mapping[str, Inpu
 
     for name, gathered in statistics.items():
         require_finite(name, gathered)
-    weighed = set(weighed_experts(context))
+    known = set(weighed_experts(context))
     for layer in block.experts if statistics else ():
-        firsts = [names[0] for names in layer.linears if names[0] in weighed]
+        firsts = [names[0] for names in layer.linears if names[0] in known]
         warn_of_few(context, layer, {name: statistics[name].count for name in firsts})
 
 

@@ -16,6 +16,7 @@ from quantcli.pipeline.plan import UNREACHED
 from quantcli.pipeline.rundir import StageFolder
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.calibrate import read_observed, read_statistics
+from quantcli.pipeline.tried import tried
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,12 +86,13 @@ def write_store_manifest(context: Context, path: Path) -> None:
 
 
 def trial_store(context: Context, path: Path) -> Store:
-    """A store of the context's plan at `path`, with scales from the float model, to try the model with."""
+    """A store of the context's plan at `path`, with scales from the float model, to try the model with. Linears that
+    are solved block by block have the codes that they are tried by."""
     from quantcli.formats.store import MANIFEST, Store
 
     path.mkdir(exist_ok=True)
     if not (path / MANIFEST).is_file():
-        quiet = replace(context, listener=None)
+        quiet = tried(replace(context, listener=None))
         quantize_blocks(quiet, path, Path.exists, lambda _file, _digest: None)
         write_store_manifest(quiet, path)
     return Store(path)

@@ -11,6 +11,7 @@ from quantcli.pipeline.experts import tokens_of_experts
 from quantcli.pipeline.plan import reads_calibration
 from quantcli.pipeline.rundir import StageFolder, write_json
 from quantcli.pipeline.samples import SELECTION, calibration_samples
+from quantcli.pipeline.tried import tried
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
     stream = BlockStream(context.skeleton(original=True), batches)
     exact = list(stream.start())
     rounded = list(exact)
-    source = WeightSource(context, original=True)
+    source = WeightSource(tried(context), original=True)
     assert context.recipe.calibration is not None
     every_token = context.recipe.calibration.route_all_experts
     for index, block in enumerate(context.plan.structure.blocks):

@@ -18,6 +18,7 @@ from quantcli.pipeline.plan import make_plan
 from quantcli.pipeline.rundir import StageFolder, append_line, read_lines, write_json
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.calibrate import read_statistics
+from quantcli.pipeline.tried import tried
 from quantcli.recipe.schema import Recipe
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def _of_outputs(context: Context, folder: StageFolder) -> dict[str, Metrics]:
     from quantcli.model.stream import BlockStream
     from quantcli.pipeline.treatment import WeightSource
 
-    source = WeightSource(context)
+    source = WeightSource(tried(context))
     stream = BlockStream(context.skeleton(), batched(first_samples(context, TOKENS)))
     cache = HiddenCache(
         folder.path / HIDDEN, stream.hidden_shapes(), stream.skeleton.dtype, context.recipe.model.cache_memory
