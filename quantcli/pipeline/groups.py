@@ -11,6 +11,7 @@ from quantcli.model.structure import Producer, SharedInput, biased
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.estimate import JUDGED_WEIGHTS
 from quantcli.pipeline.plan import excluded_from_smoothing
+from quantcli.pipeline.rundir import six_digits
 from quantcli.recipe.smoothing import SmoothSection
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Outcome:
 
     def checked(self, difference: float, tolerance: float) -> Outcome:
         """The outcome, undone if the fold changed what the block adds by more than `tolerance`."""
-        facts = {**self.facts, "difference": _short(difference)}
+        facts = {**self.facts, "difference": six_digits(difference)}
         if difference <= tolerance:
             return replace(self, facts=facts)
         reason = f"the fold would change the output of the block by {difference:.2g} of what it adds"
@@ -223,13 +224,13 @@ class GroupSource:
                 chosen, shift = moved, middle
             facts["shifted"] = shift is not None
         found, scale, after, error = chosen
-        facts |= {key: value if isinstance(value, str) else _short(value) for key, value in found.facts.items()}
+        facts |= {key: value if isinstance(value, str) else six_digits(value) for key, value in found.facts.items()}
         before = output_error(whole, targets, "token")(scale.new_ones(len(scale)))
         for key, large, loss in (("before", largest_input(whole), before), ("after", after, error)):
             median = large.median()
-            facts[f"largest_{key}"] = _short(float(large.max()))
-            facts[f"ratio_{key}"] = _short(float(large.max() / median)) if median > 0 else None
-            facts[f"error_{key}"] = _short(loss)
+            facts[f"largest_{key}"] = six_digits(float(large.max()))
+            facts[f"ratio_{key}"] = six_digits(float(large.max() / median)) if median > 0 else None
+            facts[f"error_{key}"] = six_digits(loss)
         if shift is None and bool((scale == 1).all()):
             return Outcome(shared, facts, None)
         if shift is not None:
@@ -404,7 +405,3 @@ class GroupSource:
         high = shared_maximum(group.maximum, group.channels)
         low = -shared_maximum(-group.minimum, group.channels)
         return (high + low) / 2
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")

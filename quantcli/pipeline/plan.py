@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -392,7 +392,7 @@ def _treatments(
     for name, (weights, _) in pairs.items():
         if weights.group_size is not None:
             widths.setdefault(weights.group_size, set()).add(linears[name].in_features)
-    sizes = {asked: _dividing(found, asked) for asked, found in widths.items()}
+    sizes = {asked: dividing_group_size(found, asked) for asked, found in widths.items()}
     for asked, size in sizes.items():
         if size != asked:
             notes.append(_narrowed_note(asked, size))
@@ -439,8 +439,9 @@ def _scheme(
     )
 
 
-def _dividing(widths: set[int], requested: int) -> int:
-    """`quant.grid.dividing_group_size`, whose rule this follows, without torch."""
+def dividing_group_size(widths: Collection[int], requested: int) -> int:
+    """The group size that fits every input width: `requested` if it divides them all, otherwise the largest power of
+    two that is at most `requested`, at least 16, and divides them all. Raises RecipeError when there is none."""
     if all(width % requested == 0 for width in widths):
         return requested
     size = 1 << (requested.bit_length() - 1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -337,6 +338,16 @@ def _clear_leftovers(files: Iterable[Path]) -> None:
 def write_json(path: Path, content: dict[str, Any] | list[Any]) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def six_digits(value: float) -> float:
+    """A number as records have it."""
+    return float(f"{value:.6g}")
+
+
+def six_digits_or_none(value: float | None) -> float | None:
+    """The same; JSON has no infinity."""
+    return six_digits(value) if value is not None and math.isfinite(value) else None
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from quantcli.model.structure import Block, Experts, SharedInput
 from quantcli.pipeline.curvature import read_outputs
 from quantcli.pipeline.experts import HIDDEN_EXPERTS, RoutedTokens, warn_of_few, weighed_experts
 from quantcli.pipeline.plan import Treatment
+from quantcli.pipeline.rundir import six_digits
 from quantcli.pipeline.treatment import (
     StatisticsOf,
     WeightSource,
@@ -385,10 +386,10 @@ def _solve_input(
         if gained is not None:
             facts["outputs"] = gained
             lost = relative_error(target, quantized, curvature.hessian)
-        facts["error"] = float(f"{lost:.6g}")
+        facts["error"] = six_digits(lost)
         for name, zeros, part in zip(members, zero_rows, _split(quantized.to("cpu"), rows), strict=True):
             entry = StoredLinear(part)
-            own = facts | {"scale_max": float(f"{part.scale.abs().max().item():.6g}"), "zero_rows": zeros}
+            own = facts | {"scale_max": six_digits(part.scale.abs().max().item()), "zero_rows": zeros}
             if treatment.scheme.observed:
                 scale, zero, ranges = input_parameters(observed_of(statistics(name)), treatment)
                 entry, own = with_input(entry, scale, zero), own | ranges

@@ -11,6 +11,7 @@ from quantcli.errors import ModelError
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.fused import scale_groups
 from quantcli.pipeline.plan import Treatment
+from quantcli.pipeline.rundir import six_digits
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -164,8 +165,8 @@ def quantize_weight(
         scale, zero_point = method(torch.cat(list(whole)), grid, importance)[1:]
         codes = quantize_codes(weight, scale, zero_point, grid)
     quantized = QuantizedWeight(codes.cpu(), scale.cpu(), None if zero_point is None else zero_point.cpu())
-    facts: dict[str, Any] = {"scale_max": _short(scale.abs().max().item())}
-    facts["error"] = _short(weight_error(weight, QuantizedWeight(codes, scale, zero_point), importance))
+    facts: dict[str, Any] = {"scale_max": six_digits(scale.abs().max().item())}
+    facts["error"] = six_digits(weight_error(weight, QuantizedWeight(codes, scale, zero_point), importance))
     facts["zero_rows"] = int((torch.count_nonzero(weight, dim=1) == 0).sum())
     return StoredLinear(quantized), facts
 
@@ -184,7 +185,7 @@ def input_parameters(observed: Observed, treatment: Treatment) -> tuple[Tensor, 
         percentile=section.percentile,
     )
     scale, zero = static_parameters(low, high, section.symmetric, section.type)
-    facts = {"input_min": _short(low), "input_max": _short(high), "range_parm": _short(observed.range_parm)}
+    facts = {"input_min": six_digits(low), "input_max": six_digits(high), "range_parm": six_digits(observed.range_parm)}
     return scale, None if section.symmetric else zero, facts
 
 
@@ -284,7 +285,3 @@ def weight_grid(treatment: Treatment, dtype: str) -> WeightGrid:
         scheme.smallest_scale(dtype),
         scheme.type,
     )
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")

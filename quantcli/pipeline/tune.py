@@ -16,6 +16,7 @@ from quantcli.evaluation.simulate import Replacement, simulated
 from quantcli.formats.store import StoredLinear
 from quantcli.model.hidden import HiddenCache
 from quantcli.model.stream import BlockStream
+from quantcli.pipeline.rundir import six_digits
 from quantcli.pipeline.treatment import WeightSource, graded_inputs, weight_grid
 from quantcli.quant.gradients import scaled_gradients
 from quantcli.quant.methods import weight_error
@@ -79,8 +80,8 @@ def tuned_linears(
     for name, (linear, _) in learned.items():
         quantized = linear.quantized()
         own: Facts = {
-            "scale_max": float(f"{quantized.scale.abs().max().item():.6g}"),
-            "error": float(f"{weight_error(aims[name][0], quantized, aims[name][1]):.6g}"),
+            "scale_max": six_digits(quantized.scale.abs().max().item()),
+            "error": six_digits(weight_error(aims[name][0], quantized, aims[name][1])),
         }
         results[name] = replace(found[name][0], weight=quantized.to("cpu")), found[name][1] | own | facts
     return results

@@ -11,8 +11,8 @@ DAMPINGS = (0.03, 0.3, 3.0)
 """Shares of each channel's second moment: little holds W* to the tokens that it was found on, much to W."""
 
 
-def compensated(weight: Tensor, hessian: Tensor, pull: Tensor, damping: float) -> Tensor:
-    """W* = W + Pᵀ (H + damping · diag H)⁻¹, float32 [out, in]: the target of asymmetric calibration.
+def step_of(hessian: Tensor, pull: Tensor, damping: float) -> Tensor:
+    """Pᵀ (H + damping · diag H)⁻¹, float32 [out, in]: W* − W, W* the target of asymmetric calibration.
 
     x are the inputs that the float model has, x̂ those behind quantized layers; H = E[x̂ x̂ᵀ] [in, in]. P = E[x̂ eᵀ]
     [in, out] says what the outputs lack, e = (x − x̂) Wᵀ: P = D Wᵀ with D = E[x̂ (x − x̂)ᵀ]. Of all Ŵ, E‖x̂ Ŵᵀ − x Wᵀ‖² =
@@ -21,10 +21,6 @@ def compensated(weight: Tensor, hessian: Tensor, pull: Tensor, damping: float) -
     the stream lacks that the outputs are added to may be part of e as well. Tokens may count differently, in H and P
     alike. Damping draws W* back to W. Raises ValueError if H does not factor.
     """
-    return weight.float() + _step(hessian, pull, damping)
-
-
-def _step(hessian: Tensor, pull: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     unit = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     normal = (hessian * unit).mul_(unit[:, None])
@@ -35,14 +31,6 @@ def _step(hessian: Tensor, pull: Tensor, damping: float) -> Tensor:
         raise ValueError(f"the Hessian does not factor with {damping:.0%} of its diagonal added")
     # the inverse, for one matrix product in the place of two triangular solves
     return (pull.t() * unit) @ torch.cholesky_inverse(lower) * unit
-
-
-def kept_share(weight: Tensor, target: Tensor, hessian: Tensor, pull: Tensor) -> float:
-    """The share t of W* − W, in [0, 1], that lowers E‖x̂ (W + t (W* − W))ᵀ − x̂ Wᵀ − e‖² most on tokens that W* has not
-    seen, whose P is `pull`: the minimum of a parabola. 0 where W* makes it worse."""
-    step = target - weight.float()
-    gain, curvature = (step * pull.t()).sum(), (step @ hessian).mul_(step).sum()
-    return float((gain / curvature).clamp(0, 1)) if curvature > 0 else 0.0
 
 
 def compensation(
@@ -62,7 +50,7 @@ def compensation(
     best, chosen, damping_chosen, factors = 0.0, 0.0, 0.0, False
     for damping in dampings:
         try:
-            step = _step(hessian, pull, damping)
+            step = step_of(hessian, pull, damping)
         except ValueError:
             continue  # more damping will do
         factors = True
@@ -79,5 +67,5 @@ def compensation(
         raise ValueError(f"the Hessian does not factor with {max(dampings):.0%} of its diagonal added")
     if not chosen:
         return weight.float(), 0.0, 0.0
-    step = _step(hessian, torch.lerp(pull, held_out, held_out_share), damping_chosen)
+    step = step_of(hessian, torch.lerp(pull, held_out, held_out_share), damping_chosen)
     return weight.float() + chosen * step, damping_chosen, chosen

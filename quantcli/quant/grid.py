@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,6 @@ from quantcli.quant.float8 import FP8, FP8_MAX, fp8_values_
 from quantcli.quant.scheme import CodeType
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MIN_GROUP_SIZE = 16
 
 # Quantizing one weight takes six to ten elementwise passes. Over a whole matrix each pass would go through main memory;
 # in pieces of 1 MB of float32 a thread, the passes after the first find the piece in the core's second-level cache
@@ -119,30 +118,6 @@ def dequantize(quantized: QuantizedWeight, dtype: torch.dtype = torch.float32) -
         block.mul_(row_slice(scale, rows).float().unsqueeze(-1))
         values[rows].view(block.shape).copy_(block)
     return values
-
-
-def dividing_group_size(in_features: Iterable[int] | int, requested: int) -> int:
-    """The group size that fits every given input width: `requested` if it divides them all, otherwise the largest power
-    of two that is at most `requested`, at least 16, and divides them all (576 with 128 gives 64).
-
-    Raises ValueError, naming the width that stands in the way, when there is none.
-    """
-    widths = [in_features] if isinstance(in_features, int) else list(in_features)
-    if requested < 1:
-        raise ValueError(f"group size must be positive, got {requested}")
-    if all(width % requested == 0 for width in widths):
-        return requested
-    size = 1 << (requested.bit_length() - 1)
-    while size >= MIN_GROUP_SIZE:
-        if all(width % size == 0 for width in widths):
-            return size
-        size //= 2
-    smallest = min(requested, MIN_GROUP_SIZE)
-    culprit = next(width for width in widths if width % smallest)
-    raise ValueError(
-        f"no group size from {MIN_GROUP_SIZE} to {requested} fits: it would have to be {requested} or a power of two "
-        f"that divides the input width {culprit}"
-    )
 
 
 def group_count(in_features: int, grid: WeightGrid) -> int:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_models import save_tiny_model, tiny_config
 
 import quantcli
@@ -15,7 +17,7 @@ from quantcli.errors import ModelError, RecipeError
 from quantcli.model.structure import Block, Experts, Linear, SharedInput, Structure
 from quantcli.pipeline.estimate import BASE_MEMORY, Estimate
 from quantcli.pipeline.fused import fused_groups
-from quantcli.pipeline.plan import Plan, make_plan, match_names
+from quantcli.pipeline.plan import Plan, dividing_group_size, make_plan, match_names
 from quantcli.recipe import load_recipe
 
 WIDTH, INNER, VOCABULARY = 64, 96, 512
@@ -681,3 +683,19 @@ def test_the_estimate_counts_what_solving_holds(tmp_path: Path) -> None:
     waiting = 8192 * 2 * structure.waiting_values(1, 0, compared=False)
     assert waiting < 200 << 20
     assert estimated(False) - estimated(False, "180MiB") == waiting
+
+
+@given(st.lists(st.integers(1, 300).map(lambda n: n * 16), min_size=1, max_size=4), st.integers(16, 600))
+def test_group_size_is_the_largest_that_the_rule_allows(widths: list[int], requested: int) -> None:
+    size = dividing_group_size(widths, requested)
+    allowed = [2**n for n in range(4, 10) if 2**n <= requested and all(w % 2**n == 0 for w in widths)]
+    assert size == (requested if all(w % requested == 0 for w in widths) else max(allowed))
+
+
+def test_group_size_refusal_names_the_width() -> None:
+    assert dividing_group_size([576], 128) == 64
+    assert dividing_group_size([24, 48], 24) == 24
+    with pytest.raises(RecipeError, match="1000"):
+        dividing_group_size([1024, 1000], 128)
+    with pytest.raises(RecipeError, match="30"):
+        dividing_group_size([32, 30], 8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantcli.quant.compensate import compensated, compensation, kept_share
+from quantcli.quant.compensate import compensation, step_of
 
 ROWS, WIDTH, TOKENS = 7, 12, 200
 
@@ -25,6 +25,11 @@ def passes(seed: int = 0, drift: float = 0.3, noise: float = 0.03) -> tuple[Tens
 def moments(x: Tensor, behind: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """H = E[x̂ x̂ᵀ] and P = E[x̂ ((x − x̂) Wᵀ)ᵀ]."""
     return behind.t() @ behind / len(behind), behind.t() @ (x - behind) @ weight.t() / len(behind)
+
+
+def compensated(weight: Tensor, hessian: Tensor, pull: Tensor, damping: float) -> Tensor:
+    """W*, all of the way."""
+    return weight.float() + step_of(hessian, pull, damping)
 
 
 def distance(weight: Tensor, behind: Tensor, outputs: Tensor) -> float:
@@ -59,7 +64,7 @@ def test_inputs_that_did_not_change_leave_the_weight() -> None:
     weight, x, _ = passes()
     hessian, drift = moments(x, x, weight)
     assert torch.equal(compensated(weight, hessian, drift, 0.01), weight)
-    assert kept_share(weight, weight, hessian, drift) == 0
+    assert compensation(weight, hessian, drift, drift, 0.5)[1:] == (0, 0)
 
 
 def test_channels_that_never_held_anything_keep_their_weights() -> None:
@@ -92,33 +97,19 @@ def test_no_damping_that_does_is_told_from_no_gain() -> None:
     assert compensation(weight, hessian.clamp(max=1), pull, -pull, 0.5)[1:] == (0, 0)
 
 
-def test_the_kept_share_is_the_best_on_the_tokens_that_were_kept_apart() -> None:
-    inside = 0
-    for seed in range(20):
-        weight, x, behind = passes(seed, drift=0.05, noise=0.2)
-        fit, check = slice(0, 40), slice(40, None)
-        target = compensated(weight, *moments(x[fit], behind[fit], weight), damping=0.05)
-        hessian, drift = moments(x[check], behind[check], weight)
-        share = kept_share(weight, target, hessian, drift)
-        shares = [i / 200 for i in range(201)]
-        outputs = x[check] @ weight.t()
-        tried = [distance(torch.lerp(weight, target, t), behind[check], outputs) for t in shares]
-        assert share == pytest.approx(shares[int(np.argmin(tried))], abs=6e-3)
-        inside += 0 < share < 1
-    assert inside, "some of the shares are neither bound"
-
-
 def test_a_step_that_harms_is_not_taken() -> None:
     weight, x, behind = passes()
     hessian, drift = moments(x, behind, weight)
-    target = compensated(weight, hessian, drift, 0.05)
-    assert kept_share(weight, target, hessian, drift) > 0.9
-    assert kept_share(weight, target, hessian, -drift) == 0
-    assert kept_share(weight, torch.lerp(weight, target, 0.2), hessian, drift) == 1
+    assert compensation(weight, hessian, drift, drift, 0.5, (0.05,))[2] > 0.9
+    target, damping, share = compensation(weight, hessian, drift, -drift, 0.5, (0.05,))
+    assert torch.equal(target, weight)
+    assert (damping, share) == (0, 0)
+    assert compensation(weight, hessian, drift, drift * 5, 0.5, (0.05,))[2] == 1
 
 
 def test_compensation_takes_the_damping_and_share_that_held_out_tokens_prefer() -> None:
-    for seed in range(10):
+    inside = 0
+    for seed in range(20):
         weight, x, behind = passes(seed, drift=0.05, noise=0.2)
         fit, check = slice(0, 40), slice(40, 60)
         hessian, pull = moments(x[:60], behind[:60], weight)
@@ -143,3 +134,8 @@ def test_compensation_takes_the_damping_and_share_that_held_out_tokens_prefer() 
         assert lowered(chosen) >= best - 1e-5
         wanted = torch.lerp(weight, compensated(weight, hessian, pull, damping), share)
         torch.testing.assert_close(target, wanted, rtol=1e-4, atol=1e-4)
+        shares = [t / 200 for t in range(201)]
+        steps = [lowered(torch.lerp(weight, compensated(weight, hessian, fitted, damping), t)) for t in shares]
+        assert share == pytest.approx(shares[int(np.argmax(steps))], abs=6e-3)
+        inside += 0 < share < 1
+    assert inside, "some of the shares are neither bound"

@@ -5,14 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from quantcli.quant.grid import (
     QuantizedWeight,
     WeightGrid,
     dequantize,
-    dividing_group_size,
     float_blocks,
     quantize_codes,
     stored_scale,
@@ -70,22 +67,6 @@ def test_stored_scale_is_never_zero_nor_infinite(dtype: torch.dtype) -> None:
     assert scale.sign().tolist() == [1, 1, -1, 1, -1, 1]
     if dtype == torch.float16:
         assert scale[1:5].tolist() == [info.tiny, -info.tiny, info.max, -info.max]
-
-
-@given(st.lists(st.integers(1, 300).map(lambda n: n * 16), min_size=1, max_size=4), st.integers(16, 600))
-def test_group_size_is_the_largest_that_the_rule_allows(widths: list[int], requested: int) -> None:
-    size = dividing_group_size(widths, requested)
-    allowed = [2**n for n in range(4, 10) if 2**n <= requested and all(w % 2**n == 0 for w in widths)]
-    assert size == (requested if all(w % requested == 0 for w in widths) else max(allowed))
-
-
-def test_group_size_refusal_names_the_width() -> None:
-    assert dividing_group_size(576, 128) == 64
-    assert dividing_group_size([24, 48], 24) == 24
-    with pytest.raises(ValueError, match="1000"):
-        dividing_group_size([1024, 1000], 128)
-    with pytest.raises(ValueError, match="30"):
-        dividing_group_size([32, 30], 8)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.experts import tokens_of_experts
 from quantcli.pipeline.knapsack import knapsack
 from quantcli.pipeline.plan import make_plan
-from quantcli.pipeline.rundir import RECIPE, StageFolder, write_json
+from quantcli.pipeline.rundir import RECIPE, StageFolder, six_digits, six_digits_or_none, write_json
 from quantcli.pipeline.stages.calibrate import read_statistics
 from quantcli.pipeline.stages.sensitivity import first_samples, relative_error
 from quantcli.pipeline.tried import tried
@@ -78,9 +78,9 @@ def run(context: Context, folder: StageFolder) -> None:
     target = context.recipe.quantize.target
     assert target is not None
     facts = {
-        "bits_per_weight": _short(allocation.bits_per_weight(allocation.cost(chosen))),
+        "bits_per_weight": six_digits(allocation.bits_per_weight(allocation.cost(chosen))),
         "size": plan.size_after,
-        "error": _short(math.fsum(row[option] for row, option in zip(rows, chosen, strict=True))),
+        "error": six_digits(math.fsum(row[option] for row, option in zip(rows, chosen, strict=True))),
         "linears": {name: count for name, count in counts.items() if count},
     }
     content = {
@@ -93,7 +93,7 @@ def run(context: Context, folder: StageFolder) -> None:
                 "scheme": names[option],
                 "errors": errors[group[0]],
                 "bits": {
-                    name: _short(8 * cost / _weights(context, group)) for name, cost in zip(names, row, strict=True)
+                    name: six_digits(8 * cost / _weights(context, group)) for name, cost in zip(names, row, strict=True)
                 },
             }
             for group, option, row in zip(allocation.groups, chosen, allocation.costs, strict=True)
@@ -179,7 +179,7 @@ def _block_errors(
                     for batch, wanted in enumerate(exact):
                         output = stream.run(index, batch, cache.get(batch))
                         lost += float(relative_error(output, wanted).sum())
-                errors[group[0]][name] = _short(lost / tokens) if math.isfinite(lost) else None
+                errors[group[0]][name] = six_digits_or_none(lost / tokens)
     return errors
 
 
@@ -215,10 +215,6 @@ def _weights(context: Context, group: Sequence[str]) -> int:
 
 def _comparable(error: float | None) -> float:
     return RUINED if error is None else min(error, RUINED)
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
 
 
 def _part(index: int) -> str:

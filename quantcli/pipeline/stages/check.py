@@ -10,7 +10,7 @@ from quantcli.errors import ModelError
 from quantcli.pipeline.batches import batched, data_identity, texts_of
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.plan import reads_calibration
-from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.rundir import StageFolder, six_digits_or_none, write_json
 from quantcli.pipeline.source import known_positions, require_known_tokens
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
 from quantcli.recipe.schema import Recipe
@@ -67,7 +67,7 @@ def run(context: Context, folder: StageFolder) -> None:
     result = {
         "tokens": found.tokens,
         "tokens_per_word": round(found.tokens_per_word, 3),
-        "perplexity": float(f"{perplexity:.6g}") if math.isfinite(perplexity) else None,
+        "perplexity": six_digits_or_none(perplexity),
     }
     context.emit("sanity", **result)
     write_json(folder.path / RESULT, result)

@@ -14,7 +14,7 @@ from quantcli.pipeline.batches import data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.fused import fused_groups
 from quantcli.pipeline.plan import make_plan
-from quantcli.pipeline.rundir import RECIPE, StageFolder, append_line, read_lines, write_json
+from quantcli.pipeline.rundir import RECIPE, StageFolder, append_line, read_lines, six_digits_or_none, write_json
 from quantcli.pipeline.stages.quantize import trial_store
 from quantcli.recipe.rollback import TargetSection
 from quantcli.recipe.schema import Recipe
@@ -234,10 +234,7 @@ class _Trials:
 
 def _facts(scores: Scores) -> dict[str, Any]:
     values = {"perplexity_increase": scores.increase, "kl_divergence": scores.kl_divergence}
-    return {
-        name: float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
-        for name, value in values.items()
-    }
+    return {name: six_digits_or_none(value) for name, value in values.items()}
 
 
 def _stores(context: Context, folder: StageFolder) -> tuple[Store, Store | None]:

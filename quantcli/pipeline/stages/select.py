@@ -9,7 +9,7 @@ from quantcli.pipeline.batches import batched, data_identity
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.experts import tokens_of_experts
 from quantcli.pipeline.plan import reads_calibration
-from quantcli.pipeline.rundir import StageFolder, write_json
+from quantcli.pipeline.rundir import StageFolder, six_digits, write_json
 from quantcli.pipeline.samples import SELECTION, calibration_samples
 from quantcli.pipeline.tried import tried
 from quantcli.recipe.schema import Recipe
@@ -49,7 +49,7 @@ def run(context: Context, folder: StageFolder) -> None:
     dropped = len(differences) - len(kept)
     context.emit("note", text=f"{dropped} of {len(differences)} calibration samples are dropped: quantization changes "
                  "their output most.")  # fmt: skip
-    content = {"kept": kept, "differences": [float(f"{value:.6g}") for value in differences]}
+    content = {"kept": kept, "differences": [six_digits(value) for value in differences]}
     write_json(folder.path / SELECTION, content)
     folder.add(folder.path / SELECTION)
 

@@ -15,7 +15,7 @@ from quantcli.pipeline.batches import batched
 from quantcli.pipeline.context import Context, Stage
 from quantcli.pipeline.fused import fused_groups
 from quantcli.pipeline.plan import make_plan
-from quantcli.pipeline.rundir import StageFolder, append_line, read_lines, write_json
+from quantcli.pipeline.rundir import StageFolder, append_line, read_lines, six_digits_or_none, write_json
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.calibrate import read_statistics
 from quantcli.pipeline.tried import tried
@@ -129,11 +129,6 @@ def _reason(row: Metrics, metric: str) -> str:
     return f"rolled back by {metric}" + ("" if value is None else f" {value:.4g}")
 
 
-def _rounded(value: float) -> float | None:
-    """Six digits; JSON has no infinity."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
 def settle(context: Context) -> None:
     """Bring the linears that are rolled back into the plan."""
     content = json.loads((context.folder(STAGE.name) / RESULT).read_text(encoding="utf-8"))
@@ -151,7 +146,7 @@ def _of_input(context: Context, name: str) -> Metrics:
         "kurtosis": kurtosis(seen["value_counts"]),
         "quantile": quantile_score(seen["value_counts"], largest),
     }
-    return {key: _rounded(value) for key, value in found.items()}
+    return {key: six_digits_or_none(value) for key, value in found.items()}
 
 
 def _observed(context: Context) -> set[str]:
@@ -205,7 +200,7 @@ def _of_model(context: Context, folder: StageFolder) -> dict[str, float | None]:
             started = time.perf_counter()
             scores = model.measure(every - set(group))
             assert scores.kl_divergence is not None
-            divergence = _rounded(scores.kl_divergence)
+            divergence = six_digits_or_none(scores.kl_divergence)
             append_line(file, {"linears": list(group), "kl_divergence": divergence})
             found |= dict.fromkeys(group, divergence)
             context.emit("group", number=number, of=len(groups), linears=list(group), kl_divergence=divergence,
@@ -253,7 +248,7 @@ def _block_errors(
                     lost += float(relative_error(output, wanted).sum())
                     tokens += wanted.shape[0] * wanted.shape[1]
             for name in group:
-                errors[name]["block_error"] = _rounded(lost / tokens)
+                errors[name]["block_error"] = six_digits_or_none(lost / tokens)
     return errors
 
 
@@ -309,7 +304,7 @@ def output_errors(
         yield
     for name, (lost, whole) in sums.items():
         if whole:
-            errors[name]["output_error"] = _rounded(lost / whole)
+            errors[name]["output_error"] = six_digits_or_none(lost / whole)
 
 
 def relative_error(output: Tensor, wanted: Tensor) -> Tensor:
