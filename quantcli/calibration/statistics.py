@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from quantcli.errors import DataError
 from quantcli.model.structure import Block
-from quantcli.quant.observers import VALUES, Observed, count_patterns, in_order, in_patterns
+from quantcli.quant.observers import VALUES, count_patterns, in_order
 
 _PER_CHANNEL = ("minimum", "maximum", "absolute_maximum")
 _PER_SAMPLE = ("sample_minimum", "sample_maximum")
-_KEYS = ("count", *_PER_CHANNEL, *_PER_SAMPLE, "range_parm")
 RANGE_PARM_SAMPLES = 5
 """Samples that range_parm is about: the first ones."""
 EXACT_VALUES = 1 << 20
@@ -171,13 +170,6 @@ class InputStatistics:
         """
         return None if self._patterns is None else in_order(self._patterns)
 
-    @property
-    def observed(self) -> Observed:
-        """What the range of a static activation is made from, on the CPU."""
-        counts = self.value_counts
-        samples = self._samples.cpu()
-        return Observed(samples[0], samples[1], None if counts is None else counts.cpu(), self.range_parm)
-
     def to_tensors(self) -> dict[str, Tensor]:
         """The statistics on the CPU, for storage.
 
@@ -189,45 +181,6 @@ class InputStatistics:
         tensors["range_parm"] = torch.tensor([self.range_parm], dtype=torch.float32)
         optional = {"second_moment": self.second_moment, "value_counts": self.value_counts}
         return tensors | {key: tensor.cpu() for key, tensor in optional.items() if tensor is not None}
-
-    @classmethod
-    def from_tensors(cls, tensors: dict[str, Tensor], device: torch.device | str = "cpu") -> InputStatistics:
-        """The statistics that to_tensors stored, ready for more batches; `non_finite` is not stored and starts at 0.
-
-        Raises:
-            DataError: a tensor is missing or has another shape.
-        """
-        missing = [key for key in _KEYS if key not in tensors]
-        if missing:
-            raise DataError(f"The stored statistics lack {', '.join(missing)}.", "Run calibrate again.")
-        counts, moment = tensors.get("value_counts"), tensors.get("second_moment")
-        if not _fit_together(tensors):
-            raise DataError("The stored statistics do not fit together in shape.", "Run calibrate again.")
-        statistics = cls(len(tensors["minimum"]), device, counts=counts is not None, moments=moment is not None)
-        statistics.count = int(tensors["count"])
-        if not statistics.count:
-            return statistics
-        statistics._minimum.copy_(tensors["minimum"])
-        statistics._maximum.copy_(tensors["maximum"])
-        statistics._samples = torch.stack((tensors["sample_minimum"], tensors["sample_maximum"])).to(statistics.device)
-        largest = float(statistics._samples[:, :RANGE_PARM_SAMPLES].abs().amax())
-        statistics._spread = largest / float(tensors["range_parm"]) if largest else 0.0
-        if statistics._squares is not None and moment is not None:
-            statistics._squares = moment.to(statistics._squares) * statistics.count
-        if counts is not None:
-            statistics._patterns = in_patterns(counts).to(statistics.device)
-        return statistics
-
-
-def _fit_together(tensors: dict[str, Tensor]) -> bool:
-    channels, samples = tensors["minimum"].shape, tensors["sample_minimum"].shape
-    shapes: dict[str, tuple[int, ...]] = {"count": (1,), "range_parm": (1,), "value_counts": (VALUES,)}
-    for key in (*_PER_CHANNEL, "second_moment"):
-        shapes[key] = channels
-    for key in _PER_SAMPLE:
-        shapes[key] = samples
-    some = bool(tensors["count"].any()) <= (len(samples) == 1 and samples[0] > 0)
-    return some and len(channels) == 1 and all(tensors[key].shape == shapes[key] for key in tensors if key in shapes)
 
 
 def _extremes(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -79,11 +79,6 @@ def in_order(patterns: Tensor) -> Tensor:
     return counts
 
 
-def in_patterns(counts: Tensor) -> Tensor:
-    """What `in_order` sorted, back in the order of the bit patterns."""
-    return torch.cat((counts[_HALF:], counts[:_HALF].flip(0)))
-
-
 def kurtosis(counts: Tensor) -> float:
     """Excess kurtosis E[((a - mean) / sigma)^4] - 3 with the population's sigma; 0 where all values are equal.
 

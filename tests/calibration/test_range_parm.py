@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quantcli.calibration.statistics import InputStatistics
+from quantcli.pipeline.treatment import observed_of
 from quantcli.quant.activation import static_parameters
 from quantcli.quant.observers import activation_range
 
@@ -70,7 +71,7 @@ def test_range_parm_of_every_linear(model: str) -> None:
 @pytest.mark.parametrize("model", ["A", "B"])
 def test_mean_of_sample_extremes_gives_their_static_scale(model: str) -> None:
     stored = load_file(GOLDEN / model / "w8a8_act1_mm0" / "weights.safetensors")
-    observed = gathered(inputs(model)[FIRST]).observed
+    observed = observed_of(gathered(inputs(model)[FIRST]).to_tensors())
     scale, zero = static_parameters(*activation_range(observed, "minmax", symmetric=False, aggregation="mean"), False)
     torch.testing.assert_close(scale, stored[f"{FIRST}.input_scale"], rtol=4e-7, atol=0)
     assert zero.tolist() == stored[f"{FIRST}.input_offset"].tolist()

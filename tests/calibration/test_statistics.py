@@ -15,6 +15,7 @@ from quantcli.calibration import statistics
 from quantcli.calibration.statistics import InputStatistics, add_compensated, inputs_observed
 from quantcli.errors import DataError
 from quantcli.model.structure import Block, SharedInput
+from quantcli.pipeline.treatment import observed_of
 from quantcli.quant.observers import activation_range, bin_values, code_errors
 
 MOMENTS = ("second_moment",)
@@ -87,17 +88,22 @@ def test_the_input_is_left_as_it_was_and_needs_no_layout() -> None:
         torch.testing.assert_close(transposed[name], tensor, rtol=1e-6, atol=0)
 
 
-def test_storage_returns_the_same_and_goes_on() -> None:
+def test_what_is_stored_is_what_was_gathered_and_gathering_goes_on() -> None:
     x = activations(2, 300, 16, torch.bfloat16)
-    half = gather([x[:150]], 16)
-    stored = half.to_tensors()
-    restored = InputStatistics.from_tensors(stored)
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in restored.to_tensors().items())
-    restored.update(x[150:])
+    gathered = gather([x[:150]], 16)
+    stored = gathered.to_tensors()
+    observed = observed_of(stored)
+    assert torch.equal(observed.sample_minimum, gathered.sample_minimum)
+    assert torch.equal(observed.sample_maximum, gathered.sample_maximum)
+    assert torch.equal(observed.counts, gathered.value_counts)  # type: ignore[arg-type]
+    assert observed.range_parm == pytest.approx(gathered.range_parm, rel=1e-6)
+    before = {name: tensor.clone() for name, tensor in stored.items()}
+    gathered.update(x[150:])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in stored.items())
     expected = reference(x)
     for name in MOMENTS:
-        torch.testing.assert_close(getattr(restored, name).double(), expected[name], rtol=1e-6, atol=0)
-    assert restored.count == 300
+        torch.testing.assert_close(getattr(gathered, name).double(), expected[name], rtol=1e-6, atol=0)
+    assert gathered.count == 300
 
 
 def test_non_finite_elements_are_counted_and_kept_out() -> None:
@@ -113,23 +119,14 @@ def test_non_finite_elements_are_counted_and_kept_out() -> None:
 def test_no_token_gives_zeros_that_can_be_stored() -> None:
     empty = gather([torch.zeros(0, 5)], 5)
     assert empty.count == 0
-    restored = InputStatistics.from_tensors(empty.to_tensors())
-    restored.update(-torch.ones(2, 5))
-    assert restored.maximum.tolist() == [-1.0] * 5  # the stored zero was no observation
+    assert not any(bool(tensor.any()) for tensor in empty.to_tensors().values())
+    empty.update(-torch.ones(2, 5))
+    assert empty.maximum.tolist() == [-1.0] * 5  # the stored zero was no observation
 
 
-def test_wrong_width_and_damaged_storage_are_refused() -> None:
+def test_a_wrong_width_is_refused() -> None:
     with pytest.raises(DataError, match=r"shape \[2, 3\] do not end in the 4 channels"):
         InputStatistics(4).update(torch.zeros(2, 3))
-    stored = gather([torch.ones(2, 3)], 3).to_tensors()
-    with pytest.raises(DataError, match="lack maximum"):
-        InputStatistics.from_tensors({name: tensor for name, tensor in stored.items() if name != "maximum"})
-    with pytest.raises(DataError, match="do not fit"):
-        InputStatistics.from_tensors(stored | {"maximum": torch.ones(4)})
-    with pytest.raises(DataError, match="do not fit"):
-        InputStatistics.from_tensors(stored | {"value_counts": torch.ones(4, dtype=torch.int64)})
-    with pytest.raises(DataError, match="do not fit"):
-        InputStatistics.from_tensors(stored | {"sample_minimum": torch.ones(0), "sample_maximum": torch.ones(0)})
 
 
 def test_what_does_not_depend_on_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,18 +154,17 @@ def test_range_parm_is_its_definition_over_five_samples() -> None:
     expected = float(x[:5].double().abs().amax() / torch.stack(deviations).amax())
     whole = gather([x], 6)
     assert whole.range_parm == pytest.approx(expected, rel=1e-6)
-    resumed = InputStatistics.from_tensors(gather([x[:2]], 6).to_tensors())
-    resumed.update(x[2:])
-    assert resumed.range_parm == pytest.approx(expected, rel=1e-6)
-    assert torch.equal(resumed.sample_maximum, whole.sample_maximum)
-    assert torch.equal(resumed.to_tensors()["value_counts"], whole.to_tensors()["value_counts"])
+    parts = gather([x[:2], x[2:]], 6)
+    assert parts.range_parm == pytest.approx(expected, rel=1e-6)
+    assert torch.equal(parts.sample_maximum, whole.sample_maximum)
+    assert torch.equal(parts.to_tensors()["value_counts"], whole.to_tensors()["value_counts"])
 
 
 def test_range_parm_without_spread() -> None:
     assert gather([torch.zeros(3, 4, 2)], 2).range_parm == 0
     constant = gather([torch.full((3, 4, 2), 2.5)], 2)
     assert constant.range_parm == math.inf
-    assert InputStatistics.from_tensors(constant.to_tensors()).range_parm == math.inf
+    assert observed_of(constant.to_tensors()).range_parm == math.inf
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -200,10 +196,8 @@ def test_counts_and_moments_can_be_left_out() -> None:
     stored = plain.to_tensors()
     assert everything.keys() - stored.keys() == {"value_counts", "second_moment"}
     assert all(torch.equal(tensor, everything[name]) for name, tensor in stored.items())
-    restored = InputStatistics.from_tensors(stored)
-    restored.update(x)
-    assert restored.value_counts is None
-    assert restored.second_moment is None
+    assert plain.value_counts is None
+    assert plain.second_moment is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -225,11 +219,10 @@ def test_beyond_the_exact_values_some_tokens_are_counted(monkeypatch: pytest.Mon
     x = torch.arange(64 * 128).view(64, 128, 1).repeat(1, 1, 3) % 128  # every value is its position in the sample
     together = gather([x.float()], 3)
     pieces = gather([part.float() for part in x.view(-1, 3).split(77)], 3)
-    resumed = InputStatistics.from_tensors(gather([x[:20].float()], 3).to_tensors())
-    resumed.update(x[20:].float())
+    parts = gather([x[:20].float(), x[20:].float()], 3)
     counts = together.value_counts
     assert counts is not None
-    for other in (pieces, resumed):
+    for other in (pieces, parts):
         assert torch.equal(other.to_tensors()["value_counts"], counts)
     by_position = counts[counts.nonzero().squeeze(1)]
     assert len(by_position) == 128
@@ -247,8 +240,8 @@ def test_ranges_from_sampled_counts_err_as_little(symmetric: bool, monkeypatch: 
     x[:, 0, 5] *= 20  # the first token of each sample has an outlier
     with monkeypatch.context() as patched:
         patched.setattr(statistics, "EXACT_VALUES", x.numel())
-        exact = gather(list(x), 64).observed
-    sampled = gather(list(x), 64).observed
+        exact = observed_of(gather(list(x), 64).to_tensors())
+    sampled = observed_of(gather(list(x), 64).to_tensors())
     assert torch.equal(sampled.sample_maximum, exact.sample_maximum)
     assert exact.counts is not None
     assert sampled.counts is not None

@@ -31,7 +31,7 @@ from quantcli.pipeline.context import Context
 from quantcli.pipeline.propagation import RunningInput, propagate_block
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.calibrate import read_statistics
-from quantcli.pipeline.treatment import WeightSource, replacement
+from quantcli.pipeline.treatment import WeightSource, observed_of, replacement
 from quantcli.quant.grid import dequantize
 from quantcli.quant.observers import activation_range
 from quantcli.recipe.quantization import ActivationsSection
@@ -274,7 +274,9 @@ def test_other_ranges_run_the_block_again_with_the_final_scales(recipe: Recipe, 
                 leaving(model, stream, index)
             stored, hidden = propagated(context, stream, cache, index)
             for name, entry in stored.items():
-                low, high = activation_range(seen[name].observed, method, symmetric=True, percentile=99)
+                low, high = activation_range(
+                    observed_of(seen[name].to_tensors()), method, symmetric=True, percentile=99
+                )
                 assert entry.input_scale is not None
                 assert math.isclose(entry.input_scale.item(), max(-low, high) / 127, rel_tol=1e-6), name
                 final[name] = replacement(entry, context.plan.treatments[name].scheme, torch.float32, "cpu", "decode")
