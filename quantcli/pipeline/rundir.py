@@ -122,6 +122,7 @@ class StageFolder:
         self.fingerprint = ""
         self.writes: tuple[str, ...] = ()
         self.parts: dict[str, str] = {}
+        self.resumed = False
         self._part: Callable[[str], str] = lambda name: ""
 
     def begin(self, fingerprint: str, writes: Iterable[str], part: Callable[[str], str] = lambda name: "") -> list[str]:
@@ -134,7 +135,8 @@ class StageFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         record, writes = self._read(), tuple(writes)
         before = set(map(_folder, record.get("files", {})))
-        if record.get("fingerprint") != fingerprint:
+        self.resumed = record.get("fingerprint") == fingerprint
+        if not self.resumed:
             kept = {name: found for name, found in record.get("parts", {}).items() if found == part(name)}
             names = [*record.get("files", {}), *record.get("writes", ())]
             self._remove([name for name in names if _folder(name) not in kept])
@@ -166,6 +168,13 @@ class StageFolder:
         self.files[name] = digest or file_digest(file)
         self.sizes[name] = file.stat().st_size
         self._write(complete=False)
+
+    def journal(self, name: str) -> Path:
+        """A file of lines that grows as work goes on (`append_line`), to be recorded at its end. Lines of another
+        fingerprint, which earlier versions did not record, are no part of this work."""
+        if not self.resumed:
+            (self.path / name).unlink(missing_ok=True)
+        return self.path / name
 
     def adopt(self, file: Path) -> bool:
         """Whether a file is there already, recording it where a kill came between its last byte and its record."""

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from quantcli.errors import OutputError, RoomError
-from quantcli.pipeline.rundir import RunDirectory, StageFolder, check_place, open_run, room_errors
+from quantcli.pipeline.rundir import (
+    RunDirectory,
+    StageFolder,
+    append_line,
+    check_place,
+    open_run,
+    read_lines,
+    room_errors,
+)
 
 Tree = dict[str, str]
 
@@ -168,3 +176,18 @@ def test_the_digest_of_a_recipe_that_an_earlier_version_wrote_is_known(tmp_path:
 def test_what_the_system_refuses(tmp_path: Path, error: Exception, kind: type[Exception]) -> None:
     with pytest.raises(kind), room_errors(tmp_path):
         raise error
+
+
+def test_lines_belong_to_one_fingerprint_though_nobody_recorded_them(tmp_path: Path) -> None:
+    def begun(fingerprint: str) -> Path:
+        folder = StageFolder(tmp_path / "stage")
+        folder.begin(fingerprint, ["lines.jsonl"])
+        return folder.journal("lines.jsonl")
+
+    append_line(begun("first"), {"number": 1})
+    assert read_lines(begun("first")) == [{"number": 1}]
+    folder = StageFolder(tmp_path / "stage")
+    folder.begin("first", ["lines.jsonl"])
+    folder.finish()  # as by a version that left the file out of its record
+    append_line(begun("second"), {"number": 2})
+    assert read_lines(begun("second")) == [{"number": 2}]

@@ -182,7 +182,7 @@ class _Trials:
 
     def __init__(self, context: Context, folder: StageFolder, target: TargetSection) -> None:
         self.context, self.folder, self.target = context, folder, target
-        self.file = folder.path / TRIALS
+        self.file = folder.journal(TRIALS)
         self.known: dict[str, dict[str, Any]] = {}
         self.models: dict[int, TrialModel] = {}
         for entry in read_lines(self.file):

@@ -188,7 +188,7 @@ def _of_model(context: Context, folder: StageFolder) -> dict[str, float | None]:
     from quantcli.pipeline.stages.quantize import trial_store
     from quantcli.pipeline.trial import TrialModel
 
-    file = folder.path / MEASURED
+    file = folder.journal(MEASURED)
     found = {name: entry["kl_divergence"] for entry in read_lines(file) for name in entry["linears"]}
     groups = [g for g in fused_groups(context.plan.structure, context.plan.rankable) if g[0] not in found]
     if groups:
