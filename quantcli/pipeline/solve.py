@@ -379,7 +379,7 @@ def _solve_input(
     found: Results = {}
     for members, (target, rows, zero_rows, facts) in zip(groups, aimed, strict=True):
         treatment = context.plan.treatments[members[0]]
-        facts = {"damping": curvature.damping} | seen | facts
+        facts = {"prefix": section.prefix, "damping": curvature.damping} | seen | facts
         grid = weight_grid(treatment, context.plan.structure.dtype)
         quantized, lost = solved(target, grid, curvature, section.sweeps)
         quantized, gained = _mixed(source, members, target, quantized, grid, curvature, section.sweeps)

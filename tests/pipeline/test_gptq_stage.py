@@ -291,6 +291,13 @@ def test_records_say_what_the_output_head_is_solved_without(recipe: Recipe) -> N
     assert not [name for name, fact in facts.items() if "tuned" in fact]
 
 
+def test_records_say_under_which_activations_a_linear_was_solved(recipe: Recipe) -> None:
+    for prefix in ("quantized", "float"):
+        asked = beside(recipe, prefix, quantize__gptq={"prefix": prefix}, export=None, evaluate=None)
+        quantcli.run(asked)
+        assert {event["prefix"] for event in events(asked, "linear")} == {prefix}
+
+
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_blocks_that_are_run_anew_for_each_input_give_the_same(recipe: Recipe, asymmetric: bool) -> None:
     recipe = changed(
