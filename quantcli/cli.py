@@ -353,7 +353,7 @@ def plan(
 def verify(
     path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run directory or an exported checkpoint.")],
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code of a checkpoint that stands alone.")
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code, if it comes with some.")
     ] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,

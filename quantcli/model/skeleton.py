@@ -161,7 +161,8 @@ def load_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
         kind = content.get("model_type", "missing")
         if "auto_map" in content and not trust_remote_code:
             raise ModelError(f"{path}: model_type {kind!r} needs code from the checkpoint.",
-                             "Read that code, then set model.trust_remote_code: true.") from error  # fmt: skip
+                             "Read that code, then set model.trust_remote_code: true, or for verify and convert say "
+                             "--trust-remote-code.") from error  # fmt: skip
         if isinstance(kind, str) and kind in CONFIG_MAPPING:
             raise ModelError(f"{path}: {_one_line(error)}.", "Check that value, or download the file again.") from error
         raise ModelError(f"{path}: model_type {kind!r} is not an architecture that this transformers knows.",

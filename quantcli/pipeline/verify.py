@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from quantcli.errors import ModelError, QuantcliError, RecipeError, VerificationError
 from quantcli.formats.sums import SUMS, check_digests, check_strangers, check_sums
 from quantcli.model.checkpoint import read_json
+from quantcli.model.untrusted import brings_code
 from quantcli.pipeline.rundir import RECIPE, RECORD, STAGE_RECORD, is_run
 from quantcli.pipeline.source import where_checkpoints_are
 
@@ -30,15 +31,16 @@ def verify_path(path: Path, *, trust_remote_code: bool = False) -> dict[str, Any
 
     A checkpoint inside a run is compared with the store it was written from, the store with the plan, and every file
     with its recorded digest; one that stands alone, whoever made it, is checked against itself and its checksums, if it
-    has any, and tensors that are of no parameter of the model are reported. `trust_remote_code` is for such a one: runs
-    have their recipe's. Raises VerificationError with the file or module and the difference.
+    has any, and tensors that are of no parameter of the model are reported. Code of a model runs only with
+    `trust_remote_code`, whatever the recipe of a run says, since that comes with what is judged. Raises
+    VerificationError with the file or module and the difference.
     """
     resolved = path.resolve()
     if is_run(resolved):
-        return _verify_run(resolved, None)
+        return _verify_run(resolved, None, trust_remote_code)
     run = resolved.parent.parent
     if resolved.parent.name == "export" and is_run(run):
-        return _verify_run(run, resolved.name)
+        return _verify_run(run, resolved.name, trust_remote_code)
     if not path.exists():
         raise RecipeError(f"There is nothing at {path}.", "Check the path.")
     if not any((path / name).is_file() for name in ("config.json", SUMS)):
@@ -83,7 +85,7 @@ def verify_export(
     return {**asdict(found), "prompt": score, "files": digests}
 
 
-def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
+def _verify_run(run: Path, only: str | None, trust_remote_code: bool) -> dict[str, Any]:
     from quantcli.model.structure_cache import find_structure
     from quantcli.pipeline.smoothed import smoothed_checkpoint
     from quantcli.pipeline.source import locate_model
@@ -104,18 +106,28 @@ def _verify_run(run: Path, only: str | None) -> dict[str, Any]:
     if record["export"].get("files", files) != files:
         raise VerificationError(f"{run}: {RECORD} and export/{STAGE_RECORD} differ about the files of the export.",
                                 "Run the recipe again.")  # fmt: skip
-    section = recipe.model
-    model = locate_model(section)
-    structure = find_structure(model, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
+    model = locate_model(recipe.model)
+    recipe = _as_trusted(recipe, model, trust_remote_code)
+    trust = recipe.model.trust_remote_code
+    structure = find_structure(model, dtype=recipe.model.dtype, trust_remote_code=trust)
     smoothed = smoothed_checkpoint(recipe, model, structure, run / "smooth")
     source = source_of(recipe, structure, finished_checkpoint(recipe, smoothed, run))
     store = finished_store(recipe, run)
     check_planned(store.schemes, _settled_schemes(recipe, model, run))
-    trust = section.trust_remote_code
     found = {name: verify_export(run, name, store, source, structure, trust_remote_code=trust) for name in formats}
     for facts in found.values():
         facts["files"] = len(facts["files"])
     return {f"{name}: {key}": value for name, facts in found.items() for key, value in facts.items()}
+
+
+def _as_trusted(recipe: Recipe, model: Path, trusted: bool) -> Recipe:
+    """The recipe of a run that lets code run only if who verifies does, too. Raises RecipeError where that is missing:
+    without its code the model may be another."""
+    if recipe.model.trust_remote_code and not trusted and brings_code(model):
+        raise RecipeError(f"{model} brings code of its own, which this run was made with.",
+                          "Read that code, then say --trust-remote-code.")  # fmt: skip
+    section = recipe.model.model_copy(update={"trust_remote_code": recipe.model.trust_remote_code and trusted})
+    return recipe.model_copy(update={"model": section})
 
 
 def _settled_schemes(recipe: Recipe, model: Path, run: Path) -> dict[str, Scheme]:
