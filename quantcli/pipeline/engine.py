@@ -140,6 +140,8 @@ def run_recipe(
         require_engine(recipe, plan)
     with open_run(path, model) as run:
         context = Context(recipe, model, plan, run, device, listener, ranking=until == sensitivity.STAGE.name)
+        if export.STAGE.wanted(recipe) and (until is None or export.STAGE.name in _needed(until)):
+            run.stage(export.STAGE.name).refuse_foreign(export.STAGE.writes(context))  # before hours of work
         _write_recipe(context, recipe)
         run.record |= {
             "layout": LAYOUT,
@@ -255,6 +257,7 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[
             context.emit("reused")
             return
     folder = context.run.stage(stage.name)
+    folder.refuse_foreign(stage.writes(context))  # while the records still say what is the run's own
     records = context.run.record["stages"]
     started = time.perf_counter()
     # what this one has no events of, an interrupted run before it has

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePath, PurePosixPath
@@ -68,7 +68,7 @@ class RunDirectory:
         self._events: IO[str] | None = None
 
     def stage(self, name: str) -> StageFolder:
-        return StageFolder(self.path / name)
+        return StageFolder(self.path / name, self.record["stages"].get(name, {}).get("files", {}))
 
     def write_record(self) -> None:
         write_json(self.path / RECORD, self.record)
@@ -113,10 +113,12 @@ class RunDirectory:
 
 
 class StageFolder:
-    """The files of one stage, and the record that says what they belong to."""
+    """The files of one stage, and the record that says what they belong to. `recorded`: names that another record has,
+    for where that one is lost."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, recorded: Iterable[str] = ()) -> None:
         self.path = path
+        self.recorded = tuple(recorded)
         self.files: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
         self.fingerprint = ""
@@ -131,14 +133,16 @@ class StageFolder:
         `writes` are glob patterns, relative to the folder, of all that the stage may write. A recorded file that is
         missing or has another size is forgotten, so that it is made again. `part` gives the fingerprint of a folder in
         it, by its name. The names of folders that were removed and that this stage does not write are returned.
+        Raises OutputError, before anything is removed, for a file in the way that no run of the stage has written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         record, writes = self._read(), tuple(writes)
         before = set(map(_folder, record.get("files", {})))
+        kept = {name: found for name, found in record.get("parts", {}).items() if found == part(name)}
+        self.refuse_foreign(writes, kept)
         self.resumed = record.get("fingerprint") == fingerprint
         if not self.resumed:
-            kept = {name: found for name, found in record.get("parts", {}).items() if found == part(name)}
-            names = [*record.get("files", {}), *record.get("writes", ())]
+            names = [*record.get("files", {}), *record.get("writes", ()), *self.recorded]
             self._remove([name for name in names if _folder(name) not in kept])
             own = {key: {n: v for n, v in record.get(key, {}).items() if _folder(n) in kept} for key in _OF_FILES}
             record = {**own, "parts": kept}
@@ -156,6 +160,25 @@ class StageFolder:
         self.fingerprint, self.writes, self._part = fingerprint, writes, part
         self._write(complete=False)
         return sorted(before - {"", *map(_folder, self.files), *written})
+
+    def refuse_foreign(self, writes: Iterable[str], kept: Collection[str] | None = None) -> None:
+        """Raise OutputError for a file with a name that the stage is going to write, which is neither recorded nor one
+        that an interrupted run may have left. Of folders that are `kept`, by default all that are complete, nothing is
+        written."""
+        if (self.path / STAGE_RECORD).is_dir():
+            raise directory_for_file(self.path / STAGE_RECORD)
+        record = self._read()
+        kept = record.get("parts", {}) if kept is None else kept
+        own, left = {*record.get("files", {}), *self.recorded}, tuple(record.get("writes", ()))
+        for pattern in writes:
+            if _folder(pattern) in kept or pattern in left or (record and pattern.endswith(".jsonl")):
+                continue  # earlier versions did not record a journal
+            for file in sorted(self.path.glob(pattern)):
+                name = file.relative_to(self.path)
+                known = name.as_posix() in own or any(_matches(name, each) for each in left)
+                if not known and (file.is_file() or file.is_symlink()):
+                    raise OutputError(f"{file} is in the way, and no record says that a run has written it.",
+                                      f"Move {file.parent} elsewhere, or choose another output.")  # fmt: skip
 
     def begun(self, fingerprint: str) -> bool:
         """Whether an interrupted run has left finished files under this fingerprint."""
@@ -392,6 +415,11 @@ def current_events(run: Path, stages: Iterable[str]) -> list[dict[str, Any]]:
 def _folder(name: str) -> str:
     """The folder in a stage's own that a file or pattern is in; empty if it is in none."""
     return name.rpartition("/")[0].partition("/")[0]
+
+
+def _matches(name: PurePath, pattern: str) -> bool:
+    """Whether all of a relative name matches a pattern; `match` alone looks at its end."""
+    return len(name.parts) == len(PurePosixPath(pattern).parts) and name.match(pattern)
 
 
 def _size(path: Path) -> int | None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 import quantcli
+from quantcli.errors import OutputError
+from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.verify import verify_path
 
 Recipe = dict[str, Any]
@@ -95,3 +97,50 @@ def test_half_an_export_and_a_damaged_one_do_not_stay(recipe: Recipe) -> None:
     (folder / "compressed-tensors" / "tokenizer.json").unlink()
     assert exported(recipe, "dense")[0] == {"dense"}
     assert not (folder / "ascend").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "model-00001-of-00002.safetensors", "dense"])
+def test_files_of_the_user_in_the_place_of_an_export_are_left_alone(
+    recipe: Recipe, tree: Tree, tiny_llama: Path, tmp_path: Path, name: str
+) -> None:
+    """A checkpoint of another model, one of its files, or one by `convert` there: nothing of it becomes the run's."""
+    exported(recipe, "compressed-tensors")
+    run = Path(recipe["output"])
+    place = run / "export" / "dense"
+    if name == "dense":
+        convert_checkpoint(run / "export" / "compressed-tensors", "dense", place)
+    else:
+        place.mkdir()
+        (place / name).write_bytes((tiny_llama / name.replace("-00001-of-00002", "")).read_bytes() + b" ")
+    before = tree(run)
+    for _ in range(2):
+        with pytest.raises(OutputError, match="in the way"):
+            exported(recipe, "compressed-tensors", "dense")
+        assert tree(run) == before
+    place.rename(tmp_path / "elsewhere")
+    assert exported(recipe, "compressed-tensors", "dense")[0] == {"compressed-tensors", "dense"}
+    assert verify_path(run)["dense: linears"] == 21
+
+
+def test_a_file_that_appears_beside_a_finished_export_is_not_overwritten(recipe: Recipe, tiny_llama: Path) -> None:
+    exported(recipe, "compressed-tensors", "dense")
+    run = Path(recipe["output"])
+    (file,) = (run / "export" / "dense").glob("*.safetensors")
+    foreign = file.with_name("model-00001-of-00002.safetensors")
+    foreign.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="in the way"):
+        exported(recipe, "dense", weights={"bits": 8, "granularity": "tensor"})
+    assert foreign.read_bytes() == b"mine"
+
+
+def test_files_whose_record_is_lost_are_made_again(recipe: Recipe, tree: Tree) -> None:
+    """They are known by the record of the run, but not for which recipe they are: none is adopted."""
+    exported(recipe, "compressed-tensors", "dense")
+    run = Path(recipe["output"])
+    found = tree(run / "export")
+    (run / "export" / "stage.json").unlink()
+    (config := run / "export" / "dense" / "config.json").write_text("of another")
+    exported(recipe, "compressed-tensors", "dense")
+    assert tree(run / "export") == found
+    assert verify_path(run)["dense: linears"] == 21
+    assert config.read_text() != "of another"
