@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,9 @@ from quantcli.pipeline.held import (
     shift_note,
     siblings_note,
 )
+from quantcli.pipeline.patterns import chosen_overrides, match_names
 from quantcli.quant.scheme import AttentionScheme, Scheme
-from quantcli.recipe.quantization import ActivationsSection, OverrideSection, WeightsSection, named_scheme
+from quantcli.recipe.quantization import ActivationsSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
 
 BYTES = {
@@ -35,6 +33,7 @@ BYTES = {
 }  # fmt: skip
 
 UNREACHED = "no input reaches it"
+OVERRIDDEN = "override "
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,8 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     _refuse_expert_schemes(recipe, structure, planned)
     attention = attention_scheme(recipe)
     quantized = [(p.linear, p.treatment.scheme) for p in planned if p.treatment is not None]
-    if not quantized and attention is None and not recipe.quantize.rollback.ranks:
-        raise RecipeError("quantize.rollback.names: every linear is rolled back, so nothing would be quantized.",
-                          "Narrow the patterns.")  # fmt: skip
+    if not quantized and attention is None and ranked is None:
+        raise _nothing_left(planned)
     refuse_unheld(recipe, model, structure, quantized, attention)
     refuse_arithmetic(recipe.evaluate.perplexity if recipe.evaluate else None, attention)
     excluded_from_smoothing(recipe, structure)
@@ -217,6 +215,18 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         engines=tuple(verdicts(quantized, attention, formats, kept, layers, biases=bool(biases))),
         own_code=recipe.model.trust_remote_code and brings_code(model),
     )
+
+
+def _nothing_left(planned: Sequence[PlannedLinear]) -> RecipeError:
+    """The refusal of a recipe that leaves every linear in float before any is ranked, at the key that does it."""
+    if any(p.rolled_back for p in planned):
+        return RecipeError("quantize.rollback.names: every linear is rolled back, so nothing would be quantized.",
+                           "Narrow the patterns.")  # fmt: skip
+    if any(p.reason.startswith(OVERRIDDEN) for p in planned):
+        return RecipeError("quantize.overrides: every linear stays in float, so nothing would be quantized.",
+                           "Narrow the patterns, or give one a scheme other than float.")  # fmt: skip
+    reason = next((p.reason for p in planned), "there is none")
+    return RecipeError(f"quantize: no linear would be quantized: {reason}.", "Choose another scheme, or model.")
 
 
 def _refuse_rotation(recipe: Recipe, structure: Structure) -> None:
@@ -283,27 +293,6 @@ def excluded_from_smoothing(recipe: Recipe, structure: Structure) -> dict[str, s
     return match_names(recipe.smooth.exclude, list(dict.fromkeys(names)), "smooth.exclude", "linear or norm")
 
 
-def match_names(patterns: Iterable[str], names: Sequence[str], place: str, kind: str = "linear") -> dict[str, str]:
-    """name → the first pattern that it matches: an exact name, a glob, or a regular expression after `re:`.
-
-    Raises RecipeError for a pattern that matches nothing, with the nearest names; `place` is the recipe's key.
-    """
-    found: dict[str, str] = {}
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            expression = re.compile(pattern[3:])
-            matched = [name for name in names if expression.fullmatch(name)]
-        else:
-            matched = [name for name in names if fnmatchcase(name, pattern)]
-        if not matched:
-            near = get_close_matches(pattern, names, 3, 0.3)
-            raise RecipeError(f"{place}: {pattern!r} matches no {kind} of this model.",
-                              f"Did you mean {', '.join(near)}?" if near else "")  # fmt: skip
-        for name in matched:
-            found.setdefault(name, pattern)
-    return found
-
-
 def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], notes: list[str]) -> list[PlannedLinear]:
     """Every linear in the order of the model, the head last, each with its treatment or the reason to stay in float."""
     section = recipe.quantize
@@ -312,7 +301,7 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
         head = Linear(structure.head, structure.width, structure.vocabulary)
         places[structure.head] = (head, len(structure.blocks))
     names = list(places)
-    chosen = _chosen_overrides(section.overrides, names)
+    chosen = chosen_overrides(section.overrides, names)
     rolled_back = {
         name: f"rolled back by {pattern}"
         for name, pattern in match_names(section.rollback.names, names, "quantize.rollback.names").items()
@@ -331,7 +320,7 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
         elif name in rolled_back:
             reasons[name] = rolled_back[name] + (f", to {section.rollback.to}" if replacement else "")
         elif override is not None:
-            reasons[name] = f"override {override.match}"
+            reasons[name] = f"{OVERRIDDEN}{override.match}"
         elif pair is None:
             reasons[name] = "weights.bits is 16"
         if pair is not None:
@@ -345,15 +334,6 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
     return [
         PlannedLinear(*places[name], treatments.get(name), reasons.get(name, ""), name in rolled_back) for name in names
     ]
-
-
-def _chosen_overrides(overrides: Sequence[OverrideSection], names: Sequence[str]) -> dict[str, OverrideSection]:
-    """The first override that matches each linear. Every pattern has to match something."""
-    found: dict[str, OverrideSection] = {}
-    for index, override in enumerate(overrides):
-        for name in match_names([override.match], names, f"quantize.overrides[{index}].match"):
-            found.setdefault(name, override)
-    return found
 
 
 def _always_float(recipe: Recipe, structure: Structure) -> dict[str, str]:

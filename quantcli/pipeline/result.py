@@ -14,7 +14,8 @@ from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.experts import few_tokens, solved_experts, weighed_experts
 from quantcli.pipeline.gates import WORST, Gate, Worst, judged, message_of, remove_reports, worst_linears, write_reports
-from quantcli.pipeline.plan import Plan, match_names, stored_bytes
+from quantcli.pipeline.patterns import match_names
+from quantcli.pipeline.plan import Plan, stored_bytes
 from quantcli.pipeline.rundir import room_errors
 from quantcli.pipeline.stages import (
     allocate,

@@ -17,7 +17,8 @@ from quantcli.errors import ModelError, RecipeError
 from quantcli.model.structure import Block, Experts, Linear, SharedInput, Structure
 from quantcli.pipeline.estimate import BASE_MEMORY, Estimate
 from quantcli.pipeline.fused import fused_groups
-from quantcli.pipeline.plan import Plan, dividing_group_size, make_plan, match_names
+from quantcli.pipeline.patterns import match_names
+from quantcli.pipeline.plan import Plan, dividing_group_size, make_plan
 from quantcli.recipe import load_recipe
 
 WIDTH, INNER, VOCABULARY = 64, 96, 512
@@ -45,6 +46,7 @@ def _structure(blocks: int = 2, tied: bool = False) -> Structure:
 
 
 LLAMA = _structure()
+LLAMA_NAMES = [linear.name for block in LLAMA.blocks for linear in block.linears]
 
 
 def planned(structure: Structure = LLAMA, *, ranked: dict[str, str] | None = None, **quantize: Any) -> Plan:
@@ -628,7 +630,19 @@ def test_ascend_holds_them(quantize: dict[str, Any], name: str, attention: str |
 def test_nothing_left_to_quantize_is_refused() -> None:
     with pytest.raises(RecipeError, match="every linear is rolled back"):
         planned(**TOKEN, rollback={"names": ["*"]})
+    for more in (
+        {"target": {"kl_divergence": 0.01}},
+        {"target": {"size": 1.0}},
+        {"level": 2},
+    ):
+        with pytest.raises(RecipeError, match="names: every linear is rolled back"):
+            planned(**TOKEN, rollback={"names": ["*"], **more})
+    with pytest.raises(RecipeError, match="overrides: every linear stays in float"):
+        planned(overrides=[{"match": "*", "scheme": "float"}])
+    with pytest.raises(RecipeError, match="overrides: every linear stays in float"):
+        planned(overrides=[{"match": "*", "scheme": "float"}], rollback={"level": 2})
     assert planned(**TOKEN, rollback={"names": ["*"], "to": "W8A16"}).schemes
+    assert planned(**TOKEN, rollback={"level": 14}, ranked=dict.fromkeys(LLAMA_NAMES, "ranked")).schemes == {}
 
 
 # ------------------------------------------------------------------------------------------------------ a real model
