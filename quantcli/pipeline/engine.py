@@ -22,7 +22,6 @@ from quantcli.pipeline.plan import Plan, make_plan, reads_calibration
 from quantcli.pipeline.report import write_page, write_summary
 from quantcli.pipeline.result import RunResult, process_peak, run_result, with_gates
 from quantcli.pipeline.rundir import (
-    EDITED_RECIPE,
     RECIPE,
     RunDirectory,
     StageFolder,
@@ -215,9 +214,9 @@ def _bring_up_to_date(context: Context, until: str | None) -> None:
 
 
 def _write_recipe(context: Context, recipe: Recipe, stage: str = "") -> None:
-    if context.run.write_recipe(resolved_yaml(recipe), stage):
+    if (kept := context.run.write_recipe(resolved_yaml(recipe), stage)) is not None:
         path = context.folder(stage) / RECIPE
-        context.emit("note", text=f"{path} was edited since the last run; it is now {EDITED_RECIPE}.")
+        context.emit("note", text=f"{path} was edited since the last run; it is now {kept.name}.")
 
 
 def _fingerprint(identity: list[Any]) -> str:

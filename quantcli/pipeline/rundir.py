@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from itertools import chain, count
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any
 
@@ -73,15 +74,15 @@ class RunDirectory:
     def write_record(self) -> None:
         write_json(self.path / RECORD, self.record)
 
-    def write_recipe(self, text: str, stage: str = "") -> bool:
+    def write_recipe(self, text: str, stage: str = "") -> Path | None:
         """Write recipe.yaml, of the run or what a stage makes of it. One that was edited since it was written is kept
-        as recipe.edited.yaml beside it: then True."""
+        beside it, as recipe.edited.yaml or, where other edits are kept already, with a number: then that file."""
         path, digest = self.path / stage / RECIPE, sha256(text.encode()).hexdigest()
         key = f"{stage} recipe".strip()
         found = file_digest(path) if path.is_file() else digest
-        edited = found not in [digest, *self._written(key)]
-        if edited:
-            path.replace(path.with_name(EDITED_RECIPE))
+        edited = _place_of_edits(path, found) if found not in [digest, *self._written(key)] else None
+        if edited is not None:
+            path.replace(edited)
         # both are ours while either may be what a kill leaves
         self.record[key] = [digest] if edited else sorted({found, digest})
         self.write_record()
@@ -415,6 +416,13 @@ def current_events(run: Path, stages: Iterable[str]) -> list[dict[str, Any]]:
 def _folder(name: str) -> str:
     """The folder in a stage's own that a file or pattern is in; empty if it is in none."""
     return name.rpartition("/")[0].partition("/")[0]
+
+
+def _place_of_edits(recipe: Path, digest: str) -> Path:
+    """Where a recipe that was edited goes: the first name that no other edits have."""
+    first = recipe.with_name(EDITED_RECIPE)
+    names = chain([first], (first.with_stem(f"{first.stem}-{number}") for number in count(2)))
+    return next(file for file in names if not os.path.lexists(file) or (file.is_file() and file_digest(file) == digest))
 
 
 def _matches(name: PurePath, pattern: str) -> bool:

@@ -149,10 +149,24 @@ def test_a_recipe_is_edited_only_if_somebody_edited_it(
     assert recipe.read_text() == ("two" if kill > 1 else "one")
     if edits:
         recipe.write_text("mine")
-    assert RunDirectory(tmp_path).write_recipe(later) == edits
+    assert RunDirectory(tmp_path).write_recipe(later) == (kept if edits else None)
     assert recipe.read_text() == later
     assert kept.exists() == edits
     assert not edits or kept.read_text() == "mine"
+
+
+def test_every_edit_of_a_recipe_is_kept(tmp_path: Path) -> None:
+    for edit in ("first", "second", "first", "third"):
+        RunDirectory(tmp_path).write_recipe("ours")
+        (tmp_path / "recipe.yaml").write_text(edit)
+        RunDirectory(tmp_path).write_recipe("ours")
+    kept = {file.name: file.read_text() for file in tmp_path.glob("recipe*.yaml")}
+    assert kept.pop("recipe.yaml") == "ours"
+    assert kept == {
+        "recipe.edited.yaml": "first",
+        "recipe.edited-2.yaml": "second",
+        "recipe.edited-3.yaml": "third",
+    }
 
 
 def test_the_digest_of_a_recipe_that_an_earlier_version_wrote_is_known(tmp_path: Path) -> None:
