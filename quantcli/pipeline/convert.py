@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -80,7 +84,7 @@ def convert_checkpoint(
             found, score = _written(
                 temporary, form, structure, checkpoint, weights, restrict_permissions, shard_bytes, trust_remote_code
             )
-            written = _move(temporary, output)
+            written = _move(temporary, source, output, overwrite)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     beside = [file.name for file in read_by_engines(output) if file not in written]
@@ -147,16 +151,41 @@ def _written(
     return found, check_prompt(folder, form, store, source, structure, trust_remote_code=trust_remote_code)
 
 
-def _move(temporary: Path, output: Path) -> set[Path]:
-    """Every file to its place, at once where nothing is there; where they are. Else what is replaced goes before, by
-    `removal_rank`, and files come in the reverse order; the checksums, there throughout, mark what an interruption
-    leaves as ours. They are the older ones until all of those files are gone, or name those of them that have no name
-    of their own."""
+def _move(temporary: Path, source: Path, output: Path, overwrite: bool) -> set[Path]:
+    """Every file to its place, at once where nothing is there; where they are. Raises OutputError for what another
+    command has put there since."""
     entries = [file for file in checkpoint_entries(temporary) if file.is_file()]
     places = {file: output / file.relative_to(temporary) for file in entries}
     if not output.exists():
-        temporary.rename(output)
-        return {*places.values()}
+        try:
+            temporary.rename(output)
+            return {*places.values()}
+        except OSError as error:  # the system puts no directory over one that holds files
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    with _alone(output):
+        _refuse_place(source, output, overwrite)
+        _replace(temporary, output, places)
+    return {*places.values()}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other command moves files into a directory, where the file system can tell."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _replace(temporary: Path, output: Path, places: Mapping[Path, Path]) -> None:
+    """The files to their places in a directory that is there. What they take the place of goes before, by
+    `removal_rank`, and files come in the reverse order; the checksums, there throughout, mark what an interruption
+    leaves as ours. They are the older ones until all of those files are gone, or name those of them that have no name
+    of their own."""
     if (mode := temporary.stat().st_mode & 0o777) == FOLDER:
         output.chmod(mode)
     replaced = replaced_files(output) - {output / SUMS}
@@ -171,7 +200,6 @@ def _move(temporary: Path, output: Path) -> set[Path]:
     if (output / TEMPLATES).is_dir() and not any((output / TEMPLATES).iterdir()):
         (output / TEMPLATES).rmdir()
     (temporary / SUMS).replace(output / SUMS)
-    for file in sorted((file for file in entries if file.name != SUMS), key=removal_rank, reverse=True):
+    for file in sorted((file for file in places if file.name != SUMS), key=removal_rank, reverse=True):
         places[file].parent.mkdir(mode=file.parent.stat().st_mode & 0o777, exist_ok=True)
         file.replace(places[file])
-    return {*places.values()}

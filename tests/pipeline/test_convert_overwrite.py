@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_interrupted_export import in_child
@@ -16,6 +17,7 @@ from tiny_exports import export_tiny
 from quantcli.errors import OutputError
 from quantcli.formats import export
 from quantcli.formats.sums import SUMS
+from quantcli.pipeline import convert
 from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.replaced import named_files
 from quantcli.pipeline.verify import verify_path
@@ -125,3 +127,33 @@ def test_shards_of_another_number_go_with_their_index(
     (tmp_path / "out" / SUMS).unlink()
     convert_checkpoint(source, "gptq", tmp_path / "out", overwrite=True)
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_of_two_conversions_into_one_place_the_later_replaces_nothing_unasked(
+    source: Path, tmp_path: Path, tree: Callable[[Path], Tree], monkeypatch: pytest.MonkeyPatch,
+    there: bool, overwrite: bool
+) -> None:  # fmt: skip
+    """The first to be finished begins when the other has looked at the place and found nothing there."""
+    output = tmp_path / "out"
+    if there:
+        output.mkdir()
+    write = convert._written
+
+    def write_later(*arguments: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(convert, "_written", write)
+            assert in_child(lambda: convert_checkpoint(source, "awq", output) and None) == 0
+        return write(*arguments)
+
+    monkeypatch.setattr(convert, "_written", write_later)
+    if overwrite:
+        convert_checkpoint(source, "gptq", output, overwrite=True)
+    else:
+        with pytest.raises(OutputError, match="holds a checkpoint already"):
+            convert_checkpoint(source, "gptq", output)
+    monkeypatch.undo()
+    convert_checkpoint(source, "gptq" if overwrite else "awq", tmp_path / "alone")
+    assert tree(output) == tree(tmp_path / "alone")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
