@@ -171,4 +171,10 @@ class PerplexitySection(Section):
             if self.protocol != protocol and getattr(self, key) != default:
                 wrong = f"has no meaning in protocol {self.protocol}"
                 raise refusal(key, wrong, f"Remove it, or set protocol: {protocol}.")
+        if self.windows is not None and self.windows < self.batch_size:
+            wrong = f"is {self.batch_size}, more than windows ({self.windows}), and a short last batch is dropped"
+            raise refusal("batch_size", wrong, "Choose a smaller batch_size, or more windows.")
+        if self.protocol == "golden-stick" and self.sequence_length < 3:
+            wrong = "is 2, and windows of protocol golden-stick are a token shorter, which leaves none to predict"
+            raise refusal("sequence_length", wrong, "Choose 3 or more.")
         return self

@@ -163,8 +163,9 @@ def test_golden_stick_is_its_slow_self(padded_llama: Path, tmp_path: Path, batch
     assert (data["dataset"], data["file"], data["split"]) == ("text", "text.txt", None)
     assert data["digest"] == data_fingerprint("text", text, None, "test")
     assert f"over batches of {batch} " in found["description"]
-    with pytest.raises(DataError, match="2 windows are fewer than a batch of 3"):
-        measured(padded_llama, text, protocol="golden-stick", sequence_length=length, windows=2, batch_size=3)
+    more = len(chunks) + 1
+    with pytest.raises(DataError, match=f"{len(chunks)} windows are fewer than a batch of {more}"):
+        measured(padded_llama, text, protocol="golden-stick", sequence_length=length, batch_size=more)
 
 
 def write_rows(path: Path, rows: list[str]) -> Path:
