@@ -23,7 +23,7 @@ def inspect_path(path: Path) -> dict[str, Any]:
     """Facts about a model directory, a .gguf file, a quantized checkpoint or a run directory."""
     if is_run(path):
         return _inspect_run(path)
-    directory = locate_model(ModelSection(path=str(path.resolve()))) if path.is_file() else path
+    directory = locate_model(ModelSection(path=str(path.absolute()))) if path.is_file() else path
     if not directory.is_dir():
         raise ModelError(f"There is nothing at {path}.", "Check the path.")
     if not (directory / "config.json").is_file():

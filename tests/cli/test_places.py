@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -92,6 +93,20 @@ def test_a_file_of_llama_cpp(quantcli: Callable[..., Any], tmp_path: Path) -> No
     said(quantcli("convert", file, *convert), 3, f"{file} is a file", f"Name the directory that it is in: {folder}")
     said(quantcli("convert", alone, *convert), 3, f"{alone} is a file", "quantcli eval-ppl --checkpoint scores it")
     assert quantcli("verify", folder).status == 0
+
+
+def test_a_file_of_llama_cpp_behind_a_link(quantcli: Callable[..., Any], tmp_path: Path) -> None:
+    """The hub's cache has links with names to files without, whatever the command."""
+    folder = export_tiny(tmp_path, FOUR, dtype=torch.bfloat16, form="gguf", with_tokenizer=True).folder
+    (tmp_path / "blobs").mkdir()
+    shutil.copy(folder / "model.gguf", tmp_path / "blobs" / "4711")
+    link = tmp_path / "model.gguf"
+    link.symlink_to("blobs/4711")
+    found = json.loads(quantcli("inspect", link, "--json").out)
+    assert found["kind"] == "float model"
+    assert json.loads(quantcli("inspect", tmp_path / "blobs" / ".." / "model.gguf", "--json").out) == found
+    assert quantcli("plan", "w8a16", "--model", link).status == 0
+    assert quantcli("eval-ppl", "--checkpoint", link, "--set", "evaluate.perplexity.sequence_length=64").status == 0
 
 
 def test_an_export_that_was_moved_has_no_recipe(quantcli: Callable[..., Any], moved: Path) -> None:
