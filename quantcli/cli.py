@@ -110,16 +110,14 @@ def run_command(arguments: Sequence[str]) -> int:
         error.show()
         return int(error.exit_code)
     except QuantcliError as error:
-        if "--verbose" in arguments:
-            traceback.print_exc()
+        _show_traceback(arguments)
         _complain(str(error))
         return error.exit_code
     except MemoryError:
         _complain("The memory is too small. Use a machine with more of it.")
         return RoomError.exit_code
     except Exception as error:
-        if "--verbose" in arguments:
-            traceback.print_exc()
+        _show_traceback(arguments)
         if (known := refusal_of_the_system(error)) is not None:
             _complain(str(known))
             return known.exit_code
@@ -128,10 +126,17 @@ def run_command(arguments: Sequence[str]) -> int:
         return 1
 
 
-def _complain(text: str) -> None:
-    from rich.console import Console
+def _show_traceback(arguments: Sequence[str]) -> None:
+    if "--verbose" in arguments:
+        from quantcli.printed import printable
 
-    Console(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.stderr.write(printable(traceback.format_exc()))
+
+
+def _complain(text: str) -> None:
+    from quantcli.printed import PlainConsole
+
+    PlainConsole(stderr=True).print(text, style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _run(

@@ -10,10 +10,10 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from quantcli.printed import PlainConsole, printable
 from quantcli.report.numbers import size
 from quantcli.report.outcome import outcome_rows, protocol_line, scheme_rows
 
@@ -51,7 +51,7 @@ def progress(*, quiet: bool, verbose: bool) -> Iterator[Listener | None]:
     if quiet:
         yield None
         return
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     if console.is_terminal and not verbose:
         with _bars(console) as listener:
             yield listener
@@ -60,7 +60,7 @@ def progress(*, quiet: bool, verbose: bool) -> Iterator[Listener | None]:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Listener]:
+def _bars(console: PlainConsole) -> Iterator[Listener]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -94,7 +94,7 @@ def _bars(console: Console) -> Iterator[Listener]:
         yield listen
 
 
-def _lines(console: Console, verbose: bool) -> Listener:
+def _lines(console: PlainConsole, verbose: bool) -> Listener:
     last = time.monotonic()
 
     def listen(event: dict[str, Any]) -> None:
@@ -157,7 +157,7 @@ def _sentence(event: dict[str, Any]) -> str | None:
 
 def show_result(result: RunResult) -> None:
     """The outcome table of a run, and the next step."""
-    console = Console()
+    console = PlainConsole()
     table = Table(title=Text(str(result.path)), title_justify="left", show_header=False)
     for label, value in outcome_rows(result.plan.to_json(), result.to_json()):
         _add(table, label, value)
@@ -184,7 +184,7 @@ def _serving_command(export: str, loading: Collection[str], own_code: bool) -> s
 
 def show_plan(plan: Plan, *, verbose: bool) -> None:
     """What a recipe would do. Linears of like name and scheme share a row; --verbose lists each."""
-    console = Console()
+    console = PlainConsole()
     rows = list(scheme_rows(plan.to_json()["linears"], every=verbose))
     prefix = "" if verbose else _shared_prefix([name for name, *_ in rows if "*" in name])
     title = f"{plan.structure.architecture} in {plan.model}" + (f"; … is {prefix.removesuffix('.')}" if prefix else "")
@@ -234,7 +234,7 @@ def _joined(rows: list[tuple[str, str, str, str, str]], prefix: str) -> Iterator
 
 def show_sensitivity(found: Mapping[str, Any], top: int) -> None:
     """The ranking of `quantcli sensitivity`, and a rollback block to paste."""
-    console = Console()
+    console = PlainConsole()
     metric, rows = found["metric"], found["linears"]
     columns = [metric, *dict.fromkeys(key for row in rows for key in row if key not in ("name", metric))]
     prefix = commonprefix([row["name"] for row in rows]).rpartition(".")[0]  # noqa: RUF071 (cut at a dot)
@@ -281,7 +281,7 @@ def show_scores(found: Mapping[str, Any]) -> None:
 
 def show_report(found: Mapping[str, Any]) -> None:
     """Where `quantcli report` wrote a page; of several runs also the table."""
-    console = Console()
+    console = PlainConsole()
     if "runs" in found:
         table = Table()
         table.add_column("run", overflow="fold")
@@ -305,7 +305,7 @@ def show_facts(title: str, facts: Mapping[str, Any]) -> None:
     for key, value in facts.items():
         if value is not None:
             _add(table, *_in_words(key, value))
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def _in_words(key: str, value: Any) -> tuple[str, str]:
@@ -321,4 +321,4 @@ def _in_words(key: str, value: Any) -> tuple[str, str]:
 
 def _add(table: Table, *cells: str) -> None:
     """A row of texts as they are: what stands in brackets, in a path or a pattern, is no markup."""
-    table.add_row(*map(Text, cells))
+    table.add_row(*(Text(printable(cell)) for cell in cells))  # here, so that columns are as wide as what is shown
