@@ -23,6 +23,7 @@ _CommandLineError: Any = typer.BadParameter.__mro__[2]
 # How often a thread of libgomp looks for the others before it sleeps. Its own 300 000 are milliseconds, in which a
 # thread that waits keeps the one it waits for from a core that both share with other programs.
 _SPINS = "10000"
+_IN_RUNS = ("run", "smooth", "calibrate", "sensitivity", "search", "allocate", "quantize", "export", "eval-ppl")
 _BROKEN_PIPE = 141  # as the shell reports a command whose reader has gone
 
 app = typer.Typer(
@@ -102,10 +103,16 @@ def run_command(arguments: Sequence[str]) -> int:
         # not standalone: click would turn an interrupt into exit status 1
         return int(app(list(arguments), prog_name="quantcli", standalone_mode=False) or 0)
     except _Interrupted as error:
-        _complain("Interrupted. The same command goes on where it stopped.")
+        _complain("Interrupted." + " The same command goes on where it stopped." * _goes_on(arguments))
         return 128 + int(error.args[0])  # 130 from the keyboard, 143 when terminated
-    except (BrokenPipeError, SystemExit):  # typer leaves by SystemExit when the reader of a pipe has gone
+    except BrokenPipeError:
         return _BROKEN_PIPE
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # by which typer leaves when the reader of a pipe has gone
+            return _BROKEN_PIPE
+        _show_traceback(arguments)
+        _complain(f"Internal error: something ended the command by SystemExit: {error.code}. (--verbose shows where.)")
+        return 1
     except _CommandLineError as error:
         error.show()
         return int(error.exit_code)
@@ -124,6 +131,12 @@ def run_command(arguments: Sequence[str]) -> int:
         first = next(iter(str(error).splitlines()), "")
         _complain(f"Internal error: {type(error).__name__}: {first} (--verbose shows where.)")
         return 1
+
+
+def _goes_on(arguments: Sequence[str]) -> bool:
+    """Whether a command keeps in a run directory what it has finished."""
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    return command in _IN_RUNS and not any(word.startswith("--checkpoint") for word in arguments)
 
 
 def _show_traceback(arguments: Sequence[str]) -> None:

@@ -119,6 +119,10 @@ def refusal_of_the_system(error: Exception) -> QuantcliError | None:
         return RoomError(f"No room is left on the disk: {text}.", "Free some, also for temporary files (TMPDIR).")
     if isinstance(error, OSError) and error.errno in NO_ACCESS:
         return ModelError(f"{error.filename}: {error.strerror}.", "Check who may read it and enter its directory.")
+    if isinstance(error, RuntimeError) and "Symlink loop from" in text:  # of pathlib, before Python 3.13
+        return RecipeError(f"{text.partition(' from ')[2]} is a link that leads back to itself.", "Check the path.")
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        return RecipeError(f"{error.filename} is a link that leads back to itself.", "Check the path.")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return RecipeError(f"{error.filename!s:.60}…: {error.strerror}.", "Check the path.")
     if lacks_memory(error):

@@ -25,10 +25,10 @@ def find_structure(directory: Path, *, dtype: str = "auto", trust_remote_code: b
     """
     config = directory / "config.json"
     cache = None
-    if config.exists() and not trust_remote_code:
+    if config.exists() and not trust_remote_code and (folder := cache_directory()) is not None:
         text = read_regular(config, MAXIMUM_JSON_BYTES)
         silent = b'dtype"' not in text and dtype == "auto"  # then it is that of the weights
-        cache = _folder() / f"{_key(text, f'{stored_dtype(directory)}' if silent else dtype)}.json"
+        cache = folder / "structures" / f"{_key(text, f'{stored_dtype(directory)}' if silent else dtype)}.json"
         try:
             return Structure.from_json(json.loads(cache.read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -41,8 +41,12 @@ def find_structure(directory: Path, *, dtype: str = "auto", trust_remote_code: b
     return structure
 
 
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantcli" / "structures"
+def cache_directory() -> Path | None:
+    """$XDG_CACHE_HOME/quantcli, or that below ~/.cache; None for a user who has no home, as in some containers."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantcli"
+    except RuntimeError:
+        return None
 
 
 def _key(config: bytes, dtype: str) -> str:

@@ -65,8 +65,8 @@ def _inspect_run(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {"kind": "run directory", "model": record.get("model")}
     stages = record.get("stages", {})
     for name, stage in stages.items():
-        count = len(stage["files"])
-        seconds = "" if stage["seconds"] is None else f", {stage['seconds']:.1f} s"
+        count = len(stage.get("files", {}))
+        seconds = "" if stage.get("seconds") is None else f", {stage['seconds']:.1f} s"
         facts[name] = f"{count} file{'' if count == 1 else 's'}{seconds}"
     results = path / "eval-ppl" / "results.json"
     if "eval-ppl" in stages and results.is_file():

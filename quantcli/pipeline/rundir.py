@@ -56,8 +56,12 @@ def removal_rank(file: PurePath) -> int:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a directory is a run's: its run.json says so."""
-    return _read_object(path / RECORD).get("kind") == KIND
+    """Whether a directory is a run's: its run.json says so, and holds records of stages."""
+    record = _read_object(path / RECORD)
+    stages = record.get("stages")
+    if record.get("kind") != KIND or not isinstance(stages, dict):
+        return False
+    return all(isinstance(stage, dict) and isinstance(stage.get("files", {}), dict) for stage in stages.values())
 
 
 class RunDirectory:

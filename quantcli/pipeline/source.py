@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.float_weights import require_floats
 from quantcli.model.hub import hub_asked
 from quantcli.model.structure import Structure
-from quantcli.model.structure_cache import find_structure
+from quantcli.model.structure_cache import cache_directory, find_structure
 from quantcli.model.untrusted import check_texts, checkpoint_entries
 from quantcli.pipeline.rundir import is_run, room_errors
 from quantcli.recipe.data import CalibrationSection, PerplexitySection
@@ -97,7 +96,10 @@ def _converted(file: Path, dtype: str, listener: Listener | None) -> Path:
     status = file.stat()
     with file.open("rb") as opened:
         key = hashlib.sha256(f"{status.st_size} {status.st_mtime_ns} {dtype}".encode() + opened.read(1 << 20))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantcli" / "models"
+    if (cache := cache_directory()) is None:
+        raise OutputError("There is no home directory, where .gguf files are converted to.",
+                          "Set XDG_CACHE_HOME to a directory that you may write to.")  # fmt: skip
+    cache = cache / "models"
     destination = cache / f"{file.stem}-{key.hexdigest()[:16]}"
     if not destination.is_dir():
         if listener is not None:
