@@ -70,4 +70,6 @@ def plan(
     from quantcli.pipeline.engine import plan_recipe
     from quantcli.recipe import load_recipe
 
-    return plan_recipe(load_recipe(recipe, overrides, model=model, output=output, device=device))
+    # a plan writes nothing, so it needs no place to write to
+    loaded = load_recipe(recipe, overrides, model=model, output=output, device=device, default_output="runs")
+    return plan_recipe(loaded)

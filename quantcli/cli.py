@@ -47,6 +47,15 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, no mess
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Every event, and a traceback for every error.")]
 
 
+def _path(text: str) -> Path:
+    """A path on the command line, with ~ for the home directory also where a shell leaves it, as in --output=~/x."""
+    from quantcli.recipe.shipped import expanded
+
+    if not text:
+        raise RecipeError("A path on the command line is empty.", "Name one; . is the current directory.")
+    return expanded(text)
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"quantcli {__version__}")
@@ -232,7 +241,13 @@ def eval_ppl(
         str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; not needed with --checkpoint.")
     ] = None,
     checkpoint: Annotated[
-        Path | None, typer.Option("--checkpoint", help="Score this checkpoint, whoever made it, in the place of a run.")
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            parser=_path,
+            metavar="PATH",
+            help="Score this checkpoint, whoever made it, in the place of a run.",
+        ),
     ] = None,
     overrides: SetOption = None,
     model: ModelOption = None,
@@ -254,6 +269,7 @@ def eval_ppl(
 
     require_checkpoint(checkpoint, scored=True)
     if model is not None:
+        model = str(_path(model))
         require_checkpoint(Path(model), scored=True)
     section: dict[str, Any] = {"perplexity": {}}
     source: Any = recipe or {"model": {"path": "."}, "quantize": {}, "evaluate": section, "output": "runs"}
@@ -270,9 +286,13 @@ def eval_ppl(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A quantized checkpoint, whoever made it.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(parser=_path, metavar="CHECKPOINT", help="A quantized checkpoint, whoever made it.")
+    ],
     to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="The format to write, as in export.formats.")],
-    output: Annotated[Path, typer.Option("--output", help="Directory of the new checkpoint.")],
+    output: Annotated[
+        Path, typer.Option("--output", parser=_path, metavar="PATH", help="Directory of the new checkpoint.")
+    ],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     restrict_permissions: Annotated[
         bool,
@@ -369,7 +389,10 @@ def plan(
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run directory or an exported checkpoint.")],
+    path: Annotated[
+        Path,
+        typer.Argument(parser=_path, metavar="RUN|CHECKPOINT", help="A run directory or an exported checkpoint."),
+    ],
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the model's own code, if it comes with some.")
     ] = False,
@@ -389,8 +412,12 @@ def verify(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are compared.")],
-    output: Annotated[Path | None, typer.Option("--output", help="File to write.")] = None,
+    runs: Annotated[
+        list[Path], typer.Argument(parser=_path, metavar="RUN...", help="Run directories; several are compared.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", parser=_path, metavar="PATH", help="File to write.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -408,7 +435,9 @@ def report(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="A model, a checkpoint or a run directory.")],
+    path: Annotated[
+        Path, typer.Argument(parser=_path, metavar="PATH", help="A model, a checkpoint or a run directory.")
+    ],
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:

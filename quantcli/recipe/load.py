@@ -38,7 +38,7 @@ def load_recipe(
     `source` is a file, the name of a shipped recipe, or a mapping. `overrides` are `a.b.c=VALUE` with VALUE in YAML;
     `model`, `output` and `device` then set model.path, output and model.device; `default_output` stands where the
     recipe has no output. Relative paths in a user's file are
-    taken from its directory; those in options, shipped recipes and mappings from the current directory. The recipe
+    taken from its directory; those in options, pipes, shipped recipes and mappings from the current one. The recipe
     holds absolute paths, except that a model.path which is no local path stays a hub name.
 
     Raises RecipeError for anything wrong, with file and line, key and remedy.
@@ -79,6 +79,8 @@ def _open(source: str | Path | Mapping[str, object]) -> Document:
         _refuse_model(path, name)
         if path.is_file():
             return read_document(path, path.absolute().parent)
+        if path.is_fifo():  # as <(…) of a shell, or /dev/stdin behind a pipe
+            return read_document(path, Path.cwd())
     except PermissionError as error:
         raise RecipeError(f"{path}: {error.strerror}.", "Check who may read it and enter its directory.") from error
     if isinstance(source, Path) or os.sep in name or path.suffix in (".yaml", ".yml"):
