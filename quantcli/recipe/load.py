@@ -38,7 +38,8 @@ def load_recipe(
     `source` is a file, the name of a shipped recipe, or a mapping. `overrides` are `a.b.c=VALUE` with VALUE in YAML;
     `model`, `output` and `device` then set model.path, output and model.device; `default_output` stands where the
     recipe has no output. Relative paths in a user's file are
-    taken from its directory; those in options, pipes, shipped recipes and mappings from the current one. The recipe
+    taken from its directory; those in options, pipes and mappings from the current one, those in shipped recipes as if
+    they lay in `recipes` there. The recipe
     holds absolute paths, except that a model.path which is no local path stays a hub name.
 
     Raises RecipeError for anything wrong, with file and line, key and remedy.
@@ -87,7 +88,7 @@ def _open(source: str | Path | Mapping[str, object]) -> Document:
         raise RecipeError(
             f"{name}: no such recipe file.", "Check the path, or name a shipped recipe: quantcli recipes list."
         )
-    return read_document(shipped_path(name), Path.cwd())
+    return read_document(shipped_path(name), Path.cwd() / "recipes")  # where its file lies in a checkout
 
 
 def _refuse_model(path: Path, name: str) -> None:

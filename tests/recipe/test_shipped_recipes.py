@@ -59,6 +59,11 @@ def test_a_scheme_names_no_model(name: str) -> None:
     assert "output: is missing. Pass --output" in str(caught.value)
 
 
+def test_by_its_name_and_by_its_file_the_demo_is_the_same_in_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shipped_path("demo").parent.parent)
+    assert load_recipe("demo") == load_recipe("recipes/demo.yaml")
+
+
 def test_demo_paths_start_at_its_file_and_by_name_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = shipped_path("demo").parent.parent
     recipe = load_recipe(shipped_path("demo"))
@@ -66,7 +71,9 @@ def test_demo_paths_start_at_its_file_and_by_name_here(tmp_path: Path, monkeypat
     assert recipe.output == str(root / "runs" / "demo")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert load_recipe("demo").output == str(tmp_path / "runs" / "demo")
+    by_name = load_recipe("demo")
+    assert by_name.output == str(tmp_path / "here" / "runs" / "demo")
+    assert by_name.model.path == str(tmp_path / "here" / "models" / "SmolLM2-135M-Instruct.gguf")
     assert recipe.quantize.rollback.names == ("*.mlp.down_proj",)
 
 
