@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from quantcli import __version__
-from quantcli.errors import OutputError, QuantcliError, RecipeError, RoomError, refusal_of_the_system
+from quantcli.errors import GateError, QuantcliError, RecipeError, RoomError, refusal_of_the_system
 
 # The base of what a wrong command line raises. Some versions of typer carry a click of their own, under another name.
 _CommandLineError: Any = typer.BadParameter.__mro__[2]
@@ -282,6 +282,8 @@ def eval_ppl(
         _print_json(found)
     else:
         console.show_scores(found)
+    if found["missed_gate"]:
+        raise GateError(found["missed_gate"], "Try a milder scheme, or roll back more.")
 
 
 @app.command()
@@ -485,10 +487,7 @@ def copy_recipe(
     """Copy a shipped recipe, to be edited. An existing file is not overwritten."""
     from quantcli.recipe import copy_shipped
 
-    try:
-        typer.echo(f"Wrote {copy_shipped(name, destination)}.")
-    except OSError as error:
-        raise OutputError(f"{destination} cannot be written: {error.strerror}.", "Choose another place.") from error
+    typer.echo(f"Wrote {copy_shipped(name, destination)}.")
 
 
 def _print_json(content: Any) -> None:

@@ -274,6 +274,8 @@ def show_scores(found: Mapping[str, Any]) -> None:
             facts["increase"] += f" (95 % interval {' to '.join(ends)})"
     for name, models in (found["per_text"] or {}).items():
         facts[name.replace("_", " ")] = measured(models["quantized"])
+    for gate in found["gates"]:
+        facts[f"gate {gate['name']}"] = f"{gate['bound']:g} {'kept' if gate['passed'] else 'missed'}"
     facts["protocol"] = f"{protocol_line(found)}, {found['dtype']}"
     facts["measured so"] = found["description"].removeprefix(f"Protocol {found['protocol']}: ")
     show_facts(found["checkpoint"], facts)

@@ -102,14 +102,7 @@ def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Pa
     `run` recorded, of sizes what lies in `export`."""
     found: list[Gate] = []
     if (scores := result["perplexity"]) is not None:
-        for name, bound, least, error in (
-            ("perplexity_increase", gates.perplexity_increase, False, "increase_error"),
-            ("kl_divergence", gates.kl_divergence, False, "kl_error"),
-            ("agreement", gates.agreement, True, "agreement_error"),
-        ):
-            key = "increase" if name == "perplexity_increase" else name
-            if bound is not None:
-                found.append(Gate(name, bound, scores[key], least, scores[error]))
+        found += of_scores(gates, scores)
     if gates.task_drop is not None:
         for task, outcome in ((result["tasks"] or {}).get("tasks") or {}).items():
             if not outcome.get("metrics"):
@@ -132,6 +125,24 @@ def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Pa
             named = dict.fromkeys(name for event in concerned for name in event.get("modules", ()))
             found.append(replace(gate, named=tuple(named)))
     return found
+
+
+def of_scores(gates: GatesSection, scores: Mapping[str, Any]) -> Iterator[Gate]:
+    """The gates of what both models predict of the same text."""
+    for name, bound, least, error in (
+        ("perplexity_increase", gates.perplexity_increase, False, "increase_error"),
+        ("kl_divergence", gates.kl_divergence, False, "kl_error"),
+        ("agreement", gates.agreement, True, "agreement_error"),
+    ):
+        key = "increase" if name == "perplexity_increase" else name
+        if bound is not None:
+            yield Gate(name, bound, scores[key], least, scores[error])
+
+
+def set_gates(gates: GatesSection) -> list[str]:
+    """The names of the gates that have a bound."""
+    bounds = gates.model_dump(exclude_none=True, exclude={"fallbacks"})
+    return [*bounds, *(f"fallbacks.{kind}" for kind, bound in gates.fallbacks if bound is not None)]
 
 
 def _of_size(gates: GatesSection, result: Mapping[str, Any], export: Path) -> Iterator[Gate]:

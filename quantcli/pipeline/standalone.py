@@ -24,6 +24,7 @@ from quantcli.pipeline.source import (
     require_positions,
 )
 from quantcli.recipe.data import PerplexitySection
+from quantcli.recipe.evaluation import GatesSection
 from quantcli.recipe.schema import ModelSection, Recipe
 
 if TYPE_CHECKING:
@@ -119,15 +120,26 @@ def _refuse_left_over(
 
 def score_recipe(recipe: Recipe, original: str | None = None, listener: Listener | None = None) -> dict[str, Any]:
     """`score_checkpoint` of the checkpoint at the recipe's model.path, on the text of its evaluate.perplexity. Both it
-    and `original` may be directories, .gguf files or names on the hub."""
+    and `original` may be directories, .gguf files or names on the hub. Beside `original` the gates of predictions are
+    judged (`gates`, and `missed_gate`, what is to be said if one is missed); a warning names those that are not."""
     from quantcli.pipeline.engine import choose_device
+    from quantcli.pipeline.gates import of_scores, set_gates
 
     section = (recipe.evaluate.perplexity if recipe.evaluate else None) or PerplexitySection()
     model = recipe.model.model_copy(update={"path": str(locate_model(recipe.model, listener=listener))})
     if original is not None and Path(original).exists():
         original = str(Path(original).absolute())
     beside = locate_model(ModelSection(path=original), listener=listener) if original is not None else None
-    return score_checkpoint(model, section, choose_device(recipe.model.device), beside, listener)
+    gates = (recipe.evaluate.gates if recipe.evaluate else None) or GatesSection()
+    compared = ("perplexity_increase", "kl_divergence", "agreement") if original is not None else ()
+    if (left := [name for name in set_gates(gates) if name not in compared]) and listener is not None:
+        how = "a run judges them" if compared else "a run judges them, and --model those of predictions"
+        text = f"Of evaluate.gates these are not judged of a checkpoint alone: {', '.join(left)}; {how}."
+        listener({"event": "warning", "stage": "eval-ppl", "text": text})
+    found = score_checkpoint(model, section, choose_device(recipe.model.device), beside, listener)
+    judged = list(of_scores(gates, found)) if compared else []
+    missed = " ".join(gate.sentence() for gate in judged if not gate.passed)
+    return found | {"gates": [gate.to_json() for gate in judged], "missed_gate": missed or None}
 
 
 def score_checkpoint(
