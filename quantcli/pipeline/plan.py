@@ -25,7 +25,7 @@ from quantcli.pipeline.held import (
 )
 from quantcli.pipeline.patterns import chosen_overrides, match_names
 from quantcli.quant.scheme import AttentionScheme, Scheme
-from quantcli.recipe.quantization import ActivationsSection, WeightsSection, named_scheme
+from quantcli.recipe.quantization import ActivationsSection, QuantizeSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
 
 BYTES = {
@@ -372,7 +372,10 @@ def _treatments(
     for name, (weights, _) in pairs.items():
         if weights.group_size is not None:
             widths.setdefault(weights.group_size, set()).add(linears[name].in_features)
-    sizes = {asked: dividing_group_size(found, asked) for asked, found in widths.items()}
+    quantize = recipe.quantize
+    sizes = {
+        asked: dividing_group_size(found, asked, _place_of_group(quantize, asked)) for asked, found in widths.items()
+    }
     for asked, size in sizes.items():
         if size != asked:
             notes.append(_narrowed_note(asked, size))
@@ -419,9 +422,10 @@ def _scheme(
     )
 
 
-def dividing_group_size(widths: Collection[int], requested: int) -> int:
+def dividing_group_size(widths: Collection[int], requested: int, place: str = "quantize.weights.group_size") -> int:
     """The group size that fits every input width: `requested` if it divides them all, otherwise the largest power of
-    two that is at most `requested`, at least 16, and divides them all. Raises RecipeError when there is none."""
+    two that is at most `requested`, at least 16, and divides them all. Raises RecipeError, for the key `place`, when
+    there is none."""
     if all(width % requested == 0 for width in widths):
         return requested
     size = 1 << (requested.bit_length() - 1)
@@ -429,8 +433,23 @@ def dividing_group_size(widths: Collection[int], requested: int) -> int:
         if all(width % size == 0 for width in widths):
             return size
         size //= 2
-    raise RecipeError(f"quantize.weights.group_size: no power of two from 16 to {requested} divides the input widths "
-                      f"{sorted(widths)}.", "Use granularity: channel.")  # fmt: skip
+    wrong = f"no power of two from 16 to {requested} divides the input widths {sorted(widths)}"
+    if requested < 16:
+        wrong = f"{requested} does not divide the input widths {sorted(widths)}"
+    raise RecipeError(f"{place}: {wrong}.", "Use granularity: channel.")
+
+
+def _place_of_group(section: QuantizeSection, size: int) -> str:
+    """The key that asks for groups of a size."""
+    for index, override in enumerate(section.overrides):
+        found = section.treatment(override)
+        own = override.scheme is not None or "group_size" in (override.weights or {})
+        if found is not None and found[0].group_size == size and (own or section.weights.group_size != size):
+            key = ".weights.group_size" if "group_size" in (override.weights or {}) else ""
+            return f"quantize.overrides[{index}]{key}"
+    if section.weights.group_size == size:
+        return "quantize.weights.group_size"
+    return "quantize.rollback.to"
 
 
 def _experts_notes(structure: Structure) -> list[str]:
@@ -454,8 +473,8 @@ def _refuse_expert_schemes(recipe: Recipe, structure: Structure, planned: Sequen
     rollback = recipe.quantize.rollback
     of_outputs = rollback.ranked_by in ("output_error", "block_error", "kl_divergence")
     if rollback.ranks and not of_outputs and any(p.treatment and p.linear.name in names for p in planned):
-        raise RecipeError(f"quantize.rollback.ranked_by: the inputs of experts are not ranked by {rollback.ranked_by}.",
-                          "Rank by output_error, block_error or kl_divergence.")  # fmt: skip
+        raise RecipeError(f"quantize.rollback.metric: the inputs of experts are not ranked by {rollback.ranked_by}.",
+                          "Set metric: output_error, block_error or kl_divergence.")  # fmt: skip
     for p in planned:
         treatment = p.treatment if p.linear.name in names else None
         if treatment is not None and treatment.scheme.observed:

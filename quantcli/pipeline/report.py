@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -81,7 +82,7 @@ def run_facts(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is no run directory.", "Name the output of `quantcli run`.")
     if not (path / SUMMARY).is_file():
         raise RecipeError(f"{path} holds no {SUMMARY}: no run has come to its end there.",
-                          f"Finish it: quantcli run {path / RECIPE}.")  # fmt: skip
+                          f"Finish it: quantcli run {shlex.quote(str(path / RECIPE))}")  # fmt: skip
     record, summary = read_json(path / RECORD), read_json(path / SUMMARY)
     plan, result = summary["plan"], dict(summary["result"])
     events = current_events(path, result["stages"])

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from quantcli.recipe.comparison import GenerateSection, OutputErrorSection, ThroughputSection
 from quantcli.recipe.data import PerplexitySection
-from quantcli.recipe.fields import Count, Fraction, Section, Size, Text, null_is_default, refusal
+from quantcli.recipe.fields import Count, Fraction, Section, Share, Size, Text, null_is_default, refusal
 
 HARNESS = "lm-eval/"
 """What names of lm-evaluation-harness's tasks begin with."""
@@ -95,7 +95,7 @@ class GatesSection(Section):
         default=None, description="Largest mean Kullback-Leibler divergence from the float model, in nats a token."
     )
 
-    agreement: Fraction | None = Field(
+    agreement: Share | None = Field(
         default=None, description="Least share of tokens where both models have the same first choice, as 95% or 0.95."
     )
     task_drop: Fraction | None = Field(
@@ -105,7 +105,7 @@ class GatesSection(Section):
         default=None, description="Largest mean number of bits of a quantized weight, scales and zero points included."
     )
     size: Size | None = Field(default=None, description="Largest size of the checkpoint's weights, as 500MB or 4GiB.")
-    size_ratio: Fraction | None = Field(
+    size_ratio: Share | None = Field(
         default=None, description="Largest size of the checkpoint's weights as a part of the float model's, as 55%."
     )
     fallbacks: Annotated[FallbacksSection, BeforeValidator(null_is_default)] = Field(

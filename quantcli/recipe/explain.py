@@ -17,6 +17,7 @@ from quantcli.recipe.document import Document, Keys, dotted, shown
 from quantcli.recipe.schema import Recipe
 
 MAX_ERRORS = 3
+_QUOTES = "put it in quotes."
 
 _EXPECTED = {
     "string_type": "text",
@@ -69,6 +70,9 @@ def recipe_error(error: ValidationError, document: Document) -> RecipeError:
         wrong, remedy = _explain(keys, details)  # type: ignore[arg-type]
         if remedy.startswith("Remove it") and document.overridden and not document.from_command_line(keys):
             remedy = remedy.replace("Remove it", f"Remove it{_unset(keys)}", 1)
+        if remedy.endswith(_QUOTES) and (option := document.options.get(keys, "")).startswith("--set "):
+            name, _, written = option.removeprefix("--set ").partition("=")  # a shell takes quotes away
+            remedy = remedy.replace(_QUOTES, f"write it as --set '{name}=\"{written.strip()}\"'.")
         found.append(
             (
                 document.line(keys),
@@ -126,7 +130,7 @@ def _explain(keys: Keys, details: dict[str, Any]) -> tuple[str, str]:
             return "is null", f"It must be {_EXPECTED[kind]}; remove the key for the default."
         remedy = f"It must be {_EXPECTED[kind]}."
         if kind == "string_type" and isinstance(value, (int, float)):
-            remedy = "It must be text; put it in quotes."
+            remedy = f"It must be text; {_QUOTES}"
         if kind == "int_type" and isinstance(value, str) and value.isdecimal():
             remedy = "It must be a whole number without quotes."
         if kind == "tuple_type" and isinstance(value, (str, int, float)):

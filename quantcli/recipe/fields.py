@@ -40,6 +40,13 @@ def fraction_of(value: object) -> object:
     return float(fraction)
 
 
+def share_of(value: object) -> object:
+    """`fraction_of` something of which all is meant by a bare 1."""
+    if type(value) in (int, float) and value == 1:
+        raise refusal("", f"{value!r} is no fraction", "Write it as 100%.")
+    return fraction_of(value)
+
+
 def as_percent(value: float) -> str:
     """A fraction as a recipe writes it: a percentage, because a bare number of 1 or more is refused on reading."""
     digits = format(Decimal(repr(value)) * 100, "f")
@@ -86,6 +93,8 @@ Fraction = Annotated[
     float, BeforeValidator(fraction_of, json_schema_input_type=float | str), PlainSerializer(as_percent)
 ]
 """A share, which may be written as a percentage."""
+Share = Annotated[float, BeforeValidator(share_of, json_schema_input_type=float | str), PlainSerializer(as_percent)]
+"""One that may well be all."""
 Size = Annotated[int, BeforeValidator(size_of, json_schema_input_type=str), PlainSerializer(as_size)]
 """Bytes, written with their unit."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def _refuse_model(path: Path, name: str) -> None:
     if (path / "run.json").is_file():
         raise RecipeError(f"{name} is a run directory, not a recipe.", f"Name its recipe: {path / 'recipe.yaml'}.")
     if (path / "config.json").is_file() or (path.suffix in (".gguf", ".safetensors") and path.is_file()):
-        remedy = f"A model comes behind --model, as in w8a8-dynamic --model {name} --output DIRECTORY."
+        remedy = f"A model comes behind --model, as in w8a8-dynamic --model {shlex.quote(name)} --output DIRECTORY."
         raise RecipeError(f"{name} is a model, not a recipe.", remedy)
 
 

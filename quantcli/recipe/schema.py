@@ -116,8 +116,9 @@ class Recipe(Section):
                     "second_moment needs calibration",
                     f"{remedy} or set importance: none.",
                 )
-        if self.calibration is None and section.solves:
-            raise refusal("quantize.weights.method", "gptq needs calibration", f"{remedy} or set method: mse.")
+            if treatment is not None and treatment[0].solves:
+                wrong = f"{treatment[0].method} needs calibration"
+                raise refusal(f"quantize.{place}weights.method", wrong, f"{remedy} or set method: mse.")
         if section.distill is not None and self.calibration is None:
             raise refusal("quantize.distill", "learns from calibration text", f"{remedy}.")
         if section.distill is not None and not any(treatment for _, treatment in treatments):

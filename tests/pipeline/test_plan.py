@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -314,6 +315,26 @@ def test_group_sizes_are_made_to_divide_for_each_size_that_is_asked_for() -> Non
     odd = replace(LLAMA, blocks=(replace(LLAMA.blocks[0], linears=(Linear("x", 40, 8),), fused=()),))
     with pytest.raises(RecipeError, match=r"no power of two from 16 to 128 divides the input widths \[40\]"):
         planned(odd, weights={"bits": 4, "granularity": "group"})
+    group = {"bits": 4, "granularity": "group"}
+    fine = group | {"group_size": 8}
+    for place, quantize in (
+        ("weights.group_size: 7 does", {"weights": group | {"group_size": 7}}),
+        ("overrides[1].weights.group_size: 7 does", {"weights": fine, "overrides": [
+            {"match": "y", "scheme": "W8A16"}, {"match": "x", "weights": {"group_size": 7}}]}),
+        ("overrides[0]: no power", {"weights": fine, "overrides": [{"match": "x", "scheme": "W4A16"}]}),
+        ("rollback.to: no power", {"weights": fine, "rollback": {"names": ["x"], "to": "W4A16"}}),
+        ("weights.group_size: no power", {"weights": group, "overrides": [
+            {"match": "x", "weights": {"method": "minmax"}}]}),
+    ):  # fmt: skip
+        two = replace(
+            LLAMA.blocks[0],
+            linears=(Linear("x", 40, 8), Linear("y", 40, 8)),
+            inputs=(SharedInput(("x", "y"), 40),),
+            fused=(),
+        )
+        pair = replace(LLAMA, blocks=(two,))
+        with pytest.raises(RecipeError, match=re.escape(f"quantize.{place}")):
+            planned(pair, **quantize)
 
 
 def test_linears_that_no_forward_reaches_stay_in_float_where_something_is_observed() -> None:

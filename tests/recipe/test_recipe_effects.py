@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import pytest
@@ -50,3 +51,41 @@ def test_windows_that_golden_stick_leaves_out(section: dict[str, Any], start: st
 def test_windows_that_may_suffice_for_golden_stick() -> None:
     for section in ({"windows": 3, "batch_size": 3}, {"windows": None, "batch_size": 300}, {"sequence_length": 3}):
         assert loaded(evaluate__perplexity=STICK | section)
+
+
+# ------------------------------------------------------------------------------------------- the place and the remedy
+
+
+@pytest.mark.parametrize("method", ["gptq", "signround"])
+def test_what_needs_calibration_is_named_where_it_is_asked_for(method: str) -> None:
+    wrong = f"weights.method: {method} needs calibration"
+    overrides = [{"match": "a", "scheme": "float"}, {"match": "b", "weights": {"method": method}}]
+    refused(f"quantize.{wrong}", "calibration: {}", calibration=None, quantize__weights={"method": method})
+    refused(f"quantize.overrides[1].{wrong}", "calibration: {}", calibration=None, quantize__overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "remedy"),
+    [
+        ("agreement", 1, "Write it as 100%."),
+        ("size_ratio", 1.0, "Write it as 100%."),
+        ("agreement", 95, "Write it as 95% or 0.95."),
+        ("perplexity_increase", 1, "Write it as 1% or 0.01."),
+        ("agreement", True, "Write it as 2% or 0.02."),
+    ],
+)
+def test_a_bare_one_is_all_of_what_is_a_share(gate: str, value: object, remedy: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        loaded(evaluate__gates={gate: value})
+    assert caught.value.remedy == remedy
+    assert loaded(evaluate__gates={"agreement": "100%"}).evaluate.gates.agreement == 1.0  # type: ignore[union-attr]
+
+
+def test_text_that_looks_like_a_number_keeps_quotes_that_the_shell_would_take() -> None:
+    """The remedy does as it says, through a shell."""
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(BASE, ["model.revision=1e7"])
+    command = caught.value.remedy.partition("write it as ")[2].removesuffix(".")
+    option, change = shlex.split(command)
+    assert option == "--set"
+    assert load_recipe(BASE, [change]).model.revision == "1e7"
