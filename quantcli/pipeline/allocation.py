@@ -177,7 +177,8 @@ def _trials(recipe: Recipe, found: Allocation) -> tuple[int, list[tuple[Linear, 
 
 def with_overrides(recipe: Recipe, choices: Iterable[tuple[Sequence[str], CandidateSection]]) -> Recipe:
     """The recipe without its target, and behind its own overrides one for each pattern of names and its scheme."""
-    added = [variant(section, pattern) for names, section in choices for pattern in patterns(names)]
+    # a candidate without keys is the recipe's own scheme, which needs no override
+    added = [variant(section, pattern) for names, section in choices if section.keys for pattern in patterns(names)]
     section = recipe.quantize
     changed = section.model_copy(update={"target": None, "overrides": (*section.overrides, *added)})
     return recipe.model_copy(update={"quantize": changed})

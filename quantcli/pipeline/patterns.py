@@ -1,14 +1,15 @@
-"""Which linears the patterns of a recipe name."""
+"""Which linears the patterns of a recipe name, and which of its keys come to nothing by that."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from quantcli.errors import RecipeError
 from quantcli.recipe.quantization import OverrideSection
+from quantcli.recipe.rollback import RollbackSection
 
 
 def match_names(patterns: Iterable[str], names: Sequence[str], place: str, kind: str = "linear") -> dict[str, str]:
@@ -32,10 +33,31 @@ def match_names(patterns: Iterable[str], names: Sequence[str], place: str, kind:
     return found
 
 
-def chosen_overrides(overrides: Sequence[OverrideSection], names: Sequence[str]) -> dict[str, OverrideSection]:
-    """The first override that matches each linear. Every pattern has to match something."""
+def chosen_overrides(
+    overrides: Sequence[OverrideSection], names: Sequence[str], fixed: Mapping[str, str], notes: list[str]
+) -> dict[str, OverrideSection]:
+    """The first override that matches each linear. Every pattern has to match something; a note says of which all that
+    it matches is an earlier one's, or `fixed` in float: name → why."""
     found: dict[str, OverrideSection] = {}
     for index, override in enumerate(overrides):
-        for name in match_names([override.match], names, f"quantize.overrides[{index}].match"):
-            found.setdefault(name, override)
+        place = f"quantize.overrides[{index}]"
+        matched = list(match_names([override.match], names, f"{place}.match"))
+        left = [name for name in matched if name not in found]
+        found |= dict.fromkeys(left, override)
+        if not left:
+            notes.append(f"{place} has no effect: overrides before it match all that {override.match!r} does.")
+        elif all(name in fixed for name in left) and override.scheme != "float":
+            notes.append(
+                f"{place} has no effect: what it changes stays in float, such as {left[0]} ({fixed[left[0]]})."
+            )
     return found
+
+
+def idle_rollback(section: RollbackSection) -> list[str]:
+    """Notes on keys of a rollback that nothing makes use of."""
+    notes = []
+    if section.to != "float" and not section.names and not section.ranks:
+        notes.append("quantize.rollback.to has no effect: neither names, level nor target roll anything back.")
+    if section.metric is not None and not section.ranks:
+        notes.append("quantize.rollback.metric has no effect on a run without level or target.")
+    return notes

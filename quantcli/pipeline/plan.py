@@ -17,13 +17,14 @@ from quantcli.pipeline.fused import refuse_split, rolled_back_along
 from quantcli.pipeline.held import (
     addable_biases,
     left_out_note,
+    phase_is_idle,
     refuse_arithmetic,
     refuse_unheld,
     refuse_unloaded,
     shift_note,
     siblings_note,
 )
-from quantcli.pipeline.patterns import chosen_overrides, match_names
+from quantcli.pipeline.patterns import chosen_overrides, idle_rollback, match_names
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, QuantizeSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
@@ -165,6 +166,9 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     biases, why_none = addable_biases(recipe, structure, {linear.name: scheme for linear, scheme in quantized})
     section = recipe.quantize.rollback
     notes += shift_note(biases, why_none, section.level > 0)
+    notes += idle_rollback(section)
+    if phase_is_idle(recipe, [scheme for _, scheme in quantized]):
+        notes.append("evaluate.perplexity.phase: decode has no effect: no activations have scope mix.")
     if ranked is None and section.level:
         notes.append(
             f"After calibration {section.level} more are rolled back: those of the highest {section.ranked_by}."
@@ -301,14 +305,14 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
         head = Linear(structure.head, structure.width, structure.vocabulary)
         places[structure.head] = (head, len(structure.blocks))
     names = list(places)
-    chosen = chosen_overrides(section.overrides, names)
+    fixed = _always_float(recipe, structure)
+    chosen = chosen_overrides(section.overrides, names, fixed, notes)
     rolled_back = {
         name: f"rolled back by {pattern}"
         for name, pattern in match_names(section.rollback.names, names, "quantize.rollback.names").items()
     } | dict(ranked)
     if section.rollback.siblings == "together":
         rolled_back |= rolled_back_along(structure, rolled_back, notes)
-    fixed = _always_float(recipe, structure)
     replacement = named_scheme(section.rollback.to)
     pairs: dict[str, tuple[WeightsSection, ActivationsSection]] = {}
     reasons: dict[str, str] = {}

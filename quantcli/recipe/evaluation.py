@@ -146,6 +146,8 @@ class EvaluateSection(Section):
     @model_validator(mode="after")
     def _check(self) -> EvaluateSection:
         gates = self.gates
+        if gates is not None and self.perplexity is not None and not gates.model_fields_set:
+            raise refusal("gates", "sets no bound", "Give it one, as gates: {perplexity_increase: 2%}, or remove it.")
         measured = ("perplexity_increase", "kl_divergence", "agreement")
         if gates is not None and self.perplexity is None:
             asked = [key for key in measured if getattr(gates, key) is not None]

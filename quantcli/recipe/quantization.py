@@ -332,6 +332,8 @@ class QuantizeSection(Section):
     def _check(self) -> QuantizeSection:
         _check_treatment(self.weights, self.activations, "")
         for index, override in enumerate(self.overrides):
+            if override.scheme is None and not override.weights and not override.activations:
+                raise refusal(f"overrides.{index}", "changes nothing", "Give it a scheme, weights or activations.")
             if override.scheme != "float":
                 _overridden(self, override, f"overrides.{index}.")
         if self.kv_cache is not None and self.attention is not None:

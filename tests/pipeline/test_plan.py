@@ -666,6 +666,48 @@ def test_nothing_left_to_quantize_is_refused() -> None:
     assert planned(**TOKEN, rollback={"level": 14}, ranked=dict.fromkeys(LLAMA_NAMES, "ranked")).schemes == {}
 
 
+def _idle(plan: Plan) -> list[str]:
+    return [note for note in plan.notes if "has no effect" in note]
+
+
+MIX = {"activations": {"bits": 8, "scope": "mix"}}
+
+
+@pytest.mark.parametrize(
+    ("quantize", "said"),
+    [
+        ({"rollback": {"to": "W8A16"}}, "quantize.rollback.to"),
+        ({"rollback": {"metric": "kurtosis", "names": ["*.0.*"]}}, "quantize.rollback.metric"),
+        ({"overrides": [{"match": "*", "scheme": "W8A16"}, {"match": "*.up_proj", "scheme": "float"}]}, "overrides[1]"),
+        ({"overrides": [{"match": "lm_head", "scheme": "W8A16"}]}, "overrides[0]"),
+    ],
+)
+def test_keys_that_come_to_nothing_are_noted(quantize: dict[str, Any], said: str) -> None:
+    (note,) = _idle(planned(**quantize))
+    assert said in note
+
+
+@pytest.mark.parametrize(
+    "quantize",
+    [
+        {"rollback": {"to": "W8A16", "level": 1, "metric": "kurtosis"}},
+        {"rollback": {"to": "W8A16", "target": {"size": 1.0}}},
+        {"overrides": [{"match": "*.0.*", "scheme": "W8A16"}, {"match": "*.[mg]*", "scheme": "float"}]},
+        {"overrides": [{"match": "lm_head", "scheme": "W8A16"}], "rollback": {"last_linear": False}},
+        {"overrides": [{"match": "lm_head", "scheme": "float"}]},
+    ],
+)
+def test_keys_that_do_something_are_not(quantize: dict[str, Any]) -> None:
+    assert _idle(planned(**quantize)) == []
+
+
+@pytest.mark.parametrize(("quantize", "idle"), [({}, True), (MIX, False), (TOKEN, True)])
+def test_the_phase_matters_to_mixed_activations_alone(quantize: dict[str, Any], idle: bool) -> None:
+    content = {"model": {"path": "m/n"}, "calibration": {}, "quantize": quantize, "export": ASCEND, "output": "o"}
+    recipe = load_recipe({**content, "evaluate": {"perplexity": {"phase": "decode"}}})
+    assert bool(_idle(make_plan(recipe, Path("m"), LLAMA))) == idle
+
+
 # ------------------------------------------------------------------------------------------------------ a real model
 
 

@@ -89,3 +89,19 @@ def test_text_that_looks_like_a_number_keeps_quotes_that_the_shell_would_take() 
     option, change = shlex.split(command)
     assert option == "--set"
     assert load_recipe(BASE, [change]).model.revision == "1e7"
+
+
+# ---------------------------------------------------------------------------------------------------- without effect
+
+
+def test_an_override_that_changes_nothing_is_refused_however_it_is_written() -> None:
+    for nothing in ({}, {"weights": {}}, {"activations": {}}, {"weights": {}, "activations": {}}, {"weights": None}):
+        start = "quantize.overrides[1]: changes nothing"
+        refused(start, "scheme", quantize__overrides=[{"match": "a", "scheme": "float"}, {"match": "b", **nothing}])
+    assert loaded(quantize__overrides=[{"match": "a", "scheme": "W4A16", "weights": {}}])
+
+
+def test_gates_without_a_bound_are_refused() -> None:
+    refused("evaluate.gates: sets no bound", "perplexity_increase: 2%", evaluate__gates={})
+    assert loaded(evaluate__gates={"perplexity_increase": None})  # as --set takes back one of a shipped recipe
+    assert loaded(evaluate__gates=None)

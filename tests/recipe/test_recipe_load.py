@@ -335,7 +335,11 @@ _evaluate = st.fixed_dictionaries(
             }
         )
     },
-    optional={"gates": _optional({"perplexity_increase": _percent | st.none(), "kl_divergence": st.floats(0, 1e6)})},
+    optional={
+        "gates": _optional({"perplexity_increase": _percent | st.none(), "kl_divergence": st.floats(0, 1e6)}).filter(
+            bool
+        )
+    },
 )
 _rotation = st.none() | _optional({"seed": st.integers(0, 2**63 - 1), "hidden": st.booleans()})
 _any_method = {
