@@ -69,8 +69,8 @@ class RollbackSection(Section):
     to: SchemeName = Field(default="float", description="What a rolled-back linear becomes: float, or another scheme.")
     last_linear: bool | None = Field(
         default=None,
-        description="true keeps the last linear in float (the output head, or the last of the last block), false "
-        "quantizes the output head too; null keeps the output head in float.",
+        description="true and null keep the output head in float, false quantizes it too; one that is tied to the "
+        "embedding always stays in float.",
     )
     siblings: Literal["together", "apart"] = Field(
         default="together",
