@@ -3,8 +3,9 @@
 Every file appears by rename, complete. run.json is written first and marks the directory as a run's own. A stage's
 folder holds stage.json, which names the fingerprint that its files belong to, their digests and sizes, and, until the
 stage is complete, what it may write: after a kill, files under the same fingerprint are kept and work goes on behind
-them; under another they are removed, and nothing else is. Folders of a stage may have fingerprints of their own, which
-are recorded when they are finished: those stay for as long as theirs is the same.
+them; under another they are removed, and nothing else is. A file that nothing says to be a run's, in the place of one
+that a stage writes, stops the run. Folders of a stage may have fingerprints of their own, which are recorded when they
+are finished: those stay for as long as theirs is the same.
 """
 
 from __future__ import annotations
