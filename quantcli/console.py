@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,27 +23,13 @@ if TYPE_CHECKING:
     from quantcli.pipeline.plan import Plan
     from quantcli.pipeline.result import RunResult
 
-_TITLES = {
-    "check": "Checking that the float model is sane",
-    "select": "Looking for calibration samples that mislead",
-    "smooth": "Suppressing outliers",
-    "calibrate": "Observing activations",
-    "sensitivity": "Ranking linears by sensitivity",
-    "search": "Searching the fewest linears to roll back",
-    "allocate": "Trying schemes for a number of bits",
-    "curvature": "Looking how errors of outputs add up",
-    "quantize": "Quantizing",
-    "distill": "Tuning scales and norms",
-    "export": "Writing checkpoints",
-    "verify": "Reading the export back",
-    "reference": "Running the float model over the evaluation text",
-    "eval-ppl": "Scoring",
-    "reference-tasks": "Putting tasks to the float model",
-    "eval-tasks": "Putting tasks to the export",
-    "layers": "Comparing what linears put out",
-    "generate": "Generating text",
-    "throughput": "Measuring speed in vLLM",
-}
+
+@cache
+def _title(stage: str) -> str:
+    """What a stage does, in words."""
+    from quantcli.pipeline.engine import STAGES
+
+    return next((each.title for each in STAGES if each.name == stage), stage)
 
 
 @contextmanager
@@ -83,13 +70,13 @@ def _bars(console: PlainConsole) -> Iterator[Listener]:
 
         def listen(event: dict[str, Any]) -> None:
             if event["event"] == "block":
-                text = " ".join(filter(None, (_TITLES[event["stage"]], event.get("model"))))
+                text = " ".join(filter(None, (_title(event["stage"]), event.get("model"))))
                 rate = f"{event['seconds']:.1f} s a block"
                 bars.update(bar(text, event["of"]), total=event["of"], completed=event["index"] + 1, rate=rate)
             elif (sentence := _sentence(event)) is not None:
                 console.print(sentence, markup=False, highlight=False)
             if event["event"] == "started":
-                bar(_TITLES[event["stage"]], None)
+                bar(_title(event["stage"]), None)
 
         yield listen
 
@@ -117,9 +104,9 @@ def _lines(console: PlainConsole, verbose: bool) -> Listener:
 def _sentence(event: dict[str, Any]) -> str | None:
     match event["event"]:
         case "started":
-            return _TITLES.get(event["stage"], event["stage"])
+            return _title(event["stage"])
         case "reused":
-            return f"{_TITLES.get(event['stage'], event['stage'])}: up to date"
+            return f"{_title(event['stage'])}: up to date"
         case "finished":
             return f"  {event['seconds']:.1f} s"
         case "tokens":

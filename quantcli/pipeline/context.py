@@ -149,6 +149,7 @@ class Stage:
     `reads` names the stages whose files it reads, `guards` those that must have passed before it; `wanted` says whether
     a recipe calls for it; `identity` is what of the recipe and the data its files depend on beside those it reads;
     `writes` are glob patterns of all its files, finished or not; `run` does the work and records each finished file.
+    `title` is what it does, in words, `asked_by` what of a recipe asks for it.
     `settle`, where given, brings what the stage found into the plan, whether it ran or was up to date. `part`, where
     given, says what the files in one of its folders depend on in the place of `identity`: such folders stay when the
     recipe no longer names them, unless what they come from has changed. `plain`, where given, is the recipe that says
@@ -162,6 +163,8 @@ class Stage:
     identity: Callable[[Context], dict[str, Any]]
     run: Callable[[Context, StageFolder], None]
     writes: Callable[[Context], tuple[str, ...]]
+    title: str
+    asked_by: str
     guards: tuple[str, ...] = ()
     settle: Callable[[Context], None] | None = None
     part: Callable[[Context, str], dict[str, Any]] | None = None

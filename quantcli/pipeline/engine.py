@@ -326,16 +326,7 @@ def _require_stage(name: str, recipe: Recipe) -> None:
     if stage is None:
         raise RecipeError(f"There is no stage {name!r}.", f"Stages: {', '.join(s.name for s in STAGES)}.")
     if not stage.wanted(recipe) and not (stage is sensitivity.STAGE and recipe.calibration is not None):
-        section = {"calibrate": "a scheme that needs calibration", "sensitivity": "calibration", "smooth": "smooth",
-                   "search": "quantize.rollback.target", "allocate": "quantize.target",
-                   "select": "calibration.drop_outliers", "distill": "quantize.distill",
-                   "curvature": "quantize.gptq.output_samples",
-                   "export": "export", "verify": "export",
-                   "reference": "evaluate.perplexity", "eval-ppl": "evaluate.perplexity",
-                   "reference-tasks": "evaluate.tasks", "eval-tasks": "evaluate.tasks",
-                   "layers": "evaluate.output_error", "generate": "evaluate.generate",
-                   "throughput": "evaluate.throughput"}.get(name, name)  # fmt: skip
-        raise RecipeError(f"This recipe has nothing for stage {name}.", f"It would need {section}.")
+        raise RecipeError(f"This recipe has nothing for stage {name}.", f"It would need {stage.asked_by}.")
 
 
 def _require_disk(path: Path, plan: Plan) -> None:

@@ -235,4 +235,6 @@ STAGE = Stage(
     guards=("check",),
     settle=settle,
     plain=_plain,
+    title="Trying schemes for a number of bits",
+    asked_by="quantize.target",
 )

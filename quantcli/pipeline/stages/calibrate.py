@@ -295,4 +295,14 @@ def _writes(context: Context) -> tuple[str, ...]:
     return (*(_block_file(index) for index in range(context.blocks + 1)), MANIFEST, f"{HIDDEN}/*")
 
 
-STAGE = Stage("calibrate", ("select", "smooth"), _wanted, _identity, run, _writes, guards=("check",))
+STAGE = Stage(
+    "calibrate",
+    ("select", "smooth"),
+    _wanted,
+    _identity,
+    run,
+    _writes,
+    guards=("check",),
+    title="Observing activations",
+    asked_by="a scheme that needs calibration",
+)

@@ -100,4 +100,13 @@ def _perplexity(context: Context, samples: list[list[int]]) -> float:
     return math.exp(mean) if mean < 700 and not math.isnan(mean) else math.inf
 
 
-STAGE = Stage("check", (), _wanted, _identity, run, lambda _: (RESULT,))
+STAGE = Stage(
+    "check",
+    (),
+    _wanted,
+    _identity,
+    run,
+    lambda _: (RESULT,),
+    title="Checking that the float model is sane",
+    asked_by="model.sanity_check",
+)

@@ -122,4 +122,14 @@ def _writes(context: Context) -> tuple[str, ...]:
     return (*files, *kept, f"{GRADIENTS}/*")
 
 
-STAGE = Stage("curvature", ("select", "smooth"), _wanted, _identity, run, _writes, guards=("check",))
+STAGE = Stage(
+    "curvature",
+    ("select", "smooth"),
+    _wanted,
+    _identity,
+    run,
+    _writes,
+    guards=("check",),
+    title="Looking how errors of outputs add up",
+    asked_by="quantize.gptq.output_samples",
+)

@@ -124,4 +124,6 @@ STAGE = Stage(
     run,
     lambda _: (FILE, RESULT, f"{HIDDEN}/*"),
     guards=("check",),
+    title="Tuning scales and norms",
+    asked_by="quantize.distill",
 )

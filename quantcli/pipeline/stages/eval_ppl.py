@@ -129,4 +129,14 @@ def _writes(context: Context) -> tuple[str, ...]:
     return (RESULTS, TOKENS, *(f"{folder}/*" for folder in HIDDEN.values()))
 
 
-STAGE = Stage("eval-ppl", ("reference", "export"), _wanted, _identity, run, _writes, guards=("check", "verify"))
+STAGE = Stage(
+    "eval-ppl",
+    ("reference", "export"),
+    _wanted,
+    _identity,
+    run,
+    _writes,
+    guards=("check", "verify"),
+    title="Scoring",
+    asked_by="evaluate.perplexity",
+)

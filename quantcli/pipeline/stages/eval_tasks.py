@@ -58,4 +58,14 @@ def _writes(context: Context) -> tuple[str, ...]:
     return (RESULTS, *(task_file(section) for section in context.recipe.evaluate.tasks), "hidden-*/*")
 
 
-STAGE = Stage("eval-tasks", ("reference-tasks", "export"), wanted, _identity, run, _writes, guards=("check", "verify"))
+STAGE = Stage(
+    "eval-tasks",
+    ("reference-tasks", "export"),
+    wanted,
+    _identity,
+    run,
+    _writes,
+    guards=("check", "verify"),
+    title="Putting tasks to the export",
+    asked_by="evaluate.tasks",
+)

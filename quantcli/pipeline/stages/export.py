@@ -144,4 +144,6 @@ STAGE = Stage(
     run,
     _writes,
     part=_part,
+    title="Writing checkpoints",
+    asked_by="export",
 )

@@ -158,4 +158,6 @@ STAGE = Stage(
     lambda _: (RESULT,),
     guards=("check", "verify"),
     unfinished=_unfinished,
+    title="Generating text",
+    asked_by="evaluate.generate",
 )

@@ -94,4 +94,14 @@ def _exported(
     return dense.t() if context.linears[name].transposed else dense
 
 
-STAGE = Stage("layers", ("smooth", "export"), _wanted, _identity, run, lambda _: (RESULT,), guards=("check", "verify"))
+STAGE = Stage(
+    "layers",
+    ("smooth", "export"),
+    _wanted,
+    _identity,
+    run,
+    lambda _: (RESULT,),
+    guards=("check", "verify"),
+    title="Comparing what linears put out",
+    asked_by="evaluate.output_error",
+)

@@ -318,4 +318,6 @@ STAGE = Stage(
     _identity,
     run,
     _writes,
+    title="Quantizing",
+    asked_by="quantize",
 )

@@ -128,4 +128,14 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-STAGE = Stage("reference", (), _wanted, _identity, run, lambda _: (RESULT, f"{STATES}/*"), guards=("check",))
+STAGE = Stage(
+    "reference",
+    (),
+    _wanted,
+    _identity,
+    run,
+    lambda _: (RESULT, f"{STATES}/*"),
+    guards=("check",),
+    title="Running the float model over the evaluation text",
+    asked_by="evaluate.perplexity",
+)

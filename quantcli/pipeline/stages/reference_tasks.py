@@ -41,4 +41,14 @@ def _writes(context: Context) -> tuple[str, ...]:
     return (*(task_file(section) for section in context.recipe.evaluate.tasks), "hidden-*/*")
 
 
-STAGE = Stage("reference-tasks", (), wanted, _identity, run, _writes, guards=("check",))
+STAGE = Stage(
+    "reference-tasks",
+    (),
+    wanted,
+    _identity,
+    run,
+    _writes,
+    guards=("check",),
+    title="Putting tasks to the float model",
+    asked_by="evaluate.tasks",
+)

@@ -276,4 +276,6 @@ STAGE = Stage(
     guards=("check",),
     settle=settle,
     plain=_plain,
+    title="Searching the fewest linears to roll back",
+    asked_by="quantize.rollback.target",
 )

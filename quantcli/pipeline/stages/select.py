@@ -98,4 +98,14 @@ def _differences(context: Context, found: TokenSet) -> list[float]:
     return [window.kl / max(1, window.tokens) for window in scores]
 
 
-STAGE = Stage("select", (), _wanted, _identity, run, lambda _: (SELECTION,), guards=("check",))
+STAGE = Stage(
+    "select",
+    (),
+    _wanted,
+    _identity,
+    run,
+    lambda _: (SELECTION,),
+    guards=("check",),
+    title="Looking for calibration samples that mislead",
+    asked_by="calibration.drop_outliers",
+)

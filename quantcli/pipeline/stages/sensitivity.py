@@ -322,4 +322,14 @@ def _writes(context: Context) -> tuple[str, ...]:
     return (RESULT, MEASURED, f"{STORE}/*", *(_part(index) for index in range(context.blocks)), f"{HIDDEN}/*")
 
 
-STAGE = Stage("sensitivity", ("smooth", "calibrate"), _wanted, _identity, run, _writes, settle=settle)
+STAGE = Stage(
+    "sensitivity",
+    ("smooth", "calibrate"),
+    _wanted,
+    _identity,
+    run,
+    _writes,
+    settle=settle,
+    title="Ranking linears by sensitivity",
+    asked_by="calibration",
+)

@@ -306,5 +306,13 @@ def _writes(context: Context) -> tuple[str, ...]:
 
 
 STAGE = Stage(
-    "smooth", ("select",), lambda recipe: recipe.smooth is not None, _identity, run, _writes, guards=("check",)
+    "smooth",
+    ("select",),
+    lambda recipe: recipe.smooth is not None,
+    _identity,
+    run,
+    _writes,
+    guards=("check",),
+    title="Suppressing outliers",
+    asked_by="smooth",
 )

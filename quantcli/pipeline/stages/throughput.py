@@ -123,4 +123,6 @@ STAGE = Stage(
     run,
     lambda _: (RESULTS, "vllm-*.log"),
     guards=("check", "verify"),
+    title="Measuring speed in vLLM",
+    asked_by="evaluate.throughput",
 )

@@ -39,4 +39,6 @@ STAGE = Stage(
     _identity,
     run,
     lambda _: (RESULT,),
+    title="Reading the export back",
+    asked_by="export",
 )
