@@ -116,7 +116,8 @@ def judged(gates: GatesSection, result: Mapping[str, Any], run: Path, export: Pa
                     Gate(f"task_drop ({task}, {metric})", gates.task_drop, drop, error=numbers["change_error"])
                 )
     found += _of_size(gates, result, export)
-    counts, taken = fallbacks(run, result["stages"]), _taken(run, result["stages"])
+    taken = _taken(run, result["stages"])
+    counts = _counted(taken)
     for kind, bound in gates.fallbacks:
         if bound is not None:
             total = sum(counts.values()) if kind == "all" else counts.get(kind, 0)
@@ -158,8 +159,13 @@ def _of_size(gates: GatesSection, result: Mapping[str, Any], export: Path) -> It
 
 def fallbacks(run: Path, stages: Iterable[str]) -> dict[str, int]:
     """How often `stages`, those of the run, took each kind of fallback as they last ran, from its events."""
+    return _counted(_taken(run, stages))
+
+
+def _counted(taken: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Kind of fallback → how often its warnings say that it was taken."""
     counts: dict[str, int] = {}
-    for event in _taken(run, stages):
+    for event in taken:
         counts[event["fallback"]] = counts.get(event["fallback"], 0) + event.get("count", 1)
     return counts
 
