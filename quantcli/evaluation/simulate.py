@@ -13,14 +13,16 @@ from torch.nn.functional import linear
 from quantcli.model.expert_loop import Weight, one_by_one
 from quantcli.model.structure import Experts
 from quantcli.quant.activation import (
-    float8_linear,
+    Float8Linear,
+    Int8Linear,
     int8_linear,
+    prepared_float8_linear,
     prepared_int8_linear,
     quantize_per_token,
     quantize_per_token_asymmetric,
     quantize_static,
 )
-from quantcli.quant.float8 import FP8
+from quantcli.quant.float8 import FP8, float8_values
 from quantcli.quant.scheme import CodeType
 
 
@@ -52,9 +54,9 @@ Replacement = QuantizedProduct | Tensor | Forward
 def simulated(block: nn.Module, linears: Mapping[str, Replacement], experts: Iterable[Experts] = ()) -> Iterator[None]:
     """While the body runs, the named linears of `block` compute otherwise.
 
-    QuantizedProduct: y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b, as `quant.activation.int8_linear` or `float8_linear` has it. A
-    tensor [out, in], in the input's dtype: y = x·Wᵀ + b with it, as for weights that an engine unpacks. A function:
-    whatever it returns.
+    QuantizedProduct: y = (Xq·Wqᵀ − z·Σ Wq)·sx·sw + b, as `int8_linear` and `prepared_float8_linear` of
+    `quant.activation` have it. A tensor [out, in], in the input's dtype: y = x·Wᵀ + b with it, as for weights that an
+    engine unpacks. A function: whatever it returns.
 
     Linears of `experts`, by names below the block, have no modules: where one is named, its layer runs expert by
     expert, and the others keep their float weights.
@@ -89,8 +91,9 @@ def not_read(linears: Collection[str], experts: Iterable[Experts]) -> set[str]:
 
 @dataclass
 class _Codes:
-    """The codes, scales and zero points of each token, if there are any, of the input that was quantized last. Linears
-    that share an input are given one tensor, one after the other, which no block changes in between."""
+    """The codes (of float8 their values, float32), scales and zero points of each token, if there are any, of the input
+    that was quantized last. Linears that share an input are given one tensor, one after the other, which no block
+    changes in between."""
 
     input: Tensor | None = None
     how: Hashable = None
@@ -115,8 +118,11 @@ def _forward(module: nn.Module, weights: QuantizedProduct, shared: _Codes) -> Ca
     type: CodeType = "float" if weights.codes.dtype == FP8 else "int"
 
     by_token = weights.input_scale is None and not weights.input_symmetric
-    prepared = type == "int" and not by_token
-    product = prepared_int8_linear(zero, weights.codes, weights.scale) if prepared else None
+    product: Int8Linear | Float8Linear | None = None
+    if type == "float":
+        product = prepared_float8_linear(weights.codes, weights.scale)
+    elif not by_token:
+        product = prepared_int8_linear(zero, weights.codes, weights.scale)
     static = None if weights.input_scale is None else weights.input_scale.item()
     how = type, weights.input_bits, static, zero, by_token
 
@@ -130,6 +136,8 @@ def _forward(module: nn.Module, weights: QuantizedProduct, shared: _Codes) -> Ca
                 found = quantize_per_token_asymmetric(tokens)
             else:
                 found = *quantize_per_token(tokens, weights.input_bits, type), None
+            if type == "float":
+                found = float8_values(found[0]), *found[1:]
             shared.input, shared.how, shared.found = input, how, found
         return shared.found
 
@@ -138,10 +146,8 @@ def _forward(module: nn.Module, weights: QuantizedProduct, shared: _Codes) -> Ca
         bias: Tensor | None = getattr(module, "bias", None)
         if product is not None:
             output = product(codes, scale, bias, input.dtype)
-        elif by_token:
-            output = int8_linear(codes, scale, zeros, weights.codes, weights.scale, bias, input.dtype)
         else:
-            output = float8_linear(codes, scale, weights.codes, weights.scale, bias, input.dtype)
+            output = int8_linear(codes, scale, zeros, weights.codes, weights.scale, bias, input.dtype)
         return output.view(*input.shape[:-1], weights.codes.shape[0])
 
     return forward

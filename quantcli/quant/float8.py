@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,16 @@ def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:
 def fp8_values_(x: Tensor) -> Tensor:
     """In place on float32: the nearest float8_e4m3fn value within +-448, ties to even."""
     return x.copy_(x.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
+
+
+def float8_values(codes: Tensor) -> Tensor:
+    """Float32 values of float8_e4m3fn codes; on a CPU from a table, since torch 2.13 converts one code at a time."""
+    if codes.device.type != "cpu":
+        return codes.float()
+    patterns = codes.contiguous().view(torch.uint8).flatten().int()  # index_select takes no uint8
+    return _table().index_select(0, patterns).view(codes.shape)
+
+
+@cache
+def _table() -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(FP8).float()
