@@ -98,10 +98,10 @@ class Served:
 
 
 @pytest.fixture
-def served(in_vllm: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[[Path, str], Served]:
+def served(in_vllm: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[..., Served]:
     """What vLLM makes of the checkpoint that a run directory's eval-ppl has read, and of a prompt."""
 
-    def serve(output: Path, prompt: str) -> Served:
+    def serve(output: Path, prompt: str, script: str = "serve.py") -> Served:
         results = json.loads((output / "eval-ppl" / "results.json").read_text())
         checkpoint = output / "export" / results["checkpoint"]
         tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint)
@@ -113,7 +113,7 @@ def served(in_vllm: Callable[..., tuple[int, str]], tmp_path: Path) -> Callable[
 
         questions, answers = tmp_path / "questions.json", tmp_path / "answers.json"
         questions.write_text(json.dumps({"prompts": [prompt], "windows": windows}))
-        status, printed = in_vllm("serve.py", checkpoint, questions, answers)
+        status, printed = in_vllm(script, checkpoint, questions, answers)
         assert status == 0, printed[-3000:]
         found: dict[str, Any] = json.loads(answers.read_text())
         mean, _ = mean_and_error(found["nll"], counted)

@@ -86,6 +86,18 @@ def test_vllm_fails_with_static_fp8_inputs(
     assert said in printed
 
 
+def test_vllm_serves_static_fp8_inputs_with_the_operations_that_its_cpu_build_lacks(
+    run: Run, served: Callable[..., Any], tmp_path: Path
+) -> None:
+    """What stops it above are two operations; serve_static_fp8.py does without them, and the rest is vLLM's."""
+    model = save_narrow_model(tmp_path)
+    changes = ["model.sanity_check=off", "calibration.samples=4", "calibration.sequence_length=64"]
+    output = run("fp8-static", "w8a8-fp8-static", model, (8, 64), *changes, "quantize.weights.granularity=tensor")
+    found = served(output, "The water", script="serve_static_fp8.py")
+    assert abs(found.difference) < max(0.01, 3 * found.error)
+    assert found.error < 0.01
+
+
 @pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="without AMX vLLM computes with the static scale")
 def test_vllm_with_amx_takes_a_scale_a_token_for_symmetric_static_inputs(
     run: Run, served: Callable[..., Any], tmp_path: Path
