@@ -11,7 +11,7 @@ from quantcli.report.markup import Markup, element, table
 from quantcli.report.numbers import percent, rate, seconds, short, size
 from quantcli.report.outcome import throughput_setting
 from quantcli.report.page import MISSED, WORST, flat, page
-from quantcli.report.scatter import Point, pareto_chart, pareto_front
+from quantcli.report.scatter import Point, pareto_chart, unbeaten
 
 Run = Mapping[str, Any]
 
@@ -40,7 +40,7 @@ def compare(runs: Sequence[Run]) -> dict[str, Any]:
     front = {}
     for key, _, _ in _CHARTS:
         points = _points([row for row in rows if row["run"] in group], key)
-        front[key] = [point.name for point in pareto_front(points)]
+        front[key] = [point.name for point in unbeaten(points)]
     return {"runs": rows, "comparable": group, "front": front, "notes": notes, "differences": _differences(runs)}
 
 

@@ -27,12 +27,20 @@ class Point:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that none beats: no other is at most as large and loses at most as much, and is better in one."""
+    """The points that none beats: no other is at most as large and loses at most as much, and is better in one. Of
+    equal ones the first."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.size, p.loss)):
         if not front or point.loss < front[-1].loss:
             front.append(point)
     return front
+
+
+def unbeaten(points: Sequence[Point]) -> list[Point]:
+    """`pareto_front` with all of equal points."""
+    places = [(point.size, point.loss) for point in pareto_front(points)]
+    found = [point for point in points if (point.size, point.loss) in places]
+    return sorted(found, key=lambda point: places.index((point.size, point.loss)))
 
 
 def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = False) -> Markup:
@@ -71,6 +79,7 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
         x, y = place(point)
         lines.append(((x, y - reach), (x, y + reach)))
     taken = [_Box(x - 7, x + 7, y - 7, y + 7) for x, y in map(place, points)]
+    winners = unbeaten(points)
     for point in sorted(points, key=lambda p: p.loss):
         x, y = place(point)
         if half := halves.get(point):
@@ -85,7 +94,7 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
                     class_="whisker",
                 )
             )
-        best = " best" if point in front else ""
+        best = " best" if point in winners else ""
         hint = element("title", f"{point.name}: {size(point.size)}, {loss} {short(point.loss, 4)}")
         parts.append(element("circle", hint, cx=x, cy=y, r=6, class_=f"point {point.look}{best}"))
         parts.append(_label(point.name, x, y, taken, lines))

@@ -16,7 +16,7 @@ from synthetic_run import save_run
 from quantcli.errors import RecipeError
 from quantcli.pipeline.report import report_paths, run_facts
 from quantcli.report.comparison import compare, comparison_page
-from quantcli.report.scatter import Point, pareto_chart, pareto_front
+from quantcli.report.scatter import Point, pareto_chart, pareto_front, unbeaten
 
 GB = 1_000_000_000
 
@@ -32,6 +32,25 @@ def test_the_front_is_what_no_other_point_beats(pairs: list[tuple[int, int]]) ->
     front = pareto_front(points)
     assert {(p.size, p.loss) for p in front} == unbeaten
     assert len(front) == len(unbeaten)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=12))
+def test_equal_points_beat_each_other_not(pairs: list[tuple[int, int]]) -> None:
+    points = [Point(str(i), size, loss) for i, (size, loss) in enumerate(pairs)]
+    places = [(point.size, point.loss) for point in pareto_front(points)]
+    found = unbeaten(points)
+    assert {point.name for point in found} == {p.name for p in points if (p.size, p.loss) in places}
+    assert [p.size for p in found] == sorted(p.size for p in found)
+
+
+def test_a_run_that_was_repeated_is_as_good_as_the_first(tmp_path: Path) -> None:
+    facts = [run_facts(save_run(tmp_path / name, bytes=4 * GB, kl=0.03)) for name in ("one", "again")]
+    found = compare(facts)
+    assert found["front"] == {"kl_divergence": ["one", "again"], "perplexity": ["one", "again"]}
+    page = comparison_page(facts, found)
+    assert page.count('class="point run best"') == 4
+    assert "<b>one</b>" in page
+    assert "<b>again</b>" in page
 
 
 def test_a_chart_is_drawn_of_one_point_and_of_equal_ones() -> None:
