@@ -135,7 +135,8 @@ def _label(name: str, x: float, y: float, taken: list[_Box], lines: Sequence[tup
     width = 11 * len(shown)  # of w8a8 in a wide font
     found: list[tuple[int, bool, float, _Box]] = []
     for away in range(12):
-        for baseline in (y - 7 - 17 * away, y + 19 + 17 * away):
+        level = (y + 5,) if not away else ()  # beside a point near the end of a steep line it is free, above it is not
+        for baseline in (y - 7 - 17 * away, y + 19 + 17 * away, *level):
             for right in (True, False):
                 left = x + 9 if right else x - 9 - width
                 box = _Box(left, left + width, baseline - 12, baseline + 4)

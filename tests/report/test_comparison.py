@@ -111,6 +111,15 @@ def _three(tmp_path: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.parametrize("loss", [17.55, 26.0, 16.95])
+def test_the_name_of_the_float_model_is_beside_its_point_at_the_end_of_a_steep_line(loss: float) -> None:
+    points = [Point("w8a8", 163.5e6, loss), Point("float", 269e6, 16.9, look="origin")]
+    chart = pareto_chart(points, "perplexity")
+    _, _, top, bottom = _labels(chart, {"float"})["float"]
+    y = max(float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', chart))
+    assert top - 8 <= y <= bottom + 8
+
+
 def test_the_runs_that_none_beats_are_named(tmp_path: Path) -> None:
     found = compare([run_facts(path) for path in _three(tmp_path)])
     assert found["comparable"] == ["w8", "w4", "bad"]
