@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -250,9 +251,12 @@ def _float8_product(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T in float32, of values that bfloat16 holds.
 
     PyTorch gives it to oneDNN where factors may be rounded to bfloat16, which changes none of these. On an AMD EPYC
-    that takes 3.7 ms where the BLAS of PyTorch takes 9.2, and AMX has a unit for it.
+    that takes 3.7 ms where the BLAS of PyTorch takes 9.2, and AMX has a unit for it. Older versions of it have no
+    such setting.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if settings is None:
+        return x @ weight.t()
     before = settings.fp32_precision
     settings.fp32_precision = "bf16"
     try:

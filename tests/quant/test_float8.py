@@ -238,6 +238,16 @@ def test_products_are_exact_but_for_their_sums_in_float32(tokens: int) -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == asked
 
 
+def test_older_versions_of_torch_compute_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, weight = (random(5, 600, seed=3) * 40).to(FP8), (random(200, 600, seed=4) * 40).to(FP8)
+    product = prepared_float8_linear(weight, torch.ones(1, 1))
+    expected = product(float8_values(codes), torch.ones(1), None, torch.float32)
+    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul")
+    found = product(float8_values(codes), torch.ones(1), None, torch.float32)
+    terms = codes.double().abs() @ weight.double().abs().t()
+    assert ((found - expected).abs() <= 2**-20 * terms).all()
+
+
 def test_each_code_has_its_value() -> None:
     codes = PATTERNS.view(FP8)
     assert torch.equal(float8_values(codes), codes.float())
