@@ -310,12 +310,20 @@ def _served(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> Markup | 
 def _recipes(rows: Sequence[Mapping[str, Any]], differences: Mapping[str, Sequence[Any]]) -> Markup | None:
     if not differences:
         return None
-    cells = [
-        (element("code", key), *["–" if value is None else str(value) for value in values])
-        for key, values in differences.items()
-    ]
+    cells = [(element("code", key), *map(_as_written, values)) for key, values in differences.items()]
     names = [row["run"] for row in rows]
     return element("section", element("h2", "What differs in the recipes"), table(("key", *names), cells))
+
+
+def _as_written(value: Any) -> str:
+    """A value as a recipe has it; what is not set in a row of a list is left out."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_as_written(v)}' for key, v in value.items() if v is not None)}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_as_written, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "–" if value is None else str(value)
 
 
 def _maps(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> Markup | None:

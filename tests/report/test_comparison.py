@@ -192,6 +192,19 @@ def test_a_section_that_one_recipe_lacks_is_told_once(tmp_path: Path) -> None:
     assert compare(facts)["differences"] == wanted
 
 
+def test_what_differs_is_shown_as_a_recipe_has_it(tmp_path: Path) -> None:
+    paths = [save_run(tmp_path / "one"), save_run(tmp_path / "other")]
+    tasks = "[{task: boolq, limit: 200, shots: null}, squad]"
+    for path, keys in zip(
+        paths, (f"quantize: {{q: true}}\ntasks: {tasks}\n", "quantize: {q: false}\ntasks: []\n"), strict=True
+    ):
+        (path / "recipe.yaml").write_text(keys)
+    facts = [run_facts(path) for path in paths]
+    page = comparison_page(facts, compare(facts))
+    assert "<td><code>quantize.q</code></td><td>true</td><td>false</td>" in page
+    assert "<td><code>tasks</code></td><td>[{task: boolq, limit: 200}, squad]</td><td>[]</td>" in page
+
+
 def test_a_comparison_of_large_models_is_small(tmp_path: Path) -> None:
     facts = [run_facts(save_run(tmp_path / str(i), blocks=80)) for i in range(6)]
     assert len(comparison_page(facts, compare(facts)).encode()) < 2_000_000
