@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import RoomError
+from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.served import block_as_served, head_as_served
 
 if TYPE_CHECKING:
@@ -126,6 +127,15 @@ def generate(
         for index, written in zip(members, out[:, longest:].tolist(), strict=True):
             last = next((place for place, token in enumerate(written) if token in ends), len(written))
             yield index, written[: last + 1]
+
+
+def text_ends(directory: Path, config: Any) -> list[int]:
+    """Tokens that end a text, as the generation_config.json of a model, or its config, names them."""
+    file = directory / "generation_config.json"
+    named = read_json(file).get("eos_token_id") if file.is_file() else None
+    if named is None:
+        named = getattr(config, "eos_token_id", None)
+    return [named] if isinstance(named, int) else list(named or ())
 
 
 def free_memory(device: str) -> int | None:

@@ -103,14 +103,15 @@ def _boolq(context: Context, section: TaskSection, asked: Callable[[Sequence[Que
 
 def _squad(context: Context, section: TaskSection, model: Model) -> list[Scored]:
     from quantcli.evaluation.tasks import squad_scored
-    from quantcli.pipeline.generation import cached_tokens, generate, serving
+    from quantcli.pipeline.generation import cached_tokens, generate, serving, text_ends
 
     tokenizer, questions = context.tokenizer(), questions_of(section)
     prompts = _encoded(context, tokenizer, questions, NEW_TOKENS)
     found: dict[int, Scored] = {}
     tokens = cached_tokens([len(prompt) for prompt in prompts], NEW_TOKENS)
     with serving(model, f"The task {section.task}", tokens, context.emit) as loaded:
-        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ends = list(dict.fromkeys([*own, *text_ends(context.model, model.skeleton.config)]))
         for index, written in generate(loaded, prompts, NEW_TOKENS, ends, tokenizer.pad_token_id):
             text = tokenizer.decode(written, skip_special_tokens=True)
             found[index] = squad_scored(questions[index], text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,6 +216,31 @@ def test_generated_answers_are_those_of_transformers(
     monkeypatch.setattr(generation, "free_memory", lambda _: free - 1)
     with pytest.raises(RoomError, match=r"The task squad generates text, .* of \d+ tokens \(.* and 0.\d+ GB are free"):
         quantcli.run(changed(recipe, quantize__weights__bits=8))
+
+
+def test_an_answer_ends_with_every_token_that_ends_a_text(recipe: Recipe, squad: Path, tmp_path: Path) -> None:
+    """Also with those that generation_config.json alone names: Qwen's instructed models end a text that is no chat with
+    another than the tokenizer's, and go on on the same line."""
+    model = shutil.copytree(recipe["model"]["path"], tmp_path / "ending")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    prompts = [question.prompt for question in questions_of(TaskSection(task="squad", path=str(squad)))]
+
+    def written(prompt: str) -> list[int]:
+        ids = tokenizer(prompt, return_tensors="pt")
+        out = loaded_model(model).generate(**ids, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+        found: list[int] = out[0, ids.input_ids.shape[1] :].tolist()
+        return found
+
+    whole = written(prompts[0])
+    ends = {"eos_token_id": [tokenizer.eos_token_id, next(token for token in whole[2:] if token not in whole[:2])]}
+    (model / "generation_config.json").write_text(json.dumps(ends))
+    assert len(written(prompts[0])) < len(whole)
+    evaluate = {"tasks": [{"task": "squad", "path": str(squad)}], "generate": None}
+    run = quantcli.run(changed(recipe, model__path=str(model), evaluate=evaluate)).path
+    samples = json.loads((run / "reference-tasks" / "squad.json").read_text())["samples"]
+    for prompt, sample in zip(prompts, samples, strict=True):
+        text = tokenizer.decode(written(prompt), skip_special_tokens=True)
+        assert sample["answer"] == next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def test_questions_that_are_not_there_are_refused_at_once(recipe: Recipe, tmp_path: Path) -> None:

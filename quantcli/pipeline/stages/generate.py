@@ -124,9 +124,9 @@ def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
 def _continued(context: Context, skeleton: Skeleton, prompts: list[list[int]], count: int) -> list[list[int]]:
     """At most `count` tokens behind each prompt, each the likeliest behind those before it, up to one that ends a text
     or fills the model's positions."""
-    from quantcli.pipeline.generation import generate
+    from quantcli.pipeline.generation import generate, text_ends
 
-    longest, ends = known_positions(context.model), _ends(context, skeleton)
+    longest, ends = known_positions(context.model), text_ends(context.model, skeleton.config)
     written: list[list[int]] = [[] for _ in prompts]
     by_room: dict[int, list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -136,17 +136,6 @@ def _continued(context: Context, skeleton: Skeleton, prompts: list[list[int]], c
             for place, tokens in generate(skeleton.model, [prompts[index] for index in members], room, ends):
                 written[members[place]] = tokens
     return written
-
-
-def _ends(context: Context, skeleton: Skeleton) -> list[int]:
-    """Tokens that end a text, as generation_config.json or config.json names them."""
-    from quantcli.model.checkpoint import read_json
-
-    file = context.model / "generation_config.json"
-    named = read_json(file).get("eos_token_id") if file.is_file() else None
-    if named is None:
-        named = getattr(skeleton.config, "eos_token_id", None)
-    return [named] if isinstance(named, int) else list(named or ())
 
 
 STAGE = Stage(
