@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from quantcli.errors import ModelError, QuantcliError
+from quantcli.model.attention import caches_latents
 from quantcli.model.channel_paths import ListIndexing
 from quantcli.model.experts import FoundExperts, find_experts
 from quantcli.model.names import TEXT_ALONE
@@ -101,6 +102,7 @@ def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure
         final_norm=final_norm,
         outer_obstacle=outer_obstacle,
         head_dim=_head_size(config),
+        latents=any(map(caches_latents, model.modules())),
     )
 
 

@@ -203,7 +203,8 @@ class Structure:
 
     embeddings: parameters [·, width] whose rows are added up to what enters the first block. final_norm: what the head
     reads. outer_obstacle: in words, why the stream cannot be rotated outside the blocks; empty if it can. head_dim:
-    channels of an attention head by the configuration, None if it does not say.
+    channels of an attention head by the configuration, None if it does not say. latents: whether its cache holds
+    compressed latents, not keys and values (`attention.caches_latents`).
     """
 
     architecture: str
@@ -219,6 +220,7 @@ class Structure:
     final_norm: Norm | None = None
     outer_obstacle: str = ""
     head_dim: int | None = None
+    latents: bool = False
 
     def linears(self) -> Iterator[Linear]:
         for block in self.blocks:

@@ -98,6 +98,14 @@ def refuse_unheld(
                                   "another format.")  # fmt: skip
 
 
+def refuse_latents(structure: Structure, attention: AttentionScheme | None) -> None:
+    """Raise RecipeError for a quantized cache of a model whose cache holds no keys and values."""
+    if structure.latents and attention is not None and attention.kv != "none":
+        raise RecipeError(f"quantize.kv_cache: {structure.architecture} caches latents, from which keys and values are "
+                          "made, and no scales of keys and values fit those.",
+                          "Remove it: the cache of this model stays in float.")  # fmt: skip
+
+
 def refuse_arithmetic(section: PerplexitySection | None, attention: AttentionScheme | None) -> None:
     """Raise RecipeError for the arithmetic of vLLM on a CPU, which is that of engines but for an fp8 cache, where there
     is none."""

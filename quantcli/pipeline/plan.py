@@ -19,6 +19,7 @@ from quantcli.pipeline.held import (
     left_out_note,
     phase_is_idle,
     refuse_arithmetic,
+    refuse_latents,
     refuse_unheld,
     refuse_unloaded,
     shift_note,
@@ -159,6 +160,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     if not quantized and attention is None and ranked is None:
         raise _nothing_left(planned)
     refuse_unheld(recipe, model, structure, quantized, attention)
+    refuse_latents(structure, attention)
     refuse_arithmetic(recipe.evaluate.perplexity if recipe.evaluate else None, attention)
     excluded_from_smoothing(recipe, structure)
     _refuse_rotation(recipe, structure)

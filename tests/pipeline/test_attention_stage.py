@@ -242,6 +242,17 @@ def test_attention_that_cannot_be_observed_is_refused(recipe: Recipe, tmp_path: 
     quantcli.run(changed(recipe, quantize={"weights": {"bits": 8}}))
 
 
+@pytest.mark.parametrize(("kind", "form"), [("int", "ascend"), ("float", "compressed-tensors")])
+def test_a_cache_of_latents_is_refused_before_any_work(recipe: Recipe, kind: str, form: str, tmp_path: Path) -> None:
+    model = save_tiny_model("deepseek-v3", tmp_path / "deepseek", with_tokenizer=True)
+    quantize = {"weights": {"bits": 8}, "kv_cache": {"type": kind}}
+    recipe = changed(recipe, quantize=quantize, model__path=str(model), export={"formats": [form]})
+    for command in (quantcli.plan, quantcli.run):
+        with pytest.raises(RecipeError, match=r"quantize\.kv_cache: DeepseekV3ForCausalLM caches latents"):
+            command(recipe)
+    assert not Path(recipe["output"]).exists()
+
+
 def test_an_interrupted_run_ends_in_the_same_scales(recipe: Recipe, tree: Callable[[Path], dict[str, str]]) -> None:
     recipe = changed(recipe, quantize__kv_cache={}, export={"formats": ["ascend"]}, evaluate=None)
     other = changed(recipe, output=recipe["output"] + "-other")
