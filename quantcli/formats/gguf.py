@@ -61,6 +61,8 @@ def refusal(linear: Linear, scheme: Scheme) -> str:
         return "is written for Linear modules only, and this model's are stored transposed (Conv1D)"
     if scheme.activations != "none":
         return "holds weights alone, with inputs in float"
+    if scheme.type == "float":
+        return "holds integer codes, not fp8"
     if not kind_of(scheme):
         return "holds codes of 4 bits, and symmetric ones of 8 bits"
     if linear.in_features % BLOCK or (scheme.group_size or BLOCK) % BLOCK:

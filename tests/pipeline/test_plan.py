@@ -545,7 +545,7 @@ FP8 = {"weights": {"type": "float"}, "activations": {"bits": 8, "type": "float"}
          "ascend cannot hold .* as W8A16 fp8: it holds fp8 weights with a scale for every token"),
         ({**FP8, "export": ASCEND}, "ascend cannot hold .* as W8A8 fp8 static: it holds fp8 weights with a scale"),
         *(({"weights": {"type": "float"}, "export": {"formats": [form]}},
-           f"{form} cannot hold .* as W8A16 fp8: it holds integer codes, not fp8") for form in ("gptq", "awq")),
+           f"{form} cannot hold .* as W8A16 fp8: it holds integer codes, not fp8") for form in ("gptq", "awq", "gguf")),
         ({**TOKEN, "weights": {"bits": 4, "granularity": "group", "group_size": 32}, "export": ASCEND},
          "ascend cannot hold .* as W4A8 dynamic g32: it holds 4-bit weights beside 8-bit inputs with one scale a"),
         *(({"activations": ASYMMETRIC_TOKEN, "export": {"formats": [form]}},
