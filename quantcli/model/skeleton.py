@@ -112,6 +112,13 @@ class Skeleton:
                 values[name] = parts[key] = parts[key].to(state[name].dtype)
         return values
 
+    def check_shapes(self) -> None:
+        """Raise ModelError for a tensor that has another shape than its parameter; nothing is read. Of parameters that
+        are joined of several tensors nothing is said."""
+        state = self.model.state_dict()
+        for name in state:
+            self._check_shape(name, state)
+
     def _check_shape(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Before it is read: what is not of the model may have any size."""
         source = self.sources[name]

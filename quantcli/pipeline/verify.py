@@ -183,6 +183,7 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
                 _check_usable(module, part, scale, zeros="offset" in part)
         # by the names that transformers itself maps to parameters; one that has no source is missing
         skeleton = Skeleton(path, structure, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
+        skeleton.check_shapes()
         for linear in structure.matrices():
             if linear.name not in weights and f"{linear.name}.weight" not in skeleton.sources:
                 raise VerificationError(f"{path}: {linear.name} has no weight.", "Export it again.")

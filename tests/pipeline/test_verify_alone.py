@@ -75,6 +75,23 @@ def test_names_without_the_prefix_of_the_base_model(form: str, tmp_path: Path) -
     assert "of no parameter" not in found
 
 
+@pytest.mark.parametrize("form", ["compressed-tensors", "ascend", "gguf"])
+def test_a_configuration_of_other_sizes_than_the_tensors_is_found(form: str, tmp_path: Path) -> None:
+    scheme = Scheme(8, float16_scales=form == "gguf")
+    folder = alone(export_tiny(tmp_path, scheme, dtype=torch.bfloat16, form=form, with_tokenizer=True).folder)
+    assert verify_path(folder)["linears"] == 14
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"vocab_size": 600}))
+    with pytest.raises(VerificationError, match=r"weight has shape \(512, 64\) in the checkpoint and \(600, 64\)"):
+        verify_path(folder)
+    if form != "gguf":
+        file.write_text(json.dumps(content))
+        rewritten(folder, load_file(weights_file(folder)) | {"model.norm.weight": torch.ones(63)})
+        with pytest.raises(VerificationError, match=r"norm\.weight has shape \(63,\) in the checkpoint and \(64,\)"):
+            verify_path(folder)
+
+
 @pytest.mark.parametrize(
     ("form", "attention", "part"),
     [
