@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what a float model is read from: its linears hold floats, and nothing below one of them, such
+"""Whether a checkpoint is what a float model is read from: its parameters hold floats, and nothing below a linear, such
 as a scale, is left unread."""
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def require_floats(
     no parameter, such as rotary frequencies or layers that predict further tokens, do not matter.
     """
     weights = linear_weights((linear.name for linear in structure.matrices()), checkpoint.entries)
-    if (entry := first_codes(weights.values(), checkpoint.entries)) is not None:
+    parameters = [*weights.values(), *stored_parameters(structure, checkpoint.entries)]
+    if (entry := first_codes(parameters, checkpoint.entries)) is not None:
         missing = "there is neither a quantization_config in config.json nor a quant_model_description.json"
         raise ModelError(f"{directory}: {entry.name} holds codes ({entry.dtype}), not floats, and nothing says what "
                          f"they are: {missing}.", _REMEDY)  # fmt: skip
@@ -47,6 +48,12 @@ def require_floats(
     if unread:
         raise ModelError(f"{directory}: {unread[0]} is no tensor of a linear in float, as which {left[unread[0]]} is "
                          "read: what it stands for would be left out.", _REMEDY)  # fmt: skip
+
+
+def stored_parameters(structure: Structure, tensors: Iterable[str]) -> list[str]:
+    """The tensors that have the name of a parameter of the model, with or without the prefix of the base model."""
+    names = {name for whole in structure.parameters for name in (whole, whole.partition(".")[2])}
+    return [name for name in tensors if name in names]
 
 
 def first_codes(weights: Iterable[str], entries: Mapping[str, TensorEntry]) -> TensorEntry | None:

@@ -10,7 +10,14 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from quantcli.errors import ModelError, RecipeError
-from quantcli.model.float_weights import below_linears, first_codes, linear_weights, of_no_parameter, require_floats
+from quantcli.model.float_weights import (
+    below_linears,
+    first_codes,
+    linear_weights,
+    of_no_parameter,
+    require_floats,
+    stored_parameters,
+)
 from quantcli.model.structure import Structure, biased, rms_norms
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline.batches import evaluation_batches
@@ -100,7 +107,8 @@ def _refuse_left_over(
     structure: Structure, checkpoint: QuantizedCheckpoint, weights: Mapping[str, str], trust_remote_code: bool
 ) -> None:
     """Raise ModelError for a tensor below a linear that neither its scheme nor the model has, as a further scale, a
-    shift or a part of its own there changes what the linear computes; and for codes of one without a scheme."""
+    shift or a part of its own there changes what the linear computes; and for codes of a linear without a scheme, or of
+    an embedding or a norm."""
     left = below_linears(structure, weights, checkpoint.entries)
     unknown = [name for name, module in left.items() if module not in weights]
     if left and not unknown:
@@ -112,9 +120,10 @@ def _refuse_left_over(
         raise ModelError(f"{checkpoint.directory}: {name} is no tensor of {kind}, as which {module} is read.",
                          "What it stands for is not read; quantize again without.")  # fmt: skip
     in_float = [name for module, name in weights.items() if module not in checkpoint.schemes]
+    in_float += stored_parameters(structure, checkpoint.entries)
     if (entry := first_codes(in_float, checkpoint.entries)) is not None:
         raise ModelError(f"{checkpoint.directory}: {entry.name} holds codes ({entry.dtype}), and what is said of the "
-                         "quantization leaves its linear in float.",
+                         "quantization leaves it in float.",
                          "Take the configuration that belongs to these weights, or quantize again.")  # fmt: skip
 
 

@@ -86,6 +86,35 @@ def test_codes_are_not_taken_for_weights(name: str, tmp_path: Path, prose: Path,
         score_recipe(recipe(tiny_llama, prose, tmp_path / "unused"), str(folder))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_codes_of_an_embedding_are_not_taken_for_weights(
+    dtype: torch.dtype, prefix: str, tmp_path: Path, prose: Path, tiny_llama: Path
+) -> None:
+    """In a quantized checkpoint, and in one that would pass for a float model."""
+    quantized = export_tiny(tmp_path, Scheme(8), dtype=torch.bfloat16, with_tokenizer=True).folder
+    (quantized / "SHA256SUMS").unlink()
+    model = Path(shutil.copytree(tiny_llama, tmp_path / "float"))
+    for folder in (quantized, model):
+        tensors = {name if prefix else name.removeprefix("model."): t for name, t in tensors_of(folder).items()}
+        tensors[f"{prefix}embed_tokens.weight"] = (tensors[f"{prefix}embed_tokens.weight"] * 50).to(dtype)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    found = r"embed_tokens\.weight holds codes \((I8|F8_E4M3)\)"
+    refused(model, prose, found)
+    asked = recipe(quantized, prose, tmp_path / "unused")
+    for use in (
+        lambda: score_recipe(asked),
+        lambda: verify_path(quantized),
+        lambda: convert_checkpoint(quantized, "dense", tmp_path / "unused"),
+    ):
+        with pytest.raises(QuantcliError, match=rf"{found}.*leaves it in float"):
+            use()
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+
+
 def test_codes_of_experts_are_not_taken_for_weights(tmp_path: Path, prose: Path) -> None:
     folder = without_description(tmp_path, "compressed-tensors", Scheme(8, activations="dynamic"), family="mixtral")
     refused(folder, prose, r"holds codes \(I8\), not floats")
