@@ -119,6 +119,7 @@ _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("seed_oss", {**_COMMON, "head_dim": 16}),
     "ernie4_5": ("ernie4_5", {**_COMMON, "head_dim": 16}),
     **{kind: (kind, _COMMON) for kind in ("granite", "olmo2", "starcoder2", "stablelm", "arcee", "nemotron", "phi")},
+    "mamba": ("mamba", {**_SPECIAL, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 16}),
     "deepseek-v2": (
         "deepseek_v2",
         {

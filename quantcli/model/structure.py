@@ -17,7 +17,8 @@ class Linear:
 
     splits_input: engines that spread a model over devices cut W along the input, not the output (row parallel). So they
     do with linears that add to the residual stream, or whose input channels are output channels of another linear: o of
-    attention and down of an MLP.
+    attention and down of an MLP. read_apart: something other than the linear reads W, so that codes cannot take its
+    place.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Linear:
     bias: bool = False
     transposed: bool = False
     splits_input: bool = False
+    read_apart: bool = False
 
     @property
     def weights(self) -> int:

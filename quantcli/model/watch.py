@@ -55,6 +55,7 @@ class Watch:
                 self._hook(module, self._enter_router(name, routers[name]), self._leave_router())
             elif is_linear(module):
                 self.linears[name] = describe_linear(name, module)
+                self.paths.weights[id(module.weight)] = name
                 self._hook(module, self._enter_linear(name), self._leave_linear(name))
             elif is_norm(module):
                 self._hook(module, self._enter_norm(name), self._leave_norm(name))
@@ -193,7 +194,10 @@ class Watch:
         split = {name for shared in inputs if shared.producer and shared.producer.kind == "linear"
                  for name in shared.linears}  # fmt: skip
         split |= {*residual.writers, *(name for experts in found.experts for name in experts.leaving)}
-        linears = tuple(replace(linear, splits_input=linear.name in split) for linear in linears)
+        linears = tuple(
+            replace(linear, splits_input=linear.name in split, read_apart=linear.name in self.paths.read)
+            for linear in linears
+        )
         last = len(order)  # one that was never called stands behind all inputs
         experts = tuple(
             replace(e, inputs_before=sum(order[s.linears[0]] < order.get(e.name, last) for s in inputs))

@@ -232,6 +232,14 @@ def test_a_bias_is_noticed(tiny_model) -> None:
     assert biased == {"q_proj", "k_proj", "v_proj"}
 
 
+def test_weights_that_the_model_reads_itself_are_noticed(tiny_model) -> None:
+    """Mamba multiplies by the weight of dt_proj without calling it."""
+    apart = {linear.name.rpartition(".")[2] for linear in discover(tiny_model("mamba")).linears() if linear.read_apart}
+    assert apart == {"dt_proj"}
+    for family in ("llama", "qwen2-moe", "deepseek-v3", "gpt2"):
+        assert not any(linear.read_apart for linear in structure_of(tiny_model(family)).linears())
+
+
 def test_remembered_equals_found(tiny_model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     directory = tiny_model("qwen2-moe")

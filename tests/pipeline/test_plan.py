@@ -344,6 +344,16 @@ def test_linears_that_no_forward_reaches_stay_in_float_where_something_is_observ
     assert kept(planned(blind, **TOKEN)) == set()
 
 
+def test_linears_whose_weights_the_model_reads_itself_stay_in_float() -> None:
+    first = LLAMA.blocks[0]
+    down = replace(first.linears[-1], read_apart=True)
+    apart = replace(LLAMA, blocks=(replace(first, linears=(*first.linears[:-1], down)), *LLAMA.blocks[1:]))
+    for quantize in (STATIC, TOKEN, {"weights": {"bits": 4}}):
+        plan = planned(apart, **quantize, overrides=[{"match": "*.down_proj", "weights": {"bits": 8}}])
+        assert plan.kept[down.name] == "the model reads its weight itself, stays in float"
+        assert kept(plan) == {"0.mlp.down_proj"}
+
+
 def test_experts_in_a_form_that_is_not_known_are_refused() -> None:
     unknown = Experts("model.layers.0.mlp.experts", ("model.layers.0.mlp.experts.w",), ())
     experts = replace(LLAMA, blocks=(replace(LLAMA.blocks[0], experts=(unknown,)),))
