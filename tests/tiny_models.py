@@ -119,6 +119,32 @@ _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("seed_oss", {**_COMMON, "head_dim": 16}),
     "ernie4_5": ("ernie4_5", {**_COMMON, "head_dim": 16}),
     **{kind: (kind, _COMMON) for kind in ("granite", "olmo2", "starcoder2", "stablelm", "arcee", "nemotron", "phi")},
+    # blocks that return more than hidden states, and models that take the rest apart from them
+    "bamba": (
+        "bamba",
+        {
+            **_COMMON,
+            "attn_layer_indices": [1],
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_d_state": 8,
+            "mamba_n_groups": 1,
+        },
+    ),
+    "zaya": ("zaya", {**_COMMON, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 1}),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            **_COMMON,
+            "head_dim": 16,
+            "vocab_size_per_layer_input": 512,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "activation_sparsity_pattern": [0.0, 0.0],
+        },
+    ),
     "mamba": ("mamba", {**_SPECIAL, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 16}),
     "deepseek-v2": (
         "deepseek_v2",

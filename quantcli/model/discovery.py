@@ -21,7 +21,7 @@ from quantcli.model.attention import caches_latents
 from quantcli.model.channel_paths import ListIndexing
 from quantcli.model.experts import FoundExperts, find_experts
 from quantcli.model.names import TEXT_ALONE
-from quantcli.model.skeleton import build_model, find_blocks, load_config, resolve_dtype
+from quantcli.model.skeleton import as_returned, build_model, find_blocks, load_config, resolve_dtype
 from quantcli.model.structure import Block, Residual, SharedInput, Structure
 from quantcli.model.waiting import held_while_waiting
 from quantcli.model.watch import Watch, describe_linear, first_argument, is_linear
@@ -78,7 +78,9 @@ def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure
             raise ModelError(f"{directory / 'config.json'}: {router.name} chooses among {how}.",
                              "Check both, and that config.json belongs to these weights.")  # fmt: skip
     watch = _watch_forward(model, paths, experts)
-    watched = _with_held(model, paths, {path: watch.block(path) for path in first_of_kind.values()}, watch.as_tuple)
+    watched = _with_held(
+        model, paths, {path: watch.block(path) for path in first_of_kind.values()}, watch.tuple_length or 0
+    )
     blocks = []
     for path in paths:
         kind = first_of_kind[_make(model.get_submodule(path))]
@@ -97,7 +99,7 @@ def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure
         tied=tied,
         vocabulary=int(config.vocab_size),
         width=int(embedding.embedding_dim),
-        tuple_output=bool(watch.as_tuple),
+        tuple_length=watch.tuple_length or 0,
         embeddings=embeddings,
         final_norm=final_norm,
         outer_obstacle=outer_obstacle,
@@ -156,9 +158,11 @@ def _watch_forward(model: nn.Module, paths: list[str], wanted: dict[str, FoundEx
     watch = Watch(model, paths, wanted)
     tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device="meta")
     try:
-        passing = _passed_through(model, paths, wanted, lambda: watch.as_tuple)
+        passing = _passed_through(model, paths, wanted, lambda: watch.tuple_length or 0)
         with passing, torch.no_grad(), ListIndexing(watch.paths), watch.paths:
             model(input_ids=tokens, use_cache=False)
+    except QuantcliError:
+        raise
     except Exception as error:  # whatever a model's code raises, it cannot be followed
         raise ModelError(f"{type(model).__name__} cannot be followed without its weights: {error}.",
                          "Its architecture is not supported yet.") from error  # fmt: skip
@@ -167,9 +171,7 @@ def _watch_forward(model: nn.Module, paths: list[str], wanted: dict[str, FoundEx
     return watch
 
 
-def _with_held(
-    model: nn.Module, paths: list[str], watched: dict[str, Block], as_tuple: bool | None
-) -> dict[str, Block]:
+def _with_held(model: nn.Module, paths: list[str], watched: dict[str, Block], tuple_length: int) -> dict[str, Block]:
     """The blocks with what a pass through them holds, with attention computed as transformers does by default."""
     with suppress(Exception):  # whatever a model raises that has no other than its own
         model.set_attn_implementation("sdpa")  # type: ignore[operator]
@@ -181,20 +183,20 @@ def _with_held(
     def run(tokens: int) -> None:
         model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device="meta"), use_cache=False)
 
-    with _passed_through(model, paths, watched, lambda: as_tuple), torch.no_grad():
+    with _passed_through(model, paths, watched, lambda: tuple_length), torch.no_grad():
         held = held_while_waiting(model, stops, run)
     return {path: replace(block, held=held[path]) for path, block in watched.items()}
 
 
 @contextmanager
 def _passed_through(
-    model: nn.Module, paths: list[str], wanted: Collection[str], as_tuple: Callable[[], bool | None]
+    model: nn.Module, paths: list[str], wanted: Collection[str], tuple_length: Callable[[], int]
 ) -> Iterator[None]:
     """Blocks outside `wanted` return their input, in the form in which the first block returns its output."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = first_argument(args, kwargs)
-        return (hidden,) if as_tuple() else hidden
+        return as_returned(hidden, tuple_length())
 
     others = [model.get_submodule(path) for path in paths if path not in wanted]
     try:

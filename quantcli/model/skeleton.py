@@ -286,6 +286,12 @@ def find_blocks(model: nn.Module, config: Any) -> list[str]:
     return [f"{path}.{i}" for i in range(len(found))]
 
 
+def as_returned(hidden: Tensor, length: int) -> Any:
+    """Hidden states as blocks return them: first of a tuple of `length` items, whose others a model takes apart from
+    them and may not need; alone if it is 0."""
+    return (hidden, *[None] * (length - 1)) if length else hidden
+
+
 def _add_biases(model: nn.Module, structure: Structure) -> None:
     state, linears = model.state_dict(), {linear.name for linear in structure.linears()}
     for name, shape in structure.parameters.items():

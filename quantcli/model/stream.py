@@ -18,7 +18,7 @@ from torch.func import functional_call
 from quantcli.errors import ModelError
 from quantcli.model.heap import keep_freed_memory
 from quantcli.model.hidden import HiddenCache
-from quantcli.model.skeleton import Skeleton
+from quantcli.model.skeleton import Skeleton, as_returned
 
 HEAD_BYTES = 256 << 20
 """Bound on the float32 logits that exist at a time; the head runs on as many positions as fit."""
@@ -171,7 +171,7 @@ class BlockStream:
                 samples, piece.shape[1], self._embedding.embedding_dim, dtype=piece.dtype, device=piece.device
             )
             # a chain of blocks that hand on the given states, whatever the embedding made of `inputs`
-            with _forwards(blocks, lambda *_, _piece=piece, **__: _piece, self.skeleton.structure.tuple_output):
+            with _forwards(blocks, lambda *_, _piece=piece, **__: _piece, self.skeleton.structure.tuple_length):
                 output = self.skeleton.model(inputs_embeds=inputs, use_cache=False)
             yield slice(begin, begin + piece.shape[1]), output.logits.to(dtype or output.logits.dtype)
 
@@ -196,7 +196,7 @@ class BlockStream:
         inputs = torch.zeros(samples, tokens, self._embedding.embedding_dim, dtype=hidden.dtype, device=hidden.device)
         blocks = [self.skeleton.module(path) for path in self.skeleton.blocks]
         given = {"inputs_embeds": inputs, "use_cache": False}
-        with _forwards(blocks, lambda *_, **__: hidden, self.skeleton.structure.tuple_output):
+        with _forwards(blocks, lambda *_, **__: hidden, self.skeleton.structure.tuple_length):
             output = functional_call(self.skeleton.model, dict(parameters), (), given)
         return output.logits.float()
 
@@ -211,7 +211,7 @@ class BlockStream:
                 raise _Stop
             return hidden
 
-        with _forwards(blocks, record, self.skeleton.structure.tuple_output):
+        with _forwards(blocks, record, self.skeleton.structure.tuple_length):
             yield
 
     def _shared(self, value: Any) -> Any:
@@ -240,12 +240,12 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 @contextmanager
-def _forwards(blocks: Sequence[nn.Module], replacement: Callable[..., Tensor], as_tuple: bool) -> Iterator[None]:
+def _forwards(blocks: Sequence[nn.Module], replacement: Callable[..., Tensor], length: int) -> Iterator[None]:
     """`replacement(index, …)` in the place of each block's forward, in the form that the model expects."""
 
     def call(index: int, *args: Any, **kwargs: Any) -> Any:
         hidden = replacement(index, *args, **kwargs)
-        return (hidden,) if as_tuple else hidden
+        return as_returned(hidden, length)
 
     try:
         for index, block in enumerate(blocks):

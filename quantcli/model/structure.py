@@ -201,7 +201,7 @@ class Block:
 @dataclass(frozen=True)
 class Structure:
     """A whole model. `parameters` maps every stored parameter to its shape, tied ones once; `head` is the output
-    linear; `tuple_output` says that blocks return a tuple whose first item is the hidden states.
+    linear; `tuple_length` is that of the tuple which blocks return, hidden states first; 0 if they return those alone.
 
     embeddings: parameters [·, width] whose rows are added up to what enters the first block. final_norm: what the head
     reads. outer_obstacle: in words, why the stream cannot be rotated outside the blocks; empty if it can. head_dim:
@@ -217,7 +217,7 @@ class Structure:
     tied: bool
     vocabulary: int
     width: int
-    tuple_output: bool = False
+    tuple_length: int = 0
     embeddings: tuple[str, ...] = ()
     final_norm: Norm | None = None
     outer_obstacle: str = ""

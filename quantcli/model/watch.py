@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from quantcli.errors import ModelError
 from quantcli.model.channel_paths import ChannelPaths
 from quantcli.model.experts import FoundExperts, reads_by_a_product
 from quantcli.model.norms import describe_norm, is_norm, is_norm_of, norm_offset, turns_with_its_input
@@ -30,6 +31,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, paths: list[str], wanted: Mapping[str, FoundExperts]) -> None:
         self.wanted = wanted
+        self.architecture = type(model).__name__
         self.layers = {experts.name for found in wanted.values() for experts in found.experts if experts.linears}
         routers = {
             name: reads_by_a_product(model.get_submodule(name)) for found in wanted.values() for name in found.routers
@@ -41,7 +43,9 @@ class Watch:
         self.norms: dict[str, nn.Module] = {}
         self.sums: dict[str, frozenset[str]] = {}  # what norms and linears read, and what blocks put out, in order
         self.entrances: dict[str, frozenset[str]] = {}  # what blocks are given
-        self.as_tuple: bool | None = None
+        self.tuple_length: int | None = None
+        self.handed_on: Tensor | None = None  # by the block before
+        self.made: set[int] = set()  # in blocks, by identity
         self.handles: list[Any] = []
         unwanted = tuple(f"{path}." for path in paths if path not in wanted)
         for name, module in model.named_modules():
@@ -155,20 +159,38 @@ class Watch:
     def _enter_block(self, path: str, wanted: bool) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = first_argument(args, kwargs)
+            self._require_states_alone(path, hidden, [args, kwargs])
             self.entrances[path] = self.paths.terms_of(hidden)
+            self.entered = len(self.paths.kept)
             if wanted:
                 self.paths.begin(hidden, path, channels=False)
 
         return hook
 
+    def _require_states_alone(self, path: str, hidden: Tensor, given: Any) -> None:
+        """Raise ModelError unless blocks can be run one after the other with nothing but hidden states [samples,
+        tokens, channels] between them: the very ones that the block before has put out."""
+        if hidden.ndim != 3:
+            reason = f"{path} is given states of {hidden.ndim} dimensions, not of samples, tokens and channels"
+        elif self.handed_on is not None and hidden is not self.handed_on:
+            reason = f"{path} is not given what the block before it puts out"
+        elif any(id(value) in self.made and value is not hidden for value in _tensors(given)):
+            reason = f"{path} is given more than hidden states of the blocks before it"
+        else:
+            return
+        raise ModelError(f"{self.architecture} cannot be run one block at a time: {reason}.",
+                         "Its architecture is not supported.")  # fmt: skip
+
     def _leave_block(self, path: str, wanted: bool) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
-            if self.as_tuple is None:
-                self.as_tuple = isinstance(output, tuple)
+            if self.tuple_length is None:
+                self.tuple_length = len(output) if isinstance(output, tuple) else 0
             hidden = output[0] if isinstance(output, tuple) else output
             if wanted:
                 self.sums[path] = self.paths.terms_of(hidden)
+                self.made |= {id(value) for value in self.paths.kept[self.entered :]}
             self.paths.begin(hidden, OUTSIDE, channels=False)
+            self.handed_on = hidden
 
         return hook
 
@@ -324,6 +346,15 @@ def describe_linear(name: str, module: nn.Module) -> Linear:
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in containers of any kind."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
 
 
 def _norms_alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

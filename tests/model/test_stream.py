@@ -76,6 +76,11 @@ def test_every_family_streams_to_the_same_bits(family: str, tiny_model, tmp_path
     assert_same(streamed_logits(directory, tmp_path / "mapped", limit=MAPPED), expected)
 
 
+def test_blocks_whose_further_outputs_the_model_takes(tiny_model, tmp_path: Path) -> None:
+    directory = tiny_model("bamba")
+    assert_same(streamed_logits(directory, tmp_path), plain_logits(directory))
+
+
 @pytest.mark.parametrize("limit", [IN_MEMORY, MAPPED])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
 def test_bfloat16(family: str, limit: int, tiny_model, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import FAMILIES, save_seeing_model, tiny_config
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from quantcli.errors import ModelError
 from quantcli.model.discovery import discover
@@ -218,7 +219,7 @@ def test_the_dtype_changes_nothing_but_itself(family: str, tiny_model) -> None:
 
 @pytest.mark.parametrize("family", ["falcon", "llama"])
 def test_tuples_are_noticed(family: str, tiny_model) -> None:
-    assert structure_of(tiny_model(family)).tuple_output == (family == "falcon")
+    assert structure_of(tiny_model(family)).tuple_length == (2 if family == "falcon" else 0)
 
 
 def test_blocks_of_different_make(tiny_model) -> None:
@@ -230,6 +231,40 @@ def test_blocks_of_different_make(tiny_model) -> None:
 def test_a_bias_is_noticed(tiny_model) -> None:
     biased = {linear.name.rpartition(".")[2] for linear in discover(tiny_model("qwen2")).linears() if linear.bias}
     assert biased == {"q_proj", "k_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gemma3n", "model.layers.0 is given states of 4 dimensions"),
+        ("zaya", "model.layers.1 is given more than hidden states of the blocks before it"),
+    ],
+)
+def test_blocks_that_hand_on_more_than_hidden_states_are_refused(family: str, reason: str, tmp_path: Path) -> None:
+    tiny_config(family, architectures=["Any"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"cannot be run one block at a time: {reason}") as caught:
+        discover(tmp_path)
+    assert caught.value.remedy
+
+
+def test_a_model_that_changes_the_states_between_blocks_is_refused(tiny_model, monkeypatch: pytest.MonkeyPatch) -> None:
+    compute = LlamaModel.forward
+
+    def twice(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (given[0] * 2, *given[1:])
+
+    def doubled(model: LlamaModel, *args: Any, **kwargs: Any) -> Any:
+        """As Llama, but each block behind the first is given twice what the one before it puts out."""
+        hooks = [block.register_forward_pre_hook(twice, prepend=True) for block in model.layers[1:]]
+        try:
+            return compute(model, *args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    monkeypatch.setattr(LlamaModel, "forward", doubled)
+    with pytest.raises(ModelError, match="1 is not given what the block before it puts out"):
+        discover(tiny_model("llama"))
 
 
 def test_weights_that_the_model_reads_itself_are_noticed(tiny_model) -> None:
