@@ -145,6 +145,8 @@ _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
             "activation_sparsity_pattern": [0.0, 0.0],
         },
     ),
+    # gated convolutions, and attention in the second block
+    "lfm2": ("lfm2", {**_COMMON, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "mamba": ("mamba", {**_SPECIAL, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 16}),
     "deepseek-v2": (
         "deepseek_v2",

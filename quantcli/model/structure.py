@@ -326,8 +326,9 @@ def heads_obstacles(structure: Structure) -> list[str]:
 def rotatable_heads(structure: Structure, head_dim: int) -> list[SharedInput]:
     """The inputs that are outputs of attention in whole heads of `head_dim`, whose values a known linear makes.
 
-    Attention is known by what is beside the values: queries as wide as its output, and keys as wide as the values, made
-    by siblings of that linear or by the same one. Then no gate or other factor lies between values and output.
+    Attention is known by its weights, which multiply the values, and by what is beside these: queries as wide as its
+    output, and keys as wide as the values, made by siblings of that linear or by the same one. Then no gate or other
+    factor lies between values and output.
     """
     return [shared for block in structure.blocks for shared in block.inputs if _is_rotatable(block, shared, head_dim)]
 
@@ -348,7 +349,7 @@ def joined(structure: Structure) -> dict[str, tuple[str, ...]]:
 
 def _is_rotatable(block: Block, shared: SharedInput, size: int) -> bool:
     starts = head_starts(shared, size)
-    if shared.producer is None or shared.producer.obstacle or not starts:
+    if shared.producer is None or not shared.producer.attention or shared.producer.obstacle or not starts:
         return False
     features = {linear.name: linear.out_features for linear in block.linears}
     values, name = len(starts) * size, shared.producer.name

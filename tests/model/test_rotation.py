@@ -198,6 +198,16 @@ def test_only_values_of_attention_are_rotated(family: str, directory: Directory)
         assert not any(part in names for part in ("mlp", "fc", "h_to_4h"))
 
 
+def test_gates_of_a_convolution_are_no_queries_and_keys(directory: Directory) -> None:
+    """One linear makes three parts of one width, as of queries, keys and values, and no attention adds them up."""
+    structure = structure_of(directory("lfm2"))
+    assert [shared.name for shared in rotatable_heads(structure, 16)] == ["model.layers.1.self_attn.out_proj"]
+    model = model_of(directory("lfm2"))
+    before = logits_of(model)
+    rotated(model, structure, ModelRotation(seed=1, hidden=True, heads=True, head_dim=16))
+    assert_same(logits_of(model), before)
+
+
 def test_refuses_heads_that_are_not_whole(directory: Directory) -> None:
     structure = structure_of(directory("llama"))
     with pytest.raises(ModelError, match="whole heads of 24") as caught:
