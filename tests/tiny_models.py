@@ -147,6 +147,23 @@ _FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # gated convolutions, and attention in the second block
     "lfm2": ("lfm2", {**_COMMON, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    # heads of two sizes, and embeddings of tokens that each block is given beside the hidden states
+    "gemma4": (
+        "gemma4_text",
+        {
+            **_COMMON,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 512,
+        },
+    ),
+    # configurations that say nothing of tied embeddings
+    "inkling": ("inkling_text", {**_COMMON, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
+    "inkling2": ("inkling2_text", {**_COMMON, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2}),
     "mamba": ("mamba", {**_SPECIAL, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "time_step_rank": 16}),
     "deepseek-v2": (
         "deepseek_v2",

@@ -37,13 +37,16 @@ class ChannelPaths(TorchDispatchMode):
 
     others: source → mask of the channels that went into an operation that did not keep them apart. broken: module →
     the operation that read its output, or a sum with it, and did not hand it on whole. read: names of those `weights`
-    that an operation was given, but in a module whose output is marked as a whole.
+    that an operation was given, but in a module whose output is marked as a whole. reread: whether one was given what
+    is in `made`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.weights: dict[int, str] = {}  # by the identity of parameters, which the model keeps alive
         self.read: set[str] = set()
+        self.made: set[int] = set()  # tensors of blocks that are left, by identity
+        self.reread = False
         self.maps: dict[int, dict[str, Map]] = {}
         self.influences: dict[int, dict[str, Mask]] = {}  # of sources that are no longer followed
         self.terms: dict[int, frozenset[str]] = {}
@@ -102,6 +105,7 @@ class ChannelPaths(TorchDispatchMode):
         terms = [self._sum(name, args, output) for output in outputs]
         influences: dict[str, Mask] = {}
         followed: set[str] = set().union(*maps)
+        self.reread |= any(id(operand) in self.made for operand in operands)
         self.read |= {self.weights[id(operand)] for operand in operands if id(operand) in self.weights}
         for operand in operands:
             self.read_otherwise(operand, followed)

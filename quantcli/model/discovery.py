@@ -21,7 +21,7 @@ from quantcli.model.attention import caches_latents
 from quantcli.model.channel_paths import ListIndexing
 from quantcli.model.experts import FoundExperts, find_experts
 from quantcli.model.names import TEXT_ALONE
-from quantcli.model.skeleton import as_returned, build_model, find_blocks, load_config, resolve_dtype
+from quantcli.model.skeleton import as_returned, build_model, find_blocks, layers_of, load_config, resolve_dtype
 from quantcli.model.structure import Block, Residual, SharedInput, Structure
 from quantcli.model.waiting import held_while_waiting
 from quantcli.model.watch import Watch, describe_linear, first_argument, is_linear
@@ -86,7 +86,7 @@ def _discover(directory: Path, dtype: str, trust_remote_code: bool) -> Structure
         kind = first_of_kind[_make(model.get_submodule(path))]
         blocks.append(_renamed(watched[kind], kind, path))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-    tied = head is not None and (head.weight is embedding.weight or bool(config.tie_word_embeddings))
+    tied = head is not None and (head.weight is embedding.weight or bool(getattr(config, "tie_word_embeddings", False)))
     head_path = _path_of(model, head) if head is not None else None
     skipped = f"{head_path}.weight" if tied else None
     embeddings, final_norm, outer_obstacle = watch.outside(head_path)
@@ -139,7 +139,12 @@ def _require_channels(path: Path, config: Any, channels: Mapping[str, int]) -> N
 
 
 def _head_size(config: Any) -> int | None:
-    """`head_dim` of a configuration, or hidden size / heads."""
+    """`head_dim` of a configuration, or hidden size / heads; None where blocks differ in it."""
+    sizes = {_size_of_heads(layer) for layer in layers_of(config)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _size_of_heads(config: Any) -> int | None:
     size, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
     return int(config.hidden_size) // heads if size is None and heads else size
 

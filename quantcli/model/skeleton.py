@@ -216,14 +216,23 @@ def check_counts(path: Path, content: dict[str, Any]) -> None:
 
 def check_size(path: Path, config: Any) -> None:
     """Refuse more modules than memory has room for, and what is no number of modules."""
-    keys = ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts")
-    depth, *experts = (getattr(config, key, None) for key in keys)
+    keys = ("num_local_experts", "num_experts", "n_routed_experts")
+    depth = getattr(config, "num_hidden_layers", None)
+    experts = [getattr(layer, key, None) for layer in layers_of(config) for key in keys]
     count = max([number for number in experts if type(number) is int], default=1)
     if depth is None:
         return
     if type(depth) is not int or not 0 < depth <= MAXIMUM_BLOCKS or depth * count > MAXIMUM_EXPERTS:
         raise ModelError(f"{path}: {repr(depth)[:100]} decoder blocks of {count} experts are more than any model has.",
                          "Check num_hidden_layers, or download the file again.")  # fmt: skip
+
+
+def layers_of(config: Any) -> list[Any]:
+    """The configuration of every block: those of a model whose blocks differ in what a configuration has one value for,
+    such as the size of heads (Gemma 4), else the one of all."""
+    if not getattr(config, "is_heterogeneous", False):
+        return [config]
+    return [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
 
 
 def _is_causal(config: Any) -> bool:

@@ -167,12 +167,12 @@ class BlockStream:
         blocks = [self.skeleton.module(path) for path in self.skeleton.blocks]
         for begin in range(0, tokens, step):
             piece = hidden[:, begin : begin + step].to(self.skeleton.device)
-            inputs = torch.zeros(
-                samples, piece.shape[1], self._embedding.embedding_dim, dtype=piece.dtype, device=piece.device
-            )
-            # a chain of blocks that hand on the given states, whatever the embedding made of `inputs`
-            with _forwards(blocks, lambda *_, _piece=piece, **__: _piece, self.skeleton.structure.tuple_length):
-                output = self.skeleton.model(inputs_embeds=inputs, use_cache=False)
+            # a chain of blocks that hand on the given states, whatever the embedding made of the tokens
+            with (
+                _forwards(blocks, lambda *_, _piece=piece, **__: _piece, self.skeleton.structure.tuple_length),
+                self._embedding_skipped(piece) as given,
+            ):
+                output = self.skeleton.model(**given)
             yield slice(begin, begin + piece.shape[1]), output.logits.to(dtype or output.logits.dtype)
 
     def head_names(self) -> list[str]:
@@ -192,13 +192,27 @@ class BlockStream:
     def head_logits(self, hidden: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         """Float32 logits of hidden states that left the last block, as `logits`, with `parameters` (by full names) in
         the place of the head's own; gradients reach them and the states."""
-        samples, tokens, _ = hidden.shape
-        inputs = torch.zeros(samples, tokens, self._embedding.embedding_dim, dtype=hidden.dtype, device=hidden.device)
         blocks = [self.skeleton.module(path) for path in self.skeleton.blocks]
-        given = {"inputs_embeds": inputs, "use_cache": False}
-        with _forwards(blocks, lambda *_, **__: hidden, self.skeleton.structure.tuple_length):
+        with (
+            _forwards(blocks, lambda *_, **__: hidden, self.skeleton.structure.tuple_length),
+            self._embedding_skipped(hidden) as given,
+        ):
             output = functional_call(self.skeleton.model, dict(parameters), (), given)
         return output.logits.float()
+
+    @contextmanager
+    def _embedding_skipped(self, hidden: Tensor) -> Iterator[dict[str, Any]]:
+        """What the model is called with in the body for as many tokens as `hidden` [samples, tokens, channels] has. The
+        embedding, whose weight is not there, gives zeros for them; by tokens, and not by what is embedded, other
+        embeddings are read that a model may have beside it (Gemma 4)."""
+        samples, tokens, _ = hidden.shape
+        zeros = hidden.new_zeros(samples, tokens, self._embedding.embedding_dim)
+        self._embedding.__dict__["forward"] = lambda *_, **__: zeros
+        try:
+            device = hidden.device
+            yield {"input_ids": torch.zeros(samples, tokens, dtype=torch.long, device=device), "use_cache": False}
+        finally:
+            self._embedding.__dict__.pop("forward", None)
 
     @contextmanager
     def _recording(self, recorded: list[Any]) -> Iterator[None]:

@@ -45,7 +45,6 @@ class Watch:
         self.entrances: dict[str, frozenset[str]] = {}  # what blocks are given
         self.tuple_length: int | None = None
         self.handed_on: Tensor | None = None  # by the block before
-        self.made: set[int] = set()  # in blocks, by identity
         self.handles: list[Any] = []
         unwanted = tuple(f"{path}." for path in paths if path not in wanted)
         for name, module in model.named_modules():
@@ -159,7 +158,7 @@ class Watch:
     def _enter_block(self, path: str, wanted: bool) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = first_argument(args, kwargs)
-            self._require_states_alone(path, hidden, [args, kwargs])
+            self._require_states_alone(path, hidden, [*args, *kwargs.values()])
             self.entrances[path] = self.paths.terms_of(hidden)
             self.entered = len(self.paths.kept)
             if wanted:
@@ -174,12 +173,15 @@ class Watch:
             reason = f"{path} is given states of {hidden.ndim} dimensions, not of samples, tokens and channels"
         elif self.handed_on is not None and hidden is not self.handed_on:
             reason = f"{path} is not given what the block before it puts out"
-        elif any(id(value) in self.made and value is not hidden for value in _tensors(given)):
+        elif any(id(value) in self.paths.made for value in _tensors(given)):
             reason = f"{path} is given more than hidden states of the blocks before it"
         else:
             return
-        raise ModelError(f"{self.architecture} cannot be run one block at a time: {reason}.",
-                         "Its architecture is not supported.")  # fmt: skip
+        raise self._not_apart(reason)
+
+    def _not_apart(self, reason: str) -> ModelError:
+        what = f"{self.architecture} cannot be run one block at a time: {reason}"
+        return ModelError(f"{what}.", "Its architecture is not supported.")
 
     def _leave_block(self, path: str, wanted: bool) -> Any:
         def hook(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
@@ -188,7 +190,9 @@ class Watch:
             hidden = output[0] if isinstance(output, tuple) else output
             if wanted:
                 self.sums[path] = self.paths.terms_of(hidden)
-                self.made |= {id(value) for value in self.paths.kept[self.entered :]}
+                if self.paths.reread:
+                    raise self._not_apart(f"{path} reads more than hidden states of the blocks before it")
+                self.paths.made |= {id(value) for value in self.paths.kept[self.entered :] if value is not hidden}
             self.paths.begin(hidden, OUTSIDE, channels=False)
             self.handed_on = hidden
 
@@ -349,11 +353,11 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """Those in containers of any kind."""
+    """Those among arguments, but not in stores by name, which hold what other blocks want, too."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, list | tuple):
+        for item in value:
             yield from _tensors(item)
 
 

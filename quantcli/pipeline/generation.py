@@ -79,10 +79,15 @@ def _resident_while_it_runs(block: nn.Module, resident: Callable[[], AbstractCon
 
 def cached_values(config: Any) -> int:
     """Keys and values that a model caches of a token, by the most that its attention may keep."""
+    from quantcli.model.skeleton import layers_of
+
+    return 2 * int(config.num_hidden_layers) * max(map(_kept_keys, layers_of(config)))
+
+
+def _kept_keys(config: Any) -> int:
     heads = int(getattr(config, "num_attention_heads", None) or 1)
     kept = int(getattr(config, "num_key_value_heads", None) or heads)
-    width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * int(config.num_hidden_layers) * kept * width
+    return kept * int(getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
 def cached_tokens(lengths: Collection[int], new_tokens: int) -> int:

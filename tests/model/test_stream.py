@@ -76,8 +76,9 @@ def test_every_family_streams_to_the_same_bits(family: str, tiny_model, tmp_path
     assert_same(streamed_logits(directory, tmp_path / "mapped", limit=MAPPED), expected)
 
 
-def test_blocks_whose_further_outputs_the_model_takes(tiny_model, tmp_path: Path) -> None:
-    directory = tiny_model("bamba")
+@pytest.mark.parametrize("family", ["bamba", "gemma4"])
+def test_blocks_that_return_or_are_given_more_than_states(family: str, tiny_model, tmp_path: Path) -> None:
+    directory = tiny_model(family)
     assert_same(streamed_logits(directory, tmp_path), plain_logits(directory))
 
 

@@ -22,6 +22,7 @@ from quantcli.model.discovery import discover
 from quantcli.model.skeleton import Skeleton
 from quantcli.model.structure import Block, Structure
 from quantcli.model.structure_cache import find_structure
+from quantcli.pipeline.generation import cached_values
 
 # Each shared input as "readers <- producer", + for a norm that multiplies by 1 + w; names without the block's path.
 ATTENTION = "self_attn.q_proj self_attn.k_proj self_attn.v_proj <- input_layernorm"
@@ -238,6 +239,7 @@ def test_a_bias_is_noticed(tiny_model) -> None:
     [
         ("gemma3n", "model.layers.0 is given states of 4 dimensions"),
         ("zaya", "model.layers.1 is given more than hidden states of the blocks before it"),
+        ("inkling2", "model.layers.1 reads more than hidden states of the blocks before it"),
     ],
 )
 def test_blocks_that_hand_on_more_than_hidden_states_are_refused(family: str, reason: str, tmp_path: Path) -> None:
@@ -265,6 +267,23 @@ def test_a_model_that_changes_the_states_between_blocks_is_refused(tiny_model, m
     monkeypatch.setattr(LlamaModel, "forward", doubled)
     with pytest.raises(ModelError, match="1 is not given what the block before it puts out"):
         discover(tiny_model("llama"))
+
+
+def test_blocks_with_heads_of_different_sizes(tiny_model) -> None:
+    structure = discover(tiny_model("gemma4"))
+    outputs = [block.name + ".self_attn.o_proj" for block in structure.blocks]
+    widths = {linear.name: linear.in_features for linear in structure.linears()}
+    assert [widths[name] for name in outputs] == [4 * 16, 4 * 32]
+    assert structure.head_dim is None
+    assert cached_values(tiny_config("gemma4")) == 2 * 2 * 2 * 32  # by the larger ones
+    assert cached_values(tiny_config("llama")) == 2 * 2 * 2 * 16
+
+
+def test_a_configuration_that_says_nothing_of_tied_embeddings(tmp_path: Path) -> None:
+    tiny_config("inkling", architectures=["Any"]).save_pretrained(tmp_path)
+    structure = discover(tmp_path)
+    assert not structure.tied
+    assert f"{structure.head}.weight" in structure.parameters
 
 
 def test_weights_that_the_model_reads_itself_are_noticed(tiny_model) -> None:
