@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantcli.errors import RoomError
+from quantcli.errors import ModelError, QuantcliError, RoomError, first_line, refusal_of_the_system
 from quantcli.model.checkpoint import read_json
 from quantcli.pipeline.served import block_as_served, head_as_served
 
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 GENERATED_TOKENS = 4096
 """Tokens of prompts that generate together: their keys and values are held beside the model."""
+
+
+class NoTextError(ModelError):
+    """transformers does not generate text by a model, though it runs it."""
 
 
 @contextmanager
@@ -105,7 +109,7 @@ def generate(
     """(index, tokens) of greedy generation behind each prompt's tokens, in batches of like length, padded on the left.
 
     Text ends with one of `ends` or after `new_tokens` tokens. Nothing of a generation_config.json is heeded: penalties
-    and sampling would hide what weights do.
+    and sampling would hide what weights do. Raises NoTextError where transformers fails at it.
     """
     import torch
     from transformers import GenerationConfig
@@ -125,10 +129,9 @@ def generate(
         for row, index in enumerate(members):
             ids[row, longest - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, longest - len(prompts[index]) :] = 1
+        given = {"input_ids": ids.to(device), "attention_mask": mask.to(device), "generation_config": settings}
         with torch.inference_mode():
-            out = model.generate(  # type: ignore[operator]
-                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=settings
-            )
+            out = _by_transformers(model, given)
         for index, written in zip(members, out[:, longest:].tolist(), strict=True):
             last = next((place for place, token in enumerate(written) if token in ends), len(written))
             yield index, written[: last + 1]
@@ -141,6 +144,19 @@ def text_ends(directory: Path, config: Any) -> list[int]:
     if named is None:
         named = getattr(config, "eos_token_id", None)
     return [named] if isinstance(named, int) else list(named or ())
+
+
+def _by_transformers(model: nn.Module, given: dict[str, Any]) -> Any:
+    """What `model.generate` returns, whose caches are not made for every model that has a forward pass."""
+    try:
+        return model.generate(**given)  # type: ignore[operator]
+    except (QuantcliError, MemoryError):
+        raise
+    except Exception as error:
+        if refusal_of_the_system(error) is not None:
+            raise
+        raise NoTextError(f"transformers generates no text by {type(model).__name__}: {first_line(error)}.",
+                          "Leave out evaluate.generate and tasks that generate their answers.") from error  # fmt: skip
 
 
 def free_memory(device: str) -> int | None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from run_contexts import changed, float_model, read
 from tiny_models import save_tiny_model, tiny_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import quantcli
 from quantcli.model.skeleton import Skeleton
@@ -147,6 +147,23 @@ def test_a_model_that_is_too_large_writes_nothing_and_says_so(
     notes = [e["text"] for e in map(json.loads, (tmp_path / "run" / "events.jsonl").open()) if e["event"] == "note"]
     assert content["skipped"] in notes
     assert content["skipped"].replace("'", "&#x27;") in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_model_that_transformers_does_not_generate_by_is_evaluated_all_the_same(
+    static_recipe: Callable[[Path], Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("the cache has no attention layers\nsecond line")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", fail)
+    recipe = static_recipe(tmp_path / "run")
+    outcome = quantcli.run(recipe)
+    said = (
+        "No text was generated: transformers generates no text by LlamaForCausalLM: the cache has no attention layers."
+    )
+    assert read(recipe, "generate", "generated.json")["skipped"] == said
+    assert outcome.stages["eval-ppl"]
+    assert said in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_what_was_left_out_for_want_of_free_memory_is_done_when_it_is_there(

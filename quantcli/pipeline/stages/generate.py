@@ -31,17 +31,22 @@ def _identity(context: Context) -> dict[str, Any]:
 
 def run(context: Context, folder: StageFolder) -> None:
     """Writes generated.json: the prompts, and the tokens and text that each model puts behind them, greedily; or why
-    there are none. A model that takes more than `memory`, with its keys and values, is run block by block, unless more
-    than `streamed` bytes would be read for that. `needs` is what the models take where only the memory that was free
-    was less."""
+    there are none, also where transformers fails at it: that is no reason to lose a run. A model that takes more than
+    `memory`, with its keys and values, is run block by block, unless more than `streamed` bytes would be read for that.
+    `needs` is what the models take where only the memory that was free was less."""
+    from quantcli.pipeline.generation import NoTextError
+
     section, tokenizer = _section(context.recipe), context.tokenizer()
     prompts = [prompt_tokens(tokenizer, prompt) for prompt in section.prompts]
     skipped, needs = _obstacle(context, section, prompts)
     content: dict[str, Any] = {"max_new_tokens": section.max_new_tokens, "skipped": skipped, "needs": needs}
+    if not skipped:
+        try:
+            content |= _generated(context, section, tokenizer, prompts)
+        except NoTextError as error:
+            content["skipped"] = f"No text was generated: {error.message}"
     if content["skipped"]:
         context.emit("note", text=content["skipped"])
-    else:
-        content |= _generated(context, section, tokenizer, prompts)
     write_json(folder.path / RESULT, content)
     folder.add(folder.path / RESULT)
 
