@@ -142,8 +142,10 @@ def parameter_tensors(
             names[name] = _expert_tensor(name, present)
             continue
         if source.converter is not None:
-            raise ModelError(f"{name} is stored joined with other weights in this checkpoint.",
-                             "Save it once with transformers' save_pretrained and use that.")  # fmt: skip
+            # so it is written again by default; apart from each other experts would be joined instead
+            apart = "Save it once with transformers' save_pretrained(…, save_original_format=False) and use that."
+            remedy = "Its architecture is not supported." if any(b.experts for b in structure.blocks) else apart
+            raise ModelError(f"{name} is stored joined with other weights in this checkpoint.", remedy)
         names[name] = source.tensors[0]
     return names
 

@@ -369,5 +369,11 @@ def test_parameters_that_are_stored_joined_are_refused(tiny_model: TinyModel) ->
     directory = tiny_model("mixtral")
     structure = discover(directory)
     joined = structure.blocks[0].experts[0].parameters[0]
-    with pytest.raises(ModelError, match=f"{joined} is stored joined with other weights"):
+    with pytest.raises(ModelError, match=f"{joined} is stored joined with other weights") as caught:
         parameter_tensors(directory, structure, Checkpoint(directory).entries, [joined])
+    assert caught.value.remedy == "Its architecture is not supported."
+    # by default save_pretrained joins again what it has read so
+    blocks = tuple(replace(block, experts=()) for block in structure.blocks)
+    with pytest.raises(ModelError, match="stored joined") as caught:
+        parameter_tensors(directory, replace(structure, blocks=blocks), Checkpoint(directory).entries, [joined])
+    assert "save_original_format=False" in caught.value.remedy
