@@ -90,8 +90,10 @@ def block_as_served(
             yield
         return
     replaced = _replaced(skeleton, exported, f"{path}.", phase, arithmetic)
-    experts = skeleton.structure.blocks[index].local_experts
+    structure = skeleton.structure.blocks[index]
+    experts = structure.local_experts
     left_out = {f"{path}.{name}" for name in not_read(replaced, experts)}
+    left_out -= {f"{linear.name}.weight" for linear in structure.linears if linear.read_apart}
     modules = [module for module in exported.attention_modules if module.startswith(f"{path}.")]
     attention = {module: exported.read_attention(module) for module in modules}
     block = skeleton.module(path)

@@ -116,6 +116,14 @@ def share_of_equal_tokens(one: Tensor, other: Tensor) -> float:
     return ((one - other).abs().amax(-1) < 1e-5).float().mean().item()
 
 
+def test_weights_that_the_model_reads_itself_are_there_though_quantized(tmp_path: Path) -> None:
+    """Others quantize dt_proj of Mamba too, whose weight is read without its linear."""
+    made = export_tiny(tmp_path, SCHEMES["W8A8 dynamic"], "mamba")
+    assert any(name.endswith("dt_proj") for name in made.reader().schemes)
+    expected = of_transformers(made.model)
+    assert (of_evaluation(made) - expected).std() < 0.05 * expected.std()
+
+
 # Falcon is left out: transformers stops at packed weights in its own kind of linear.
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma3", "phi3", "opt", "gpt-neox", "cohere"])
 def test_every_family_loads(family: str, tmp_path: Path) -> None:
