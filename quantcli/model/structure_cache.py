@@ -12,7 +12,7 @@ from quantcli.model.checkpoint import stored_dtype
 from quantcli.model.structure import Structure
 from quantcli.model.untrusted import MAXIMUM_JSON_BYTES, read_regular
 
-LAYOUT = 13
+LAYOUT = 14
 """Raised when `Structure` or its discovery changes, so that remembered ones are found anew."""
 
 
