@@ -167,12 +167,14 @@ def _found(stream: BlockStream, index: int, batch: int, enters: HiddenCache, lin
 
 
 def _loss(found: Tensor, hidden: Tensor, wanted: Tensor) -> Tensor:
-    """How far `found` is from what is `wanted`, relative to what that adds to `hidden`."""
+    """How far `found` is from what is `wanted`, relative to what that adds to `hidden`; absolute if it adds nothing."""
     target = wanted.to(found.device).float()
     added = (target - hidden.to(found.device).float()).square().sum(-1)
     cap = CAP * added.median()
-    lost = (found.float() - target).square().sum(-1)
-    return (lost * (cap / (added + cap))).sum() / (added * (cap / (added + cap))).sum()
+    share = cap / (added + cap) if cap > 0 else torch.ones_like(added)
+    lost = ((found.float() - target).square().sum(-1) * share).sum()
+    whole = (added * share).sum()
+    return lost / whole if whole > 0 else lost
 
 
 @torch.no_grad()
