@@ -8,6 +8,9 @@ from torch import Tensor
 from quantcli.quant.gptq import BLOCK, INNER
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, nearest_codes_
 
+_ROUNDING = 1e-6
+"""Share of the largest curvature that codes of such sizes can have, below which what is found is float32's rounding."""
+
 
 def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> Tensor:
     """(w − ŵ) H (w − ŵ)ᵀ of every row, float32 [out]: with H = E[x xᵀ] the mean squared error of each output.
@@ -30,7 +33,8 @@ def refitted(weight: Tensor, quantized: QuantizedWeight, grid: WeightGrid, hessi
 
     With c_g = q − z of group g, else zero, the s_g that minimises (w − Σ c_g s_g) H (w − Σ c_g s_g)ᵀ moves by
     c_g H (w − ŵ)ᵀ / (c_g H c_gᵀ). It is rounded to the stored dtype and taken where the error falls, so the sum over
-    rows never rises. weight [out, in]; hessian [in, in] float32.
+    rows never rises. Codes that cancel out in every input, as where channels are copies of each other, have no
+    curvature but rounding: their scale stays. weight [out, in]; hessian [in, in] float32.
     """
     out_features, in_features = weight.shape
     rows, groups = quantized.scale.shape
@@ -40,17 +44,19 @@ def refitted(weight: Tensor, quantized: QuantizedWeight, grid: WeightGrid, hessi
         centred -= quantized.zero_point.float().repeat_interleave(size, 1)
     scale = quantized.scale.float().clone()
     slope = (weight.float() - dequantize(quantized)) @ hessian
+    spread = hessian.diagonal().clamp(min=0).sqrt()
     for g in range(groups):
         columns = slice(g * size, (g + 1) * size)
         codes = centred[:, columns]
         product = codes @ hessian[columns]
         gain = (codes * slope[:, columns]).sum(1, keepdim=True)
         curvature = (codes * product[:, columns]).sum(1, keepdim=True)
+        largest = (codes.abs() @ spread[columns, None]).square()
         if rows == 1:
-            gain, curvature = gain.sum(0, keepdim=True), curvature.sum(0, keepdim=True)
+            gain, curvature, largest = (each.sum(0, keepdim=True) for each in (gain, curvature, largest))
         found = grid.stored(scale[:, g : g + 1] + torch.nan_to_num(gain / curvature))
         change = found - scale[:, g : g + 1]
-        taken = 2 * change * gain > change.square() * curvature
+        taken = (2 * change * gain > change.square() * curvature) & (curvature > _ROUNDING * largest)
         if not grid.full_range:
             taken &= found > 0
         change = torch.where(taken, change, 0.0)

@@ -150,6 +150,22 @@ def test_groups_whose_codes_are_all_zero_or_whose_inputs_are_keep_their_scale() 
     assert bool(torch.isfinite(found.scale).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_codes_that_cancel_out_keep_their_scale(symmetric: bool, dtype: torch.dtype) -> None:
+    """Channels that are copies of each other: of codes whose sum is 0 nothing but rounding tells a scale."""
+    generator = torch.Generator().manual_seed(2)
+    weight, x = torch.randn(64, 32, generator=generator) * 0.05, torch.randn(200, generator=generator)
+    hessian = (x @ x / 200).expand(32, 32).contiguous()
+    grid = WeightGrid(3, symmetric, "group", 8, dtype)
+    start = minmax(weight, grid)
+    found = refitted(weight, start, grid, hessian)
+    silent = centred(start).view(64, 4, 8).sum(-1) == 0
+    assert silent.any()
+    assert torch.equal(found.scale[silent], start.scale[silent])
+    assert not torch.equal(found.scale[~silent], start.scale[~silent])
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_descent_ends_where_no_single_code_can_be_bettered(symmetric: bool) -> None:
     """Tried with all 1024 rows of codes: none that differs in one place is better, and the best of all stays."""
