@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from decimal import Decimal
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 from pydantic_core import PydanticCustomError, PydanticKnownError
@@ -128,3 +128,21 @@ class Section(BaseModel):
     """Base of all sections: unknown keys are refused, no type is converted, nothing changes after loading."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+_USED_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "group_size": ("granularity", ("group",)),
+    "importance": ("method", ("mse",)),
+    "fraction": ("method", ("co_sparse", "low_bit")),
+    "sigma_factor": ("method", ("low_bit_sigma",)),
+    "aggregation": ("method", ("minmax",)),
+    "percentile": ("method", ("percentile",)),
+    "quantized_share": ("propagation", ("quantized",)),
+}
+"""Key of weights or activations → another key, and the values of that with which it has an effect."""
+
+
+def taken_over(base: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """Those of the keys of `base` that an override by `keys` leaves something to do."""
+    idle = {key for key, (other, values) in _USED_WITH.items() if other in keys and keys[other] not in values}
+    return {key: value for key, value in base.items() if key not in idle}

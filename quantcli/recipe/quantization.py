@@ -15,7 +15,7 @@ from pydantic import (
 
 from quantcli.recipe.aliases import with_aliases
 from quantcli.recipe.budget import BudgetSection, CandidateSection
-from quantcli.recipe.fields import Count, Pattern, SchemeName, Section, null_is_default, refusal, whole
+from quantcli.recipe.fields import Count, Pattern, SchemeName, Section, null_is_default, refusal, taken_over, whole
 from quantcli.recipe.rollback import RollbackSection
 from quantcli.recipe.solver import SOLVED_METHODS, DistillSection, GptqSection, SignroundSection, check_solvers
 
@@ -146,7 +146,7 @@ def _default_symmetric(data: dict[str, Any]) -> bool:
     return data.get("scope") == "token" or data.get("type") == "float"
 
 
-_OF_RANGES = ("method", "propagation", "quantized_share")
+_OF_RANGES = ("method", "aggregation", "propagation", "quantized_share")
 """Keys of activations that are about ranges, which scales of tokens do without."""
 
 
@@ -424,15 +424,9 @@ def _overridden(
         if unknown:
             known = ", ".join(kind.model_fields)
             raise refusal(f"{place}{name}", f"has the unknown key {unknown[0]}", f"Keys: {known}.")
-        kept = part.model_dump(exclude_unset=True)
-        if keys.get("granularity", "group") != "group":
-            kept.pop("group_size", None)
-        if keys.get("method", "mse") != "mse":
-            kept.pop("importance", None)
+        kept = taken_over(part.model_dump(exclude_unset=True), keys)
         if kind is ActivationsSection and keys.get("scope") == "token":
             kept = {key: value for key, value in kept.items() if key not in (*_OF_RANGES, "percentile")}
-        if kind is ActivationsSection and keys.get("method", "percentile") != "percentile":
-            kept.pop("percentile", None)
         if kind is ActivationsSection and kept.get("symmetric") == _default_symmetric(kept):
             kept.pop("symmetric", None)  # written or not, it is the default, which follows the override's scope
         try:

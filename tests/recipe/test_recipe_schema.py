@@ -336,7 +336,7 @@ STATIC = "  activations: {bits: 8}\n"
                 f"9: quantize.activations.{key}: has no effect with scope token",
                 "scope: tensor or mix",
             )
-            for key, value in (("method", "mse"), ("propagation", "quantized"))
+            for key, value in (("method", "mse"), ("aggregation", "mean"), ("propagation", "quantized"))
         ),
         # methods of weights
         *(
@@ -696,6 +696,9 @@ def test_keys_of_a_method_are_taken_for_an_override_of_it() -> None:
         ("{bits: 8, method: mse, propagation: quantized, quantized_share: 0.5}", "{scope: token}"),
         ("{bits: 8, method: percentile, percentile: 99}", "{method: mse}"),
         ("{bits: 8, method: percentile, percentile: 99}", "{scope: token}"),
+        ("{bits: 8, aggregation: mean}", "{method: mse}"),
+        ("{bits: 8, aggregation: mean}", "{scope: token}"),
+        ("{bits: 8, propagation: quantized, quantized_share: 0.5}", "{propagation: float}"),
     ],
 )
 def test_an_override_means_the_same_in_the_resolved_recipe(base: str, override: str) -> None:
@@ -707,6 +710,22 @@ def test_an_override_means_the_same_in_the_resolved_recipe(base: str, override: 
     treatment = section.treatment(one)
     assert treatment is not None
     assert treatment[1].symmetric == (treatment[1].scope == "token" or "symmetric: true" in base + override)
+
+
+@pytest.mark.parametrize(
+    ("base", "override"),
+    [
+        ("{method: low_bit, fraction: 0.05}", "{method: minmax}"),
+        ("{method: low_bit_sigma, sigma_factor: 4}", "{method: low_bit}"),
+        ("{method: mse, importance: second_moment}", "{method: minmax}"),
+    ],
+)
+def test_an_override_takes_no_key_over_that_it_leaves_nothing_to_do(base: str, override: str) -> None:
+    text = f"  weights: {base}\n  activations: {{bits: 8}}\n  overrides: [{{match: a, weights: {override}}}]\n"
+    section = quantize_of(text, "calibration={}")
+    treatment = section.treatment(section.overrides[0])
+    assert treatment is not None
+    assert treatment[0] == WeightsSection(**yaml.safe_load(override))
 
 
 @pytest.mark.parametrize(
