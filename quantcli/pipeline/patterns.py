@@ -8,8 +8,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from quantcli.errors import RecipeError
-from quantcli.recipe.quantization import OverrideSection
-from quantcli.recipe.rollback import RollbackSection
+from quantcli.recipe.quantization import OverrideSection, QuantizeSection
 
 
 def match_names(patterns: Iterable[str], names: Sequence[str], place: str, kind: str = "linear") -> dict[str, str]:
@@ -53,9 +52,13 @@ def chosen_overrides(
     return found
 
 
-def idle_rollback(section: RollbackSection) -> list[str]:
-    """Notes on keys of a rollback that nothing makes use of."""
-    notes = []
+def idle_keys(quantize: QuantizeSection) -> list[str]:
+    """Notes on keys of activations and of a rollback that nothing makes use of."""
+    section, notes = quantize.rollback, []
+    written = quantize.activations.model_fields_set
+    quantized = any("bits" in (each.activations or {}) and each.scheme is None for each in quantize.overrides)
+    if written and "bits" not in written and not quantized:
+        notes.append("quantize.activations has no effect: its bits are 16 where the recipe does not say 8 or 4.")
     if section.to != "float" and not section.names and not section.ranks:
         notes.append("quantize.rollback.to has no effect: neither names, level nor target roll anything back.")
     if section.metric is not None and not section.ranks:

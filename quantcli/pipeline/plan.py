@@ -25,7 +25,7 @@ from quantcli.pipeline.held import (
     shift_note,
     siblings_note,
 )
-from quantcli.pipeline.patterns import chosen_overrides, idle_rollback, match_names
+from quantcli.pipeline.patterns import chosen_overrides, idle_keys, match_names
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, QuantizeSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
@@ -169,7 +169,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     biases, why_none = addable_biases(recipe, structure, {linear.name: scheme for linear, scheme in quantized})
     section = recipe.quantize.rollback
     notes += shift_note(biases, why_none, section.level > 0)
-    notes += idle_rollback(section)
+    notes += idle_keys(recipe.quantize)
     if phase_is_idle(recipe, [scheme for _, scheme in quantized]):
         notes.append("evaluate.perplexity.phase: decode has no effect: no activations have scope mix.")
     if ranked is None and section.level:

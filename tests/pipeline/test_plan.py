@@ -690,6 +690,11 @@ MIX = {"activations": {"bits": 8, "scope": "mix"}}
         ({"rollback": {"metric": "kurtosis", "names": ["*.0.*"]}}, "quantize.rollback.metric"),
         ({"overrides": [{"match": "*", "scheme": "W8A16"}, {"match": "*.up_proj", "scheme": "float"}]}, "overrides[1]"),
         ({"overrides": [{"match": "lm_head", "scheme": "W8A16"}]}, "overrides[0]"),
+        ({"activations": {"scope": "token"}}, "quantize.activations has no effect: its bits are 16"),
+        (
+            {"activations": {"method": "mse"}, "overrides": [{"match": "*", "scheme": "W8A8-dynamic"}]},
+            "quantize.activations has no effect",
+        ),
     ],
 )
 def test_keys_that_come_to_nothing_are_noted(quantize: dict[str, Any], said: str) -> None:
@@ -705,6 +710,8 @@ def test_keys_that_come_to_nothing_are_noted(quantize: dict[str, Any], said: str
         {"overrides": [{"match": "*.0.*", "scheme": "W8A16"}, {"match": "*.[mg]*", "scheme": "float"}]},
         {"overrides": [{"match": "lm_head", "scheme": "W8A16"}], "rollback": {"last_linear": False}},
         {"overrides": [{"match": "lm_head", "scheme": "float"}]},
+        {"activations": {"bits": 16, "scope": "token"}},
+        {"activations": {"scope": "token"}, "overrides": [{"match": "*.0.*", "activations": {"bits": 8}}]},
     ],
 )
 def test_keys_that_do_something_are_not(quantize: dict[str, Any]) -> None:
