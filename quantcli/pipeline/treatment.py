@@ -11,7 +11,7 @@ from quantcli.errors import ModelError
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.fused import scale_groups
 from quantcli.pipeline.plan import Treatment
-from quantcli.pipeline.rundir import six_digits
+from quantcli.pipeline.rundir import six_digits, six_digits_or_none
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -185,7 +185,8 @@ def input_parameters(observed: Observed, treatment: Treatment) -> tuple[Tensor, 
         percentile=section.percentile,
     )
     scale, zero = static_parameters(low, high, section.symmetric, section.type)
-    facts = {"input_min": six_digits(low), "input_max": six_digits(high), "range_parm": six_digits(observed.range_parm)}
+    range_parm = six_digits_or_none(observed.range_parm)
+    facts = {"input_min": six_digits(low), "input_max": six_digits(high), "range_parm": range_parm}
     return scale, None if section.symmetric else zero, facts
 
 

@@ -21,7 +21,15 @@ from quantcli.errors import ModelError
 from quantcli.evaluation.simulate import simulated
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.pipeline.plan import Treatment
-from quantcli.pipeline.treatment import Phase, WeightSource, quantize_weight, replacement, with_input
+from quantcli.pipeline.treatment import (
+    Phase,
+    WeightSource,
+    input_parameters,
+    quantize_weight,
+    replacement,
+    with_input,
+)
+from quantcli.quant.observers import Observed
 from quantcli.quant.scheme import Scheme
 from quantcli.recipe.quantization import ActivationsSection, WeightsSection
 
@@ -281,3 +289,12 @@ def test_constant_inputs_are_named_and_come_first(damaged: Callable[..., Recipe]
     assert [row["name"] for row in rows[:3]] == names
     assert [row["range_parm"] for row in rows[:3]] == [None] * 3
     assert [w for w in texts(recipe) if "64 of 64 input channels" in w and names[0] in w and "more calibration" in w]
+
+
+def test_an_input_without_spread_is_recorded_as_json() -> None:
+    """All channels of all tokens have one value, as behind a LayerNorm whose weight is 0: range_parm is infinite."""
+    observed = Observed(torch.ones(2), torch.ones(2), range_parm=math.inf)
+    treatment = Treatment(Scheme(8, activations="static"), WeightsSection(), ActivationsSection(bits=8))
+    scale, _, facts = input_parameters(observed, treatment)
+    assert scale.item() == pytest.approx(1 / 255)
+    assert json.loads(json.dumps(facts, allow_nan=False)) == {"input_min": 0, "input_max": 1, "range_parm": None}
