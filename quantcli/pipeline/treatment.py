@@ -140,7 +140,7 @@ def quantize_weight(
 
     `dtype` is the model's. A method that is solved from calibration is tried as `mse` here. `whole`: the weights that
     share one scale, in an order that is the same for each of them, `weight` itself among them. Raises ModelError, with
-    the module, for weights that are not finite.
+    the module, for weights and second moments that are not finite.
     """
     import torch
 
@@ -155,6 +155,7 @@ def quantize_weight(
     if section.importance == "second_moment":
         assert statistics is not None
         importance = statistics["second_moment"].to(weight.device)
+        require_finite_moments(name, importance)
     method: Callable[..., QuantizedWeight] = WEIGHT_METHODS["mse" if section.solves else section.method]
     if section.method in SPARSE_METHODS:
         method = partial(method, fraction=section.fraction, sigma_factor=section.sigma_factor)
@@ -209,6 +210,15 @@ def require_finite_weight(name: str, weight: Tensor) -> None:
     low, high = torch.aminmax(weight)
     if not (torch.isfinite(low) and torch.isfinite(high)):
         raise ModelError(f"{name}.weight holds values that are not finite.", "The checkpoint is damaged; get it again.")
+
+
+def require_finite_moments(name: str, moments: Tensor) -> None:
+    """Raise ModelError, with the linear, for second moments of its input that float32 does not hold."""
+    import torch
+
+    if not torch.isfinite(moments).all():
+        raise ModelError(f"{name}: input values of a channel are so large that their squares are not finite.",
+                         "The weights before it are damaged; get the checkpoint again, or roll it back.")  # fmt: skip
 
 
 def with_input(stored: StoredLinear, scale: Tensor, zero_point: Tensor | None) -> StoredLinear:

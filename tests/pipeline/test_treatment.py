@@ -291,6 +291,22 @@ def test_constant_inputs_are_named_and_come_first(damaged: Callable[..., Recipe]
     assert [w for w in texts(recipe) if "64 of 64 input channels" in w and names[0] in w and "more calibration" in w]
 
 
+def test_inputs_whose_squares_are_infinite_are_named(static_recipe: Callable[[Path], Recipe], tmp_path: Path) -> None:
+    """Values of 1e22 are finite in float32 and in bfloat16; their squares are not."""
+    model = save_tiny_model("llama", tmp_path / "model", with_tokenizer=True)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][3] = 1e22
+    for short in "qkv":
+        tensors[f"model.layers.1.self_attn.{short}_proj.weight"][:, 3] = 1e-25
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    recipe = changed(
+        static_recipe(tmp_path / "run"), model__path=str(model), export=None, evaluate=None,
+        quantize={"weights": {"bits": 4, "method": "mse"}},
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"^model\.layers\.1\.self_attn\.[qkv]_proj: input values of a channel are so"):
+        quantcli.run(recipe)
+
+
 def test_an_input_without_spread_is_recorded_as_json() -> None:
     """All channels of all tokens have one value, as behind a LayerNorm whose weight is 0: range_parm is infinite."""
     observed = Observed(torch.ones(2), torch.ones(2), range_parm=math.inf)
