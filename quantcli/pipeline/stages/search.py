@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -50,11 +49,11 @@ def _identity(context: Context) -> dict[str, Any]:
 
 
 def run(context: Context, folder: StageFolder) -> None:
-    """Writes found.json: what is rolled back, and each measurement."""
+    """Writes found.json: what is rolled back, and what was measured. Stages behind it read it, so no time is in it: the
+    same search has the same bytes."""
     target = context.recipe.quantize.rollback.target
     assert target is not None
     groups = _ranked_groups(context)
-    started = time.perf_counter()
     if target.size is not None:
         chosen, facts = _within_size(context, groups, target.size * 1e9)
     else:
@@ -66,7 +65,6 @@ def run(context: Context, folder: StageFolder) -> None:
     content = {
         "target": target.model_dump(mode="json", exclude_none=True),
         "rolled_back": dict.fromkeys(names, why),
-        "seconds": round(time.perf_counter() - started, 1),
         **facts,
     }
     write_json(folder.path / RESULT, content)
