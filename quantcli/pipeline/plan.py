@@ -344,8 +344,7 @@ def _planned(recipe: Recipe, structure: Structure, ranked: Mapping[str, str], no
 
 
 def _always_float(recipe: Recipe, structure: Structure) -> dict[str, str]:
-    """Linears that no pattern reaches: those whose weight is also read otherwise, routers, and the output head unless
-    the recipe says last_linear: false."""
+    """Linears that no pattern reaches: of weights read otherwise, routers, the head unless last_linear is false."""
     fixed = {each.name: READ_APART for each in structure.linears() if each.read_apart}
     fixed |= {name: "router of experts, stays in float" for block in structure.blocks for name in block.routers}
     if structure.head is None:
