@@ -16,6 +16,7 @@ whether a scale was one of a channel.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,7 +230,7 @@ def described(
 
     assert isinstance(checkpoint, GgufCheckpoint)
     record = checkpoint.directory / RECORD
-    said = read_json(record).get("linears", {}) if record.is_file() else {}
+    said = read_json(record).get("linears", {}) if os.path.lexists(record) else {}
     plain = {kind: Scheme(bits, symmetric, "group", BLOCK) for (bits, symmetric), kind in KINDS.items()}
     found = {}
     for module, weight in weights.items():

@@ -12,6 +12,7 @@ What the inputs of a linear become, and bits and groups, stand in none of them, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,7 @@ def described(
     where weights are codes and it does not name them, or the other way round.
     """
     path = checkpoint.directory / RECORD
-    if not path.is_file():
+    if not os.path.lexists(path):  # anything else of that name is refused below
         kinds = {module: _inferred(checkpoint, module, weight) for module, weight in weights.items()}
         types: dict[str, str] = {}
         if any(name.endswith(".kv_cache_scale") for name in checkpoint.entries):

@@ -272,6 +272,15 @@ def test_a_record_that_does_not_fit_is_not_read(whole: Export) -> None:
         file.write_text(json.dumps(parsed))
         with pytest.raises(ModelError, match=match):
             whole.reader()
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ModelError, match="no regular file"):
+        whole.reader()
+    file.unlink()
+    file.symlink_to("nothing")
+    with pytest.raises(ModelError, match="cannot be read"):
+        whole.reader()
+    file.unlink()
     file.write_text(content)
 
 
