@@ -22,7 +22,7 @@ from quantcli.quant.activation import (
     quantize_per_token_asymmetric,
     quantize_static,
 )
-from quantcli.quant.float8 import FP8, float8_values
+from quantcli.quant.float8 import FP8, decoded_fp8
 from quantcli.quant.scheme import CodeType
 
 
@@ -137,7 +137,7 @@ def _forward(module: nn.Module, weights: QuantizedProduct, shared: _Codes) -> Ca
             else:
                 found = *quantize_per_token(tokens, weights.input_bits, type), None
             if type == "float":
-                found = float8_values(found[0]), *found[1:]
+                found = decoded_fp8(found[0]), *found[1:]
             shared.input, shared.how, shared.found = input, how, found
         return shared.found
 

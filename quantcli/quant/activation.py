@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.quant.float8 import FP8, FP8_MAX, float8_values, quantize_fp8
+from quantcli.quant.float8 import FP8, FP8_MAX, decoded_fp8, quantize_fp8
 from quantcli.quant.grid import QuantizedWeight, dequantize
 from quantcli.quant.scheme import CodeType
 
@@ -233,7 +233,7 @@ def prepared_float8_linear(weight_codes: Tensor, weight_scale: Tensor) -> Float8
     weight_codes float8_e4m3fn [out, in]; weight_scale [out, 1] or [1, 1]. Products of codes are exact in float32, in
     which they are added up and scaled; the result is rounded once, as engines do.
     """
-    weight = float8_values(weight_codes).bfloat16()  # which holds codes, too, in half of the memory
+    weight = decoded_fp8(weight_codes).bfloat16()  # which holds codes, too, in half of the memory
     columns = weight_scale.float().view(1, -1)
 
     def linear(values: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

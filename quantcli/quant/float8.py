@@ -24,17 +24,7 @@ def cut_fp8(x: Tensor, scale: Tensor) -> Tensor:
     return (nearest.view(torch.uint8) - beyond.to(torch.uint8)).view(FP8)  # magnitudes are ordered as their bits
 
 
-def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:
-    """Float32 values of float8_e4m3fn codes; scale as it was."""
-    return codes.float().mul_(scale)
-
-
-def fp8_values_(x: Tensor) -> Tensor:
-    """In place on float32: the nearest float8_e4m3fn value within +-448, ties to even."""
-    return x.copy_(x.clamp_(-FP8_MAX, FP8_MAX).to(FP8))
-
-
-def float8_values(codes: Tensor) -> Tensor:
+def decoded_fp8(codes: Tensor) -> Tensor:
     """Float32 values of float8_e4m3fn codes; on a CPU from a table, since torch 2.13 converts one code at a time."""
     if codes.device.type != "cpu":
         return codes.float()
@@ -45,3 +35,13 @@ def float8_values(codes: Tensor) -> Tensor:
 @cache
 def _table() -> Tensor:
     return torch.arange(256, dtype=torch.uint8).view(FP8).float()
+
+
+def dequantize_fp8(codes: Tensor, scale: Tensor) -> Tensor:
+    """Float32 values of float8_e4m3fn codes; scale as it was."""
+    return decoded_fp8(codes).mul_(scale)
+
+
+def fp8_values_(x: Tensor) -> Tensor:
+    """In place on float32: the nearest float8_e4m3fn value within +-448, ties to even."""
+    return x.copy_(x.clamp_(-FP8_MAX, FP8_MAX).to(FP8))

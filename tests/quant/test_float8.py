@@ -18,7 +18,7 @@ from quantcli.quant.activation import (
     quantize_static,
     static_parameters,
 )
-from quantcli.quant.float8 import FP8, FP8_MAX, cut_fp8, float8_values, fp8_values_, quantize_fp8
+from quantcli.quant.float8 import FP8, FP8_MAX, cut_fp8, decoded_fp8, fp8_values_, quantize_fp8
 from quantcli.quant.gptq import factored, gptq
 from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, quantize_codes
 from quantcli.quant.methods import weight_error
@@ -218,7 +218,7 @@ def test_products_are_those_of_the_values(kind: str, granularity: str) -> None:
         scale = torch.tensor([0.01])
         codes = quantize_static(x, scale, torch.zeros(1), "float")
     for added in (None, bias):
-        product, values = prepared_float8_linear(weight.codes, weight.scale), float8_values(codes)
+        product, values = prepared_float8_linear(weight.codes, weight.scale), decoded_fp8(codes)
         y = product(values, scale, added, torch.float32)
         expected = (codes.double() * scale) @ (weight.codes.double() * weight.scale).t()
         expected += 0 if added is None else added
@@ -232,7 +232,7 @@ def test_products_are_exact_but_for_their_sums_in_float32(tokens: int) -> None:
     """Also of sizes that take another kernel, and with what the process asks of other products left as it was."""
     codes, weight = (random(tokens, 600, seed=3) * 40).to(FP8), (random(200, 600, seed=4) * 40).to(FP8)
     asked = torch.backends.mkldnn.matmul.fp32_precision
-    y = prepared_float8_linear(weight, torch.ones(1, 1))(float8_values(codes), torch.ones(1), None, torch.float32)
+    y = prepared_float8_linear(weight, torch.ones(1, 1))(decoded_fp8(codes), torch.ones(1), None, torch.float32)
     exact, terms = codes.double() @ weight.double().t(), codes.double().abs() @ weight.double().abs().t()
     assert ((y - exact).abs() <= 2**-20 * terms).all()
     assert torch.backends.mkldnn.matmul.fp32_precision == asked
@@ -241,18 +241,18 @@ def test_products_are_exact_but_for_their_sums_in_float32(tokens: int) -> None:
 def test_older_versions_of_torch_compute_the_same_products(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, weight = (random(5, 600, seed=3) * 40).to(FP8), (random(200, 600, seed=4) * 40).to(FP8)
     product = prepared_float8_linear(weight, torch.ones(1, 1))
-    expected = product(float8_values(codes), torch.ones(1), None, torch.float32)
+    expected = product(decoded_fp8(codes), torch.ones(1), None, torch.float32)
     monkeypatch.delattr(type(torch.backends.mkldnn), "matmul")
-    found = product(float8_values(codes), torch.ones(1), None, torch.float32)
+    found = product(decoded_fp8(codes), torch.ones(1), None, torch.float32)
     terms = codes.double().abs() @ weight.double().abs().t()
     assert ((found - expected).abs() <= 2**-20 * terms).all()
 
 
 def test_each_code_has_its_value() -> None:
     codes = PATTERNS.view(FP8)
-    assert torch.equal(float8_values(codes), codes.float())
-    assert torch.equal(float8_values(codes[:252].view(2, -1).t()), codes[:252].view(2, -1).t().float())
-    assert float8_values(torch.tensor([0x7F, 0xFF], dtype=torch.uint8).view(FP8)).isnan().all()
+    assert torch.equal(decoded_fp8(codes), codes.float())
+    assert torch.equal(decoded_fp8(codes[:252].view(2, -1).t()), codes[:252].view(2, -1).t().float())
+    assert decoded_fp8(torch.tensor([0x7F, 0xFF], dtype=torch.uint8).view(FP8)).isnan().all()
 
 
 @pytest.mark.parametrize("static", [True, False])
@@ -263,7 +263,7 @@ def test_values_with_gradients_are_those_without(static: bool) -> None:
     if static:
         codes, step = quantize_static(x, scale, torch.zeros(1), "float"), scale
     product = prepared_float8_linear(weight.codes, weight.scale)
-    expected = product(float8_values(codes), step, None, torch.float32)
+    expected = product(decoded_fp8(codes), step, None, torch.float32)
     graded = graded_linear(x, weight, weight.scale, None, input_bits=8, input_scale=scale if static else None)
     torch.testing.assert_close(graded, expected, rtol=1e-5, atol=1e-5)
     found = static_codes(x, scale, None, "float") if static else token_codes(x, 8, "float")[0]
