@@ -274,8 +274,9 @@ class GroupSource:
         tokens, fitted, statistics = torch.cat(seen.tokens), None, seen.rest
         if section.method == "auto" and len(tokens) > 1:  # what is fitted to tokens is judged by others
             every = max(2, len(tokens) // FITTED)
-            chosen = torch.arange(len(tokens), device=tokens.device) % every == 0
-            tokens, fitted = tokens[~chosen], tokens[chosen]
+            # a text's first token, massive in many models, is fitted to in every other sample and judges in the rest
+            chosen = torch.cat([torch.arange(len(part)) % every == i % 2 for i, part in enumerate(seen.tokens)])
+            tokens, fitted = tokens[~chosen.to(tokens.device)], tokens[chosen.to(tokens.device)]
         weights = tuple(self._weight(name).float() for name in judged)
         others = [self._weight(name).abs().amax(0).float() for name in shared.linears if name not in judged]
         return Group(

@@ -21,6 +21,11 @@ from quantcli.smoothing.group import ErrorOf, Group
 
 Reduction = Literal["mean", "joint", "token"]
 
+MASSIVE = 100
+"""Energy of a massive token's outputs, over the median's."""
+MASSIVE_SHARE = 5
+"""Weight of all such tokens together, over that of the others; tried: 1, 3, 5 and 10."""
+
 
 @dataclass(frozen=True)
 class Target:
@@ -84,11 +89,11 @@ def output_error(group: Group, targets: Targets, reduction: Reduction) -> ErrorO
     """scale [C] → squared error of Q(x/s) Q(W diag(s))ᵀ against x Wᵀ over the kept tokens, with each linear's target.
 
     reduction: `mean` adds up the mean squares of the linears (msModelSlim's AWQ), `joint` is all squares over those of
-    all outputs (its flex smoothing); `token` is relative for each linear and counts a token whose output is larger than
-    the median's as much as the median's, because the norm behind it divides by its size: without that, the first token
-    of a text, whose outputs are a thousand times larger in some models, would decide alone. Sizes of outputs are those
-    before a shift. A linear that is clipped has bounds for each scale, of COARSE_RATIOS: the scale that is best without
-    clipping is not the best with it.
+    all outputs (its flex smoothing); `token` is relative for each linear and counts tokens by `token_shares`: one whose
+    output is larger than the median's as much as the median's, because the norm behind it divides by its size. The
+    first token of a text, whose outputs are a thousand times larger in some models, would decide alone otherwise.
+    Sizes of outputs are those before a shift. A linear that is clipped has bounds for each scale, of COARSE_RATIOS:
+    the scale that is best without clipping is not the best with it.
     """
     outputs = [group.tokens @ weight.t() for weight in group.weights]
     whole = _unshifted(group, outputs)
@@ -127,10 +132,19 @@ def _unshifted(group: Group, outputs: list[Tensor]) -> list[Tensor]:
 
 
 def token_shares(outputs: list[Tensor]) -> Tensor:
-    """min(1, median of ‖y‖² / ‖y_t‖²) for each token t, with ‖y_t‖² over all outputs [T, out]: float32 [T]."""
+    """min(1, median of ‖y‖² / ‖y_t‖²) for each token t, with ‖y_t‖² over all outputs [T, out]: float32 [T].
+
+    Times MASSIVE_SHARE · T/n for n tokens of more than MASSIVE medians, so that together they count that many times
+    as much as all others: other tokens attend to them (Sun et al. 2024, massive activations, arXiv 2402.17762), and
+    what moves them moves all.
+    """
     energy = torch.stack([y.square().sum(1) for y in outputs]).sum(0)
     median = energy.median()
-    return torch.where(energy > median, median / energy, 1.0) if median > 0 else torch.ones_like(energy)
+    if not median > 0:
+        return torch.ones_like(energy)
+    massive = energy > MASSIVE * median
+    share = torch.where(energy > median, median / energy, 1.0)
+    return torch.where(massive, share * (MASSIVE_SHARE * len(share) / massive.sum()), share)
 
 
 class ExpectedNoise:
@@ -140,9 +154,10 @@ class ExpectedNoise:
     itself, which small values lose by becoming zero. For a linear that gives
         E = Σ_t a_t Σ_c min(x_tc², d_t² s_c²/12) ‖W_c‖² + Σ_rc min(w_rc², d_rg² / (12 s_c²)) m_c
     with token shares a_t, d_t = range of x_t/s over the codes (`static_range`, if static), d_rg = max_{c in g}
-    |w_rc| s_c over the codes for the group g of c, and m_c = Σ_t a_t x_tc². The step of a float code is about x/2^3.5,
-    but no less than that of the codes nearest to zero, the largest over 448·512. Each linear counts relative to its
-    output. Without a product with the tokens it is far cheaper than `output_error`, though less exact.
+    |w_rc| s_c over the codes for the group g of c, of all rows with one scale, and m_c = Σ_t a_t x_tc². The step of a
+    float code is about x/2^3.5, but no less than that of the codes nearest to zero, the largest over 448·512. Each
+    linear counts relative to its output. Without a product with the tokens it is far cheaper than `output_error`,
+    though less exact.
     """
 
     def __init__(self, group: Group, targets: Targets) -> None:
@@ -160,13 +175,14 @@ class ExpectedNoise:
             pairs = [(f, w) for f, w, own in zip(relative, group.weights, targets, strict=True) if own is target]
             columns = torch.stack([factor * weight.square().sum(0) for factor, weight in pairs]).sum(0)
             weights = torch.cat([weight.abs() * factor**0.5 for factor, weight in pairs])
-            self.parts.append((target, columns, weights, weights.square() * self.moment))
+            rows = tuple(len(weight) for _, weight in pairs) if target.one_scale else None
+            self.parts.append((target, columns, weights, weights.square() * self.moment, rows))
 
     def __call__(self, log_scale: Tensor) -> Tensor:
         scale = log_scale.exp()
         noise = scale.new_zeros(())
-        for target, columns, weights, squares in self.parts:
-            noise = noise + _weight_noise(weights, squares, scale, self.moment, target)
+        for target, columns, weights, squares, rows in self.parts:
+            noise = noise + _weight_noise(weights, squares, scale, self.moment, target, rows)
             if target.activations != "none":
                 steps = self._input_step(scale, target) * (scale.square() / 12)
                 rounding = _rounding(self.squares, steps, target.type)
@@ -186,8 +202,16 @@ class ExpectedNoise:
         return (width / (2 * high + 1)).square().view(1, 1)
 
 
-def _weight_noise(weights: Tensor, squares: Tensor, scale: Tensor, moment: Tensor, target: Target) -> Tensor:
-    """Σ_rc min(w_rc², d_rg² / (12 s_c²)) m_c, with a gradient by s; `squares` are w_rc² m_c.
+def _weight_noise(
+    weights: Tensor,
+    squares: Tensor,
+    scale: Tensor,
+    moment: Tensor,
+    target: Target,
+    rows: tuple[int, ...] | None,
+) -> Tensor:
+    """Σ_rc min(w_rc², d_rg² / (12 s_c²)) m_c, with a gradient by s; `squares` are w_rc² m_c, `rows` those of each
+    linear where all of them have one scale.
 
     What weights lose that lose themselves, and in float codes those that lose a share of themselves, does not depend on
     s: in the gradient only the others count, so that it takes two products with a matrix of zeros and ones.
@@ -196,7 +220,7 @@ def _weight_noise(weights: Tensor, squares: Tensor, scale: Tensor, moment: Tenso
     with torch.no_grad():
         scaled = (weights * scale).unflatten(1, (-1, size))
         at = scaled.argmax(2) if scale.requires_grad else None
-        ends = scaled.amax(2)
+        ends = _joined(scaled.amax(2), rows)
         root = (ends / (_steps(target.bits, target.type) * 12**0.5)).unsqueeze(2)
         lost = (scaled <= root).to(scale.dtype)
         fixed = torch.dot(squares.flatten(), lost.flatten())
@@ -207,10 +231,17 @@ def _weight_noise(weights: Tensor, squares: Tensor, scale: Tensor, moment: Tenso
         rounded = lost.neg_().add_(1)
     if at is not None:
         at += torch.arange(0, len(scale), size, device=scale.device)
-        ends = weights.gather(1, at) * scale[at]
+        ends = _joined(weights.gather(1, at) * scale[at], rows)
     steps = ends.square() / (12 * _steps(target.bits, target.type) ** 2)
     shares = (moment / scale.square()).view(-1, size)
     return (steps * torch.einsum("rgc,gc->rg", rounded, shares)).sum() + fixed
+
+
+def _joined(ends: Tensor, rows: tuple[int, ...] | None) -> Tensor:
+    """Ends of rows [R, groups], or those of all rows of a linear for each of them."""
+    if rows is None:
+        return ends
+    return torch.cat([own.amax(0, keepdim=True).expand_as(own) for own in ends.split(rows)])
 
 
 def _steps(bits: int, type: CodeType) -> int:

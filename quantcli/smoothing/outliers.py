@@ -16,13 +16,13 @@ _QUANTILES, _REACH = (0.2, 0.8), 1.5
 _EXPONENT = 0.7
 
 
-def outlier_suppression(group: Group, error: ErrorOf) -> Found:
+def outlier_suppression(group: Group, error: ErrorOf, thresholds: int = _THRESHOLDS) -> Found:
     """m2: s_c = sqrt(thr_c / Wmax_c) where thr_c > t, else 1, with the threshold t of least error (msModelSlim's m2).
 
-    thr_c is `centred_maximum`, σ is `spread`, t one of 100 evenly from σ to max_c thr_c. If max_c thr_c < 3σ there are
-    no outliers, and the scale is that of m1. Thresholds that choose the same channels are one trial; of equal errors
-    the least t counts. At most 100 calls of `error`. Channels that share a producer's channel take the largest thr and
-    Wmax among them.
+    thr_c is `centred_maximum`, σ is `spread`, t one of `thresholds` evenly from σ to max_c thr_c. If max_c thr_c < 3σ
+    there are no outliers, and the scale is that of m1. Thresholds that choose the same channels are one trial; of equal
+    errors the least t counts. At most that many calls of `error`. Channels that share a producer's channel take the
+    largest thr and Wmax among them.
 
     The factors and the candidates are msModelSlim's on the four groups recorded from it; the loss by which it chooses
     among them is not known.
@@ -43,7 +43,7 @@ def outlier_suppression(group: Group, error: ErrorOf) -> Found:
 
     def trials() -> Iterator[tuple[float, Tensor]]:
         seen = -1
-        for threshold in torch.linspace(group.spread, largest, _THRESHOLDS).tolist():
+        for threshold in torch.linspace(group.spread, largest, thresholds).tolist():
             chosen = int((reach > threshold).sum())  # fewer with every step, so the number says which
             if chosen != seen:
                 seen = chosen

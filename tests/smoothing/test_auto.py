@@ -10,9 +10,12 @@ import torch
 from test_objective import by_row
 from test_smoothing_methods import SHARED, group_from, random_group
 
-from quantcli.smoothing.auto import auto, downhill
+from quantcli.smoothing.auto import MEASURED, _trials, auto, downhill
+from quantcli.smoothing.awq import awq
 from quantcli.smoothing.group import Group
 from quantcli.smoothing.objective import ExpectedNoise, output_error
+from quantcli.smoothing.outliers import cbq, outlier_suppression
+from quantcli.smoothing.strength import flex, iterative, smoothquant
 
 Activations = Literal["none", "static", "dynamic"]
 
@@ -42,6 +45,24 @@ def test_auto_finds_a_planted_outlier(activations: Activations) -> None:
     assert found.scale[5] > 3 * others.max()
     error = output_error(group, [target, target], "token")
     assert error(found.scale) < 0.5 * error(torch.ones(16))
+
+
+@pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
+def test_auto_tries_every_method(activations: Activations) -> None:
+    """Its error is no larger than that of the scale of any, each at its own strength, but for what searches alone."""
+    target = replace(by_row(8), activations=activations)
+    for seed in range(4):
+        group = random_group(seed, outlier=5 if seed % 2 else None)
+        trials = _trials(group, [target, target])
+        assert {"outlier_suppression", "cbq", "none"} < set(trials)
+        assert len(trials) == MEASURED + 3
+        error = output_error(group, [target, target], "token")
+        least = min(error(make(group)) for make in trials.values())
+        assert auto(group, group, [target, target]).facts["error"] <= least
+        for method in (smoothquant, iterative):
+            assert least <= 1.1 * error(method(group, error).scale)
+        for method in (outlier_suppression, awq, cbq, flex):
+            assert least <= 1.25 * error(method(group, error).scale), method
 
 
 @pytest.mark.parametrize("activations", ["none", "static", "dynamic"])

@@ -72,7 +72,9 @@ def slow_error(group: Group, scale: Tensor, target: Target, reduction: Reduction
     outputs = [group.tokens.double() @ w.double().t() for w in group.weights]
     energy = [sum(float(y[t].square().sum()) for y in outputs) for t in range(len(x))]
     median = sorted(energy)[(len(energy) - 1) // 2]
+    massive = [e > 100 * median for e in energy]
     share = torch.tensor([min(1.0, median / e) for e in energy], dtype=torch.float64)
+    share[torch.tensor(massive)] *= 5 * len(energy) / max(sum(massive), 1)
     total, whole = 0.0, sum(float(y.square().sum()) for y in outputs)
     for w, y in zip(group.weights, outputs, strict=True):
         squares = (quantized @ target.weight(w.double() * scale.double()).t() - y).square()
@@ -202,6 +204,14 @@ def test_a_large_token_counts_as_the_median() -> None:
     assert token_shares(outputs).tolist() == pytest.approx([1, 1, 4 / 25])
 
 
+def test_massive_tokens_count_together_as_much_as_five_times_the_others() -> None:
+    """Other tokens attend to them: what moves them moves all. Each error is relative to its token's size still."""
+    energy = torch.tensor([1.0] * 9 + [99.0, 400.0, 1e6])
+    shares = token_shares([energy.sqrt().unsqueeze(1)])
+    assert shares[:10].tolist() == pytest.approx([1] * 9 + [1 / 99])
+    assert (shares[10:] * energy[10:]).tolist() == pytest.approx([5 * 12 / 2] * 2)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
@@ -211,6 +221,25 @@ def test_expected_noise_is_about_the_error(activations: Activations, symmetric: 
     noise, error = ExpectedNoise(group, [target, target]), output_error(group, [target, target], "token")
     for scale in (torch.ones(32), scale_of(group)):
         assert 0.5 < float(noise(scale.log())) / error(scale) < 2
+
+
+def test_expected_noise_of_one_scale_is_about_the_error() -> None:
+    """Rows that are smaller than the largest by far lose as much as it does, of their own linear alone."""
+    group = gaussian()
+    weights = [w * torch.logspace(0, -2, len(w)).unsqueeze(1) for w in group.weights]
+    weights[1] *= 30
+    group = group_from(group.tokens, *weights)
+
+    def whole(w: Tensor) -> Tensor:
+        step = w.abs().amax() / 127
+        return (w / step).round() * step
+
+    target = Target(weight=whole, bits=8, one_scale=True)
+    noise, error = ExpectedNoise(group, [target, target]), output_error(group, [target, target], "token")
+    for scale in (torch.ones(32), scale_of(group)):
+        assert 0.5 < float(noise(scale.log())) / error(scale) < 2
+    by_rows = ExpectedNoise(group, [replace(target, one_scale=False)] * 2)
+    assert float(by_rows(torch.zeros(32))) < 0.5 * float(noise(torch.zeros(32)))
 
 
 @pytest.mark.parametrize("group_size", [None, 8])
@@ -240,13 +269,16 @@ def test_inputs_of_one_sign_make_half_the_steps_with_a_zero_point_a_token() -> N
         assert asymmetric == pytest.approx(symmetric / 4, rel=0.2)
 
 
+@pytest.mark.parametrize("one_scale", [False, True])
 @pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_gradient_is_that_of_finite_differences(activations: Activations, symmetric: bool) -> None:
+def test_the_gradient_is_that_of_finite_differences(activations: Activations, symmetric: bool, one_scale: bool) -> None:
     single = gaussian(tokens=24, channels=12)
     # in float64, so that differences are not lost in rounding
     group = group_from(single.tokens.double(), *(w.double() for w in single.weights))
-    noise = ExpectedNoise(group, [replace(by_row(8), activations=activations, symmetric=symmetric)] * 2)
+    noise = ExpectedNoise(
+        group, [replace(by_row(8), activations=activations, symmetric=symmetric, one_scale=one_scale)] * 2
+    )
     at = scale_of(group).double().log().requires_grad_()
     noise(at).backward()
     assert at.grad is not None
