@@ -32,12 +32,23 @@ def run(
     output: str | None = None,
     device: str | None = None,
     listener: Listener | None = None,
+    overwrite: bool = False,
 ) -> RunResult:
-    """Bring all stages of a run up to date. `overrides` are `key=value` as after --set; `listener` gets every event.
+    """Bring all stages of a run up to date. `overrides` are `key=value` as after --set; `listener` gets every event;
+    `overwrite` lets files of an export be replaced that somebody changed.
 
     A missed quality gate raises GateError, whose attribute `result` is what would have been returned.
     """
-    return run_stage(None, recipe, overrides=overrides, model=model, output=output, device=device, listener=listener)
+    return run_stage(
+        None,
+        recipe,
+        overrides=overrides,
+        model=model,
+        output=output,
+        device=device,
+        listener=listener,
+        overwrite=overwrite,
+    )
 
 
 def run_stage(
@@ -49,13 +60,14 @@ def run_stage(
     output: str | None = None,
     device: str | None = None,
     listener: Listener | None = None,
+    overwrite: bool = False,
 ) -> RunResult:
     """Bring one stage, and those before it, up to date: calibrate, quantize, export, verify or eval-ppl."""
     from quantcli.pipeline.engine import run_recipe
     from quantcli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides, model=model, output=output, device=device)
-    return run_recipe(loaded, until=stage, listener=listener)
+    return run_recipe(loaded, until=stage, listener=listener, overwrite=overwrite)
 
 
 def plan(

@@ -42,6 +42,7 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE
 ModelOption = Annotated[str | None, typer.Option("--model", help="Model directory, .gguf file or hub name.")]
 OutputOption = Annotated[str | None, typer.Option("--output", help="Run directory.")]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda[:n] or npu[:n].")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files of an export that were changed.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress, no messages; errors only.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Every event, and a traceback for every error.")]
@@ -168,6 +169,7 @@ def _run(
     model: str | None,
     output: str | None,
     device: str | None,
+    overwrite: bool,
     as_json: bool,
     quiet: bool,
     verbose: bool,
@@ -183,7 +185,7 @@ def _run(
 
         try:
             command = _as_typed(stage or "run", recipe, overrides, model, output, device)
-            result = run_recipe(loaded, until=stage, listener=listener, command=command)
+            result = run_recipe(loaded, until=stage, listener=listener, command=command, overwrite=overwrite)
         except MissedGate as error:
             missed, result = error, error.result
     if as_json:
@@ -211,28 +213,26 @@ def _stage_command(stage: str | None) -> Callable[..., None]:
         model: ModelOption = None,
         output: OutputOption = None,
         device: DeviceOption = None,
+        overwrite: OverwriteOption = False,
         as_json: JsonOption = False,
         quiet: QuietOption = False,
         verbose: VerboseOption = False,
     ) -> None:
-        _run(stage, recipe, overrides, model, output, device, as_json, quiet, verbose)
+        _run(stage, recipe, overrides, model, output, device, overwrite, as_json, quiet, verbose)
 
     return command
 
 
 app.command("run", help="All stages, in order; what is up to date is skipped.")(_stage_command(None))
-app.command("smooth", help="Move outliers of activations into weights, before anything else is found.")(
-    _stage_command("smooth")
-)
-app.command("calibrate", help="Observe activations on calibration text.")(_stage_command("calibrate"))
-app.command("quantize", help="Find codes and scales, after what comes before is up to date.")(
-    _stage_command("quantize")
-)
-app.command("search", help="Find the fewest linears to roll back for quantize.rollback.target.")(
-    _stage_command("search")
-)
-app.command("allocate", help="Choose the scheme of each linear for quantize.target.")(_stage_command("allocate"))
-app.command("export", help="Write the checkpoints, after what comes before is up to date.")(_stage_command("export"))
+for _name, _help in {
+    "smooth": "Move outliers of activations into weights, before anything else is found.",
+    "calibrate": "Observe activations on calibration text.",
+    "quantize": "Find codes and scales, after what comes before is up to date.",
+    "search": "Find the fewest linears to roll back for quantize.rollback.target.",
+    "allocate": "Choose the scheme of each linear for quantize.target.",
+    "export": "Write the checkpoints, after what comes before is up to date.",
+}.items():
+    app.command(_name, help=_help)(_stage_command(_name))
 
 
 @app.command("eval-ppl")
@@ -253,6 +253,7 @@ def eval_ppl(
     model: ModelOption = None,
     output: OutputOption = None,
     device: DeviceOption = None,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -261,7 +262,7 @@ def eval_ppl(
     if checkpoint is None:
         if recipe is None:
             raise RecipeError("eval-ppl: there is no recipe.", "Name one, or a checkpoint: --checkpoint DIR.")
-        _run("eval-ppl", recipe, overrides, model, output, device, as_json, quiet, verbose)
+        _run("eval-ppl", recipe, overrides, model, output, device, overwrite, as_json, quiet, verbose)
         return
     from quantcli import console
     from quantcli.pipeline.source import require_checkpoint

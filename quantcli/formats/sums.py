@@ -69,7 +69,7 @@ def check_digests(folder: Path, digests: Mapping[str, str], remedy: str = "") ->
             raise VerificationError(f"{file} is missing.", remedy or "Run the recipe again to export it.")
         if file_digest(file) != digest:
             raise VerificationError(
-                f"{file} is not what was exported.", remedy or "Delete it and run the recipe again."
+                f"{file} is not what was exported.", remedy or "Move it elsewhere and run the recipe again."
             )
 
 

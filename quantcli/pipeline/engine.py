@@ -113,7 +113,12 @@ def _plan(recipe: Recipe, model: Path) -> Plan:
 
 
 def run_recipe(
-    recipe: Recipe, *, until: str | None = None, listener: Listener | None = None, command: str | None = None
+    recipe: Recipe,
+    *,
+    until: str | None = None,
+    listener: Listener | None = None,
+    command: str | None = None,
+    overwrite: bool = False,
 ) -> RunResult:
     """Bring the run directory up to date, as far as stage `until` (all stages by default).
 
@@ -121,8 +126,9 @@ def run_recipe(
     is written last, with the `command` that asked for it.
 
     A stage runs when its fingerprint differs from the recorded one or a file of it is missing; one that was interrupted
-    goes on behind its finished blocks. What can be known to be wrong is refused before anything is written. Raises the
-    error of the stage that fails, and MissedGate, with the result, when a quality gate is missed.
+    goes on behind its finished blocks. What can be known to be wrong is refused before anything is written, and so is a
+    file of an export that somebody changed since the run wrote it, which only `overwrite` replaces. Raises the error of
+    the stage that fails, and MissedGate, with the result, when a quality gate is missed.
     """
     if until is not None:
         _require_stage(until, recipe)
@@ -138,9 +144,13 @@ def run_recipe(
     if throughput.STAGE.wanted(recipe) and (until is None or throughput.STAGE.name in _needed(until)):
         require_engine(recipe, plan)
     with open_run(path, model) as run:
-        context = Context(recipe, model, plan, run, device, listener, ranking=until == sensitivity.STAGE.name)
+        ranking = until == sensitivity.STAGE.name
+        context = Context(recipe, model, plan, run, device, listener, ranking=ranking, overwrite=overwrite)
         if export.STAGE.wanted(recipe) and (until is None or export.STAGE.name in _needed(until)):
-            run.stage(export.STAGE.name).refuse_foreign(export.STAGE.writes(context))  # before hours of work
+            exports = run.stage(export.STAGE.name)
+            exports.refuse_foreign(export.STAGE.writes(context))  # before hours of work
+            if not overwrite:
+                exports.refuse_edited()
         _write_recipe(context, recipe)
         run.record |= {
             "layout": LAYOUT,
@@ -250,6 +260,8 @@ def _reused(context: Context, stage: Stage, fingerprint: str) -> bool:
 
 def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[[str], str]) -> None:
     again = False
+    if stage is export.STAGE:
+        _make_room(context, fingerprint)
     if _reused(context, stage, fingerprint):
         again = stage.unfinished is not None and stage.unfinished(context)
         if not again:
@@ -276,6 +288,20 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[
     _record(context, stage.name, record)
     context.results[stage.name] = {**record, "reused": False}
     context.emit("finished", seconds=record["seconds"], peak_memory=record["peak_memory"])
+
+
+def _make_room(context: Context, fingerprint: str) -> None:
+    """Remove files of the export that somebody changed, if that was asked for, so that they are made again; else refuse
+    them. Where files are going to be removed or written, all are looked into."""
+    folder = context.run.stage(export.STAGE.name)
+    by_content = not folder.complete(fingerprint)
+    if not context.overwrite:
+        folder.refuse_edited(by_content=by_content)
+        return
+    edited = folder.edited(by_content=by_content)
+    for name in edited:
+        context.emit("note", text=f"{folder.path / name} was changed since the run wrote it; it is replaced.")
+    folder.remove(edited)
 
 
 def _stage_record(fingerprint: str, folder: StageFolder, seconds: float | None, memory: int | None) -> dict[str, Any]:

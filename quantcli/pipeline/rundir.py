@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from itertools import chain, count
@@ -119,12 +119,12 @@ class RunDirectory:
 
 
 class StageFolder:
-    """The files of one stage, and the record that says what they belong to. `recorded`: names that another record has,
-    for where that one is lost."""
+    """The files of one stage, and the record that says what they belong to. `recorded`: names and digests that another
+    record has, for where that one is lost."""
 
-    def __init__(self, path: Path, recorded: Iterable[str] = ()) -> None:
+    def __init__(self, path: Path, recorded: Mapping[str, str] | None = None) -> None:
         self.path = path
-        self.recorded = tuple(recorded)
+        self.recorded = dict(recorded or {})
         self.files: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
         self.fingerprint = ""
@@ -149,7 +149,7 @@ class StageFolder:
         self.resumed = record.get("fingerprint") == fingerprint
         if not self.resumed:
             names = [*record.get("files", {}), *record.get("writes", ()), *self.recorded]
-            self._remove([name for name in names if _folder(name) not in kept])
+            self.remove([name for name in names if _folder(name) not in kept])
             own = {key: {n: v for n, v in record.get(key, {}).items() if _folder(n) in kept} for key in _OF_FILES}
             record = {**own, "parts": kept}
         sizes = record.get("sizes", {})
@@ -161,7 +161,7 @@ class StageFolder:
         lost |= {name for name in files if _folder(name) not in {"", *self.parts, *written}}
         self.files = {name: digest for name, digest in files.items() if name not in lost}
         self.sizes = {name: sizes[name] for name in self.files}
-        self._remove(lost)
+        self.remove(lost)
         _clear_leftovers(self.path.rglob(".*.part"))
         self.fingerprint, self.writes, self._part = fingerprint, writes, part
         self._write(complete=False)
@@ -185,6 +185,29 @@ class StageFolder:
                 if not known and (file.is_file() or file.is_symlink()):
                     raise OutputError(f"{file} is in the way, and no record says that a run has written it.",
                                       f"Move {file.parent} elsewhere, or choose another output.")  # fmt: skip
+
+    def edited(self, *, by_content: bool = False) -> list[str]:
+        """Recorded files that hold something else than what was recorded. One of the same size is looked into if it was
+        written to since the record was; all are if that is lost, or `by_content`."""
+        record = self._read()
+        files, sizes = record.get("files", self.recorded), record.get("sizes", {})
+        since = -1 if by_content or not record else (self.path / STAGE_RECORD).stat().st_mtime_ns
+
+        def differs(name: str, digest: str) -> bool:
+            file = self.path / name
+            if not file.is_file():
+                return False
+            found = file.stat()
+            resized = found.st_size != sizes.get(name, found.st_size)
+            return resized or (found.st_mtime_ns > since and file_digest(file) != digest)
+
+        return [name for name, digest in files.items() if differs(name, digest)]
+
+    def refuse_edited(self, *, by_content: bool = False) -> None:
+        """Raise OutputError for the first of the files that are `edited`."""
+        for name in self.edited(by_content=by_content):
+            raise OutputError(f"{self.path / name} was changed since the run wrote it.",
+                              "Move it elsewhere, or say --overwrite to replace it.")  # fmt: skip
 
     def begun(self, fingerprint: str) -> bool:
         """Whether an interrupted run has left finished files under this fingerprint."""
@@ -241,7 +264,7 @@ class StageFolder:
         parts = [record.get(key, {}) for key in (*_OF_FILES, "parts")]
         return record if all(isinstance(part, dict) for part in parts) else {}
 
-    def _remove(self, patterns: Iterable[str]) -> None:
+    def remove(self, patterns: Iterable[str]) -> None:
         """Remove files of the stage, by name or pattern, and folders in it that are empty then.
 
         What `removal_rank` puts first goes first, so that no engine finds half a checkpoint.

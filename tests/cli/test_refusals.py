@@ -365,6 +365,20 @@ def test_a_missed_gate_keeps_the_run(quantcli: Any, recipe_file: RecipeFile, fin
     assert quantcli("run", file, "--quiet", "--set", "evaluate.gates=null").status == 0
 
 
+def test_an_edited_file_of_an_export_is_replaced_with_overwrite(quantcli: Any, recipe_file: RecipeFile) -> None:
+    file = recipe_file(evaluate=None)
+    assert quantcli("export", file, "--quiet").status == 0
+    config = file.parent / "run" / "export" / "compressed-tensors" / "config.json"
+    written = config.read_text()
+    config.write_text("{}")
+    for command in ("run", "export"):
+        said(quantcli(command, file), 2, r"config\.json was changed since the run wrote it", "--overwrite")
+    assert quantcli("quantize", file, "--quiet").status == 0  # which touches no export
+    assert config.read_text() == "{}"
+    assert quantcli("run", file, "--overwrite", "--quiet").status == 0
+    assert config.read_text() == written
+
+
 def test_an_export_that_was_tampered_with(quantcli: Any, finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     weights = run / "export" / "compressed-tensors" / "model.safetensors"

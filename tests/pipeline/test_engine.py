@@ -171,8 +171,6 @@ def test_what_is_measured_is_the_first_format(static_recipe: Callable[[Path], Re
     [
         ("calibrate/block-00001.safetensors", ["calibrate"]),
         ("quantize/block-00002.safetensors", ["quantize"]),
-        ("export/compressed-tensors/tokenizer.json", ["export"]),
-        ("export/compressed-tensors/model.safetensors", ["export"]),
         ("reference/states/hidden-00003.bin", ["reference"]),
         ("eval-ppl/results.json", ["eval-ppl"]),
         ("layers/errors.json", ["layers"]),
@@ -184,19 +182,74 @@ def test_a_damaged_artifact_is_made_again(
 ) -> None:
     """And nothing behind it, since its bytes come out the same."""
     run = Path(done["output"])
-    before = tree(run)
-    path = run / file
-    if damage == "remove":
-        path.unlink()
-    elif damage == "truncate":
-        path.write_bytes(path.read_bytes()[:-7])
-    else:
-        path.write_bytes(path.read_bytes() + b"more")
+    before = artifacts(tree, run)
+    damaged(run / file, damage)
     assert worked(done) == stages
+    assert artifacts(tree, run) == before
+
+
+def damaged(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    if how == "remove":
+        path.unlink()
+    elif how == "flip":
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    else:
+        path.write_bytes(content[:-7] if how == "truncate" else content + b"more")
+
+
+def artifacts(tree: Callable[[Path], Tree], run: Path) -> Tree:
     varying = ("events.jsonl", "run.json", "summary.json", "report.html")
-    assert {k: v for k, v in tree(run).items() if k not in varying} == {
-        k: v for k, v in before.items() if k not in varying
-    }
+    return {name: digest for name, digest in tree(run).items() if name not in varying}
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "lengthen", "remove"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_a_changed_file_of_an_export_is_replaced_only_if_that_is_asked_for(
+    done: Recipe, tree: Callable[[Path], Tree], name: str, how: str
+) -> None:
+    run = Path(done["output"])
+    before = artifacts(tree, run)
+    damaged(file := run / "export" / "compressed-tensors" / name, how)
+    if how != "remove":
+        changed_to = artifacts(tree, run)
+        # by the same recipe, by one that would remove the export, and by a stage of its own
+        for recipe, until in ((done, None), (changed(done, "quantize.weights.method", "mse"), None), (done, "export")):
+            with pytest.raises(OutputError, match=rf"{name} was changed since the run wrote it\. Move it .*--overw"):
+                worked(recipe, until)
+            assert artifacts(tree, run) == changed_to
+    result = quantcli.run(done, overwrite=how != "remove")
+    assert [stage for stage, record in result.stages.items() if not record["reused"]] == ["export"]
+    assert artifacts(tree, run) == before
+    assert worked(done) == []
+    assert file.is_file()
+
+
+def test_a_file_that_was_moved_away_and_one_that_was_only_touched_are_no_edits(
+    done: Recipe, tree: Callable[[Path], Tree], tmp_path: Path
+) -> None:
+    run = Path(done["output"])
+    before, export = artifacts(tree, run), run / "export" / "compressed-tensors"
+    (export / "config.json").write_text("mine")
+    (export / "config.json").rename(tmp_path / "config.json")
+    (export / "model.safetensors").touch()
+    assert worked(done) == ["export"]
+    assert artifacts(tree, run) == before
+
+
+def test_an_older_file_of_the_same_size_is_found_before_it_is_removed(done: Recipe) -> None:
+    """As one of an earlier run that was moved there: its time tells nothing."""
+    file = Path(done["output"], "export", "compressed-tensors", "model.safetensors")
+    damaged(file, "flip")
+    os.utime(file, ns=(1, 1))
+    mine, other = file.read_bytes(), changed(done, "quantize.weights.method", "mse")
+    with pytest.raises(OutputError, match="was changed"):
+        quantcli.run(other)
+    assert file.read_bytes() == mine
+    events: list[dict[str, Any]] = []
+    quantcli.run(other, overwrite=True, listener=events.append)
+    assert any("model.safetensors was changed" in event.get("text", "") for event in events)
+    assert verify_path(Path(done["output"]))
 
 
 def test_lost_statistics_of_the_output_head_are_made_again(

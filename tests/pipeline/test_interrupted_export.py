@@ -122,6 +122,27 @@ def test_killed_anywhere_an_export_is_whole_or_absent(
         assert again(quantized, tmp_path, tree) == wanted, f"killed at moment {moment} of {moments.count}"
 
 
+def test_a_file_that_was_changed_after_a_kill_is_refused(
+    quantized: Recipe, tmp_path: Path, tree: Callable[[Path], Tree]
+) -> None:
+    run = Path(quantized["output"])
+    wanted = again(quantized, tmp_path, tree)
+
+    def killed() -> None:
+        killed_at_write(60)
+        quantcli.run_stage("export", quantized)
+
+    assert os.WIFSIGNALED(in_child(killed))
+    record = json.loads((run / "export" / "stage.json").read_text())
+    first = run / "export" / next(iter(record["files"]))
+    content = first.read_bytes()
+    first.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(OutputError, match=f"{first.name} was changed"):
+        quantcli.run_stage("export", quantized)
+    quantcli.run_stage("export", quantized, overwrite=True)
+    assert tree(run / "export") == wanted
+
+
 def own_files(export: Path) -> Tree:
     """The weights that consumers of NumPy dictionaries and of GGUF would load, by name; empty where there are none."""
     arrays, models = sorted((export / "numpy").glob("*.npy")), sorted((export / "gguf").glob("*.gguf"))

@@ -133,6 +133,15 @@ def test_a_file_that_appears_beside_a_finished_export_is_not_overwritten(recipe:
     assert foreign.read_bytes() == b"mine"
 
 
+def test_a_changed_file_of_a_format_that_stays_is_no_more_removed_than_others(recipe: Recipe) -> None:
+    exported(recipe, "compressed-tensors", "dense")
+    config = Path(recipe["output"]) / "export" / "compressed-tensors" / "config.json"
+    config.write_text(mine := config.read_text() + " ")
+    with pytest.raises(OutputError, match=r"config\.json was changed"):
+        exported(recipe, "dense", "ascend")
+    assert config.read_text() == mine
+
+
 def test_files_whose_record_is_lost_are_made_again(recipe: Recipe, tree: Tree) -> None:
     """They are known by the record of the run, but not for which recipe they are: none is adopted."""
     exported(recipe, "compressed-tensors", "dense")
@@ -140,6 +149,9 @@ def test_files_whose_record_is_lost_are_made_again(recipe: Recipe, tree: Tree) -
     found = tree(run / "export")
     (run / "export" / "stage.json").unlink()
     (config := run / "export" / "dense" / "config.json").write_text("of another")
+    with pytest.raises(OutputError, match=r"config\.json was changed"):
+        exported(recipe, "compressed-tensors", "dense")
+    config.unlink()
     exported(recipe, "compressed-tensors", "dense")
     assert tree(run / "export") == found
     assert verify_path(run)["dense: linears"] == 21
