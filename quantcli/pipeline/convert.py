@@ -23,6 +23,7 @@ from quantcli.model.untrusted import TEMPLATES, checkpoint_entries
 from quantcli.pipeline.held import model_unheld, split_siblings, unheld
 from quantcli.pipeline.replaced import named_files, replaced_files
 from quantcli.pipeline.rundir import is_run, removal_rank, room_errors
+from quantcli.pipeline.sound import require_sound
 from quantcli.pipeline.source import require_checkpoint
 from quantcli.pipeline.standalone import open_checkpoint
 
@@ -50,10 +51,10 @@ def convert_checkpoint(
     next one clears it away. With `overwrite` the files of the checkpoint that was there are replaced
     (`pipeline.replaced`), and what has the name of a file that comes along; other files stay, and those of them that
     engines may read are named (`beside`). `restrict_permissions` gives files the modes of `formats.permissions` if
-    those are the format's; `shard_bytes` bounds files of weights as in `formats.export`. Raises RecipeError for
-    what the format cannot hold, before anything is written, ModelError for a source without codes or with scales
-    that the format does not hold, OutputError for an output that is in use, VerificationError where what was
-    written is not what was read.
+    those are the format's; `shard_bytes` bounds files of weights as in `formats.export`. Raises, before anything is
+    written, RecipeError for what the format cannot hold, and ModelError for a source without codes or one that is
+    damaged (`pipeline.sound`); ModelError for scales that the format does not hold, OutputError for an output that is
+    in use, VerificationError where what was written is not what was read.
     """
     if form not in FORMATS:
         raise RecipeError(f"--to: there is no format {form!r}.", f"Known formats: {', '.join(FORMATS)}.")
@@ -71,6 +72,7 @@ def convert_checkpoint(
     if reason := split_siblings(form, structure, checkpoint.schemes):
         raise RecipeError(f"--to: {reason}", "Choose another format, or quantize them alike.")
     _refuse_place(source, output, overwrite)
+    require_sound(structure, checkpoint, weights, trust_remote_code=trust_remote_code)
     temporary = output.parent / f".{output.name}.{os.getpid()}.part"
     with room_errors(output):
         try:

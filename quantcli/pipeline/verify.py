@@ -16,11 +16,8 @@ from quantcli.pipeline.rundir import RECIPE, RECORD, STAGE_RECORD, is_run
 from quantcli.pipeline.source import where_checkpoints_are
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from quantcli.formats.export import Source
-    from quantcli.formats.reader import QuantizedCheckpoint
-    from quantcli.formats.store import Store, StoredLinear
+    from quantcli.formats.store import Store
     from quantcli.model.structure import Structure
     from quantcli.quant.scheme import Scheme
     from quantcli.recipe.schema import Recipe
@@ -165,7 +162,7 @@ def check_planned(found: Mapping[str, Scheme], planned: Mapping[str, Scheme]) ->
 def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     from quantcli.formats.verify_ascend import FORMS, check_added_alone, check_description_alone
     from quantcli.formats.verify_gptq import check_configuration_alone
-    from quantcli.model.skeleton import Skeleton
+    from quantcli.pipeline.sound import check_linear, check_others
     from quantcli.pipeline.standalone import open_checkpoint
 
     files = check_sums(path)
@@ -174,19 +171,10 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
         if checkpoint.form is None:
             raise RecipeError(f"{path} is not a quantized checkpoint.", "Name a run, or one of its exports.")
         for name in checkpoint.schemes:
-            stored = _check_linear(checkpoint, name)
+            stored = check_linear(checkpoint, name)
             if checkpoint.form.NAME in FORMS:
                 check_added_alone(checkpoint, name, stored)
-        for module in checkpoint.attention_modules:
-            parts = checkpoint.read_attention(module)
-            for part, scale in parts.items():
-                _check_usable(module, part, scale, zeros="offset" in part)
-        # by the names that transformers itself maps to parameters; one that has no source is missing
-        skeleton = Skeleton(path, structure, checkpoint=checkpoint, trust_remote_code=trust_remote_code)
-        skeleton.check_shapes()
-        for linear in structure.matrices():
-            if linear.name not in weights and f"{linear.name}.weight" not in skeleton.sources:
-                raise VerificationError(f"{path}: {linear.name} has no weight.", "Export it again.")
+        skeleton = check_others(structure, checkpoint, weights, trust_remote_code=trust_remote_code)
         if checkpoint.form.NAME in FORMS[:2]:
             check_description_alone(checkpoint, structure, weights)
         elif checkpoint.form.NAME in ("gptq", "awq"):
@@ -202,21 +190,3 @@ def _verify_alone(path: Path, trust_remote_code: bool) -> dict[str, Any]:
     if unused := skeleton.unused_tensors:
         found["of no parameter"] = f"{len(unused)} tensors, such as {unused[0]}"
     return found
-
-
-def _check_linear(checkpoint: QuantizedCheckpoint, name: str) -> StoredLinear:
-    stored, linear = checkpoint.read_linear(name), checkpoint.linears[name]
-    if tuple(stored.weight.codes.shape) != (linear.out_features, linear.in_features):
-        raise VerificationError(f"{name}: codes have shape {tuple(stored.weight.codes.shape)}.", "Export it again.")
-    for scale in (stored.weight.scale, stored.input_scale):
-        if scale is not None:
-            _check_usable(name, "a scale", scale)
-    return stored
-
-
-def _check_usable(module: str, part: str, values: Tensor, *, zeros: bool = False) -> None:
-    values = values.float()
-    usable = values.isfinite() if zeros else values.isfinite() & (values != 0)
-    if not bool(usable.all()):
-        how = "not finite" if zeros else "zero or not finite"
-        raise VerificationError(f"{module}: {part} is {how}.", "Quantize it again.")

@@ -14,6 +14,7 @@ from tiny_exports import export_tiny
 
 from quantcli.errors import ModelError, VerificationError
 from quantcli.formats.sums import SUMS
+from quantcli.model.gguf_file import GgufCheckpoint
 from quantcli.pipeline.convert import convert_checkpoint
 from quantcli.pipeline.verify import verify_path
 from quantcli.quant.scheme import AttentionScheme, Scheme
@@ -85,11 +86,43 @@ def test_a_configuration_of_other_sizes_than_the_tensors_is_found(form: str, tmp
     file.write_text(json.dumps(content | {"vocab_size": 600}))
     with pytest.raises(VerificationError, match=r"weight has shape \(512, 64\) in the checkpoint and \(600, 64\)"):
         verify_path(folder)
+    with pytest.raises(ModelError, match=r"export: model\.embed_tokens\.weight has shape \(512, 64\)"):
+        convert_checkpoint(folder, "dense", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     if form != "gguf":
         file.write_text(json.dumps(content))
         rewritten(folder, load_file(weights_file(folder)) | {"model.norm.weight": torch.ones(63)})
         with pytest.raises(VerificationError, match=r"norm\.weight has shape \(63,\) in the checkpoint and \(64,\)"):
             verify_path(folder)
+        with pytest.raises(ModelError, match=r"norm\.weight has shape \(63,\)"):
+            convert_checkpoint(folder, "dense", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "how"),
+    [
+        # of bfloat16 a signalling NaN and an infinity, and of float32 what is too large for bfloat16
+        ("model.embed_tokens.weight", b"\x81\x7f", "holds values that are not finite"),
+        ("model.embed_tokens.weight", b"\x80\xff", "holds values that are not finite"),
+        ("model.norm.weight", b"\xff\xff\x7f\x7f", "holds values that are not finite"),
+        ("model.layers.1.mlp.up_proj.weight", b"\x00\x7c", "a scale is zero or not finite"),
+        ("model.layers.1.mlp.up_proj.weight", b"\x00\x00", "a scale is zero or not finite"),
+    ],
+)
+@pytest.mark.parametrize("form", ["compressed-tensors", "dense", "gguf"])
+def test_a_damaged_gguf_file_is_named_and_not_what_is_made_of_it(
+    form: str, name: str, value: bytes, how: str, tmp_path: Path
+) -> None:
+    scheme = Scheme(8, granularity="group", group_size=32, float16_scales=True)
+    folder = alone(export_tiny(tmp_path, scheme, dtype=torch.bfloat16, form="gguf", with_tokenizer=True).folder)
+    content, place = (folder / "model.gguf").read_bytes(), GgufCheckpoint(folder).places[name].offset
+    (folder / "model.gguf").write_bytes(content[:place] + value + content[place + len(value) :])
+    message = rf"{folder}: {name.removesuffix('.weight')}\S* {how}"
+    with pytest.raises(ModelError, match=message):
+        convert_checkpoint(folder, form, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(VerificationError, match=message):
+        verify_path(folder)
 
 
 @pytest.mark.parametrize(
