@@ -258,7 +258,7 @@ def show_scores(found: Mapping[str, Any]) -> None:
             )
         if found["increase_interval"] is not None:
             ends = ("undefined" if end is None else f"{end:+.2%}" for end in found["increase_interval"])
-            facts["increase"] += f" (95 % interval {' to '.join(ends)})"
+            facts["increase"] += f" (95% interval {' to '.join(ends)})"
     for name, models in (found["per_text"] or {}).items():
         facts[name.replace("_", " ")] = measured(models["quantized"])
     for gate in found["gates"]:

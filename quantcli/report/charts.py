@@ -9,7 +9,7 @@ from typing import Any
 
 from quantcli.report.layers import Cell, Grid
 from quantcli.report.markup import Markup, element
-from quantcli.report.numbers import percent, short, size
+from quantcli.report.numbers import percent, short, size, tick
 
 STEPS = 9
 """Colours of a heat map, from the least value to the largest: classes heat0 to heat8."""
@@ -74,9 +74,9 @@ def _legend(x: float, y: float, low: float, high: float) -> Markup:
     boxes = [element("rect", x=x + i * width, y=y, width=width, height=12, class_=f"heat{i}") for i in range(STEPS)]
     right = x + STEPS * width
     ends = [
-        element("text", f"≤ {low:.1g}", x=x, y=y + 26, class_="label"),
-        element("text", f"{math.sqrt(low * high):.1g}", x=(x + right) / 2, y=y + 26, class_="label middle"),
-        element("text", f"{high:.1g}", x=right, y=y + 26, class_="label end"),
+        element("text", f"≤ {short(low, 1)}", x=x, y=y + 26, class_="label"),
+        element("text", short(math.sqrt(low * high), 1), x=(x + right) / 2, y=y + 26, class_="label middle"),
+        element("text", short(high, 1), x=right, y=y + 26, class_="label end"),
         element("rect", x=right + 24, y=y, width=20, height=12, rx=2, class_="float"),
         element("text", "in float", x=right + 50, y=y + 10, class_="label"),
     ]
@@ -118,7 +118,7 @@ def _panel(title: str, lines: Sequence[Line], blocks: int, scale: tuple[float, f
     for exponent in decades[::every]:
         _, y = place(0, 10.0**exponent)
         parts.append(element("line", x1=left, x2=width - 12, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", _power(exponent), x=left - 6, y=y + 4, class_="label end"))
+        parts.append(element("text", tick(10.0**exponent), x=left - 6, y=y + 4, class_="label end"))
     for block in range(0, blocks, _nice(50 / step)):
         x, _ = place(block, scale[0])
         parts.append(element("text", block, x=x, y=height - 8, class_="label middle"))
@@ -133,10 +133,6 @@ def _panel(title: str, lines: Sequence[Line], blocks: int, scale: tuple[float, f
             parts.append(element("circle", hint, cx=x, cy=y, r=2.2, class_=f"dot {line.look}"))
     view = f"0 0 {width} {height}"
     return element("svg", parts, viewBox=view, role="img", aria_label=f"{title}: {what} by block")
-
-
-def _power(exponent: int) -> str:
-    return f"{10.0**exponent:g}" if -3 <= exponent <= 4 else f"1e{exponent}"
 
 
 def size_bars(bars: Mapping[str, Mapping[str, int]], parts: Sequence[str]) -> Markup:

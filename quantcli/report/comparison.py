@@ -8,7 +8,7 @@ from typing import Any
 from quantcli.report.charts import heat_map
 from quantcli.report.layers import Grid, grid_of
 from quantcli.report.markup import Markup, element, table
-from quantcli.report.numbers import percent, rate, seconds, short, size
+from quantcli.report.numbers import MISSING, TYPESET, fixed, percent, rate, ratio, seconds, short, size, with_error
 from quantcli.report.outcome import throughput_setting
 from quantcli.report.page import MISSED, WORST, flat, page
 from quantcli.report.scatter import Point, pareto_chart, unbeaten
@@ -225,9 +225,6 @@ def _charts(found: Mapping[str, Any]) -> Markup | None:
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str]]) -> Markup:
-    def with_error(value: float | None, error: float | None, digits: int = 3) -> str:
-        return short(value, digits) if error is None or value is None else f"{short(value, digits)} ± {short(error, 2)}"
-
     best = {name for names in front.values() for name in names}
     headings = ["run", "linears", "size", "bits a weight", "perplexity", "increase", "KL divergence",
                 "same top token", "time", "warnings"]  # fmt: skip
@@ -237,10 +234,10 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
         (
             element("b", row["run"]) if row["run"] in best else row["run"],
             [element("div", f"{count} {scheme}", class_="whole") for scheme, count in row["schemes"].items()],
-            (f"{size(row['size'])} ({row['float_size'] / max(1, row['size']):.2f} ×)", row["size"]),
-            (short(row["bits_per_weight"]), row["bits_per_weight"]),
-            (with_error(row["perplexity"], row["perplexity_error"], 4), row["perplexity"]),
-            (percent(row["increase"], 2, True), row["increase"]),
+            (f"{size(row['size'])} ({ratio(row['float_size'] / max(1, row['size']))})", row["size"]),
+            (fixed(row["bits_per_weight"]), row["bits_per_weight"]),
+            (with_error(row["perplexity"], row["perplexity_error"], 3), row["perplexity"]),
+            (percent(row["increase"], signed=True), row["increase"]),
             (with_error(row["kl_divergence"], row["kl_error"]), row["kl_divergence"]),
             (percent(row["agreement"]), row["agreement"]),
             (seconds(row["seconds"]), row["seconds"]),
@@ -266,8 +263,8 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
             shown(metric["float_model"]),
             shown(metric["quantized"]),
             (
-                f"{percent(metric['change'], 2, True)} ± {percent(metric['change_error'], 2)} "
-                f"({' to '.join(percent(end, 2, True) for end in metric['change_interval'])})",
+                f"{percent(metric['change'], signed=True)} ± {percent(metric['change_error'])} "
+                f"({' to '.join(percent(end, signed=True) for end in metric['change_interval'])})",
                 metric["change"],
             ),
             metric["questions"],
@@ -278,8 +275,8 @@ def _tasks(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
     ]
     if not cells:
         return None
-    note = element("p", "In brackets 95 % intervals. The change is paired, question by question, with its standard "
-                   "error; runs compare where they were asked the same questions.", class_="note")  # fmt: skip
+    note = element("p", f"In brackets 95{TYPESET.sign} intervals. The change is paired, question by question, with its "
+                   "standard error; runs compare where they were asked the same questions.", class_="note")  # fmt: skip
     headings = ("metric", "run", "float", "quantized", "change", "questions")
     inner = table(headings, cells, numbers=range(2, 6), sortable=True)
     return element("section", element("h2", "Tasks"), note, inner, class_="dense")
@@ -290,7 +287,7 @@ def _served(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> Markup | 
     cells = [
         (
             row["run"],
-            *[(f"{rate(row[key])} ({percent(row[f'{key}_change'], 1, True)})", row[key])
+            *[(f"{rate(row[key])} ({percent(row[f'{key}_change'], signed=True)})", row[key])
               for key in ("prefill", "decode")],
             (size(row["served_memory"]), row["served_memory"]),
             throughput_setting(run["result"]["throughput"]),
@@ -323,7 +320,7 @@ def _as_written(value: Any) -> str:
         return f"[{', '.join(map(_as_written, value))}]"
     if isinstance(value, bool):
         return str(value).lower()
-    return "–" if value is None else str(value)
+    return MISSING if value is None else str(value)
 
 
 def _maps(runs: Sequence[Run], rows: Sequence[Mapping[str, Any]]) -> Markup | None:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantcli.report.markup import Markup, element, joined, table
-from quantcli.report.numbers import percent, short
+from quantcli.report.numbers import NO_BREAK, percent, short
 
-_PERCENTILES = {"0": "least", "1": "1 %", "5": "5 %", "50": "median", "95": "95 %", "99": "99 %", "99.9": "99.9 %",
-                "100": "largest"}  # fmt: skip
+_PERCENTILES = {"0": "least", "50": "median", "100": "largest"}
+_PERCENTILES = {key: _PERCENTILES.get(key, f"{key}{NO_BREAK}%")
+                for key in ("0", "1", "5", "50", "95", "99", "99.9", "100")}  # fmt: skip
 
 
 def distributions(scores: Mapping[str, Any] | None) -> Markup | None:
@@ -22,7 +23,7 @@ def distributions(scores: Mapping[str, Any] | None) -> Markup | None:
             ("KL divergence, nats", *[short(scores["kl"].get(key)) for key in ("mean", *_PERCENTILES)]),
             (
                 "Δp, probability of the text's token",
-                *[percent(scores["delta_p"].get(key), 2, True) for key in ("mean", *_PERCENTILES)],
+                *[percent(scores["delta_p"].get(key), signed=True) for key in ("mean", *_PERCENTILES)],
             ),
         ],
         numbers=range(1, 2 + len(_PERCENTILES)),
@@ -35,7 +36,7 @@ def distributions(scores: Mapping[str, Any] | None) -> Markup | None:
         ("top token became the text's", flips.get("gained"), None),
     ]
     rows = [
-        (label, percent(share, 2) + (f" ± {percent(error, 2)}" if error is not None else ""))
+        (label, percent(share) + (f" ± {percent(error)}" if error is not None else ""))
         for label, share, error in shares
         if share is not None
     ]

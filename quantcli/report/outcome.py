@@ -7,14 +7,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quantcli.report.numbers import rate, size
+from quantcli.report.numbers import PLAIN, Plain, rate, size
 
 MOST_NAMES = 64
 """Linears that are rolled back: so many are named, and the rest counted."""
 
 
-def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(label, value): what got which scheme, size and perplexity before and after, time, memory, files."""
+def outcome_rows(
+    plan: Mapping[str, Any], result: Mapping[str, Any], numbers: Plain = PLAIN
+) -> Iterator[tuple[str, str]]:
+    """(label, value): what got which scheme, size and perplexity before and after, time, memory, files. `numbers` says
+    how they are written."""
     counts: dict[str, int] = {}
     for linear in plan["linears"]:
         counts[linear["scheme"]] = counts.get(linear["scheme"], 0) + 1
@@ -31,19 +34,19 @@ def outcome_rows(plan: Mapping[str, Any], result: Mapping[str, Any]) -> Iterator
     for note in plan["notes"]:
         yield "note", note
     before, after = stored_sizes(result)
-    yield "size", f"{size(before)} → {size(after)} ({after / before - 1:+.1%})"
+    yield "size", f"{size(before)} → {size(after)} ({numbers.percent(after / before - 1, 1, signed=True)})"
     if scores := result["perplexity"]:
-        yield from _score_rows(scores)
+        yield from _score_rows(scores, numbers)
     for task, found in ((result.get("tasks") or {}).get("tasks") or {}).items():
-        yield from _task_rows(task, found)
+        yield from _task_rows(task, found, numbers)
     if throughput := result.get("throughput"):
-        yield from _throughput_rows(throughput)
+        yield from _throughput_rows(throughput, numbers)
     if gates := result.get("gates"):
         missed = [gate["name"] for gate in gates if not gate["passed"]]
         yield "gates", f"{len(gates) - len(missed)} of {len(gates)} kept" + "".join(f"; missed: {n}" for n in missed)
     # seconds are not known of a stage whose record went with that of one before it
     ran = {n: r["seconds"] for n, r in result["stages"].items() if not r.get("reused") and r["seconds"] is not None}
-    times = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in ran.items())
+    times = ", ".join(f"{name} {numbers.seconds(seconds)}" for name, seconds in ran.items())
     reused = ", ".join(name for name in result["stages"] if name not in ran)
     yield "time", "; ".join(filter(None, [times, reused and f"up to date: {reused}"]))
     yield "peak memory", f"{result['peak_memory'] / 1e9:.2f} GB"
@@ -95,22 +98,23 @@ def _smoothed(found: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _score_rows(scores: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _score_rows(scores: Mapping[str, Any], numbers: Plain) -> Iterator[tuple[str, str]]:
     plain, quantized = scores["float_model"], scores["quantized"]
     yield (
         "perplexity",
-        f"{_with_error(plain)} → {_with_error(quantized)} "
-        f"({_number(scores['increase'], '+.2%')} ± {_number(scores['increase_error'], '.2%')}"
-        f"{_interval(scores.get('increase_interval'))})",
+        f"{_with_error(plain, numbers)} → {_with_error(quantized, numbers)} "
+        f"({numbers.percent(scores['increase'], signed=True)} ± {numbers.percent(scores['increase_error'])}"
+        f"{_interval(scores.get('increase_interval'), numbers)})",
     )
-    spread = f", {_number(kl['99'], '.3g')} for 1 in 100" if (kl := scores.get("kl")) else ""
-    yield (
-        "KL divergence",
-        f"{_number(scores['kl_divergence'], '.4f')} ± {_number(scores['kl_error'], '.4f')} nats a token{spread}",
-    )
-    yield "same top token", f"{_number(scores['agreement'], '.1%')}"
+    spread = f", {numbers.tail(kl['99'])} for 1 in 100" if (kl := scores.get("kl")) else ""
+    divergence = numbers.divergence(scores["kl_divergence"], scores["kl_error"])
+    yield "KL divergence", f"{divergence} nats a token{spread}"
+    yield "same top token", numbers.percent(scores["agreement"], 1)
     for name, pair in (scores.get("per_text") or {}).items():
-        yield name.replace("_", " "), f"{_with_error(pair['float_model'])} → {_with_error(pair['quantized'])}"
+        yield (
+            name.replace("_", " "),
+            " → ".join(_with_error(pair[key], numbers) for key in ("float_model", "quantized")),
+        )
     yield "protocol", protocol_line(scores)
 
 
@@ -143,27 +147,29 @@ _ARITHMETICS = {  # where inputs or the cache are not rounded as most engines do
 }
 
 
-def _task_rows(task: str, found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _task_rows(task: str, found: Mapping[str, Any], numbers: Plain) -> Iterator[tuple[str, str]]:
     """Both models' metrics with 95 % intervals, and the paired change with its error and interval."""
     for name, metric in found.get("metrics", {}).items():
         models = [metric["float_model"], metric["quantized"]]
         shown = [
-            f"{_number(m['value'], '.1%')} ({' to '.join(format(x, '.1%') for x in m['interval'])})" for m in models
+            f"{numbers.percent(m['value'], 1)} ({' to '.join(numbers.percent(x, 1) for x in m['interval'])})"
+            for m in models
         ]
-        change = f"{_number(metric['change'], '+.2%')} ± {_number(metric['change_error'], '.2%')}"
-        change += _interval(metric.get("change_interval"))
+        change = f"{numbers.percent(metric['change'], signed=True)} ± {numbers.percent(metric['change_error'])}"
+        change += _interval(metric.get("change_interval"), numbers)
         yield f"{task} {name}".replace("_", " "), f"{' → '.join(shown)} ({change}) on {found['questions']} questions"
 
 
-def _throughput_rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _throughput_rows(found: Mapping[str, Any], numbers: Plain) -> Iterator[tuple[str, str]]:
     """Medians of both models with their quartiles, memory, and what it was measured on."""
     models = found["float_model"], found["quantized"]
+    changes = {key: numbers.percent(change, 1, signed=True) for key, change in found["change"].items()}
     for key in ("prefill", "decode"):
         rates = [{name: rate(value) for name, value in model[key].items()} for model in models]
         shown = [f"{each['median']} ({each['low']} to {each['high']})" for each in rates]
-        yield key, f"{' → '.join(shown)} tokens/s, {_number(found['change'][key], '+.1%')}"
-    memory = [_number(m["peak_memory"] and m["peak_memory"] / 1e9, ".3f") for m in models]
-    yield "memory in use", f"{' → '.join(memory)} GB, {_number(found['change']['peak_memory'], '+.1%')}"
+        yield key, f"{' → '.join(shown)} tokens/s, {changes[key]}"
+    memory = [numbers.fixed(m["peak_memory"] and m["peak_memory"] / 1e9) for m in models]
+    yield "memory in use", f"{' → '.join(memory)} GB, {changes['peak_memory']}"
     yield "measured in", throughput_setting(found)
 
 
@@ -176,21 +182,20 @@ def throughput_setting(found: Mapping[str, Any]) -> str:
     )
 
 
-def _with_error(perplexity: Mapping[str, Any]) -> str:
-    return f"{_number(perplexity['value'], '.3f')} ± {_number(perplexity['error'], '.3f')}"
+def _with_error(perplexity: Mapping[str, Any], numbers: Plain) -> str:
+    return f"{numbers.fixed(perplexity['value'])} ± {numbers.fixed(perplexity['error'])}"
 
 
-def _interval(bounds: Sequence[float | None] | None) -> str:
+def _interval(bounds: Sequence[float | None] | None, numbers: Plain) -> str:
     low, high = bounds or (None, None)
-    return "" if low is None or high is None else f"; 95 % interval {low:+.2%} to {high:+.2%}"
+    if low is None or high is None:
+        return ""
+    shown = (numbers.percent(bound, signed=True) for bound in (low, high))
+    return f"; 95{numbers.sign} interval {' to '.join(shown)}"
 
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _number(value: float | None, form: str) -> str:
-    return "undefined" if value is None else format(value, form)
 
 
 def scheme_rows(

@@ -11,7 +11,7 @@ from quantcli.report.distributions import distributions
 from quantcli.report.gains import HEADINGS, gain_rows
 from quantcli.report.layers import grid_of, kind_of
 from quantcli.report.markup import Markup, element, facts, folded, joined, table
-from quantcli.report.numbers import percent, seconds, short, size
+from quantcli.report.numbers import MISSING, TYPESET, fixed, percent, ratio, seconds, short, size, typeset
 from quantcli.report.outcome import outcome_rows, scheme_rows, stored_sizes, throughput_setting
 from quantcli.report.style import SCRIPT, STYLE
 
@@ -101,7 +101,7 @@ def problems(found: Sequence[Mapping[str, str]]) -> Markup:
         heads.append("1 warning or fallback" if len(serious) == 1 else f"{len(serious)} warnings and fallbacks")
     heads = heads or ["No warnings, no fallbacks"]
     heads += [f"{len(notes)} note{'s' * (len(notes) != 1)}"] if notes else []
-    content = [element("ul", [element("li", element("b", "Missed gate: "), each["text"]) for each in missed])]
+    content = [element("ul", [element("li", element("b", "Missed gate: "), typeset(each["text"])) for each in missed])]
     content += [element("p", each["text"]) for each in found if each["kind"] == WORST]
     look = "warnings" if missed or serious else None
     return _section(", ".join(heads), content * bool(missed), _messages(serious), _messages(notes), look=look)
@@ -124,15 +124,15 @@ def _tiles(run: Mapping[str, Any]) -> Markup:
     result, sizes = run["result"], run["sizes"]
     tiles: list[tuple[str, str]] = []
     if scores := result.get("perplexity"):
-        low, high = (percent(bound, 2, True) for bound in scores.get("increase_interval") or (None, None))
-        label = "perplexity" if "–" in (low, high) else f"perplexity, 95 % interval {low} to {high}"
-        tiles.append((percent(scores.get("increase"), 2, True), label))
+        low, high = (percent(bound, signed=True) for bound in scores.get("increase_interval") or (None, None))
+        interval = "" if MISSING in (low, high) else f", 95{TYPESET.sign} interval {low} to {high}"
+        tiles.append((percent(scores.get("increase"), signed=True), f"perplexity{interval}"))
         tiles.append((short(scores.get("kl_divergence")), "KL divergence, nats a token"))
         tiles.append((percent(scores.get("agreement")), "same top token"))
     before, after = stored_sizes({**result, "sizes": sizes})
-    tiles.append((f"{before / max(1, after):.2f} ×", "smaller checkpoint"))
+    tiles.append((ratio(before / max(1, after)), "smaller checkpoint"))
     bits = next((entry["bits_per_weight"] for entry in sizes.values() if entry.get("bits_per_weight")), None)
-    tiles.append((short(bits or run["plan"].get("bits_per_weight")), "bits a quantized weight"))
+    tiles.append((fixed(bits or run["plan"].get("bits_per_weight")), "bits a quantized weight"))
     tiles.append((seconds(_whole_time(result)), "time of all stages"))
     return element("div", [_tile(value, label) for value, label in tiles], class_="tiles")
 
@@ -146,7 +146,7 @@ def _whole_time(result: Mapping[str, Any]) -> float:
 
 
 def _outcome(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for label, value in outcome_rows({**run["plan"], "notes": []}, run["result"]):
+    for label, value in outcome_rows({**run["plan"], "notes": []}, run["result"], TYPESET):
         yield label, element("code", value) if label == "checkpoint" else value
     for engine in run["plan"].get("engines", ()):
         yield engine["engine"], ("loads it: " if engine["loads"] else "does not load it: ") + engine["note"]
@@ -154,7 +154,7 @@ def _outcome(run: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _gains(result: Mapping[str, Any]) -> Markup | None:
     """What was measured of both models, side by side. Nothing if it was the sizes alone, which have a section."""
-    rows = gain_rows(result)
+    rows = [(*before, typeset(change)) for *before, change in gain_rows(result)]
     if len(rows) <= len(result.get("exports", ())):
         return None
     speed = result.get("throughput")
@@ -298,13 +298,12 @@ def _sizes(run: Mapping[str, Any]) -> Markup | None:
         row = [sizes[name]["parts"].get(part, 0) for name in names]
         if any(row):
             key = element("span", class_=f"key part{index}")
-            rows.append([element("span", key, part), *[(size(n) if n else "–", n) for n in row]])
+            rows.append([element("span", key, part), *[(size(n) if n else MISSING, n) for n in row]])
     rows.append([element("b", "together"), *[element("b", size(sizes[name]["bytes"])) for name in names]])
-    rows.append(["times smaller than the float model", *[short(sizes[name].get("ratio")) for name in names]])
-    rows.append(["bits a quantized weight, scales included",
-                 *[short(sizes[name].get("bits_per_weight"), 4) for name in names]])  # fmt: skip
-    rows.append(["bits a parameter, everything included",
-                 *[short(sizes[name].get("bits_per_parameter"), 4) for name in names]])  # fmt: skip
+    rows.append(["smaller than the float model", *[ratio(sizes[name].get("ratio")) for name in names]])
+    for label, fact in (("bits a quantized weight, scales included", "bits_per_weight"),
+                        ("bits a parameter, everything included", "bits_per_parameter")):  # fmt: skip
+        rows.append([label, *[fixed(sizes[name].get(fact)) for name in names]])
     bars = {name: sizes[name]["parts"] for name in names}
     return _section("Size", size_bars(bars, PARTS), table(("part", *names), rows, numbers=range(1, len(names) + 1)))
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from quantcli.report.markup import Markup, element
-from quantcli.report.numbers import round_size, short, size
+from quantcli.report.numbers import round_size, short, size, tick
 
 _Place = tuple[float, float]
 _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 620, 400, 76, 24, 18, 58
@@ -60,7 +60,7 @@ def pareto_chart(points: Sequence[Point], loss: str, *, logarithmic: bool = Fals
     for mark in losses.marks():
         y = _HEIGHT - _BOTTOM - losses.share(mark) * (_HEIGHT - _TOP - _BOTTOM)
         parts.append(element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=y, y2=y, class_="grid"))
-        parts.append(element("text", f"{mark:g}", x=_LEFT - 8, y=y + 6, class_="label axis end"))
+        parts.append(element("text", tick(mark), x=_LEFT - 8, y=y + 6, class_="label axis end"))
     for mark in sizes.marks():
         x = _LEFT + sizes.share(mark) * (_WIDTH - _LEFT - _RIGHT)
         parts.append(element("line", x1=x, x2=x, y1=_TOP, y2=_HEIGHT - _BOTTOM, class_="grid"))

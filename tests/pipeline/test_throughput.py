@@ -92,7 +92,7 @@ def test_models_take_turns_and_results_go_wherever_a_reader_looks(
     page = (tmp_path / "run" / "report.html").read_text()
     summary = (tmp_path / "run" / "gates" / "summary.md").read_text()
     assert "| prefill, tokens/s ↑ | 144 | 288 | +100.00% |" in summary
-    assert "144 (144 to 144) → 288 (288 to 288) tokens/s, +100.0%" in page
+    assert "144 (144 to 144) → 288 (288 to 288) tokens/s, +100.00\u00a0%" in page
     assert "3 prompts of 24 tokens, 5 new ones, 2 × 2 times each" in page
 
     # measured once; other text on the page is no reason to measure again, another number of tokens is

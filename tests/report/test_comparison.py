@@ -142,7 +142,7 @@ def test_the_page_shows_the_front_and_every_run(tmp_path: Path) -> None:
     assert "What differs in the recipes" in page
     assert page.count('class="scroll chart"') == 3
     assert "<h2>Tasks</h2>" in page
-    assert page.count("60.5\u00a0% (56.9\u00a0% to 64.0\u00a0%)") == 3
+    assert page.count("60.50\u00a0% (56.87\u00a0% to 64.01\u00a0%)") == 3
     assert page.count("−1.50\u00a0% ± 0.62\u00a0%") == 3
     for name in ("w8", "w4", "bad"):
         assert f"<h3>{name}</h3>" in page

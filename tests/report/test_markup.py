@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantcli.report.markup import Markup, element, table, text
-from quantcli.report.numbers import percent, seconds, short, size
+from quantcli.report.numbers import fixed, percent, ratio, seconds, short, size, tick, typeset, with_error
 
 
 class _Reader(HTMLParser):
@@ -68,8 +68,26 @@ def test_cells_can_be_sorted_by_another_value_than_they_show() -> None:
 
 def test_numbers_are_short_and_their_absence_is_a_dash() -> None:
     assert [short(x) for x in (0, 0.00123456, 1.5, 123456.0, 1e-7, -0.5, None, float("nan"))] == [
-        "0", "0.00123", "1.50", "123456", "1.00e-7", "-0.500", "–", "–",
+        "0", "0.00123", "1.50", "123456", "1.00e−7", "−0.500", "–", "–",
     ]  # fmt: skip
-    assert (percent(0.0123, 2, True), percent(-0.5), percent(None)) == ("+1.23\u00a0%", "−50.0\u00a0%", "–")
+    assert (percent(0.0123, signed=True), percent(-0.5), percent(None)) == ("+1.23\u00a0%", "−50.00\u00a0%", "–")
+    assert (fixed(8.05), fixed(-1.0), fixed(None), ratio(1.646)) == ("8.050", "−1.000", "–", "1.65\u00a0×")
+    assert [tick(x) for x in (0, 0.0001, 0.005, 20, 20000, 1e6, -0.5)] == [
+        "0", "1e−4", "0.005", "20", "20000", "1e6", "−0.5",
+    ]  # fmt: skip
     assert (size(999), size(1_234_567), size(98_700_000_000), size(None)) == ("999 B", "1.23 MB", "98.7 GB", "–")
     assert (seconds(1.25), seconds(600), seconds(7200 * 3), seconds(None)) == ("1.2 s", "10.0 min", "6.0 h", "–")
+
+
+def test_an_error_has_the_decimals_of_its_number() -> None:
+    assert with_error(18.0213, 1.0372, 3) == "18.021 ± 1.037"
+    assert with_error(0.00311, 0.000042) == "0.00311 ± 0.00004"
+    assert with_error(3.1e-8, 4.2e-9) == "3.10e−8 ± 4.2e−9"
+    assert (with_error(1.5, None), with_error(None, None), with_error(None, 0.1)) == ("1.50", "–", "–")
+
+
+def test_a_message_is_set_as_the_page_is_and_its_names_stay() -> None:
+    message = "evaluate.gates.task_drop (squad-2, f1): -1.5% ± 0.2% keeps 1%, see a-1/b%c and re:.*-2"
+    assert typeset(message) == (
+        "evaluate.gates.task_drop (squad-2, f1): −1.5\u00a0% ± 0.2\u00a0% keeps 1\u00a0%, see a-1/b%c and re:.*-2"
+    )

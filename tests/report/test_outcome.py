@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from quantcli.report.numbers import TYPESET
 from quantcli.report.outcome import outcome_rows, scheme_rows
 
 
@@ -55,7 +56,7 @@ def test_the_outcome_states_every_number_with_its_uncertainty() -> None:
         ("schemes", "23 linears W4A16 g32, 2 linears float"),
         ("note", "Group size 128 does not divide every input width; 32 is used."),
         ("size", "200.0 MB → 75.0 MB (-62.5%)"),
-        ("perplexity", "20.641 ± 0.310 → 21.054 ± 0.330 (+2.00% ± 0.12%; 95 % interval +1.77% to +2.24%)"),
+        ("perplexity", "20.641 ± 0.310 → 21.054 ± 0.330 (+2.00% ± 0.12%; 95% interval +1.77% to +2.24%)"),
         ("KL divergence", "0.0123 ± 0.0001 nats a token, 0.123 for 1 in 100"),
         ("same top token", "95.3%"),
         ("bits per byte", "1.100 ± 0.010 → 1.200 ± 0.010"),
@@ -64,6 +65,18 @@ def test_the_outcome_states_every_number_with_its_uncertainty() -> None:
         ("peak memory", "1.23 GB"),
         ("checkpoint", "out/export/compressed-tensors"),
     ]
+
+
+def test_on_the_page_numbers_are_set_with_the_decimals_of_their_kind() -> None:
+    stages = RESULT["stages"] | {"smooth": {"seconds": 190.3}}  # type: ignore[operator]
+    rows = dict(outcome_rows(PLAN, RESULT | {"stages": stages}, TYPESET))
+    assert rows["size"] == "200.0 MB → 75.0 MB (−62.50\u00a0%)"
+    assert rows["perplexity"] == (
+        "20.641 ± 0.310 → 21.054 ± 0.330 (+2.00\u00a0% ± 0.12\u00a0%; 95\u00a0% interval +1.77\u00a0% to +2.24\u00a0%)"
+    )
+    assert rows["KL divergence"] == "0.0123 ± 0.0001 nats a token, 0.123 for 1 in 100"
+    assert rows["same top token"] == "95.30\u00a0%"
+    assert rows["time"] == "export 1.3 s, smooth 3.2 min; up to date: quantize"
 
 
 def test_numbers_that_json_cannot_hold_are_undefined_and_not_zero() -> None:

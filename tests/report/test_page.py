@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from synthetic_run import save_run
 from quantcli.errors import OutputError, RecipeError
 from quantcli.pipeline.report import report_paths, run_facts
 from quantcli.report.charts import heat_step
+from quantcli.report.comparison import compare, comparison_page
 from quantcli.report.layers import grid_of, kind_of
 from quantcli.report.page import _smoothing_table, flat, run_page
 
@@ -38,7 +40,7 @@ def test_the_page_says_what_a_reader_has_to_know(tmp_path: Path) -> None:
     for part in (
         "quantcli run w8a8 --model x", "seed", "transformers", "5.24.0", "weights: {bits: 8}",
         "rolled back by output_error 0.0312", "output head, stays in float by default", "0.0123",
-        "+1.20\u00a0%", "96.7\u00a0%", "perplexity, 95 % interval +1.12\u00a0% to +1.28\u00a0%<",
+        "+1.20\u00a0%", "96.70\u00a0%", "perplexity, 95\u00a0% interval +1.12\u00a0% to +1.28\u00a0%<",
         "model.layers.1 is not smoothed.", "A note.", "32768 tokens in 64 sequences from 12 documents",
         "Because blue light <mark>scatters more.</mark>", "Because blue light <mark>is scattered.</mark>",
         "1 of 2 are equal", "as found: check", "strength 0.8 0", "delta_p.99.9", "flips.lost",
@@ -47,11 +49,23 @@ def test_the_page_says_what_a_reader_has_to_know(tmp_path: Path) -> None:
         assert part in page, part
     assert page.index("is not smoothed") < page.index("Outcome")
     for part in (
-        "; 95 % interval +1.12% to +1.28%", "How predictions changed", "95.10\u00a0% ± 0.07\u00a0%", "1.23\u00a0%",
-        "0.87\u00a0%", "boolq accuracy", "58.4% to 65.5%", "word perplexity", "prefill, tokens/s ↑", "2344",
+        "; 95\u00a0% interval +1.12\u00a0% to +1.28\u00a0%", "How predictions changed", "95.10\u00a0% ± 0.07\u00a0%",
+        "1.23\u00a0%", "0.87\u00a0%", "boolq accuracy", "58.38\u00a0% to 65.49\u00a0%", "word perplexity",
+        "prefill, tokens/s ↑", "2344",
         "<h2>1 missed gate, 1 warning or fallback, 1 note</h2>",
     ):  # fmt: skip
         assert part in page, part
+
+
+def test_all_numbers_are_written_in_one_way(tmp_path: Path) -> None:
+    """Of both pages: minus signs, no hyphens; no percent sign without a space that keeps it with its number."""
+    runs = [save_run(tmp_path / name, kl=kl, increase=-0.01) for name, kl in (("one", 2e-7), ("other", 0.2))]
+    facts = [run_facts(run) for run in runs]
+    for page in (run_page(facts[1]), comparison_page(facts, compare(facts))):
+        shown = re.sub(r"<(style|script|pre)>.*?</\1>|<code>.*?</code>", "", page, flags=re.DOTALL)
+        words = html.unescape(re.sub(r"<[^>]*>", " ", shown))
+        assert re.findall(r".{20}(?:\d %|\d%|(?<![\w)])-\d|\de-\d).{9}", words) == []
+        assert "−1.00\u00a0%" in words
 
 
 def test_missed_gates_stand_before_all_other_problems_with_bound_amount_and_the_worst_linears(tmp_path: Path) -> None:
