@@ -233,12 +233,12 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
     cells = [
         (
             element("b", row["run"]) if row["run"] in best else row["run"],
-            [element("div", f"{count} {scheme}", class_="whole") for scheme, count in row["schemes"].items()],
-            (f"{size(row['size'])} ({ratio(row['float_size'] / max(1, row['size']))})", row["size"]),
+            _lines(*(f"{count} {scheme}" for scheme, count in row["schemes"].items())),
+            (_lines(size(row["size"]), ratio(row["float_size"] / max(1, row["size"]))), row["size"]),
             (fixed(row["bits_per_weight"]), row["bits_per_weight"]),
-            (with_error(row["perplexity"], row["perplexity_error"], 3), row["perplexity"]),
+            (_measure(row["perplexity"], row["perplexity_error"], 3), row["perplexity"]),
             (percent(row["increase"], signed=True), row["increase"]),
-            (with_error(row["kl_divergence"], row["kl_error"]), row["kl_divergence"]),
+            (_measure(row["kl_divergence"], row["kl_error"]), row["kl_divergence"]),
             (percent(row["agreement"]), row["agreement"]),
             (seconds(row["seconds"]), row["seconds"]),
             row["warnings"],
@@ -247,6 +247,16 @@ def _numbers(rows: Sequence[Mapping[str, Any]], front: Mapping[str, Sequence[str
         for row in rows
     ]
     return table(headings, cells, numbers=range(2, len(headings)), sortable=True)
+
+
+def _measure(value: float | None, error: float | None, decimals: int | None = None) -> list[Markup]:
+    """A number, and its error in a line of its own: beside it the columns would be wider than the page."""
+    shown, _, behind = with_error(value, error, decimals).partition(" ± ")
+    return _lines(shown, f"± {behind}" if behind else "")
+
+
+def _lines(*shown: str) -> list[Markup]:
+    return [element("div", line, class_="whole") for line in shown if line]
 
 
 def _tasks(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
@@ -349,7 +359,9 @@ def _measured(rows: Sequence[Mapping[str, Any]]) -> Markup | None:
     if not keys:
         return None
 
-    def shown(value: Any) -> str:
+    def shown(value: Any) -> Any:
+        if isinstance(value, str):
+            return element("span", value, class_="words")
         return "" if value is None else short(value, 5) if isinstance(value, float) else str(value)
 
     cells = [(element("code", key), *[shown(row["measured"].get(key)) for row in rows]) for key in keys]

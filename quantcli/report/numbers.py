@@ -100,12 +100,17 @@ def ratio(value: float | None) -> str:
 
 
 def with_error(value: float | None, error: float | None, decimals: int | None = None) -> str:
-    """A number and its standard error, to as many decimals; those of three significant digits where none are asked
-    for."""
+    """A number and its standard error, to as many decimals. Where none are asked for, as many as show three significant
+    digits of the number and one of the error."""
     shown = short(value) if decimals is None else fixed(value, decimals)
-    if error is None or shown == MISSING or "e" in shown:
-        return shown if error is None or shown == MISSING else f"{shown} ± {short(error, 2)}"
-    return f"{shown} ± {fixed(error, len(shown.partition('.')[2]))}"
+    if error is None or shown == MISSING:
+        return shown
+    if "e" in shown:
+        return f"{shown} ± {short(error, 2)}"
+    if decimals is None:
+        decimals = len(shown.partition(".")[2])
+        decimals = max(decimals, -math.floor(math.log10(error))) if 1e-6 < error < math.inf else decimals
+    return f"{fixed(value, decimals)} ± {fixed(error, decimals)}"
 
 
 def percent(value: float | None, *, signed: bool = False) -> str:

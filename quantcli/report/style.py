@@ -46,8 +46,11 @@ th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-
 thead th { border-top: 0; color: var(--soft); font-weight: 600; font-size: 13px; }
 tbody tr:first-child > * { border-top: 0; } thead + tbody tr:first-child > * { border-top: 1px solid var(--rule); }
 .facts th { color: var(--soft); font-weight: 400; width: 170px; } .facts td { overflow-wrap: anywhere; }
-.whole { white-space: nowrap; } .dense table { font-size: 13px; } .dense th, .dense td { padding-right: 9px; }
+.whole { white-space: nowrap; }
+.words { display: inline-block; max-width: 320px; white-space: normal; overflow-wrap: anywhere; }
+.dense table { font-size: 13px; } .dense th, .dense td { padding-right: 9px; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+thead th { vertical-align: bottom; } thead .number { white-space: normal; }
 .sortable th { cursor: pointer; } .sortable th:hover { color: var(--accent); }
 .sortable th[aria-sort=ascending]::after { content: " \\2191"; }
 .sortable th[aria-sort=descending]::after { content: " \\2193"; }

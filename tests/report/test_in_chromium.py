@@ -61,11 +61,25 @@ def test_a_page_opens_without_complaint_and_asks_for_nothing(
 
 
 @pytest.mark.parametrize("name", ["run", "comparison", "large"])
-@pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.parametrize("width", [400, 1100, 1200])
 def test_a_page_fits_its_window(browser: Browser, pages: dict[str, Path], name: str, width: int) -> None:
     browser.send("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
     browser.open(pages[name])
+    browser.evaluate('document.querySelectorAll("details").forEach(each => { each.open = true; })')
+    assert browser.evaluate("document.documentElement.clientWidth") == width
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("name", ["run", "comparison"])
+def test_at_1100_pixels_no_table_has_to_be_scrolled(browser: Browser, pages: dict[str, Path], name: str) -> None:
+    """With tasks, speeds, missed gates and all else that a page can have."""
+    browser.send("Emulation.setDeviceMetricsOverride", width=1100, height=900, deviceScaleFactor=1, mobile=False)
+    browser.open(pages[name])
+    boxes = browser.evaluate("""
+      document.querySelectorAll("details").forEach(each => { each.open = true; });
+      [...document.querySelectorAll(".scroll")].map(box => [box.scrollWidth - box.clientWidth, box.textContent])""")
+    assert len(boxes) > 5
+    assert [box for box in boxes if box[0] > 0] == []
 
 
 _TABLES = """

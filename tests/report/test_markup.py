@@ -82,6 +82,7 @@ def test_numbers_are_short_and_their_absence_is_a_dash() -> None:
 def test_an_error_has_the_decimals_of_its_number() -> None:
     assert with_error(18.0213, 1.0372, 3) == "18.021 ± 1.037"
     assert with_error(0.00311, 0.000042) == "0.00311 ± 0.00004"
+    assert (with_error(0.2, 0.0002), with_error(0.2, 0.0)) == ("0.2000 ± 0.0002", "0.200 ± 0.000")
     assert with_error(3.1e-8, 4.2e-9) == "3.10e−8 ± 4.2e−9"
     assert (with_error(1.5, None), with_error(None, None), with_error(None, 0.1)) == ("1.50", "–", "–")
 
