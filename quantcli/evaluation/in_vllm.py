@@ -11,6 +11,9 @@ ANSWERED  {"prefill": [seconds, …], "whole": [seconds, …], "peak_memory": by
 `prefill` is the time of all prompts together up to their first new token, `whole` that up to their last; both `repeats`
 times in turn, behind one of each that does not count. `peak_memory` is of the process that holds the model, or on a GPU
 what the device has in use beyond what it had before.
+
+Every time is told as it is taken, so that whoever started it knows whether it hangs. When that process is gone it ends,
+with all that it started.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -39,8 +44,17 @@ def main(asked: Path, answered: Path) -> None:
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != here]  # modules beside this are not vLLM's
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    if os.getpgrp() == os.getpid():  # a group of its own, which holds nobody else
+        threading.Thread(target=_end_behind, args=(os.getppid(),), daemon=True).start()
     content = measured(json.loads(asked.read_text(encoding="utf-8")))
     answered.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _end_behind(parent: int) -> None:
+    """Ends the whole group when the parent is gone: what holds a GPU's memory would outlive a run that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def measured(asked: dict[str, Any]) -> dict[str, Any]:
@@ -79,11 +93,14 @@ def measured(asked: dict[str, Any]) -> dict[str, Any]:
         found = engine.generate(prompts, wanted, use_tqdm=False)
         taken = time.perf_counter() - begun
         assert all(len(each.outputs[0].token_ids) == tokens for each in found)
+        print(f"{tokens} tokens behind each prompt in {taken:.3f} s", flush=True)
         return taken
 
-    for tokens in (1, asked["new_tokens"]):
-        seconds(tokens)
-    pairs = [(seconds(1), seconds(asked["new_tokens"])) for _ in range(asked["repeats"])]
+    def pair() -> tuple[float, float]:
+        return seconds(1), seconds(asked["new_tokens"])
+
+    pair()
+    pairs = [pair() for _ in range(asked["repeats"])]
     after = _device_memory()
     on_cpu = bool(current_platform.is_cpu())
     on_device = None if before is None or after is None else after - before

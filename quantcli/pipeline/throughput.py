@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from quantcli.errors import ModelError, RecipeError
 from quantcli.formats.engines import verdicts
@@ -34,6 +37,7 @@ _REMEDY = ("Install vLLM in an environment of its own (on a CPU the package vllm
            "evaluate.throughput.python to its Python, or set evaluate.throughput: null.")  # fmt: skip
 _CACHE_BLOCK = 128  # tokens; vLLM's largest unit of a cache
 _CACHE_SPARE = 64 << 20
+_GRACE = 10  # seconds in which an engine that is ended may put its things away
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def serve(
 ) -> dict[str, Any]:
     """What `evaluation.in_vllm` answers of a checkpoint. The engine's messages are added to `log`.
 
-    Raises ModelError, with the engine's own error, if it does not serve the checkpoint.
+    Raises ModelError, with the engine's own error, if it does not serve the checkpoint, and if it says nothing for as
+    long as the section allows.
     """
     asked = {
         "checkpoint": str(checkpoint.absolute()),
@@ -148,16 +153,58 @@ def serve(
         question, answer = Path(place) / "asked.json", Path(place) / "answered.json"
         question.write_text(json.dumps(asked), encoding="utf-8")
         command = [engine.python, str(SCRIPT.absolute()), str(question), str(answer)]
-        finished = subprocess.run(
-            command, stdout=messages, stderr=messages, cwd=place, env=_environment(engine.python), check=False
-        )
-        if finished.returncode or not answer.is_file():
+        status = _status(command, messages, place, _environment(engine.python), section.timeout)
+        if status is None:
             raise ModelError(
-                f"vLLM {engine.version} did not serve {checkpoint}: {_cause(log, finished.returncode)}.",
+                f"vLLM {engine.version} wrote nothing for {section.timeout} s, serving {checkpoint}, and was ended.",
+                f"Its messages are in {log}. Raise evaluate.throughput.timeout if it was at work, or set "
+                "evaluate.throughput: null to do without.",
+            )
+        if status or not answer.is_file():
+            raise ModelError(
+                f"vLLM {engine.version} did not serve {checkpoint}: {_cause(log, status)}.",
                 f"Its messages are in {log}. Set evaluate.throughput: null to do without.",
             )
         found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return found
+
+
+def _status(
+    command: Sequence[str], messages: IO[bytes], place: str, environment: Mapping[str, str], silence: float
+) -> int | None:
+    """The exit status of a command whose `messages` grow at least every `silence` seconds; None if it was ended since
+    they did not. Nothing that it started outlives this call, whatever ends it."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=messages,
+        stderr=messages,
+        cwd=place,
+        env=environment,
+        start_new_session=True,  # an engine has processes below its own, which are ended with it
+    )
+    try:
+        heard, written = time.monotonic(), -1
+        while time.monotonic() - heard < silence:
+            try:
+                return process.wait(timeout=min(1.0, silence))
+            except subprocess.TimeoutExpired:
+                size = os.fstat(messages.fileno()).st_size
+                heard, written = (time.monotonic(), size) if size != written else (heard, written)
+        return None
+    finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a group, and its group."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=_GRACE)
+    with suppress(ProcessLookupError, PermissionError):  # none is left, or none but those that have ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _cause(log: Path, status: int) -> str:

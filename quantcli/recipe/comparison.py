@@ -57,3 +57,8 @@ class ThroughputSection(Section):
     eager: bool = Field(
         default=False, description="Serve without compiling the model, which starts sooner and is slower."
     )
+    timeout: Count = Field(
+        default=3600,
+        description="Seconds without a message of the engine after which it is ended: it says something of every "
+        "shard that it loads and every time that it measures.",
+    )

@@ -4,7 +4,11 @@ has the real one."""
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ from transformers import LlamaConfig
 
 import quantcli
 from quantcli.errors import ModelError, RecipeError
-from quantcli.pipeline.throughput import cache_size, compared, summarized
+from quantcli.pipeline.throughput import SCRIPT, Engine, cache_size, compared, serve, summarized
 from quantcli.recipe.comparison import ThroughputSection
 
 Recipe = dict[str, Any]
@@ -149,6 +153,101 @@ def test_an_engine_that_fails_says_why(static_recipe: Callable[[Path], Recipe], 
         quantcli.run_stage("throughput", recipe)
     assert "vllm-float.log" in error.value.remedy
     assert "loading weights" in (tmp_path / "run" / "throughput" / "vllm-float.log").read_text()
+
+
+HANGING = """#!{python}
+import json, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN if {stubborn} else signal.SIG_DFL)
+below = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\\n"
+                          "open({pid!r} + '.ready', 'w').close(); time.sleep(600)"])
+while not __import__("os").path.exists({pid!r} + ".ready"):
+    time.sleep(0.01)
+for step in range({steps}):
+    time.sleep(0.3)
+    print("loading shard", step, flush=True)
+json.dump(below.pid, open({pid!r}, "w"))
+if {steps} > 1:
+    below.kill()
+    json.dump({{"step": step}}, open(sys.argv[3], "w"))
+    sys.exit()
+time.sleep(600)
+"""
+
+
+def hanging(place: Path, *, steps: int = 1, stubborn: bool = False) -> Engine:
+    """An engine that says something, starts a process that hears no signal, and hangs. With more steps it answers."""
+    program = place / "python"
+    values = {"python": sys.executable, "pid": str(place / "pid"), "steps": steps, "stubborn": stubborn}
+    program.write_text(HANGING.format(**values), encoding="utf-8")
+    program.chmod(0o755)
+    return Engine(str(program), "0.32.0", True)
+
+
+def answer(engine: Engine, place: Path, timeout: int) -> dict[str, Any]:
+    section = ThroughputSection(timeout=timeout)
+    return serve(engine, section, place, [[1]], place / "log", dtype="bfloat16", cache_bytes=0, trust_remote_code=False)
+
+
+def is_running(place: Path) -> bool:
+    """Whether the process of the file `pid` runs; one that has ended and waits for its parent does not."""
+    status = Path(f"/proc/{json.loads((place / 'pid').read_text())}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_an_engine_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    with pytest.raises(ModelError, match=r"wrote nothing for 2 s, serving .*, and was ended") as error:
+        answer(hanging(tmp_path), tmp_path, 2)
+    assert 2 <= time.monotonic() - begun < 10
+    assert "evaluate.throughput.timeout" in error.value.remedy
+    assert "loading shard 0" in (tmp_path / "log").read_text()
+    until(lambda: not is_running(tmp_path))  # a signal takes its time
+
+
+def test_an_engine_that_goes_on_saying_something_is_waited_for(tmp_path: Path) -> None:
+    begun = time.monotonic()
+    assert answer(hanging(tmp_path, steps=8), tmp_path, 2) == {"step": 7}
+    assert time.monotonic() - begun > 2
+
+
+def test_an_interrupted_run_leaves_no_engine_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quantcli.pipeline.throughput._GRACE", 1)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2)
+        with pytest.raises(KeyboardInterrupt):
+            answer(hanging(tmp_path, stubborn=True), tmp_path, 600)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    until(lambda: not is_running(tmp_path))  # a signal takes its time
+
+
+def test_an_engine_ends_behind_a_run_that_was_killed(tmp_path: Path) -> None:
+    vllm = tmp_path / "packages" / "vllm"
+    vllm.mkdir(parents=True)
+    hang = f"import json, os, time\njson.dump(os.getpid(), open({str(tmp_path / 'pid')!r}, 'w'))\ntime.sleep(600)\n"
+    (vllm / "__init__.py").write_text(hang)
+    (tmp_path / "asked.json").write_text("{}")
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "asked.json"), str(tmp_path / "answered.json")]
+    start = f"import subprocess, time\nsubprocess.Popen({command}, start_new_session=True)\ntime.sleep(600)"
+    environment = os.environ | {"PYTHONPATH": str(vllm.parent)}
+    with subprocess.Popen([sys.executable, "-c", start], env=environment) as parent:
+        until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").stat().st_size > 0)
+        assert is_running(tmp_path)
+        parent.kill()
+    until(lambda: not is_running(tmp_path))
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_rates_are_medians_and_quartiles_over_all_rounds() -> None:

@@ -35,7 +35,7 @@ def _identity(context: Context) -> dict[str, Any]:
     section = _section(context.recipe)
     engine = engine_of(section)
     return {
-        "throughput": section.model_dump(mode="json", exclude={"python"}),
+        "throughput": section.model_dump(mode="json", exclude={"python", "timeout"}),
         "dtype": context.recipe.model.dtype,
         "engine": [engine.version, engine.cpu],
         "machine": machine(),
