@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,7 +27,9 @@ def _sizes(result: Mapping[str, Any]) -> Iterator[Row]:
     exports = {name: found for name, found in sizes.items() if name != "float"}
     for name, found in exports.items():
         label = "checkpoint, GB ↓" if len(exports) == 1 else f"checkpoint {name}, GB ↓"
-        yield _row(label, sizes["float"]["bytes"] / 1e9, found["bytes"] / 1e9, "{:.4g}".format, relative=True)
+        before, after = sizes["float"]["bytes"] / 1e9, found["bytes"] / 1e9
+        digits = max(3, 3 - math.floor(math.log10(min(before, after)))) if min(before, after) > 0 else 3
+        yield _row(label, before, after, f"{{:.{digits}f}}".format, relative=True)
 
 
 def _scores(result: Mapping[str, Any]) -> Iterator[Row]:

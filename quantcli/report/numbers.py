@@ -114,10 +114,11 @@ def with_error(value: float | None, error: float | None, decimals: int | None = 
 
 
 def percent(value: float | None, *, signed: bool = False) -> str:
-    """A percentage, with its sign where it is a change."""
+    """A percentage, with its sign where it is a change; what rounds to zero has none."""
     if value is None or not math.isfinite(value):
         return MISSING
-    return minus(f"{100 * value:{'+' if signed else ''}.2f}") + TYPESET.sign
+    shown = f"{100 * value:{'+' if signed else ''}.2f}"
+    return f"{minus(shown) if float(shown) else '0.00'}{TYPESET.sign}"
 
 
 def size(count: float | None) -> str:

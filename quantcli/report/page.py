@@ -202,11 +202,11 @@ def _ranges(run: Mapping[str, Any]) -> Markup | None:
             charts.setdefault(title, []).append(Line(name if smoothed else "largest input", look, values))
     shown = dict(list(charts.items())[:_PANELS])
     keys = [("before", "before smoothing"), ("after", "after smoothing")] if smoothed else [("after", "as calibrated")]
-    legend = [(element("span", class_=f"key {look}"), name, Markup("&emsp;")) for look, name in keys]
+    legend = [(Markup("&emsp;"), element("span", class_=f"key {look}"), name) for look, name in keys]
     left = f" The first {_PANELS} of {len(charts)} kinds." if len(charts) > _PANELS else ""
     return _section(
         "Activation ranges" + (" before and after smoothing" if smoothed else ""),
-        _note(f"Largest absolute input value over the calibration text, by block.{left} ", legend),
+        _note(f"Largest absolute input value over the calibration text, by block.{left}", legend),
         panels(shown, blocks, "largest input"),
         _smoothing_table(run["smoothing"], blocks) if run["smoothing"] else None,
     )

@@ -21,13 +21,18 @@ RESULT: dict[str, Any] = {
 
 def test_rows_are_those_of_golden_sticks_table() -> None:
     assert gain_rows(RESULT) == [
-        ("checkpoint, GB ↓", "13", "7.1", "-45.38%"),
+        ("checkpoint, GB ↓", "13.000", "7.100", "-45.38%"),
         ("perplexity (golden-stick) ↓", "15.130", "15.129", "-0.001"),
         ("squad f1, % ↑", "60.48", "60.76", "+0.28"),
         ("prefill, tokens/s ↑", "17000", "16000", "-5.88%"),
         ("decode, tokens/s ↑", "30.24", "21.08", "-30.29%"),
         ("memory in use, GB ↓", "27.000", "16.000", "-40.74%"),
     ]
+
+
+def test_both_sizes_have_the_decimals_that_show_the_smaller_one() -> None:
+    sizes = {"float": {"bytes": 269_000_000}, "dense": {"bytes": 163_480_000}}
+    assert gain_rows({"sizes": sizes}) == [("checkpoint, GB ↓", "0.2690", "0.1635", "-39.23%")]
 
 
 def test_the_arrow_is_that_of_the_metric() -> None:

@@ -71,6 +71,7 @@ def test_numbers_are_short_and_their_absence_is_a_dash() -> None:
         "0", "0.00123", "1.50", "123456", "1.00e−7", "−0.500", "–", "–",
     ]  # fmt: skip
     assert (percent(0.0123, signed=True), percent(-0.5), percent(None)) == ("+1.23\u00a0%", "−50.00\u00a0%", "–")
+    assert (percent(-0.00001, signed=True), percent(0.0, signed=True)) == ("0.00\u00a0%", "0.00\u00a0%")
     assert (fixed(8.05), fixed(-1.0), fixed(None), ratio(1.646)) == ("8.050", "−1.000", "–", "1.65\u00a0×")
     assert [tick(x) for x in (0, 0.0001, 0.005, 20, 20000, 1e6, -0.5)] == [
         "0", "1e−4", "0.005", "20", "20000", "1e6", "−0.5",
