@@ -223,10 +223,3 @@ def left_out_note(
         raise RecipeError(f"export.formats: the first is measured, and dense does not have {missing}.",
                           "Name another format before it, or set evaluate: null.")  # fmt: skip
     return [f"The export dense holds weights alone, without {missing}."]
-
-
-def phase_is_idle(recipe: Recipe, schemes: Iterable[Scheme]) -> bool:
-    """Whether the phase that perplexity is measured of makes no difference to the inputs of any linear."""
-    section = recipe.evaluate.perplexity if recipe.evaluate else None
-    mixed = recipe.quantize.rollback.to == "W8A8-mix" or any(scheme.activations == "mix" for scheme in schemes)
-    return section is not None and section.phase == "decode" and not mixed

@@ -1,4 +1,4 @@
-"""Which linears the patterns of a recipe name, and which of its keys come to nothing by that."""
+"""Which linears the patterns of a recipe name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 from quantcli.errors import RecipeError
-from quantcli.recipe.quantization import OverrideSection, QuantizeSection
+from quantcli.recipe.quantization import OverrideSection
 
 
 def match_names(patterns: Iterable[str], names: Sequence[str], place: str, kind: str = "linear") -> dict[str, str]:
@@ -50,17 +50,3 @@ def chosen_overrides(
                 f"{place} has no effect: what it changes stays in float, such as {left[0]} ({fixed[left[0]]})."
             )
     return found
-
-
-def idle_keys(quantize: QuantizeSection) -> list[str]:
-    """Notes on keys of activations and of a rollback that nothing makes use of."""
-    section, notes = quantize.rollback, []
-    written = quantize.activations.model_fields_set
-    quantized = any("bits" in (each.activations or {}) and each.scheme is None for each in quantize.overrides)
-    if written and "bits" not in written and not quantized:
-        notes.append("quantize.activations has no effect: its bits are 16 where the recipe does not say 8 or 4.")
-    if section.to != "float" and not section.names and not section.ranks:
-        notes.append("quantize.rollback.to has no effect: neither names, level nor target roll anything back.")
-    if section.metric is not None and not section.ranks:
-        notes.append("quantize.rollback.metric has no effect on a run without level or target.")
-    return notes

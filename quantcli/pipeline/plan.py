@@ -17,7 +17,6 @@ from quantcli.pipeline.fused import refuse_split, rolled_back_along
 from quantcli.pipeline.held import (
     addable_biases,
     left_out_note,
-    phase_is_idle,
     refuse_arithmetic,
     refuse_latents,
     refuse_unheld,
@@ -25,7 +24,8 @@ from quantcli.pipeline.held import (
     shift_note,
     siblings_note,
 )
-from quantcli.pipeline.patterns import chosen_overrides, idle_keys, match_names
+from quantcli.pipeline.idle import idle_keys
+from quantcli.pipeline.patterns import chosen_overrides, match_names
 from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.quantization import ActivationsSection, QuantizeSection, WeightsSection, named_scheme
 from quantcli.recipe.schema import Recipe
@@ -166,12 +166,11 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
     excluded_from_smoothing(recipe, structure)
     _refuse_rotation(recipe, structure)
     notes += left_out_note(recipe, quantized, attention)
-    biases, why_none = addable_biases(recipe, structure, {linear.name: scheme for linear, scheme in quantized})
+    schemes = {linear.name: scheme for linear, scheme in quantized}
+    biases, why_none = addable_biases(recipe, structure, schemes)
     section = recipe.quantize.rollback
     notes += shift_note(biases, why_none, section.level > 0)
-    notes += idle_keys(recipe.quantize)
-    if phase_is_idle(recipe, [scheme for _, scheme in quantized]):
-        notes.append("evaluate.perplexity.phase: decode has no effect: no activations have scope mix.")
+    notes += idle_keys(recipe, structure, schemes)
     if ranked is None and section.level:
         notes.append(
             f"After calibration {section.level} more are rolled back: those of the highest {section.ranked_by}."

@@ -140,7 +140,8 @@ def test_siblings_go_along_unless_they_may_part(named: str, carried: set[str]) -
     assert [note for note in plan.notes if "fuse" in note] == noted.get(len(carried), [])
     apart = planned(**TOKEN, rollback={"names": [f"*.0.*.{named}"], "siblings": "apart"})
     assert {name.rpartition(".")[2] for name in kept(apart)} == {named}
-    assert not any("fuse" in note for note in apart.notes)
+    assert not any("because engines fuse" in note for note in apart.notes)
+    assert bool(_idle(apart)) == (not carried)
 
 
 @pytest.mark.parametrize("form", ["ascend", "mindie"])
@@ -695,6 +696,10 @@ MIX = {"activations": {"bits": 8, "scope": "mix"}}
             {"activations": {"method": "mse"}, "overrides": [{"match": "*", "scheme": "W8A8-dynamic"}]},
             "quantize.activations has no effect",
         ),
+        ({"rollback": {"siblings": "apart"}}, "quantize.rollback.siblings has no effect"),
+        ({"rollback": {"siblings": "apart", "names": ["*.down_proj"]}}, "quantize.rollback.siblings has no effect"),
+        ({"weights": {"full_range": False}}, "quantize.weights.full_range has no effect"),
+        ({"weights": {"bits": 4, "symmetric": False, "full_range": False}}, "quantize.weights.full_range"),
     ],
 )
 def test_keys_that_come_to_nothing_are_noted(quantize: dict[str, Any], said: str) -> None:
@@ -712,10 +717,35 @@ def test_keys_that_come_to_nothing_are_noted(quantize: dict[str, Any], said: str
         {"overrides": [{"match": "lm_head", "scheme": "float"}]},
         {"activations": {"bits": 16, "scope": "token"}},
         {"activations": {"scope": "token"}, "overrides": [{"match": "*.0.*", "activations": {"bits": 8}}]},
+        {"rollback": {"siblings": "apart", "level": 1}},
+        {"rollback": {"siblings": "apart", "names": ["*.v_proj"]}},
+        {"rollback": {"siblings": "apart"}, "overrides": [{"match": "*.v_proj", "scheme": "float"}]},
+        {"weights": {"bits": 4, "full_range": False}},
+        {"weights": {"full_range": False, "granularity": "group", "group_size": 32}},
+        {
+            "weights": {"full_range": False},
+            "overrides": [{"match": "*.v_proj", "weights": {"bits": 4}}],
+            "export": None,
+            "rollback": {"siblings": "apart"},
+        },
     ],
 )
 def test_keys_that_do_something_are_not(quantize: dict[str, Any]) -> None:
     assert _idle(planned(**quantize)) == []
+
+
+def test_what_is_said_of_experts_is_noted_where_there_are_none(tiny_llama: Path, tmp_path: Path) -> None:
+    calibration = {"expert_tokens": 8, "route_all_experts": True}
+    recipe = {"calibration": calibration, "quantize": {"weights": {"bits": 4}}, "output": str(tmp_path / "run")}
+    dense = quantcli.plan({**recipe, "model": {"path": str(tiny_llama)}})
+    assert _idle(dense) == [
+        "calibration.expert_tokens has no effect: this model has no experts.",
+        "calibration.route_all_experts has no effect: this model has no experts.",
+    ]
+    written = {**recipe, "calibration": {"expert_tokens": 64, "route_all_experts": False}}
+    assert _idle(quantcli.plan({**written, "model": {"path": str(tiny_llama)}})) == []
+    mixture = save_tiny_model("qwen3-moe", tmp_path / "mixture", with_tokenizer=True)
+    assert _idle(quantcli.plan({**recipe, "model": {"path": str(mixture)}})) == []
 
 
 @pytest.mark.parametrize(("quantize", "idle"), [({}, True), (MIX, False), (TOKEN, True)])
