@@ -1,6 +1,7 @@
 """Seconds that the evaluation of an export takes, beside plain transformers scoring the float model on the same tokens.
 
-    python benchmarks/evaluation_time.py MODEL [--text wiki.test.tokens] [--windows 40] [--length 1024]
+    python benchmarks/evaluation_time.py MODEL [--text wiki.test.tokens] [--windows 40] [--length 1024] [--recipes …]
+        [--arithmetic transformers]
 
 Transformers: the model is loaded and every window scored alone, the cross entropy in float32. quantcli: the stage
 eval-ppl of each recipe, from its record; the stage reference, which runs once for all of them, is a row of its own.
@@ -76,8 +77,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=40)
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--recipes", nargs="+", default=["w8a16", "w8a8-dynamic", "w4a16", "w8a8", "w8a8-fp8"])
+    parser.add_argument("--arithmetic", default="engine", help="of linears with quantized inputs")
     arguments = parser.parse_args()
     text: dict[str, Any] = {"windows": arguments.windows, "sequence_length": arguments.length}
+    text |= {"arithmetic": arguments.arithmetic}
     if arguments.text is not None:
         text |= {"dataset": "text", "path": str(arguments.text.absolute())}
     print("| what | perplexity | seconds | of transformers | processor seconds | of transformers |")

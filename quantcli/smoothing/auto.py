@@ -24,7 +24,9 @@ THRESHOLDS = 20
 """Those of m2 that are compared by expected noise."""
 ROWS = 512
 """Rows of a group's weights that it is taken of where many scales are compared, about."""
-STEPS, RATE = 20, 0.1
+STEPS, STATIC_STEPS, RATE = 20, 8, 0.1
+"""Of the descent. Behind a static range it evens channels out until many reach the end of it, which others then pass
+on text that was not calibrated on: fewer steps measure better there, and worse elsewhere."""
 
 
 def auto(group: Group, whole: Group, targets: Targets) -> Found:
@@ -44,7 +46,8 @@ def auto(group: Group, whole: Group, targets: Targets) -> Found:
     name = min(losses, key=losses.__getitem__)
     found = trials[name](whole)
     error = output_error(whole, targets, "token")
-    moved = downhill(found, whole, ExpectedNoise(whole, targets))
+    static = any(target is not None and target.activations == "static" for target in targets)
+    moved = downhill(found, whole, ExpectedNoise(whole, targets), STATIC_STEPS if static else STEPS)
     last = {"none": torch.ones_like(found), name: found, f"{name}, descent": moved}
     losses = {name: error(scale) for name, scale in last.items()}
     name = min(losses, key=losses.__getitem__)
@@ -78,8 +81,8 @@ def _thinned(group: Group) -> Group:
     return replace(group, weights=tuple(weight[::every] for weight in group.weights))
 
 
-def downhill(scale: Tensor, group: Group, noise: ExpectedNoise) -> Tensor:
-    """The scale after STEPS steps of Adam on log(noise) over the logarithms of a scale for each producer channel.
+def downhill(scale: Tensor, group: Group, noise: ExpectedNoise, steps: int = STEPS) -> Tensor:
+    """The scale after `steps` steps of Adam on log(noise) over the logarithms of a scale for each producer channel.
     Channels without input or weights stay at 1."""
     channels = group.channels
     size = int(channels.max()) + 1
@@ -88,8 +91,8 @@ def downhill(scale: Tensor, group: Group, noise: ExpectedNoise) -> Tensor:
         logarithm = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([logarithm], lr=RATE)
         best, least = scale, float("inf")
-        for step in range(STEPS):
-            optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = RATE * (1 - step / steps)
             spread = logarithm[channels]
             loss = noise(spread).log()
             if float(loss.detach()) < least:
