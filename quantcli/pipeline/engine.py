@@ -292,13 +292,13 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[
 
 def _make_room(context: Context, fingerprint: str) -> None:
     """Remove files of the export that somebody changed, if that was asked for, so that they are made again; else refuse
-    them. Where files are going to be removed or written, all are looked into."""
+    them where files are going to be removed or written. Where none are, stage `verify` finds them."""
     folder = context.run.stage(export.STAGE.name)
-    by_content = not folder.complete(fingerprint)
     if not context.overwrite:
-        folder.refuse_edited(by_content=by_content)
+        if not folder.complete(fingerprint):
+            folder.refuse_edited(by_content=True)
         return
-    edited = folder.edited(by_content=by_content)
+    edited = folder.edited(by_content=True)
     for name in edited:
         context.emit("note", text=f"{folder.path / name} was changed since the run wrote it; it is replaced.")
     folder.remove(edited)

@@ -187,19 +187,17 @@ class StageFolder:
                                       f"Move {file.parent} elsewhere, or choose another output.")  # fmt: skip
 
     def edited(self, *, by_content: bool = False) -> list[str]:
-        """Recorded files that hold something else than what was recorded. One of the same size is looked into if it was
-        written to since the record was; all are if that is lost, or `by_content`."""
+        """Recorded files that have another size than was recorded, or another content if `by_content` or if the record
+        of sizes is lost."""
         record = self._read()
         files, sizes = record.get("files", self.recorded), record.get("sizes", {})
-        since = -1 if by_content or not record else (self.path / STAGE_RECORD).stat().st_mtime_ns
 
         def differs(name: str, digest: str) -> bool:
             file = self.path / name
             if not file.is_file():
                 return False
-            found = file.stat()
-            resized = found.st_size != sizes.get(name, found.st_size)
-            return resized or (found.st_mtime_ns > since and file_digest(file) != digest)
+            size = file.stat().st_size
+            return size != sizes.get(name, size) or ((by_content or not record) and file_digest(file) != digest)
 
         return [name for name, digest in files.items() if differs(name, digest)]
 

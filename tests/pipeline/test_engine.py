@@ -203,6 +203,10 @@ def artifacts(tree: Callable[[Path], Tree], run: Path) -> Tree:
     return {name: digest for name, digest in tree(run).items() if name not in varying}
 
 
+def exported(files: Tree) -> Tree:
+    return {name: digest for name, digest in files.items() if name.startswith("export/")}
+
+
 @pytest.mark.parametrize("how", ["flip", "truncate", "lengthen", "remove"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
 def test_a_changed_file_of_an_export_is_replaced_only_if_that_is_asked_for(
@@ -211,15 +215,20 @@ def test_a_changed_file_of_an_export_is_replaced_only_if_that_is_asked_for(
     run = Path(done["output"])
     before = artifacts(tree, run)
     damaged(file := run / "export" / "compressed-tensors" / name, how)
-    if how != "remove":
-        changed_to = artifacts(tree, run)
+    changed_to = artifacts(tree, run)
+    if how == "flip":  # nothing is going to be written, so that the verification finds it
+        with pytest.raises(VerificationError, match=rf"{name} is not what was exported"):
+            worked(done)
+        assert worked(done, "export") == []
+    elif how != "remove":
         # by the same recipe, by one that would remove the export, and by a stage of its own
         for recipe, until in ((done, None), (changed(done, "quantize.weights.method", "mse"), None), (done, "export")):
             with pytest.raises(OutputError, match=rf"{name} was changed since the run wrote it\. Move it .*--overw"):
                 worked(recipe, until)
-            assert artifacts(tree, run) == changed_to
+    assert exported(artifacts(tree, run)) == exported(changed_to)
     result = quantcli.run(done, overwrite=how != "remove")
-    assert [stage for stage, record in result.stages.items() if not record["reused"]] == ["export"]
+    again = ["export", "verify"] if how == "flip" else ["export"]
+    assert [stage for stage, record in result.stages.items() if not record["reused"]] == again
     assert artifacts(tree, run) == before
     assert worked(done) == []
     assert file.is_file()
