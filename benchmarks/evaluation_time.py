@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--arithmetic", default="engine", help="of linears with quantized inputs")
     arguments = parser.parse_args()
     text: dict[str, Any] = {"windows": arguments.windows, "sequence_length": arguments.length}
-    text |= {"arithmetic": arguments.arithmetic}
+    text["arithmetic"] = arguments.arithmetic
     if arguments.text is not None:
         text |= {"dataset": "text", "path": str(arguments.text.absolute())}
     print("| what | perplexity | seconds | of transformers | processor seconds | of transformers |")

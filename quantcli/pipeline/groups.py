@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -86,6 +86,20 @@ class Outcome:
             "reason": self.reason,
             **self.facts,
         }
+
+
+def _fitted(lengths: Sequence[int]) -> Tensor:
+    """Which of the kept tokens of samples, of these lengths, a descent looks at: bool [all], neither all nor none.
+
+    A text's first token, massive in many models, is one of them in every other sample, and judges in the rest.
+    """
+    import torch
+
+    count = sum(lengths)
+    every = max(2, count // FITTED)
+    chosen = torch.cat([torch.arange(length) % every == i % 2 for i, length in enumerate(lengths)])
+    one_sided = bool(chosen.all()) or not bool(chosen.any())  # by samples of a token or none, as rare experts see them
+    return torch.arange(count) % every == 0 if one_sided else chosen
 
 
 def _whole(group: Group, seen: Seen) -> Group:
@@ -273,10 +287,8 @@ class GroupSource:
         assert section is not None
         tokens, fitted, statistics = torch.cat(seen.tokens), None, seen.rest
         if section.method == "auto" and len(tokens) > 1:  # what is fitted to tokens is judged by others
-            every = max(2, len(tokens) // FITTED)
-            # a text's first token, massive in many models, is fitted to in every other sample and judges in the rest
-            chosen = torch.cat([torch.arange(len(part)) % every == i % 2 for i, part in enumerate(seen.tokens)])
-            tokens, fitted = tokens[~chosen.to(tokens.device)], tokens[chosen.to(tokens.device)]
+            chosen = _fitted([len(part) for part in seen.tokens]).to(tokens.device)
+            tokens, fitted = tokens[~chosen], tokens[chosen]
         weights = tuple(self._weight(name).float() for name in judged)
         others = [self._weight(name).abs().amax(0).float() for name in shared.linears if name not in judged]
         return Group(

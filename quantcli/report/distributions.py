@@ -8,9 +8,8 @@ from typing import Any
 from quantcli.report.markup import Markup, element, joined, table
 from quantcli.report.numbers import NO_BREAK, percent, short
 
-_PERCENTILES = {"0": "least", "50": "median", "100": "largest"}
-_PERCENTILES = {key: _PERCENTILES.get(key, f"{key}{NO_BREAK}%")
-                for key in ("0", "1", "5", "50", "95", "99", "99.9", "100")}  # fmt: skip
+_PERCENTILES = {"0": "least", **{key: f"{key}{NO_BREAK}%" for key in ("1", "5")}, "50": "median",
+                **{key: f"{key}{NO_BREAK}%" for key in ("95", "99", "99.9")}, "100": "largest"}  # fmt: skip
 
 
 def distributions(scores: Mapping[str, Any] | None) -> Markup | None:

@@ -27,6 +27,7 @@ from quantcli.model.structure import Producer, SharedInput
 from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline import engine
 from quantcli.pipeline.gates import fallbacks
+from quantcli.pipeline.groups import _fitted
 from quantcli.pipeline.stages import smooth
 from quantcli.recipe import load_recipe
 
@@ -564,3 +565,14 @@ def test_a_damaged_weight_is_named(recipe: Callable[..., Recipe], tmp_path: Path
     place = r"layers\.1 puts out" if method == "rotate" else r"layers\.1\.self_attn\.k_proj\.weight holds"
     with pytest.raises(ModelError, match=f"{place} values that are not finite"):
         quantcli.run_stage("smooth", changed(whole, model__path=str(model)))
+
+
+@pytest.mark.parametrize("lengths", [(64, 64, 64), (2,), (1, 0, 1), (0, 1, 0, 1), (0, 2), (1,) * 600, (700, 700, 700)])
+def test_tokens_are_left_to_fit_to_and_to_judge_by(lengths: tuple[int, ...]) -> None:
+    """Of samples of which a rare expert saw one token or none, too."""
+    chosen = _fitted(lengths)
+    assert len(chosen) == sum(lengths)
+    assert 0 < int(chosen.sum()) < len(chosen)
+    if min(lengths) > 1:  # first tokens are on both sides
+        first = [bool(part[0]) for part in chosen.split(lengths)]
+        assert first == [i % 2 == 0 for i in range(len(lengths))]
