@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from quantcli.quant.float8 import FP8, FP8_MAX
+from quantcli.quant.float8 import FP8, FP8_MAX, fp8_values_
 from quantcli.quant.grid import QuantizedWeight, dequantize
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def fake_quantized(
         codes = x / scale
         if zero is not None:
             codes += zero
-        codes = codes.clamp_(low, high)
-        codes = codes.to(FP8).to(x.dtype) if is_float else codes.round_()
+        if is_float:
+            return fp8_values_(codes.float()).mul_(scale).to(x.dtype)  # exact products, rounded once
+        codes = codes.clamp_(low, high).round_()
         if zero is not None:
             codes -= zero
         return codes * scale

@@ -22,7 +22,7 @@ from quantcli.quant.activation import (
     quantize_per_token_asymmetric,
     quantize_static,
 )
-from quantcli.quant.float8 import FP8, decoded_fp8
+from quantcli.quant.float8 import FP8
 from quantcli.quant.scheme import CodeType
 
 
@@ -136,8 +136,6 @@ def _forward(module: nn.Module, weights: QuantizedProduct, shared: _Codes) -> Ca
                 found = quantize_per_token_asymmetric(tokens)
             else:
                 found = *quantize_per_token(tokens, weights.input_bits, type), None
-            if type == "float":
-                found = decoded_fp8(found[0]), *found[1:]
             shared.input, shared.how, shared.found = input, how, found
         return shared.found
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantcli.quant.float8 import FP8, FP8_MAX, decoded_fp8, quantize_fp8
+from quantcli.quant.float8 import FP8_MAX, decoded_fp8, fp8_values_
 from quantcli.quant.grid import QuantizedWeight, dequantize
 from quantcli.quant.scheme import CodeType
 
@@ -52,12 +52,16 @@ def static_parameters(minimum: float, maximum: float, symmetric: bool, type: Cod
 def quantize_static(x: Tensor, scale: Tensor, zero_point: Tensor, type: CodeType = "int") -> Tensor:
     """clamp(round(x / s) + z, -128, 127) in float32, ties to even: int8 in the shape of x (any float dtype).
 
-    Float codes, float8_e4m3fn, are x / s to nearest within +-448; zero_point means nothing to them.
+    Float codes, float8_e4m3fn, are x / s to nearest within +-448 and come as their values, in float32; zero_point means
+    nothing to them.
     """
+    flat = x.flatten()
     if type == "float":
-        return quantize_fp8(x, scale)
-    zero, flat = zero_point.float(), x.flatten()
-    codes = torch.empty(flat.shape, dtype=torch.int8, device=x.device)
+        values = torch.empty(flat.shape, dtype=torch.float32, device=x.device)
+        for part in _parts(flat):
+            fp8_values_(torch.div(flat[part], scale, out=values[part]))
+        return values.view(x.shape)
+    zero, codes = zero_point.float(), torch.empty(flat.shape, dtype=torch.int8, device=x.device)
     for part in _parts(flat):
         codes[part] = (flat[part].float() / scale).round_().add_(zero).clamp_(QMIN, QMAX)
     return codes.view(x.shape)
@@ -71,16 +75,16 @@ def quantize_per_token(x: Tensor, bits: int = 8, type: CodeType = "int") -> tupl
     which put both ends of the token on the grid. compressed-tensors, and so transformers, divides by 127.5 or 7.5.
 
     Float codes, float8_e4m3fn: q = x / s to nearest with s = max(max|x| / 448, 1 / (448 * 512)), vLLM's too (QuantFP8);
-    compressed-tensors has no such bound.
+    compressed-tensors has no such bound. They come as their values, in float32.
     """
     tokens, largest = x.reshape(-1, x.shape[-1]), (1 << (bits - 1)) - 1
-    codes = torch.empty(tokens.shape, dtype=torch.int8 if type == "int" else FP8, device=x.device)
+    codes = torch.empty(tokens.shape, dtype=torch.int8 if type == "int" else torch.float32, device=x.device)
     ends = _largest_magnitude(tokens).float()
     scales = (ends / FP8_MAX).clamp(min=SMALLEST_FP8_SCALE) if type == "float" else _usable(ends / largest)
     room: Tensor | None = None
     for part in _parts(tokens):
         if type == "float":
-            codes[part] = quantize_fp8(tokens[part].float(), scales[part])
+            fp8_values_(torch.div(tokens[part], scales[part], out=codes[part]))
             continue
         if room is None:
             room = torch.empty(tokens[part].shape, dtype=torch.float32, device=x.device)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantcli.quant.float8 import FP8_MAX, cut_fp8, dequantize_fp8, quantize_fp8
+from quantcli.quant.float8 import FP8_MAX, cut_fp8, decoded_fp8, fp8_values_
 from quantcli.quant.grid import stored_scale
 
 QMIN, QMAX = -128, 127
@@ -145,8 +145,8 @@ def _through_int8(x: Tensor, scale: Tensor, offset: Tensor | None = None) -> Ten
 
 def _through_fp8(x: Tensor, scale: Tensor, cut: bool) -> Tensor:
     scale = scale.to(x.device)
-    codes = cut_fp8(x, scale) if cut else quantize_fp8(x, scale)
-    return dequantize_fp8(codes, scale).to(x.dtype)
+    values = decoded_fp8(cut_fp8(x, scale)) if cut else fp8_values_(x.float() / scale)
+    return values.mul_(scale).to(x.dtype)
 
 
 def _spread(parameters: Tensor, x: Tensor) -> Tensor:

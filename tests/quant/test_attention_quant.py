@@ -10,16 +10,15 @@ from torch import Tensor
 
 from quantcli.quant.attention import (
     AttentionScales,
-    dequantize_fp8,
     dequantize_int8,
     fp8_scale,
     int8_channel_scales,
     int8_head_scales,
-    quantize_fp8,
     quantize_int8,
     recall_window,
     round_trip,
 )
+from quantcli.quant.float8 import decoded_fp8, quantize_fp8
 
 
 def tensor(seed: int, batch: int = 2, heads: int = 3, tokens: int = 7, size: int = 4) -> Tensor:
@@ -102,7 +101,7 @@ def test_fp8_is_the_nearest_of_all_codes() -> None:
     grid = grid[torch.isfinite(grid)]
     x = torch.cat([tensor(1).flatten(), torch.tensor([0.0, 1e-4, 1e9])]).view(1, 1, -1, 1)
     scale = torch.tensor([0.37])
-    found = dequantize_fp8(quantize_fp8(x, scale), scale).flatten().double() / 0.37
+    found = (decoded_fp8(quantize_fp8(x, scale)) * scale).flatten().double() / 0.37
     for value, ours in zip((x.flatten().double() / 0.37).tolist(), found.tolist(), strict=True):
         nearest = (grid - min(value, 448.0)).abs().min().item()
         assert abs(ours - min(value, 448.0)) == pytest.approx(nearest, rel=1e-5, abs=1e-6 * abs(ours))

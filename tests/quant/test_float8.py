@@ -85,6 +85,20 @@ def test_ties_go_to_even_codes_and_what_is_too_large_to_the_largest() -> None:
     assert fp8_values_(x).tolist() == [16, 20, 0, 2**-8, 448, 448, 448, 448, -448, -16]
 
 
+def test_values_are_those_of_a_conversion_and_back() -> None:
+    """Of every bfloat16, and of float32 with any bits, among them ties and their neighbours."""
+    patterns = torch.arange(1 << 16, dtype=torch.int32)
+    some = torch.randint(0, 1 << 16, patterns.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    for low in (torch.zeros_like(patterns), torch.ones_like(patterns), torch.full_like(patterns, 0xFFFF), some):
+        x = (patterns << 16 | low).view(torch.float32)
+        expected = x.clamp(-FP8_MAX, FP8_MAX).to(FP8).float()
+        assert torch.equal(fp8_values_(x.clone()).nan_to_num(1000.0), expected.nan_to_num(1000.0))
+
+
+def test_zeros_have_no_sign() -> None:
+    assert not fp8_values_(torch.tensor([-0.0, 0.0, -(2.0**-11), 2.0**-11])).signbit().any()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(-600, 600, width=32), min_size=1, max_size=8), st.sampled_from([0.25, 1.0, 4.0]))
 def test_cut_codes_are_the_next_ones_towards_zero(values: list[float], scale: float) -> None:
@@ -188,8 +202,8 @@ def test_static_scales_and_codes_are_symmetric() -> None:
     assert static_parameters(0.0, 0.0, True, "float")[0].tolist() == [1]
     x = torch.tensor([-1e9, -3.0, 0.0, 0.01, 14.0, 1e9]).double()
     codes = quantize_static(x, scale, zero, "float")
-    assert codes.dtype == FP8
-    assert codes.float().tolist() == [nearest(float(value) / float(scale)) for value in x]
+    assert codes.dtype == torch.float32
+    assert codes.tolist() == [nearest(float(value) / float(scale)) for value in x]
     with pytest.raises(ValueError, match="zero point"):
         static_parameters(-3.0, 14.0, False, "float")
 
@@ -201,11 +215,11 @@ def test_a_token_has_the_scale_of_its_largest_value(dtype: torch.dtype) -> None:
     x[2] = 0
     x[3] *= 1e-4  # below the bound of vLLM's scales
     codes, scale = quantize_per_token(x, type="float")
-    for row, own, step in zip(x.float(), codes.float(), scale.squeeze(1), strict=True):
+    for row, own, step in zip(x.float(), codes, scale.squeeze(1), strict=True):
         assert float(step) == pytest.approx(max(float(row.abs().max()) / 448, 1 / (448 * 512)))
         assert own.tolist() == [nearest(float(value / step)) for value in row]
     assert float(scale[2]) == float(scale[3]) == pytest.approx(SMALLEST_FP8_SCALE)
-    assert codes[0].float().abs().max() == codes[1].float().abs().max() == 448
+    assert codes[0].abs().max() == codes[1].abs().max() == 448
 
 
 @pytest.mark.parametrize("kind", ["static", "token"])
@@ -218,12 +232,12 @@ def test_products_are_those_of_the_values(kind: str, granularity: str) -> None:
         scale = torch.tensor([0.01])
         codes = quantize_static(x, scale, torch.zeros(1), "float")
     for added in (None, bias):
-        product, values = prepared_float8_linear(weight.codes, weight.scale), decoded_fp8(codes)
-        y = product(values, scale, added, torch.float32)
+        product = prepared_float8_linear(weight.codes, weight.scale)
+        y = product(codes, scale, added, torch.float32)
         expected = (codes.double() * scale) @ (weight.codes.double() * weight.scale).t()
         expected += 0 if added is None else added
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
-        low = product(values, scale, added, torch.bfloat16)
+        low = product(codes, scale, added, torch.bfloat16)
         assert torch.equal(low, y.bfloat16())
 
 
@@ -263,11 +277,11 @@ def test_values_with_gradients_are_those_without(static: bool) -> None:
     if static:
         codes, step = quantize_static(x, scale, torch.zeros(1), "float"), scale
     product = prepared_float8_linear(weight.codes, weight.scale)
-    expected = product(decoded_fp8(codes), step, None, torch.float32)
+    expected = product(codes, step, None, torch.float32)
     graded = graded_linear(x, weight, weight.scale, None, input_bits=8, input_scale=scale if static else None)
     torch.testing.assert_close(graded, expected, rtol=1e-5, atol=1e-5)
     found = static_codes(x, scale, None, "float") if static else token_codes(x, 8, "float")[0]
-    assert torch.equal(found, codes.float())
+    assert torch.equal(found, codes)
 
 
 def test_the_gradient_passes_within_the_range_alone() -> None:
