@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from quantcli.errors import ModelError
 from quantcli.formats.common import DESCRIPTIONS, DESCRIPTIONS_OF_OTHERS
-from quantcli.formats.store import Store
+from quantcli.formats.store import Store, block_file
 from quantcli.formats.sums import write_sums
 from quantcli.model import npy_names
 from quantcli.model.checkpoint import Checkpoint, TensorEntry, file_digest, read_json, replacing
@@ -42,6 +44,7 @@ from quantcli.quant.scheme import Scheme
 SHARD_BYTES = 2 << 30
 """Size of a shard; an interrupted export goes on at the shard where it stopped."""
 
+_METADATA = {"format": "pt"}
 _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _COPIED = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py", ".md"}
 _NOT_COPIED = (
@@ -103,30 +106,86 @@ def export_checkpoint(
     source: Source,
     linears: Mapping[str, Linear],
     shard_bytes: int | None = None,
+    ahead: Path | None = None,
 ) -> Iterator[tuple[Path, str]]:
     """Write a checkpoint into `folder`, yielding (file, sha256) as files are finished.
 
     `shard_bytes`: of tensors in a file at most, SHARD_BYTES if it is None; a larger tensor has a file for itself.
-    Shards that are there already are kept (the caller clears the folder when anything changed); config.json comes last,
-    so an engine never loads half a checkpoint. Raises ModelError for what the format cannot hold.
+    Shards that are there already are kept (the caller clears the folder when anything changed), and those that
+    `write_finished_shards` left in `ahead` are taken; config.json comes last, so an engine never loads half a
+    checkpoint. Raises ModelError for what the format cannot hold.
     """
     with linear_workers() as workers:
-        pieces = {piece.planned.name: piece for piece in _pieces(form, store, source, linears, workers)}
+        pieces = _by_name(_pieces(form, store, source, linears, workers))
         documents = _documents(form, store, source, {name: piece.owner for name, piece in pieces.items()})
         origin = source.checkpoint.directory
         if hasattr(form, "write_weights"):
             weights = _own_files(folder, pieces, form, store.schemes, origin, json.loads(documents["config.json"]))
         else:
-            stem = form.stem(store.schemes.values()) if hasattr(form, "stem") else form.STEM
-            weights = _shards(folder, pieces, stem, shard_bytes)
+            waiting = None if ahead is None else partial(shard_ahead, ahead, form, shard_bytes)
+            weights = _shards(folder, pieces, _stem(form, store), shard_bytes, waiting)
         yield from _write(folder, weights, documents, origin)
 
 
 def export_float(folder: Path, source: Source, dtype: str) -> Iterator[tuple[Path, str]]:
     """Write the float checkpoint itself, as it is read, likewise; `dtype` is the model's."""
-    pieces = {piece.planned.name: piece for piece in map(partial(_float_piece, source), source.checkpoint.entries)}
+    pieces = _by_name(map(partial(_float_piece, source), _in_order(source.checkpoint.entries)))
     documents = {"config.json": json.dumps(_float_config(source, dtype), indent=2) + "\n"}
     yield from _write(folder, _shards(folder, pieces, "model"), documents, source.checkpoint.directory)
+
+
+def write_finished_shards(
+    place: Path,
+    form: ModuleType,
+    store: Store,
+    source: Source,
+    linears: Mapping[str, Linear],
+    shard_bytes: int | None = None,
+) -> None:
+    """Write into `place`, under names of `shard_ahead`, those shards of an export for which the store has all blocks,
+    while others are still to come; nothing of one that has a single file, or whose tensors are not known before.
+
+    What is not quantized is counted to the next linear behind it, in the order of `export_checkpoint`.
+    """
+    if hasattr(form, "write_weights") or store.attention is not None:
+        return
+    stored = {index for index in set(store.blocks.values()) if block_file(store.folder, index).is_file()}
+    with linear_workers() as workers:
+        pieces = _by_name(_pieces(form, store, source, linears, workers))
+        missing, ready = False, {}
+        for name, piece in reversed(pieces.items()):
+            missing = missing if piece.owner is None else store.blocks[piece.owner] not in stored
+            ready[name] = not missing
+        shards = split_shards([piece.planned for piece in pieces.values()], shard_bytes or SHARD_BYTES)
+        names = shard_names(len(shards), _stem(form, store)) if len(shards) > 1 else []
+        for name, shard in zip(names, shards, strict=False):
+            file = shard_ahead(place, form, shard_bytes, name)
+            if not file.exists() and all(ready[tensor.name] for tensor in shard):
+                write_safetensors(file, shard, _producer(pieces), _METADATA)
+
+
+def shard_ahead(place: Path, form: ModuleType, shard_bytes: int | None, name: str) -> Path:
+    """Where a shard of this name waits until its export is written: a temporary file as those of `replacing`."""
+    return place / f".{form.NAME}-{name}.{shard_bytes or SHARD_BYTES}.part"
+
+
+def _stem(form: ModuleType, store: Store) -> str:
+    stem: str = form.stem(store.schemes.values()) if hasattr(form, "stem") else form.STEM
+    return stem
+
+
+def _by_name(pieces: Iterable[_Piece]) -> dict[str, _Piece]:
+    return {piece.planned.name: piece for piece in pieces}
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names of tensors with block 2 before block 10, so that a shard has blocks that follow each other."""
+
+    def key(name: str) -> list[tuple[bool, int, str]]:
+        parts = [(part, part.isdecimal() and len(part) < 10) for part in name.split(".")]
+        return [(not number, int(part) if number else 0, part) for part, number in parts]
+
+    return sorted(names, key=key)
 
 
 def _write(
@@ -145,14 +204,22 @@ def _write(
 
 
 def _shards(
-    folder: Path, pieces: Mapping[str, _Piece], stem: str, shard_bytes: int | None = None
+    folder: Path,
+    pieces: Mapping[str, _Piece],
+    stem: str,
+    shard_bytes: int | None = None,
+    waiting: Callable[[str], Path] | None = None,
 ) -> Iterator[tuple[Path, str]]:
-    """Files of the weights and their index; those that are there are kept."""
+    """Files of the weights and their index; those that are there are kept, and those that are `waiting` taken."""
     shards = split_shards([piece.planned for piece in pieces.values()], shard_bytes or SHARD_BYTES)
     for file, shard in zip(shard_names(len(shards), stem), shards, strict=True):
         digest = ""
+        if waiting is not None and (made := waiting(file)).exists() and not (folder / file).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # in another file system it is written anew
+                os.replace(made, folder / file)
         if not (folder / file).exists():
-            digest = write_safetensors(folder / file, shard, _producer(pieces), {"format": "pt"})
+            digest = write_safetensors(folder / file, shard, _producer(pieces), _METADATA)
         yield folder / file, digest
     for index in write_index(folder, shards, stem):
         yield index, ""
@@ -226,11 +293,12 @@ def _encoder(
 def _pieces(
     form: ModuleType, store: Store, source: Source, linears: Mapping[str, Linear], workers: ThreadPoolExecutor
 ) -> Iterator[_Piece]:
-    """Every tensor of the export, in the order of the float checkpoint; what it does not have comes last."""
+    """Every tensor of the export, block by block; what the float checkpoint does not have comes last."""
     by_tensor = {tensor: name for name, tensor in source.weights.items() if name in store.schemes}
-    modules = [by_tensor[name] for name in source.checkpoint.entries if name in by_tensor]
+    names = _in_order(source.checkpoint.entries)
+    modules = [by_tensor[name] for name in names if name in by_tensor]
     encoded = _encoder(form, store, source, linears, modules, workers)
-    for name in source.checkpoint.entries:
+    for name in names:
         if name not in by_tensor:
             yield _float_piece(source, name)
             continue

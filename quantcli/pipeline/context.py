@@ -36,6 +36,7 @@ class Context:
     results: dict[str, Any] = field(default_factory=dict)
     ranking: bool = False  # the ranking of linears itself was asked for
     overwrite: bool = False  # files of an export that somebody changed may be replaced
+    exports: bool = False  # stage `export` follows
 
     def emit(self, kind: str, **facts: Any) -> None:
         """Record an event in events.jsonl and show it to whoever listens."""

@@ -145,8 +145,11 @@ def run_recipe(
         require_engine(recipe, plan)
     with open_run(path, model) as run:
         ranking = until == sensitivity.STAGE.name
-        context = Context(recipe, model, plan, run, device, listener, ranking=ranking, overwrite=overwrite)
-        if export.STAGE.wanted(recipe) and (until is None or export.STAGE.name in _needed(until)):
+        follows = export.STAGE.wanted(recipe) and (until is None or export.STAGE.name in _needed(until))
+        context = Context(
+            recipe, model, plan, run, device, listener, ranking=ranking, overwrite=overwrite, exports=follows
+        )
+        if follows:
             exports = run.stage(export.STAGE.name)
             exports.refuse_foreign(export.STAGE.writes(context))  # before hours of work
             if not overwrite:

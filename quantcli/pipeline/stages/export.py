@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,8 @@ def _identity(context: Context) -> dict[str, Any]:
     # named only where it matters, so that exports of other formats stay as they are
     modes = {"restrict_permissions": True} if any(_is_restricted(section, form) for form in section.formats) else {}
     sizes = {"shard_size": section.shard_size} if any(_is_cut(section, form) for form in section.formats) else {}
-    return {"formats": list(section.formats), "dtype": context.recipe.model.dtype, **modes, **sizes}
+    order = {"order": "blocks"}  # that of tensors in shards, by which earlier versions had another
+    return {"formats": list(section.formats), "dtype": context.recipe.model.dtype, **order, **modes, **sizes}
 
 
 def _part(context: Context, form: str) -> dict[str, Any]:
@@ -101,11 +103,33 @@ def run(context: Context, folder: StageFolder) -> None:
         for own in getattr(FORMATS[name], "FILES", ()):
             folder.adopt(folder.path / name / own)
         size = section.shard_size
-        files = export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears, size)
+        ahead = context.folder("quantize") if context.recipe.quantize.distill is None else None
+        files = export_checkpoint(folder.path / name, FORMATS[name], store, source, context.linears, size, ahead)
         for file, digest in restricted(folder.path / name, files) if _is_restricted(section, name) else files:
             folder.add(file, digest)
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
         folder.finish_part(name)
+    for left in context.folder("quantize").glob(".*.part"):  # of formats that came out as they were
+        left.unlink()
+
+
+def writer_ahead(context: Context, place: Path) -> Callable[[], None] | None:
+    """What writes the shards of the recipe's exports into `place` as soon as the store that is made there has their
+    blocks; None where stages to come change what they hold, or nothing is to be exported. The store has a manifest."""
+    from quantcli.formats.export import write_finished_shards
+    from quantcli.formats.store import Store
+    from quantcli.formats.table import FORMATS
+
+    section = context.recipe.export
+    if section is None or not context.exports or context.recipe.quantize.distill is not None:
+        return None
+    store, source = Store(place), float_source(context)
+
+    def write() -> None:
+        for name in section.formats:
+            write_finished_shards(place, FORMATS[name], store, source, context.linears, section.shard_size)
+
+    return write
 
 
 def weight_files(stem: str) -> list[str]:

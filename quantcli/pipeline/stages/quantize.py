@@ -16,6 +16,7 @@ from quantcli.pipeline.plan import UNREACHED
 from quantcli.pipeline.rundir import StageFolder
 from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages.calibrate import read_observed, read_statistics
+from quantcli.pipeline.stages.export import writer_ahead
 from quantcli.pipeline.tried import tried
 
 if TYPE_CHECKING:
@@ -66,14 +67,27 @@ def run(context: Context, folder: StageFolder) -> None:
                      text=f"{stay} in float: no input reaches {shown}.")  # fmt: skip
     for text, names in context.plan.narrowed.items():
         context.emit("warning", fallback="smaller_groups", count=len(names), text=text, modules=names)
-    if any(treatment.weights.solves for treatment in context.plan.treatments.values()):
-        _run_solved(context, folder)
-    elif propagates(context.plan.treatments):
-        _run_propagated(context, folder)
-    else:
-        quantize_blocks(context, folder.path, folder.adopt, folder.add)
     write_store_manifest(context, folder.path)
+    keep = _keeping(context, folder)
+    if any(treatment.weights.solves for treatment in context.plan.treatments.values()):
+        _run_solved(context, folder, keep)
+    elif propagates(context.plan.treatments):
+        _run_propagated(context, folder, keep)
+    else:
+        quantize_blocks(context, folder.path, folder.adopt, keep)
     folder.add(folder.path / MANIFEST)
+
+
+def _keeping(context: Context, folder: StageFolder) -> Callable[[Path, str], None]:
+    """Records the file of a block; then shards of exports are written whose blocks are all there."""
+    write = writer_ahead(context, folder.path)
+
+    def keep(file: Path, digest: str) -> None:
+        folder.add(file, digest)
+        if write is not None:
+            write()
+
+    return keep
 
 
 def write_store_manifest(context: Context, path: Path) -> None:
@@ -126,7 +140,7 @@ def quantize_blocks(
             workers.shutdown(cancel_futures=True)
 
 
-def _run_propagated(context: Context, folder: StageFolder) -> None:
+def _run_propagated(context: Context, folder: StageFolder, keep: Callable[[Path, str], None]) -> None:
     """As `quantize_blocks`, with each block run quantized, so that later ones are observed on what it puts out."""
     import torch
 
@@ -179,13 +193,13 @@ def _run_propagated(context: Context, folder: StageFolder) -> None:
                         scale, zero, ranges[name] = input_parameters(observed_of(statistics.to_tensors()), treatment)
                         stored[name] = with_input(entry, scale, zero)
             facts = {name: result[1] | ranges.get(name, {}) for name, result in results.items()}
-            _write(context, folder.path, folder.add, index, stored, facts, started, attention)
+            _write(context, folder.path, keep, index, stored, facts, started, attention)
             if index < context.blocks:
                 cache.commit(index + 1)
     cache.clear()
 
 
-def _run_solved(context: Context, folder: StageFolder) -> None:
+def _run_solved(context: Context, folder: StageFolder, keep: Callable[[Path, str], None]) -> None:
     """As `quantize_blocks`, with the calibration samples run through each block as its linears are quantized."""
     import torch
 
@@ -239,7 +253,7 @@ def _run_solved(context: Context, folder: StageFolder) -> None:
         else:
             results = solve_head(source, passes, section.gptq, statistics_of)
         stored = {name: result[0] for name, result in results.items()}
-        _write(context, folder.path, folder.add, index, stored, {n: r[1] for n, r in results.items()}, started)
+        _write(context, folder.path, keep, index, stored, {n: r[1] for n, r in results.items()}, started)
         for one in caches if index < context.blocks else ():
             one.commit(index + 1)
     for one in (*caches, HiddenCache(folder.path / HIDDEN_EXPERTS, [], stream.skeleton.dtype)):
