@@ -109,8 +109,9 @@ def run(context: Context, folder: StageFolder) -> None:
             folder.add(file, digest)
             context.emit("file", format=name, file=file.name, bytes=file.stat().st_size)
         folder.finish_part(name)
-    for left in context.folder("quantize").glob(".*.part"):  # of formats that came out as they were
-        left.unlink()
+    for pattern in (f".{form}-*.safetensors.*.part" for form in FORMATS):
+        for left in context.folder("quantize").glob(pattern):  # of a format that came out as it was
+            left.unlink()
 
 
 def writer_ahead(context: Context, place: Path) -> Callable[[], None] | None:
