@@ -15,6 +15,8 @@ and of an attention module A whose cache or products are quantized, all float32:
     A.k_offset, A.v_offset    the same shape; asymmetric int8 only
     A.fa_q_scale, A.fa_k_scale, A.fa_v_scale   [heads, 1] or [kv_heads, 1]; int8 products a head
 
+and norms and biases that were tuned with the codes, float32, by the names of their tensors in the float checkpoint.
+
 manifest.json names the scheme of each quantized linear and the reason of each that stays in float. What belongs to no
 block, the output head, is in a file behind the last block's.
 """
@@ -83,10 +85,13 @@ def write_block(
     index: int,
     linears: Mapping[str, StoredLinear],
     attention: Mapping[str, Mapping[str, Tensor]] | None = None,
+    vectors: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Write the linears of one block, and by attention module the tensors of ATTENTION_PARTS; returns the sha256."""
+    """Write the linears of one block, by attention module the tensors of ATTENTION_PARTS, and tuned `vectors` by the
+    names of their tensors in the checkpoint; returns the sha256."""
     tensors = {f"{name}.{part}": t for name, stored in linears.items() for part, t in stored.tensors().items()}
     tensors |= {f"{name}.{part}": t for name, parts in (attention or {}).items() for part, t in parts.items()}
+    tensors |= vectors or {}
     return write_tensors(block_file(folder, index), tensors, "quantcli-store")
 
 

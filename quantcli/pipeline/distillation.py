@@ -22,6 +22,8 @@ from quantcli.model.stream import BlockStream
 from quantcli.pipeline.context import Context
 from quantcli.pipeline.fused import scale_groups
 from quantcli.pipeline.treatment import graded_inputs
+from quantcli.pipeline.tuned import tuned_vectors
+from quantcli.pipeline.vectors import by_tensor, moved, read_vectors, tunable_vectors
 from quantcli.quant.gradients import scaled_gradients
 from quantcli.quant.grid import stored_scale
 from quantcli.quant.scheme import Scheme
@@ -39,9 +41,9 @@ MOMENTUM = (0.9, 0.95)
 class Student:
     """A quantized model whose scales and vectors are tuned.
 
-    `changes`, one for each tuned tensor and of its shape, are relative: a scale becomes s (1 + d), an element of a
-    vector v + d (|v| + mean|v| / 10). `inputs` names what shares a static input scale, `weights` what shares
-    a scale of weights.
+    `changes`, one for each tuned tensor and of its shape, are relative: a scale becomes s (1 + d), a vector what
+    `vectors.moved` says. `inputs` names what shares a static input scale, `weights` what shares a scale of weights.
+    `vectors` are those to be tuned, and those that stage `quantize` has tuned.
     """
 
     context: Context
@@ -55,7 +57,7 @@ class Student:
 
     def prepare(self) -> None:
         """Start without any change."""
-        structure, device = self.context.plan.structure, self.stream.skeleton.device
+        structure, skeleton = self.context.plan.structure, self.stream.skeleton
         shared = {name: each.name for block in structure.blocks for each in block.inputs for name in each.linears}
         groups = scale_groups(structure, self.store.schemes)
         for name, scheme in self.store.schemes.items() if self.section.scale_rate else ():
@@ -65,13 +67,17 @@ class Student:
             if scheme.observed:
                 self.inputs[name] = shared.get(name, name)
                 self._add(f"{self.inputs[name]}.input_scale", (1,))
+        found = tuned_vectors(self.context.recipe, self.context.checkpoint, self.context.run.path)
+        parameters = {
+            source.tensors[0]: name for name, source in skeleton.sources.items() if source.tensors[0] in found
+        }
+        self.vectors = {parameters[name]: value.to(skeleton.device) for name, value in found.items()}
         if self.section.norm_rate:
-            skeleton = self.stream.skeleton
             outer = self.stream.head_names()
             inside = [n for path in skeleton.blocks for n in skeleton.parameter_names(path)]
-            names = [n for n in (*inside, *outer) if _is_vector(skeleton.model, n, skeleton.sources[n].converter)]
-            for name, value in skeleton.read(names).items():
-                self.vectors[name] = value.to(device, torch.float32)
+            own = read_vectors(skeleton, tunable_vectors(skeleton, (*inside, *outer)))
+            self.vectors = own | self.vectors
+            for name, value in own.items():
                 self._add(name, tuple(value.shape))
 
     def _add(self, name: str, shape: tuple[int, ...]) -> None:
@@ -88,9 +94,8 @@ class Student:
 
     def vector(self, name: str) -> Tensor:
         """A vector of the model with its change, float32."""
-        value = self.vectors[name]
-        unit = value.abs() + value.abs().mean() / 10
-        return value + self.changes[name] * torch.where(unit > 0, unit, 1.0)
+        value, change = self.vectors[name], self.changes.get(name)
+        return value if change is None else moved(value, change)
 
     def scale(self, name: str, stored: StoredLinear) -> Tensor:
         """The scale of a linear with its change, float32."""
@@ -200,9 +205,8 @@ class Student:
                 scales[f"{name}.scale"] = stored_scale(scale, dtype, scheme.smallest_scale(self.store.dtype)).to(dtype)
                 if (input_scale := self.input_scale(name, stored)) is not None:
                     scales[f"{name}.input_scale"] = input_scale
-            sources = self.stream.skeleton.sources
-            vectors = {sources[name].tensors[0]: self.vector(name) for name in self.vectors}
-        return scales, vectors
+            vectors = {name: self.vector(name) for name in self.vectors if name in self.changes}
+        return scales, by_tensor(self.stream.skeleton, vectors)
 
 
 def rates(steps: int) -> Iterator[float]:
@@ -223,10 +227,3 @@ def train(student: Student, order: list[int], states: Mapping[int, tuple[Tensor,
         optimizer.zero_grad()
         yield student.step(batch, *states[batch])
         optimizer.step()
-
-
-def _is_vector(model: nn.Module, name: str, converter: object) -> bool:
-    """Whether a parameter is one vector of floats that a checkpoint holds as it is: of a norm, or a bias."""
-    path, _, leaf = name.rpartition(".")
-    value = model.get_submodule(path)._parameters.get(leaf)
-    return value is not None and value.ndim == 1 and value.is_floating_point() and converter is None

@@ -35,7 +35,7 @@ from quantcli.pipeline.treatment import (
     weight_grid,
     with_input,
 )
-from quantcli.pipeline.tune import Aims, tuned_linears
+from quantcli.pipeline.tune import Aims, tuned_block
 from quantcli.quant.compensate import compensation
 from quantcli.quant.gptq import Curvature, factored
 from quantcli.quant.grid import QuantizedWeight, WeightGrid
@@ -76,8 +76,9 @@ class Passes:
 
 def solve_block(
     source: WeightSource, passes: Passes, index: int, block: Block, section: QuantizeSection, statistics: StatisticsOf
-) -> Results:
-    """Codes and scales of every planned linear of a block, in the order in which their inputs come about.
+) -> tuple[Results, dict[str, Tensor]]:
+    """Codes and scales of every planned linear of a block, in the order in which their inputs come about; and norms and
+    biases that were tuned with them, float32, by the names of parameters.
 
     Each input is taken as the linears before it, quantized by then, make it (true-sequential); what leaves the
     quantized block enters the next one. Experts of other methods are quantized from the start. Raises ModelError for
@@ -91,6 +92,7 @@ def solve_block(
     every = [name for shared in block.inputs for name in shared.linears]
     device, dtype = passes.stream.skeleton.device, passes.stream.skeleton.dtype
     wanted: dict[int, Tensor] = {}
+    vectors: dict[str, Tensor] = {}
 
     def replace_linear(name: str, linear: nn.Module) -> None:
         hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
@@ -160,16 +162,20 @@ def solve_block(
                 for batch, value in enumerate(walk.finish()):
                     passes.quantized.put(batch, value)
         if aims:
-            found |= tuned_linears(
+            tuned, vectors = tuned_block(
                 source, passes.stream, index, passes.quantized, wanted, aims, found, hows, section.signround
             )
+            found |= tuned
+            for name, vector in vectors.items():
+                own = module.get_parameter(name.removeprefix(f"{block.name}."))
+                own.data = vector.to(own.dtype)
             for name in aims:
                 hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
             local = {name.removeprefix(f"{block.name}."): how for name, how in hows.items()}
             with simulated(module, local, block.local_experts):
                 for batch in range(len(passes.stream.batches)):
                     passes.quantized.put(batch, passes.stream.run(index, batch, passes.quantized.get(batch)))
-    return found
+    return found, vectors
 
 
 def _solving(source: WeightSource, names: Iterable[str]) -> list[str]:

@@ -359,6 +359,11 @@ class QuantizeSection(Section):
         return any(t is not None and t[0].method == "signround" for t in treatments)
 
     @property
+    def tunes_vectors(self) -> bool:
+        """Whether norms and biases are tuned with the rounding."""
+        return self.tunes and self.signround.norm_rate > 0
+
+    @property
     def solves(self) -> bool:
         """Whether the weights of any linear are found from calibration by the quantize stage itself."""
         treatments = [self.treatment(None), *map(self.treatment, self.overrides)]

@@ -62,6 +62,9 @@ class SignroundSection(Section):
     minutes: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Time for all blocks together, an equal part for each; null for as long as it takes."
     )
+    norm_rate: Annotated[float, Field(ge=0, le=0.1)] = Field(
+        default=0.0, description="Largest step of a norm's weight or a bias, relative to it; 0 leaves them alone."
+    )
 
 
 def check_solvers(gptq: GptqSection, signround: SignroundSection, *, solves: bool, tunes: bool) -> None:

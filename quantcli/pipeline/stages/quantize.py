@@ -208,6 +208,7 @@ def _run_solved(context: Context, folder: StageFolder, keep: Callable[[Path, str
     from quantcli.model.stream import BlockStream
     from quantcli.pipeline.solve import Passes, solve_block, solve_head
     from quantcli.pipeline.treatment import WeightSource
+    from quantcli.pipeline.vectors import by_tensor
 
     units = _units(context, every=True)
     recorded = [block_file(folder.path, index).name in folder.files for index in units]
@@ -247,13 +248,15 @@ def _run_solved(context: Context, folder: StageFolder, keep: Callable[[Path, str
     source, statistics_of = WeightSource(context), partial(read_statistics, context)
     for index in units[start:]:
         started = time.perf_counter()
+        vectors: dict[str, Tensor] = {}
         if index < context.blocks:
             block = context.plan.structure.blocks[index]
-            results = solve_block(source, passes, index, block, section, statistics_of)
+            results, vectors = solve_block(source, passes, index, block, section, statistics_of)
         else:
             results = solve_head(source, passes, section.gptq, statistics_of)
         stored = {name: result[0] for name, result in results.items()}
-        _write(context, folder.path, keep, index, stored, {n: r[1] for n, r in results.items()}, started)
+        facts = {name: result[1] for name, result in results.items()}
+        _write(context, folder.path, keep, index, stored, facts, started, vectors=by_tensor(skeleton, vectors))
         for one in caches if index < context.blocks else ():
             one.commit(index + 1)
     for one in (*caches, HiddenCache(folder.path / HIDDEN_EXPERTS, [], stream.skeleton.dtype)):
@@ -276,8 +279,10 @@ def _write(
     facts: dict[str, Facts],
     started: float,
     seen: Mapping[str, Mapping[str, Tensor]] | None = None,
+    vectors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """The block's file. `seen`: attention modules observed on the quantized model, in place of the float model's."""
+    """The block's file. `seen`: attention modules observed on the quantized model, in place of the float model's;
+    `vectors`: what was tuned beside the linears."""
     from quantcli.formats.store import block_file, write_block
     from quantcli.pipeline.attention import scales_of
 
@@ -295,7 +300,7 @@ def _write(
         for module in modules:
             observed = (seen or {}).get(module) or read_observed(context, index, module)
             attention[module] = scales_of(observed, scheme, dtype)
-    keep(block_file(path, index), write_block(path, index, stored, attention))
+    keep(block_file(path, index), write_block(path, index, stored, attention, vectors))
     context.emit("block", index=index, of=context.blocks, seconds=round(time.perf_counter() - started, 3))
 
 
