@@ -36,6 +36,7 @@ from quantcli.pipeline.treatment import (
     with_input,
 )
 from quantcli.pipeline.tune import Aims, tuned_block
+from quantcli.pipeline.vectors import put_in_place
 from quantcli.quant.compensate import compensation
 from quantcli.quant.gptq import Curvature, factored
 from quantcli.quant.grid import QuantizedWeight, WeightGrid
@@ -166,9 +167,7 @@ def solve_block(
                 source, passes.stream, index, passes.quantized, wanted, aims, found, hows, section.signround
             )
             found |= tuned
-            for name, vector in vectors.items():
-                own = module.get_parameter(name.removeprefix(f"{block.name}."))
-                own.data = vector.to(own.dtype)
+            put_in_place(passes.stream.skeleton, vectors)
             for name in aims:
                 hows[name] = replacement(found[name][0], treatments[name].scheme, dtype, device, "decode")
             local = {name.removeprefix(f"{block.name}."): how for name, how in hows.items()}

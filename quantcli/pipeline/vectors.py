@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quantcli.model.skeleton import Skeleton
 
@@ -37,6 +37,15 @@ def moved(value: Tensor, change: Tensor) -> Tensor:
     return value + change * torch.where(unit > 0, unit, 1.0)
 
 
+def put_in_place(skeleton: Skeleton, vectors: Mapping[str, Tensor]) -> None:
+    """Give resident parameters other values, in their own dtypes, until they are let go."""
+    for name, value in vectors.items():
+        path, _, leaf = name.rpartition(".")
+        owner = skeleton.module(path)
+        own = owner.get_parameter(leaf)
+        owner.register_parameter(leaf, nn.Parameter(value.to(own.device, own.dtype), requires_grad=False))
+
+
 def by_tensor(skeleton: Skeleton, vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Vectors of parameters by the names of their tensors in the checkpoint."""
-    return {skeleton.sources[name].tensors[0]: value for name, value in vectors.items()}
+    """Vectors of parameters by the names of their tensors in the checkpoint, on the CPU, as files take them."""
+    return {skeleton.sources[name].tensors[0]: value.detach().cpu() for name, value in vectors.items()}

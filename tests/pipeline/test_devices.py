@@ -129,7 +129,9 @@ def test_the_simulated_device_computes(elsewhere: ProcessPoolExecutor) -> None:
         ),
         pytest.param({"quantize": {"weights": GROUPS}, "smooth": {"method": "awq"}}, id="awq", marks=pytest.mark.slow),
         pytest.param(
-            {"quantize": {"weights": GROUPS | {"method": "signround"}}}, id="signround", marks=pytest.mark.slow
+            {"quantize": {"weights": GROUPS | {"method": "signround"}, "signround": {"norm_rate": 0.001}} | DISTILL},
+            id="signround, norms too",
+            marks=pytest.mark.slow,
         ),
         pytest.param(
             {"quantize": {"weights": GROUPS, "target": {"bits_per_weight": 5.5}}},

@@ -268,6 +268,20 @@ def test_biases_reach_the_sums_of_static_inputs(recipe: Recipe, tmp_path: Path) 
     assert torch.equal(found[f"{name}.quant_bias"].double(), expected)
 
 
+def test_biases_that_a_shift_added_are_tuned_too(recipe: Recipe) -> None:
+    """Engines of the ascend format add those of norms and of static linears, where the architecture has none."""
+    recipe = changed(
+        recipe, quantize__activations={"bits": 8, "scope": "tensor"}, smooth={"method": "smoothquant", "shift": True},
+        quantize__weights={"bits": 8, "method": "signround"}, export={"formats": ["ascend"]},
+    )  # fmt: skip
+    quantcli.run(recipe)
+    vectors, found = tuned(recipe), written(recipe, "ascend")
+    added = [name for name in vectors if name.endswith("layernorm.bias")]
+    assert added
+    assert all(torch.equal(found[name], vectors[name]) for name in added)
+    verify_path(Path(recipe["output"]))
+
+
 def test_half_precision_tunes_what_it_holds(recipe: Recipe) -> None:
     """Norms are judged rounded to the dtype of the model, and stored so."""
     for dtype in ("bfloat16", "float16"):
