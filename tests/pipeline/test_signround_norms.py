@@ -15,7 +15,7 @@ from tiny_models import save_tiny_model
 from torch import Tensor
 
 import quantcli
-from quantcli.errors import RecipeError
+from quantcli.errors import ModelError, RecipeError
 from quantcli.evaluation.simulate import simulated
 from quantcli.formats.store import Store
 from quantcli.model.stream import BlockStream
@@ -291,6 +291,15 @@ def test_half_precision_tunes_what_it_holds(recipe: Recipe) -> None:
             held = vector.to(getattr(torch, dtype))
             assert torch.equal(held.float(), vector)
             assert torch.equal(written(own)[name], held)
+
+
+def test_a_norm_of_another_model_in_the_store_is_refused(recipe: Recipe) -> None:
+    quantcli.run(recipe)
+    file = Path(recipe["output"]) / "quantize" / "block-00000.safetensors"
+    name = "model.layers.0.input_layernorm.weight"
+    save_file(load_file(file) | {name: torch.ones(63)}, file)
+    with pytest.raises(ModelError, match=rf"{name} has shape \(63,\), not that of the model.*stage quantize"):
+        verify_path(Path(recipe["output"]))
 
 
 def test_refusals(recipe: Recipe) -> None:
