@@ -22,7 +22,8 @@ class Curvature:
 
     order: int64 [in], the channels as they are rounded, those of the largest second moment first. factor: float32
     [in, in], upper triangular U with (H + damping · diag H)⁻¹ = Uᵀ U, rows and columns in that order. damping: the
-    share of the diagonal that was added. hessian: float32 [in, in], not damped, channels in their own order.
+    share of the diagonal that was added. hessian: float32 [in, in], channels in their own order, not damped unless more
+    damping was needed than was asked for.
     """
 
     order: Tensor
@@ -32,10 +33,17 @@ class Curvature:
 
 
 def factored(hessian: Tensor, damping: float = 0.01) -> Curvature:
-    """Factor a Hessian H [in, in] float32 for `gptq`. Raises as `inverse_factor`."""
-    diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    return Curvature(order, *inverse_factor(hessian, order, damping), hessian)
+    """Factor a Hessian H [in, in] float32 for `gptq`. Raises as `inverse_factor`.
+
+    An H that factors only with more damping has directions without curvature but the rounding of its sum, of either
+    sign. Whatever goes on from codes of `gptq` meets H with that damping, or weights would run away along them.
+    """
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    factor, used = inverse_factor(hessian, order, damping)
+    if used > damping:
+        hessian = hessian.clone()
+        hessian.diagonal().mul_(1 + used)
+    return Curvature(order, factor, used, hessian)
 
 
 def inverse_factor(matrix: Tensor, order: Tensor, damping: float = 0.01) -> tuple[Tensor, float]:

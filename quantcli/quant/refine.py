@@ -22,10 +22,10 @@ def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
 
 
 def relative_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
-    """Σ (w − ŵ) H (w − ŵ)ᵀ / Σ w H wᵀ over all rows; 0 for a weight of zeros."""
+    """Σ (w − ŵ) H (w − ŵ)ᵀ / Σ w H wᵀ over all rows; 0 for a weight of zeros, and where rounding of H leaves less."""
     whole = (weight.float() @ hessian).mul_(weight).sum()
     lost = output_error(weight, quantized, hessian).sum()
-    return float(lost / whole) if whole > 0 else 0.0
+    return max(0.0, float(lost / whole)) if whole > 0 else 0.0
 
 
 def refitted(weight: Tensor, quantized: QuantizedWeight, grid: WeightGrid, hessian: Tensor) -> QuantizedWeight:

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantcli.calibration.hessian import Hessian
 from quantcli.quant.gptq import BLOCK, factored, gptq
-from quantcli.quant.grid import QuantizedWeight, WeightGrid, quantize_codes
+from quantcli.quant.grid import QuantizedWeight, WeightGrid, dequantize, quantize_codes
 from quantcli.quant.minmax import minmax
 from quantcli.quant.refine import output_error
 from quantcli.quant.search import mse
@@ -167,7 +168,31 @@ def test_damping_rises_until_an_indefinite_hessian_factors(correlation: float) -
 
     assert lowest(0.01) < 0 < lowest(curvature.damping)
     assert curvature.damping <= 1
+    assert torch.equal(curvature.hessian.diagonal(), hessian.diagonal() * (1 + curvature.damping))
+    assert hessian[1, 1] == 9.0, "what is handed in stays as it was"
     assert bool(torch.isfinite(curvature.factor).all())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_stay_near_where_the_sum_of_one_constant_input_is_indefinite(bits: int) -> None:
+    """Products of bfloat16 leave curvatures of either sign that are rounding alone: nothing may go along them."""
+    generator = torch.Generator().manual_seed(0 if bits == 4 else 2)
+    x = torch.randn(1, 256, generator=generator).bfloat16().expand(512, -1)
+    moments = Hessian(256, "cpu")
+    moments.update(x)
+    weight = torch.randn(96, 256, generator=generator) / 16
+    grid = WeightGrid(bits, granularity="group", group_size=32, scale_dtype=torch.bfloat16)
+    curvature = factored(moments.moments(), 0.01)
+    assert curvature.damping > 0.01
+    ends = [solved(weight, grid, curvature, sweeps) for sweeps in (0, 2)]
+    distances = [float((dequantize(found) - weight).square().sum()) for found, _ in ends]
+    assert distances[1] < 1.2 * distances[0]
+    assert 0 <= ends[1][1] <= ends[0][1]
+    lost, plain = (
+        float(((dequantize(found) - weight) @ x[0].float()).square().sum())
+        for found in (ends[1][0], mse(weight, grid, curvature.hessian.diagonal()))
+    )
+    assert lost < plain / 100
 
 
 def test_a_hessian_that_never_factors_is_refused() -> None:
