@@ -46,6 +46,7 @@ from quantcli.quant.shrinkage import shrunk
 from quantcli.quant.solver import solved
 
 if TYPE_CHECKING:
+    from quantcli.pipeline.context import Context
     from quantcli.pipeline.treatment import Facts
     from quantcli.recipe.quantization import QuantizeSection
     from quantcli.recipe.solver import GptqSection
@@ -364,6 +365,7 @@ def _solve_input(
         raise ModelError(f"{names[0]}: input values are not finite during calibration.",
                          "Try model.dtype: float32; if it persists, the weights are damaged.")  # fmt: skip
     context = source.context
+    _warn_of_empty(context, names, moments.diagonal() == 0)
     groups = _alike(names, context.plan.treatments, source.one_scale)
     compared = hessian.compared_moments()
     aimed = [_aimed(source, members, hessian, moments if compared is None else compared) for members in groups]
@@ -403,6 +405,21 @@ def _solve_input(
             seconds = moments.diagonal().clone()
             aims |= {name: (aim, seconds) for name, aim in zip(members, target.split(rows), strict=True)}
     return found
+
+
+def _warn_of_empty(context: Context, names: Sequence[str], empty: Tensor) -> None:
+    """Warn of input channels of linears that held nothing but zeros, unless the stage calibrate has, of static
+    inputs."""
+    if not bool(empty.any()) or any(context.plan.treatments[name].scheme.observed for name in names):
+        return
+    if bool(empty.all()):
+        text = (f"The input of {names[0]} was zero for every calibration token: its weights are rounded to nearest. "
+                "Use other calibration text, or roll it back.")  # fmt: skip
+    else:
+        text = (f"{int(empty.sum())} of {len(empty)} input channels of {names[0]} were zero for every calibration "
+                "token: their weights are rounded to nearest. Use more calibration text if they should "
+                "not be.")  # fmt: skip
+    context.emit("warning", fallback="constant_inputs", modules=list(names), text=text)
 
 
 def _mixed(

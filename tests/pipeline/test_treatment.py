@@ -20,6 +20,7 @@ import quantcli
 from quantcli.errors import ModelError
 from quantcli.evaluation.simulate import simulated
 from quantcli.formats.store import Store, StoredLinear
+from quantcli.pipeline.gates import fallbacks
 from quantcli.pipeline.plan import Treatment
 from quantcli.pipeline.treatment import (
     Phase,
@@ -289,6 +290,30 @@ def test_constant_inputs_are_named_and_come_first(damaged: Callable[..., Recipe]
     assert [row["name"] for row in rows[:3]] == names
     assert [row["range_parm"] for row in rows[:3]] == [None] * 3
     assert [w for w in texts(recipe) if "64 of 64 input channels" in w and names[0] in w and "more calibration" in w]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_channels_that_nothing_is_solved_for_are_named_once(damaged: Callable[..., Recipe], static: bool) -> None:
+    """GPTQ rounds them to nearest; of static inputs the stage calibrate has warned."""
+
+    def some(tensor: Tensor) -> Tensor:
+        return tensor.index_fill(0, torch.arange(16), 0)
+
+    recipe = damaged(
+        {"model.layers.0.input_layernorm.weight": some, "model.layers.1.mlp.up_proj.weight": torch.zeros_like}
+    )
+    recipe |= {"export": None, "evaluate": None}
+    recipe["quantize"] = {"weights": {"bits": 8, "method": "gptq"}}
+    if static:
+        recipe["quantize"]["activations"] = {"bits": 8, "scope": "tensor"}
+    quantcli.run(recipe)
+    few, every = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+    about = [text for text in texts(recipe) if "hold zeros only" not in text]
+    assert len(about) == 2
+    assert f"16 of 64 input channels of {few} " in about[0]
+    assert f"The input of {every} was zero" in about[1]
+    assert all(("rounded to nearest" in text) != static for text in about)
+    assert fallbacks(Path(recipe["output"]), ("calibrate", "quantize"))["constant_inputs"] == 2
 
 
 def test_inputs_whose_squares_are_infinite_are_named(static_recipe: Callable[[Path], Recipe], tmp_path: Path) -> None:
