@@ -106,6 +106,19 @@ def test_a_run_killed_among_them_ends_in_the_same_files(
     assert tree(run / "export") == by_hand(recipe, tmp_path / "other", tree)
 
 
+def test_so_are_shards_with_norms_that_were_tuned_with_the_codes(
+    recipe: Recipe, static_recipe: Callable[[Path], Recipe], tmp_path: Path, tree: Callable[[Path], Tree]
+) -> None:
+    weights = {**recipe["quantize"]["weights"], "method": "signround"}
+    tuned = {"weights": weights, "signround": {"iterations": 2, "norm_rate": 0.1}}
+    recipe |= {"calibration": static_recipe(tmp_path)["calibration"], "quantize": tuned}
+    seen: set[str] = set()
+    quantcli.run(recipe, listener=lambda event: seen.update(waiting(Path(recipe["output"]))))
+    assert len(seen) > 8
+    verify_path(Path(recipe["output"]))
+    assert tree(Path(recipe["output"]) / "export") == by_hand(recipe, tmp_path / "other", tree)
+
+
 def test_one_file_is_written_when_all_is_there(recipe: Recipe) -> None:
     seen = []
     recipe["export"] = {"formats": ["compressed-tensors", "gguf"]}

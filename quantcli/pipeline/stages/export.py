@@ -124,9 +124,10 @@ def writer_ahead(context: Context, place: Path) -> Callable[[], None] | None:
     section = context.recipe.export
     if section is None or not context.exports or context.recipe.quantize.distill is not None:
         return None
-    store, source = Store(place), float_source(context)
+    store, untuned = Store(place), float_source(context)
 
     def write() -> None:
+        source = float_source(context) if context.recipe.quantize.tunes_vectors else untuned
         for name in section.formats:
             write_finished_shards(place, FORMATS[name], store, source, context.linears, section.shard_size)
 
