@@ -109,12 +109,15 @@ def test_a_run_killed_among_them_ends_in_the_same_files(
 def test_so_are_shards_with_norms_that_were_tuned_with_the_codes(
     recipe: Recipe, static_recipe: Callable[[Path], Recipe], tmp_path: Path, tree: Callable[[Path], Tree]
 ) -> None:
-    weights = {**recipe["quantize"]["weights"], "method": "signround"}
-    tuned = {"weights": weights, "signround": {"iterations": 2, "norm_rate": 0.1}}
-    recipe |= {"calibration": static_recipe(tmp_path)["calibration"], "quantize": tuned}
+    weights = {"bits": 3, "granularity": "group", "group_size": 32, "method": "signround"}
+    calibration = {**static_recipe(tmp_path)["calibration"], "samples": 16, "sequence_length": 64}
+    recipe |= {"calibration": calibration, "quantize": {"weights": weights, "signround": {"norm_rate": 0.002}}}
+    recipe["export"] = {"formats": ["compressed-tensors", "dense"], "shard_size": "60kB"}
     seen: set[str] = set()
     quantcli.run(recipe, listener=lambda event: seen.update(waiting(Path(recipe["output"]))))
     assert len(seen) > 8
+    events = map(json.loads, (Path(recipe["output"]) / "events.jsonl").read_text().splitlines())
+    assert sum("tuned_vectors" in event for event in events) > LAYERS
     verify_path(Path(recipe["output"]))
     assert tree(Path(recipe["output"]) / "export") == by_hand(recipe, tmp_path / "other", tree)
 
