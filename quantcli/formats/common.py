@@ -21,11 +21,12 @@ WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".npy")
 """Of the files that hold weights, in any format."""
 
 DESCRIPTIONS = (
-    "quant_model_description.json", "quant_model_description_*.json", "quantization.json", "quantize_config.json"
+    "quant_model_description.json", "quant_model_description_*.json", "quantization.json", "quantize_config.json",
+    "hf_quant_config.json",
 )  # fmt: skip
-"""Files of ours and of msModelSlim that say what the weights beside them are."""
+"""Files of ours, and of those whose formats these are, that say what the weights beside them are."""
 DESCRIPTIONS_OF_OTHERS = (
-    "quant_config.json", "quantization_config.json", "hf_quant_config.json", "pytorch_model.bin.index.json"
+    "quant_config.json", "quantization_config.json", "pytorch_model.bin.index.json"
 )  # fmt: skip
 """Such files of other tools. No checkpoint takes any of them over from another, whose weights they describe."""
 

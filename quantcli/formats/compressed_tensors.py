@@ -118,12 +118,12 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
 
 
 def reading(
-    config: Mapping[str, Any], has: Callable[[str], bool]
+    config: Mapping[str, Any], has: Callable[[str], object]
 ) -> tuple[Callable[..., dict[str, tuple[str, tuple[int, ...]]]], Callable[..., StoredLinear]]:
     """`layout` and `decode` for a linear that `has` tensors of these suffixes, which `described` has checked."""
     content = config["quantization_config"]
     forms = {content.get("format"), *(group.get("format") for group in content["config_groups"].values())}
-    bytewise = "int-quantized" in forms and has("weight") and not has("weight_packed")
+    bytewise = "int-quantized" in forms and bool(has("weight")) and not has("weight_packed")
     return partial(layout, bytewise=bytewise), decode
 
 

@@ -1,4 +1,5 @@
-"""What the quantization_config of a GPTQ or AWQ checkpoint says of one linear, held against its tensors.
+"""What a file beside config.json says in its place, and what the quantization_config of a GPTQ or AWQ checkpoint says
+of one linear, held against its tensors.
 
 Beside bits and group size of the whole it may name linears that differ, in the words of the tool that wrote it:
 
@@ -23,17 +24,26 @@ from quantcli.model.checkpoint import read_json
 
 CONFIG = "quantize_config.json"
 """Beside config.json, which says the same of GPTQ; older checkpoints have this file alone."""
+MODELOPT = "hf_quant_config.json"
+"""The same of Model-Optimizer."""
+_ALONE = ((CONFIG, "gptq", ".qweight"), (MODELOPT, "modelopt", ".weight_scale"))
+"""Files that may stand alone: name, quant_method, and what the name of one of the tensors ends with."""
 _REMEDY = "Take the configuration that belongs to these weights, or quantize again."
 
 
 def read_configuration(directory: Path, tensors: Iterable[str]) -> dict[str, Any]:
-    """config.json of a checkpoint with these tensors. What AutoGPTQ once said of weights that have a qweight, in a file
-    of its own, is its quantization_config."""
-    config = read_json(directory / "config.json")
-    alone = "quantization_config" not in config and (directory / CONFIG).is_file()
-    if alone and any(name.endswith(".qweight") for name in tensors):
-        config["quantization_config"] = {"quant_method": "gptq"} | read_json(directory / CONFIG)
+    """config.json of a checkpoint with these tensors. What AutoGPTQ and Model-Optimizer once said of weights in a file
+    of its own, is its quantization_config, where a tensor is one of that method."""
+    config, names = read_json(directory / "config.json"), list(tensors)
+    for file, method, suffix in _ALONE if "quantization_config" not in config else ():
+        if (directory / file).is_file() and any(name.endswith(suffix) for name in names):
+            return config | {"quantization_config": {"quant_method": method} | read_json(directory / file)}
     return config
+
+
+def stands_alone(directory: Path) -> bool:
+    """Whether a file is there that may say of quantization what config.json does not."""
+    return any((directory / file).is_file() for file, *_ in _ALONE)
 
 
 class Declared:

@@ -23,9 +23,10 @@ UNPACKING = frozenset({"transformers"})
 Part = Literal["format", "linears", "attention", "experts", "biases"]
 
 _SCHEME = {field.name for field in fields(Scheme)} | {"int8_products", "scheme", "inputs", "marlin_groups"}
+_BEHIND_GATES = {"architecture", "with_down", "down"}
 FACTS: dict[Part, frozenset[str]] = {
     "format": frozenset(),
-    "linears": frozenset(_SCHEME | {"multiples_of_32", "odd", "of_experts", "outside", "one_layout"}),
+    "linears": frozenset(_SCHEME | {"multiples_of_32", "odd", "of_experts", "outside", "one_layout"} | _BEHIND_GATES),
     "attention": frozenset({"kv", "heads", "scheme"}),
     "experts": frozenset(_SCHEME | {"in_float", "alike", "alone", "most"}),
     "biases": frozenset(),
@@ -34,9 +35,10 @@ FACTS: dict[Part, frozenset[str]] = {
 
 scheme: its name. inputs: `float` or `8-bit`. marlin_groups: groups of 32, 64 or 128, or one scale a channel or tensor.
 multiples_of_32: the widths of all its linears are; odd: one of which they are not. of_experts: all its linears are of
-experts; outside: one that is not. one_layout: all schemes of the model are stored in one layout of compressed-tensors.
-in_float: the experts are. alike: all layers have their experts in one scheme. alone: nothing is quantized but the
-cache. most: no other scheme has more linears.
+experts; outside: one that is not. architecture: that of the model; with_down: a linear is called down_proj, as what
+reads a product with a gate; down: one of them. one_layout: all schemes of the model are stored in one layout of
+compressed-tensors. in_float: the experts are. alike: all layers have their experts in one scheme. alone: nothing is
+quantized but the cache. most: no other scheme has more linears.
 """
 
 
@@ -115,18 +117,20 @@ def verdicts(
     experts: Sequence[Collection[str]] = (),
     *,
     biases: bool = False,
+    architecture: str = "",
 ) -> list[Verdict]:
     """For each engine that reads one of the formats, whether it loads a checkpoint of these linears and this attention.
 
     A mixed model is loaded by an engine only if every scheme is; the note is about the first that is not. `kept` are
     linears that stay in float beside them; `experts` the linears of the experts of each layer; `biases` says that some
-    may be added to the architecture's. An engine that reads several of the formats is named with each.
+    may be added to the architecture's, and `architecture` is its class. An engine that reads several of the formats is
+    named with each.
     """
     read = [(form, engine) for form in formats for engine in table().names if table().reads(engine, form)]
     times = Counter(engine for _, engine in read)
     found = []
     for form, engine in read:
-        verdict = _verdict(engine, form, linears, attention, kept, experts, biases=biases)
+        verdict = _verdict(engine, form, linears, attention, kept, experts, architecture, biases=biases)
         found.append(replace(verdict, engine=f"{verdict.engine} ({form})") if times[engine] > 1 else verdict)
     return found
 
@@ -138,6 +142,7 @@ def refusal(
     formats: Sequence[str],
     kept: Collection[str] = (),
     experts: Sequence[Collection[str]] = (),
+    architecture: str = "",
 ) -> str:
     """Why an engine, by its name in recipes, loads none of these formats, with the source; empty if it loads one."""
     causes = []
@@ -146,7 +151,7 @@ def refusal(
         if unread:
             verdict = Verdict(engine, False, unread[0].note, unread[0].source)
         else:
-            verdict = _verdict(engine, form, linears, attention, kept, experts)
+            verdict = _verdict(engine, form, linears, attention, kept, experts, architecture)
         if verdict.loads:
             return ""
         causes.append(f"{form}: {verdict.note} ({verdict.source})")
@@ -160,11 +165,12 @@ def _verdict(
     attention: AttentionScheme | None,
     kept: Collection[str],
     experts: Sequence[Collection[str]],
+    architecture: str,
     *,
     biases: bool = False,
 ) -> Verdict:
     name, joined = table().names[engine], table().joins.get((engine, form), "")
-    asked = list(_asked(linears, attention, {name for layer in experts for name in layer}))
+    asked = list(_asked(linears, attention, {name for layer in experts for name in layer}, architecture))
     found = [(facts["scheme"], *_decide(engine, form, part, facts)) for part, facts in asked]
     for scheme, row, note in found:
         if not row.loads:
@@ -206,7 +212,10 @@ def _decide(engine: str, form: str, part: Part, facts: Mapping[str, Any]) -> tup
 
 
 def _asked(
-    linears: Sequence[tuple[Linear, Scheme]], attention: AttentionScheme | None, inside: Collection[str]
+    linears: Sequence[tuple[Linear, Scheme]],
+    attention: AttentionScheme | None,
+    inside: Collection[str],
+    architecture: str,
 ) -> Iterator[tuple[Part, dict[str, Any]]]:
     """What is asked of a table for each scheme of linears, and for attention. `inside`: the linears of experts."""
     by_scheme: dict[Scheme, list[Linear]] = {}
@@ -216,9 +225,10 @@ def _asked(
     for scheme, members in by_scheme.items():
         odd = next((m.name for m in members if m.in_features % 32 or m.out_features % 32), "")
         outside = next((m.name for m in members if m.name not in inside), "")
+        down = next((m.name for m in members if m.name.endswith(".down_proj")), "")
         yield "linears", {
             **_facts(scheme), "multiples_of_32": not odd, "odd": odd, "of_experts": not outside, "outside": outside,
-            "one_layout": len(layouts) == 1,
+            "one_layout": len(layouts) == 1, "architecture": architecture, "with_down": bool(down), "down": down,
         }  # fmt: skip
     if attention is not None:
         yield "attention", {"kv": attention.kv, "heads": attention.heads, "scheme": attention.name}

@@ -108,7 +108,7 @@ def encode(stored: StoredLinear, scheme: Scheme, dtype: str, bias: Tensor | None
 
 
 def reading(
-    config: Mapping[str, Any], has: Callable[[str], bool]
+    config: Mapping[str, Any], has: Callable[[str], object]
 ) -> tuple[Callable[..., dict[str, tuple[str, tuple[int, ...]]]], Callable[..., StoredLinear]]:
     """`layout` and `decode` for a linear of a checkpoint with this config.json that `has` tensors of some suffixes."""
     content = config["quantization_config"]

@@ -130,7 +130,7 @@ class QuantizedCheckpoint:
                 raise ModelError(f"{self.directory}: {name} is not zero, and {module} is read as symmetric.",
                                  "Quantize it again without offsets.")  # fmt: skip
         read = self.raw.read(names)
-        return {part: read[name] for name, part in names.items()}
+        return {part: read[name].view(read[name].shape or (1,)) for name, part in names.items()}
 
     def _damaged(self, module: str, suffix: str, how: str) -> ModelError:
         return ModelError(f"{self.directory}: {module}.{suffix} {how}.", "Export it again.")
@@ -152,7 +152,7 @@ class QuantizedCheckpoint:
         if not hasattr(self.form, "reading"):
             return self.form.layout, self.form.decode
         found: tuple[Callable[..., Layout], Callable[..., StoredLinear]] = self.form.reading(
-            self.config, lambda suffix: self.tensor_name(module, suffix) in self.raw.entries
+            self.config, lambda suffix: self.raw.entries.get(self.tensor_name(module, suffix))
         )
         return found
 
@@ -173,21 +173,24 @@ class QuantizedCheckpoint:
             weight.removesuffix(".weight").rpartition(".")[0]: name.rpartition(".")[0]
             for name, weight in weights.items()
         }
-        suffix = next(iter(self._attention_names("")))
+        firsts = {path: next(iter(self._attention_names(path))) for path in parents}
+        owners, suffixes = (
+            {first: path for path, first in firsts.items()},
+            tuple({first.removeprefix(path) for path, first in firsts.items()}),
+        )
         found = {}
         for name in self.raw.entries:
-            if name.endswith(suffix):
-                path = name.removesuffix(suffix)
-                if path not in parents:
-                    raise ModelError(f"{self.directory}: {name} belongs to no attention of this model.")
-                found[parents[path]] = path
+            if name in owners:
+                found[parents[owners[name]]] = owners[name]
+            elif name.endswith(suffixes):
+                raise ModelError(f"{self.directory}: {name} belongs to no attention of this model.")
         assert self.form is not None
         alike = {re.sub(r"\d+", "", path) for path in found.values()}
         without = [path for path in parents if path not in found.values() and re.sub(r"\d+", "", path) in alike]
         if not found:
             without = sorted(parents, key=lambda path: not re.search("att", path))
         if without and (not found or getattr(self.form, "ALL_ATTENTION", False)):
-            raise ModelError(f"{self.directory}: {without[0]}{suffix} is missing, where {self.attention.name} is said "
+            raise ModelError(f"{self.directory}: {firsts[without[0]]} is missing, where {self.attention.name} is said "
                              "of the model.", "Take the weights that belong to it, or quantize again.")  # fmt: skip
         return found
 

@@ -8,12 +8,12 @@ from types import ModuleType
 from typing import Any
 
 from quantcli.errors import ModelError
-from quantcli.formats import ascend, awq, common, compressed_tensors, declared, dense, gguf, gptq, mindie, npy
+from quantcli.formats import ascend, awq, common, compressed_tensors, declared, dense, gguf, gptq, mindie, modelopt, npy
 from quantcli.formats.msmodelslim import MsModelSlimCheckpoint
 from quantcli.model.checkpoint import Checkpoint
 
 FORMATS: dict[str, ModuleType] = {
-    form.NAME: form for form in (compressed_tensors, ascend, mindie, npy, gptq, awq, gguf, dense)
+    form.NAME: form for form in (compressed_tensors, ascend, mindie, npy, gptq, awq, modelopt, gguf, dense)
 }
 """Name in a recipe → module with
 
@@ -29,7 +29,8 @@ attention_refusal, attention_names, attention_tensors: the scales of an attentio
 reading: layout and decode for checkpoints of others, where these differ from what is written;
 disputed: what loaders of a checkpoint make different things of, where there is such a thing;
 documents: its JSON files; recognizes, described: what a directory is, and the schemes in it;
-refuses_model, where it is not for every model; write_weights and FILES, where its weights are no safetensors.
+refuses_model, where it is not for every model; refuses_together, where modules may stand against one another;
+write_weights and FILES, where its weights are no safetensors.
 """
 
 
@@ -50,9 +51,9 @@ def open_weights(directory: Path) -> Checkpoint:
 
 def quantized_as(directory: Path) -> str | None:
     """What has quantized the weights of a model directory, by its files; None for a float model. A file of settings
-    that AutoGPTQ once wrote counts where a tensor is one of its codes."""
+    beside config.json counts where a tensor is one of that method."""
     has_weights = any(directory.glob("*.safetensors"))  # a plan is made without
-    told = has_weights and (directory / declared.CONFIG).is_file()
+    told = has_weights and declared.stands_alone(directory)
     tensors = Checkpoint(directory).entries if told else ()
     config = declared.read_configuration(directory, tensors) if (directory / "config.json").is_file() else {}
     if (content := config.get("quantization_config")) is not None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from quantcli.errors import ModelError, VerificationError
-from quantcli.formats import verify_ascend, verify_dense, verify_gguf, verify_gptq
+from quantcli.formats import verify_ascend, verify_dense, verify_gguf, verify_gptq, verify_modelopt
 from quantcli.formats.store import Store, StoredLinear
 from quantcli.model.checkpoint import Checkpoint, read_json
 from quantcli.model.folding import added_biases, unties
@@ -32,12 +32,14 @@ _TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _DESCRIPTIONS = {
     "dense": "quantization.json",
     "gptq": "quantize_config.json",
+    "modelopt": "hf_quant_config.json",
 }
 # what a linear's tensors have to be; codes of compressed-tensors are unpacked instead
 _EXPECTED = {
     "dense": verify_dense.expected_linear,
     "gptq": verify_gptq.expected_gptq,
     "awq": verify_gptq.expected_awq,
+    "modelopt": verify_modelopt.expected_linear,
 }
 
 
@@ -74,7 +76,7 @@ def verify_checkpoint(
             _check_model(read_json(folder / "config.json"), source, store, {})
         nbytes = verify_gguf.check_gguf(folder, store, source, weights, cast)
         return Verified(len(store.schemes), len(source.entries) - len(store.schemes), nbytes)
-    if form in ("gptq", "awq") and not store.schemes:
+    if form in ("gptq", "awq", "modelopt") and not store.schemes:
         form = "compressed-tensors"  # all are float checkpoints then
     of_ascend = form in verify_ascend.FORMS
     with _damage():
@@ -98,6 +100,8 @@ def verify_checkpoint(
         verify_gptq.check_gptq(config, description, store)
     elif form == "awq":
         verify_gptq.check_awq(config, store, _in_float(store, source, weights))
+    elif form == "modelopt":
+        verify_modelopt.check_modelopt(config, description, store, _in_float(store, source, weights))
     elif not isinstance(config.get("quantization_config"), dict):
         if store.schemes or store.attention is not None or "quantization_config" in config:
             raise VerificationError(f"{folder}: config.json has no quantization_config.", "Export again.")
@@ -218,6 +222,8 @@ def _check_attention(module: str, path: str, checkpoint: Checkpoint, store: Stor
     if form in verify_ascend.FORMS:
         assert store.attention is not None
         wanted = verify_ascend.expected_attention(store.read_attention(module), store.attention, store.dtype)
+    if form == "modelopt":
+        wanted = verify_modelopt.expected_attention(path, store.read_attention(module))
     names = {suffix: f"{path}.{suffix}" for suffix in wanted if f"{path}.{suffix}" in checkpoint}
     with _damage():
         tensors = checkpoint.read(names.values())

@@ -284,10 +284,8 @@ def _unheld_together(recipe: Recipe, candidates: Sequence[Candidate]) -> str:
     linears = {linear.name: linear for plan in plans[:1] for linear in plan.structure.matrices()}
     quantized = [(linears[name], scheme) for plan in plans for name, (_, scheme) in plan.schemes.items()]
     forms = recipe.export.formats if recipe.export else ()
-    layers = [experts.names for plan in plans[:1] for block in plan.structure.blocks for experts in block.experts]
-    return next(filter(None, (unheld(form, quantized, None) for form in forms)), "") or unloaded(
-        recipe, quantized, None, (), layers
-    )
+    reason = next(filter(None, (unheld(form, quantized, None) for form in forms)), "")
+    return reason or next((unloaded(recipe, quantized, None, (), plan.structure) for plan in plans[:1]), "")
 
 
 def _left_out(recipe: Recipe, plan: Plan, found: Allocation) -> list[str]:

@@ -20,7 +20,7 @@ from quantcli.formats.sums import SUMS, read_by_engines, sums_of, write_sums
 from quantcli.formats.table import FORMATS
 from quantcli.model.checkpoint import clear_leftovers, file_digest
 from quantcli.model.untrusted import TEMPLATES, checkpoint_entries
-from quantcli.pipeline.held import model_unheld, split_siblings, unheld
+from quantcli.pipeline.held import model_unheld, split_siblings, together_unheld, unheld
 from quantcli.pipeline.replaced import named_files, replaced_files
 from quantcli.pipeline.rundir import is_run, removal_rank, room_errors
 from quantcli.pipeline.sound import require_sound
@@ -64,7 +64,8 @@ def convert_checkpoint(
         raise ModelError(f"{source} holds no codes.", "Name a quantized checkpoint.")
     quantized = [(checkpoint.linears[name], scheme) for name, scheme in checkpoint.schemes.items()]
     reason = unheld(form, quantized, checkpoint.attention)
-    if reason := reason or model_unheld(form, source, structure, checkpoint.entries):
+    reason = reason or model_unheld(form, source, structure, checkpoint.entries)
+    if reason := reason or together_unheld(form, structure, checkpoint.schemes, checkpoint.attention):
         raise RecipeError(f"--to: {reason}", "Choose another format.")
     if checkpoint.added_biases and not hasattr(FORMATS[form], "takes_added_bias"):
         reason = f"{form} does not hold biases that the architecture lacks, such as {checkpoint.added_biases[0]}."

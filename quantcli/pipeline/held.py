@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quantcli.errors import RecipeError
 from quantcli.formats import dense
+from quantcli.formats.engines import Verdict, verdicts
 from quantcli.formats.engines import refusal as engine_refusal
 from quantcli.formats.table import FORMATS
 from quantcli.model.checkpoint import Checkpoint
@@ -58,6 +59,20 @@ def model_unheld(form: str, model: Path, structure: Structure, tensors: Iterable
     return reason and f"{form} cannot hold {structure.architecture}: it {reason}."
 
 
+def together_unheld(
+    form: str, structure: Structure, quantized: Collection[str], attention: AttentionScheme | None
+) -> str:
+    """Why the format cannot hold these quantized linears beside what stays in float, as a sentence; empty when it
+    can."""
+    refuses = getattr(FORMATS[form], "refuses_together", None)
+    if refuses is None:
+        return ""
+    matrices = {name.removesuffix(".weight") for name, shape in structure.parameters.items() if len(shape) == 2}
+    matrices |= {linear.name for linear in structure.matrices()}
+    reason = refuses(quantized, sorted(matrices.difference(quantized)), attention)
+    return reason and f"{form} cannot hold {structure.architecture} so: it {reason}."
+
+
 def split_siblings(form: str, structure: Structure, schemes: Mapping[str, Scheme]) -> str:
     """Which linears that engines join have different types in a format that names a type of each, as a sentence; empty
     if none have."""
@@ -86,7 +101,8 @@ def refuse_unheld(
     if recipe.smooth is not None and recipe.smooth.unties:
         structure = replace(structure, tied=False)
     for name in recipe.export.formats if recipe.export else ():
-        if reason := unheld(name, quantized, attention, further) or model_unheld(name, model, structure):
+        reason = unheld(name, quantized, attention, further) or model_unheld(name, model, structure)
+        if reason := reason or together_unheld(name, structure, schemes, attention):
             raise RecipeError(f"export.formats: {reason}", "Choose another format or scheme, or export: null.")
         if section.siblings == "apart":
             reason = split_siblings(name, structure, schemes)
@@ -185,15 +201,32 @@ def unloaded(
     quantized: Sequence[tuple[Linear, Scheme]],
     attention: AttentionScheme | None,
     kept: Collection[str],
-    experts: Sequence[Collection[str]],
+    structure: Structure,
 ) -> str:
     """Why an engine of `export.engines` loads none of the recipe's formats, as a sentence with its source; empty when
-    each loads one. `kept` are linears in float, `experts` the linears of the experts of each layer."""
+    each loads one. `kept` are linears in float."""
     if recipe.export is None:
         return ""
     formats, engines = recipe.export.formats, recipe.export.engines
-    reasons = (engine_refusal(engine, quantized, attention, formats, kept, experts) for engine in engines)
+    experts = [layer.names for block in structure.blocks for layer in block.experts]
+    asked = (quantized, attention, formats, kept, experts, structure.architecture)
+    reasons = (engine_refusal(engine, *asked) for engine in engines)
     return next(filter(None, reasons), "")
+
+
+def engine_verdicts(
+    structure: Structure,
+    quantized: Sequence[tuple[Linear, Scheme]],
+    attention: AttentionScheme | None,
+    formats: Sequence[str],
+    kept: Collection[str],
+    *,
+    biases: bool = False,
+) -> list[Verdict]:
+    """`formats.engines.verdicts` of a model of this structure."""
+    experts = [layer.names for block in structure.blocks for layer in block.experts]
+    architecture = structure.architecture
+    return verdicts(quantized, attention, formats, kept, experts, biases=biases, architecture=architecture)
 
 
 def refuse_unloaded(
@@ -201,10 +234,10 @@ def refuse_unloaded(
     quantized: Sequence[tuple[Linear, Scheme]],
     attention: AttentionScheme | None,
     kept: Collection[str],
-    experts: Sequence[Collection[str]],
+    structure: Structure,
 ) -> None:
     """Raise RecipeError for what `unloaded` finds."""
-    if reason := unloaded(recipe, quantized, attention, kept, experts):
+    if reason := unloaded(recipe, quantized, attention, kept, structure):
         raise RecipeError(f"export.engines: {reason}", "Choose another scheme or format, or do not name the engine.")
 
 

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from quantcli.errors import ModelError, RecipeError
-from quantcli.formats.engines import Verdict, verdicts
+from quantcli.formats.engines import Verdict
 from quantcli.model.structure import Linear, Structure, heads_obstacles, rotation_obstacles
 from quantcli.model.untrusted import brings_code
 from quantcli.pipeline.estimate import Estimate, estimate
 from quantcli.pipeline.fused import refuse_split, rolled_back_along
 from quantcli.pipeline.held import (
     addable_biases,
+    engine_verdicts,
     left_out_note,
     refuse_arithmetic,
     refuse_latents,
@@ -195,15 +196,14 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         after += structure.vocabulary * structure.width * BYTES[structure.dtype]
         notes.append("Rotation makes the output head, tied so far, a tensor of its own.")
     kept = [p.linear.name for p in planned if p.treatment is None]
-    layers = [experts.names for block in structure.blocks for experts in block.experts]
     if recipe.quantize.target is None:  # else candidates are asked about
-        refuse_unloaded(recipe, quantized, attention, kept, layers)
+        refuse_unloaded(recipe, quantized, attention, kept, structure)
     if ranked is None and section.ranks and section.to != "float":  # what any of them may become
         every = _planned(recipe, structure, {linear.name: "" for linear, _ in quantized}, [])
         _refuse_expert_schemes(recipe, structure, every)
         changed = [(p.linear, p.scheme) for p in every if p.scheme is not None]
         refuse_unheld(recipe, model, structure, changed, attention)
-        refuse_unloaded(recipe, changed, attention, (), layers)
+        refuse_unloaded(recipe, changed, attention, (), structure)
     _refuse_size(recipe, after, ranked)
     formats = recipe.export.formats if recipe.export else ()
     by_method = [(p.linear, p.treatment.weights) for p in planned if p.treatment is not None]
@@ -218,7 +218,7 @@ def make_plan(recipe: Recipe, model: Path, structure: Structure, ranked: Mapping
         size_after=after,
         bits_per_weight=8 * stored / max(1, weights),
         estimate=estimate(recipe, structure, after, by_method, _passes(recipe)),
-        engines=tuple(verdicts(quantized, attention, formats, kept, layers, biases=bool(biases))),
+        engines=tuple(engine_verdicts(structure, quantized, attention, formats, kept, biases=bool(biases))),
         own_code=recipe.model.trust_remote_code and brings_code(model),
     )
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from quantcli.errors import ModelError, RecipeError
-from quantcli.formats.engines import verdicts
 from quantcli.pipeline.generation import cached_values
+from quantcli.pipeline.held import engine_verdicts
 from quantcli.pipeline.plan import Plan
 from quantcli.pipeline.source import known_positions
 from quantcli.recipe.comparison import ThroughputSection
@@ -108,10 +108,9 @@ def served_format(recipe: Recipe, plan: Plan, engine: Engine) -> str:
     """The first of the recipe's formats that the engine loads as planned. Raises RecipeError if there is none."""
     assert recipe.export is not None
     quantized = [(p.linear, p.scheme) for p in plan.linears if p.scheme is not None]
-    layers = [experts.names for block in plan.structure.blocks for experts in block.experts]
     causes = []
     for form in recipe.export.formats:
-        for verdict in verdicts(quantized, plan.attention, [form], list(plan.kept), layers):
+        for verdict in engine_verdicts(plan.structure, quantized, plan.attention, [form], list(plan.kept)):
             if verdict.engine == engine.name and verdict.loads:
                 return form
             if verdict.engine == engine.name:

@@ -48,12 +48,15 @@ class ExportSection(Section):
     """The checkpoints to write."""
 
     formats: Annotated[
-        tuple[Literal["compressed-tensors", "ascend", "mindie", "numpy", "gptq", "awq", "gguf", "dense"], ...],
+        tuple[
+            Literal["compressed-tensors", "ascend", "mindie", "numpy", "gptq", "awq", "modelopt", "gguf", "dense"], ...
+        ],
         Field(strict=False, min_length=1),
     ] = Field(
         default=("compressed-tensors",),
         description="Checkpoint formats: compressed-tensors, which vLLM and transformers load; ascend, for vLLM-Ascend "
-        "and MindIE; mindie and numpy, its older layouts; gptq and awq, for what reads those; gguf, for llama.cpp and "
+        "and MindIE; mindie and numpy, its older layouts; gptq and awq, for what reads those; modelopt, "
+        "FP8 for vLLM, SGLang and TensorRT-LLM; gguf, for llama.cpp and "
         "Ollama; dense, the dequantized weights as a float model. The first is measured.",
     )
     restrict_permissions: bool = Field(

@@ -183,6 +183,29 @@ def test_the_engines_table_is_what_plan_says() -> None:
         assert ["yes" if verdict.loads else "no" for verdict in found] == cells, name
 
 
+def test_the_engines_of_modelopt_are_what_plan_says() -> None:
+    from quantcli.formats import modelopt
+    from quantcli.formats.engines import verdicts
+    from quantcli.model.structure import Linear
+    from quantcli.quant.scheme import Scheme
+
+    linear = Linear("m.0.x", 512, 512)
+    wanted = {
+        "FP8": Scheme(8, granularity="tensor", activations="static", type="float"),
+        "FP8_PER_CHANNEL_PER_TOKEN": Scheme(8, activations="dynamic", type="float"),
+    }
+    table = {
+        codes(row[0])[0]: row[1:] for row in rows(section("docs/formats.md", "modelopt")) if codes(row[0])[0] in wanted
+    }
+    for algorithm, scheme in wanted.items():
+        assert not modelopt.refusal(linear, scheme)
+        said, *cells = table[algorithm]
+        assert codes(said)[0] == scheme.name
+        found = verdicts([(linear, scheme)], None, ["modelopt"])
+        assert [verdict.engine for verdict in found] == ["vLLM on a CPU", "vLLM on a GPU", "SGLang"]
+        assert ["yes" if verdict.loads else "no" for verdict in found] == cells
+
+
 def test_the_engines_of_ascend_are_what_plan_says() -> None:
     from quantcli.formats.ascend import attention_refusal, refusal, type_name
     from quantcli.formats.engines import verdicts

@@ -18,6 +18,7 @@ from quantcli.quant.scheme import AttentionScheme, Scheme
 from quantcli.recipe.schema import ExportSection
 
 Q, OUT = (Linear(f"model.layers.0.self_attn.{name}", 768, 768) for name in ("q_proj", "o_proj"))
+DOWN = Linear("model.layers.0.mlp.down_proj", 768, 768)
 EXPERT, ANOTHER = (Linear(f"model.layers.{n}.mlp.experts.0.up_proj", 768, 768) for n in (0, 1))
 ODD = Linear("model.layers.0.mlp.up_proj", 768, 48)
 ATTENTION = [AttentionScheme(kv="fp8"), AttentionScheme(kv="int8"), AttentionScheme(heads=True)]
@@ -92,6 +93,8 @@ def test_no_row_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         held = [scheme for scheme in SCHEMES if not FORMATS[form].refusal(Q, scheme)]
         for scheme, linear in product(held, (Q, ODD, EXPERT)):
             verdicts([(linear, scheme)], None, [form], (), [[EXPERT.name]] if linear is EXPERT else ())
+        for scheme in held:
+            verdicts([(DOWN, scheme)], None, [form], architecture="LlamaForCausalLM")
         for attention in ATTENTION:
             verdicts([], attention, [form])
         if hasattr(FORMATS[form], "takes_added_bias"):
@@ -133,6 +136,28 @@ def test_a_verdict_names_its_source() -> None:
     (vllm,) = (v for v in apart if v.engine == "vLLM on a GPU")
     assert "joins" in vllm.note
     assert "packed_modules_mapping" in vllm.source
+
+
+def test_static_fp8_is_loaded_on_a_cpu_but_for_what_follows_the_gate_of_llama() -> None:
+    """Of modelopt, which keeps codes; tests/serving runs what is said here."""
+    scheme = Scheme(8, granularity="tensor", activations="static", type="float")
+    assert said("vLLM on a CPU", scheme)[0] is False
+    for architecture, linears, loads in [
+        ("Qwen2ForCausalLM", (Q, DOWN), True),
+        ("LlamaForCausalLM", (Q,), True),
+        ("LlamaForCausalLM", (Q, DOWN), False),
+        ("Phi3ForCausalLM", (DOWN,), False),
+    ]:
+        named = [(linear, scheme) for linear in linears]
+        found = {v.engine: v for v in verdicts(named, None, ["modelopt"], architecture=architecture)}
+        assert found["vLLM on a CPU"].loads is loads
+        assert (f"static inputs of {DOWN.name} in {architecture}" in found["vLLM on a CPU"].note) is not loads
+        assert found["vLLM on a GPU"].loads
+        assert "transformers" not in found
+        why = refusal("vllm-cpu", named, None, ["modelopt"], (), (), architecture)
+        assert bool(why) is not loads
+    dynamic = Scheme(8, activations="dynamic", type="float")
+    assert all(v.loads is (v.engine != "SGLang") for v in verdicts([(DOWN, dynamic)], None, ["modelopt"]))
 
 
 def test_engines_that_add_the_biases_of_a_shift_are_named_with_their_source() -> None:

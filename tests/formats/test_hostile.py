@@ -34,6 +34,7 @@ FORMS = {
     "mindie": Scheme(8, activations="dynamic"),
     "gptq": Scheme(4, symmetric=False, granularity="group", group_size=32, float16_scales=True),
     "awq": Scheme(4, granularity="group", group_size=32, float16_scales=True),
+    "modelopt": Scheme(8, granularity="tensor", activations="static", type="float"),
     "dense": Scheme(4, granularity="group", group_size=32),
 }
 OTHER_FILES = {"numpy": FORMS["ascend"], "gguf": FORMS["dense"]}

@@ -257,7 +257,8 @@ def test_what_the_file_contradicts_is_refused(tmp_path: Path, prose: Path) -> No
 # ------------------------------------------------------------------------------- what nothing is known to be done with
 
 FOUR = Scheme(4, granularity="group", group_size=32, float16_scales=True)
-LEFT_OVER = {"ascend": W4A8, "mindie": Scheme(8), "compressed-tensors": FOUR, "gptq": FOUR, "awq": FOUR}
+LEFT_OVER = {"ascend": W4A8, "mindie": Scheme(8), "compressed-tensors": FOUR, "gptq": FOUR, "awq": FOUR,
+             "modelopt": Scheme(8, activations="dynamic", type="float")}  # fmt: skip
 
 
 @pytest.mark.parametrize("form", LEFT_OVER)

@@ -20,6 +20,7 @@ from quantcli.quant.grid import QuantizedWeight
 from quantcli.quant.scheme import AttentionScheme, Scheme
 
 STATIC = Scheme(8, activations="static", activations_symmetric=False)
+FP8 = Scheme(8, granularity="tensor", activations="static", type="float")
 C8, C8_ASYM = AttentionScheme(kv="int8"), AttentionScheme(kv="int8", kv_symmetric=False)
 HEADS, FP8_CACHE = AttentionScheme(heads=True), AttentionScheme(kv="fp8")
 # family, scheme, attention, formats; AscendV1 comes first, since it rounds scales to the model's dtype
@@ -31,6 +32,13 @@ CASES: dict[str, tuple[str, Scheme, AttentionScheme | None, list[str]]] = {
     "fp8": ("llama", Scheme(8, activations="dynamic", type="float"), None, ["ascend", "compressed-tensors", "ascend"]),
     "static fp8, fp8 cache": (
         "llama", Scheme(8, activations="static", type="float"), FP8_CACHE, ["compressed-tensors"] * 2,
+    ),
+    "static fp8 a tensor, fp8 cache": (
+        "qwen2", FP8, FP8_CACHE, ["compressed-tensors", "modelopt", "modelopt", "compressed-tensors"],
+    ),
+    "fp8 a token": (
+        "llama", Scheme(8, activations="dynamic", type="float"), None,
+        ["ascend", "modelopt", "compressed-tensors", "modelopt"],
     ),
     "fp8 weights": ("llama", Scheme(8, type="float"), None, ["compressed-tensors"] * 2),
 }  # fmt: skip
@@ -88,6 +96,9 @@ def test_a_conversion_keeps(case: str, tmp_path: Path) -> None:
         (Scheme(8, activations="dynamic", type="float"), None, "numpy", "fp8"),
         (Scheme(8, activations="dynamic", type="float"), None, "mindie", "fp8"),
         (Scheme(8, type="float"), None, "gptq", "fp8"),
+        (Scheme(8, type="float"), None, "modelopt", "beside fp8 inputs"),
+        (Scheme(8, activations="static", type="float"), None, "modelopt", "a scale a tensor"),
+        (STATIC, FP8_CACHE, "modelopt", "not integers"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -37,6 +37,7 @@ EXPORTS = {
     "mindie": ("mindie", Scheme(8), "weight", "I8"),
     "gptq": ("gptq", FOUR, "qweight", "I32"),
     "awq": ("awq", FOUR, "qweight", "I32"),
+    "modelopt": ("modelopt", Scheme(8, granularity="tensor", activations="static", type="float"), "weight", "F8_E4M3"),
 }
 UP = "model.layers.1.mlp.up_proj"
 
@@ -66,7 +67,7 @@ def refused(model: Path, prose: Path, match: str) -> None:
 
 def without_description(place: Path, form: str, scheme: Scheme, **options: Any) -> Path:
     folder = export_tiny(place, scheme, dtype=torch.bfloat16, form=form, with_tokenizer=True, **options).folder
-    for name in ("SHA256SUMS", "quantize_config.json", "quant_model_description*.json"):
+    for name in ("SHA256SUMS", "quantize_config.json", "hf_quant_config.json", "quant_model_description*.json"):
         for file in folder.glob(name):
             file.unlink()
     config = json.loads((folder / "config.json").read_text())

@@ -20,6 +20,8 @@ from quantcli.quant.scheme import AttentionScheme, Scheme
 GROUPS = Scheme(4, granularity="group", group_size=32, float16_scales=True)
 ASYM = Scheme(4, symmetric=False, granularity="group", group_size=32, float16_scales=True)
 STATIC = Scheme(8, activations="static", activations_symmetric=False)
+FP8 = Scheme(8, granularity="tensor", activations="static", type="float")
+FP8_DYNAMIC = Scheme(8, activations="dynamic", type="float")
 CASES: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
     "static": ("compressed-tensors", STATIC, {}),
     "static, one scale a tensor": ("compressed-tensors", Scheme(8, granularity="tensor", activations="dynamic"), {}),
@@ -38,6 +40,8 @@ CASES: dict[str, tuple[str, Scheme, dict[str, Any]]] = {
     "ascend heads": ("ascend", Scheme(8), {"attention": AttentionScheme(heads=True), "dtype": torch.bfloat16}),
     "gptq": ("gptq", ASYM, {"dtype": torch.bfloat16}),
     "awq": ("awq", GROUPS, {"dtype": torch.float16, "kept": ["model.layers.1.mlp.down_proj"]}),
+    "modelopt": ("modelopt", FP8, {"dtype": torch.bfloat16, "attention": AttentionScheme(kv="fp8")}),
+    "modelopt dynamic": ("modelopt", FP8_DYNAMIC, {"dtype": torch.float16, "kept": ["model.layers.1.mlp.down_proj"]}),
     "dense": ("dense", STATIC, {"dtype": torch.bfloat16, "attention": AttentionScheme(kv="fp8")}),
     "experts": ("compressed-tensors", GROUPS, {"family": "mixtral"}),
 }

@@ -40,6 +40,15 @@ RUNS: list[tuple[list[str], Recipe, Recipe]] = [
         {},
     ),
     (
+        ["modelopt"],
+        {
+            "weights": {"bits": 8, "type": "float", "granularity": "tensor"},
+            "activations": {"bits": 8, "type": "float", "scope": "tensor"},
+            "kv_cache": {"type": "float"},
+        },
+        {},
+    ),
+    (
         ["compressed-tensors", "ascend", "mindie", "dense"],
         {"weights": {"bits": 8, "granularity": "channel"}},
         {"shard_size": SHARDS},
