@@ -230,7 +230,8 @@ class _Said:
             raise ModelError(f"{file}: quant_algo {str(said.get('quant_algo'))[:100]!r} is not supported.",
                              f"Known: {', '.join(_ALGORITHMS)}.")  # fmt: skip
         cache = said.get(key)
-        if not (cache is None or str(cache).upper() == "FP8" or cache == _CACHE):
+        fp8 = cache | _CACHE == cache if isinstance(cache, dict) else str(cache).upper() == "FP8"
+        if cache is not None and not fp8:
             raise ModelError(f"{file}: {key} {str(cache)[:100]!r} is not supported.", "Known: an fp8 cache.")
         entries = said.get(left) or []
         if not isinstance(entries, list) or not all(isinstance(entry, str) and entry for entry in entries):

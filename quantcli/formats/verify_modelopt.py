@@ -54,11 +54,12 @@ def check_modelopt(
     cache = None if store.attention is None else "FP8"
     older = {"quant_algo": algorithm, "kv_cache_quant_algo": cache, "exclude_modules": left}
     _check_same("hf_quant_config.json", beside, {"producer": {"name": "quantcli"}, "quantization": older})
-    pieces = {name[i : i + n] for name in store.schemes for n in {*map(len, left)} for i in range(len(name) - n + 1)}
-    for entry in left:
-        taken = entry in pieces or (set(entry) & set("*?[") and any(fnmatchcase(name, entry) for name in store.schemes))
-        if taken:
-            raise VerificationError(f"{entry} is left in float, and is part of the name of a quantized linear.",
+    lengths, names = {*map(len, left)}, {*left}
+    shapes = [entry for entry in left if set(entry) & set("*?[")]
+    for module in store.schemes:
+        pieces = {module[i : i + n] for n in lengths for i in range(len(module) - n + 1)}
+        if not names.isdisjoint(pieces) or any(fnmatchcase(module, shape) for shape in shapes):
+            raise VerificationError(f"{module} is quantized, but engines leave it in float by the name of another.",
                                     "Export in another format.")  # fmt: skip
 
 

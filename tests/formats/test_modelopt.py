@@ -15,7 +15,7 @@ from tiny_exports import Export, export_tiny, flip_bit
 from torch import Tensor
 
 from quantcli.errors import ModelError, QuantcliError, RecipeError, VerificationError
-from quantcli.formats import modelopt
+from quantcli.formats import modelopt, verify_modelopt
 from quantcli.formats.table import FORMATS, find_format, quantized_as
 from quantcli.model.structure import Linear
 from quantcli.pipeline.convert import convert_checkpoint
@@ -216,6 +216,8 @@ FOREIGN: dict[str, Callable[[Path], object]] = {
         lambda said: (said.clear(), said.update(read(folder / "hf_quant_config.json")),
                       said["producer"].update(name="modelopt")),
     ),
+    "more of the cache": lambda folder: alter(folder, lambda said: said["kv_cache_scheme"].update(strategy="tensor")),
+    "the cache by its name": lambda folder: alter(folder, lambda said: said.update(kv_cache_scheme="FP8")),
     "nothing of groups": lambda folder: alter(folder, lambda said: said.pop("config_groups")),
 }  # fmt: skip
 
@@ -409,3 +411,16 @@ def test_what_the_store_does_not_have_is_found(static: Export, tmp_path: Path, m
             patched.setattr(copy.store, "schemes", schemes)
             with pytest.raises((VerificationError, KeyError)):
                 copy.verify()
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up", "model.layers.1.mlp.u[pq]_proj"])
+def test_verification_sees_a_name_in_float_that_takes_a_quantized_linear_along(
+    name: str, static: Export, tmp_path: Path
+) -> None:
+    copy = damaged(static, tmp_path)
+    left = sorted(["lm_head", "model.embed_tokens", DOWN, name])
+    alter(copy.folder, lambda c: c.update(ignore=left))
+    alter(copy.folder, lambda c: c["quantization"].update(exclude_modules=left), OLDER)
+    config, beside = (read(copy.folder / file) for file in ("config.json", OLDER))
+    with pytest.raises(VerificationError, match=f"{UP} is quantized, but engines leave it in float"):
+        verify_modelopt.check_modelopt(config, beside, copy.store, set(left))
