@@ -90,6 +90,8 @@ STAGES: tuple[Stage, ...] = (
 
 LAYOUT = 2
 """Raised when the meaning of a stage's files changes between releases, so that older ones are not taken for current."""
+_CHECKPOINTS = {smooth.STAGE.name: f"{smooth.MODEL}/", export.STAGE.name: ""}
+"""Stages with files for others, and how the names of those begin: one that somebody changed is not replaced unasked."""
 _VERSIONED = ("quantcli", "torch", "transformers", "compressed-tensors")
 
 
@@ -150,10 +152,11 @@ def run_recipe(
             recipe, model, plan, run, device, listener, ranking=ranking, overwrite=overwrite, exports=follows
         )
         if follows:
-            exports = run.stage(export.STAGE.name)
-            exports.refuse_foreign(export.STAGE.writes(context))  # before hours of work
-            if not overwrite:
-                exports.refuse_edited()
+            run.stage(export.STAGE.name).refuse_foreign(export.STAGE.writes(context))  # before hours of work
+        for stage in STAGES if not overwrite else ():
+            needed = stage.wanted(recipe) and (until is None or stage.name in _needed(until))
+            if needed and stage.name in _CHECKPOINTS:
+                run.stage(stage.name).refuse_edited(_CHECKPOINTS[stage.name])
         _write_recipe(context, recipe)
         run.record |= {
             "layout": LAYOUT,
@@ -263,8 +266,8 @@ def _reused(context: Context, stage: Stage, fingerprint: str) -> bool:
 
 def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[[str], str]) -> None:
     again = False
-    if stage is export.STAGE:
-        _make_room(context, fingerprint)
+    if stage.name in _CHECKPOINTS:
+        _make_room(context, stage.name, fingerprint)
     if _reused(context, stage, fingerprint):
         again = stage.unfinished is not None and stage.unfinished(context)
         if not again:
@@ -293,15 +296,15 @@ def _run_stage(context: Context, stage: Stage, fingerprint: str, part: Callable[
     context.emit("finished", seconds=record["seconds"], peak_memory=record["peak_memory"])
 
 
-def _make_room(context: Context, fingerprint: str) -> None:
-    """Remove files of the export that somebody changed, if that was asked for, so that they are made again; else refuse
-    them where files are going to be removed or written. Where none are, stage `verify` finds them."""
-    folder = context.run.stage(export.STAGE.name)
+def _make_room(context: Context, name: str, fingerprint: str) -> None:
+    """Remove files of a checkpoint that somebody changed, if that was asked for, so that they are made again; else
+    refuse them where files are going to be removed or written. Where none are, stage `verify` finds an export's."""
+    folder, below = context.run.stage(name), _CHECKPOINTS[name]
     if not context.overwrite:
         if not folder.complete(fingerprint):
-            folder.refuse_edited(by_content=True)
+            folder.refuse_edited(below, by_content=True)
         return
-    edited = folder.edited(by_content=True)
+    edited = folder.edited(below, by_content=True)
     for name in edited:
         context.emit("note", text=f"{folder.path / name} was changed since the run wrote it; it is replaced.")
     folder.remove(edited)

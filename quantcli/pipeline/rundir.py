@@ -186,9 +186,9 @@ class StageFolder:
                     raise OutputError(f"{file} is in the way, and no record says that a run has written it.",
                                       f"Move {file.parent} elsewhere, or choose another output.")  # fmt: skip
 
-    def edited(self, *, by_content: bool = False) -> list[str]:
-        """Recorded files that have another size than was recorded, or another content if `by_content` or if the record
-        of sizes is lost."""
+    def edited(self, below: str = "", *, by_content: bool = False) -> list[str]:
+        """Recorded files, of names that begin so, that have another size than was recorded, or another content if
+        `by_content` or if the record of sizes is lost."""
         record = self._read()
         files, sizes = record.get("files", self.recorded), record.get("sizes", {})
 
@@ -199,11 +199,11 @@ class StageFolder:
             size = file.stat().st_size
             return size != sizes.get(name, size) or ((by_content or not record) and file_digest(file) != digest)
 
-        return [name for name, digest in files.items() if differs(name, digest)]
+        return [name for name, digest in files.items() if name.startswith(below) and differs(name, digest)]
 
-    def refuse_edited(self, *, by_content: bool = False) -> None:
+    def refuse_edited(self, below: str = "", *, by_content: bool = False) -> None:
         """Raise OutputError for the first of the files that are `edited`."""
-        for name in self.edited(by_content=by_content):
+        for name in self.edited(below, by_content=by_content):
             raise OutputError(f"{self.path / name} was changed since the run wrote it.",
                               "Move it elsewhere, or say --overwrite to replace it.")  # fmt: skip
 

@@ -261,6 +261,23 @@ def test_an_older_file_of_the_same_size_is_found_before_it_is_removed(done: Reci
     assert verify_path(Path(done["output"]))
 
 
+@pytest.mark.parametrize("how", ["flip", "truncate"])
+def test_so_is_a_changed_file_of_the_smoothed_model(done: Recipe, how: str) -> None:
+    recipe = changed({**done, "export": None, "evaluate": None}, "smooth", {"method": "iterative", "save_model": True})
+    worked(recipe)
+    file = Path(done["output"], "smooth", "model", "model.safetensors")
+    before = file.read_bytes()
+    damaged(file, how)
+    mine = file.read_bytes()
+    for other in [recipe] * (how == "truncate") + [changed(recipe, "smooth.method", "smoothquant")]:
+        with pytest.raises(OutputError, match=r"model.safetensors was changed since .*--overw"):
+            quantcli.run(other)
+        assert file.read_bytes() == mine
+    quantcli.run(recipe, overwrite=True)
+    assert file.read_bytes() == before
+    assert worked(recipe) == []
+
+
 def test_lost_statistics_of_the_output_head_are_made_again(
     static_recipe: Callable[[Path], Recipe], tree: Callable[[Path], Tree], tmp_path: Path
 ) -> None:
