@@ -31,7 +31,7 @@ STORES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "FP8": (
         {"weights": _W8 | _FLOAT, "activations": {"bits": 8, "scope": "token"} | _FLOAT},
-        ("compressed-tensors",),
+        ("compressed-tensors", "modelopt"),
     ),
 }
 """What is quantized how, and the formats that its store is exported in."""
