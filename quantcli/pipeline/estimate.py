@@ -32,10 +32,10 @@ SECONDS_A_WEIGHT = {
     "low_bit_sigma": 5e-9,
 }
 # Of smoothing, for a plain method; one that clips, which AWQ does for each of 20 scales; auto, which measures few; auto
-# that clips for each of those.
-SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 350e-9, 1000e-9)
+# that clips for each of those; balance, with its factors of moments.
+SECONDS_A_SMOOTHED_WEIGHT = (30e-9, 1800e-9, 350e-9, 1000e-9, 200e-9)
 # What it holds of its widest group of linears in float32, in copies of its weights (on a block of 44 M weights).
-SMOOTHING_COPIES = (1.5, 5.5, 11.0, 11.0)
+SMOOTHING_COPIES = (1.5, 5.5, 11.0, 11.0, 4.5)
 SECONDS_A_MIXED_WEIGHT = 600e-9
 """Of rounding with what outputs are to each other, which little of runs on more than one core."""
 MOST_OUTPUTS = 2048
@@ -197,7 +197,9 @@ def _curvature_memory(
 
 
 def _smoothing_cost(section: SmoothSection, quantized: Collection[tuple[Linear, WeightsSection]]) -> int:
-    """0 for a plain method, 1 for one that clips, 2 for auto, 3 for auto that clips."""
+    """0 for a plain method, 1 for one that clips, 2 for auto, 3 for auto that clips, 4 for balance."""
+    if section.method == "balance":
+        return 4
     few = section.method in CLIPPING and section.clip is not False and any(each.bits < 8 for _, each in quantized)
     return 2 * (section.method == "auto") + few
 
@@ -206,15 +208,23 @@ def _smoothing_memory(
     section: SmoothSection, structure: Structure, outer: int, quantized: Collection[tuple[Linear, WeightsSection]]
 ) -> int:
     """Most bytes of the stage smooth beside its hidden states: the block in float32 on which folds are checked, its
-    changed copy, and what a search holds of a group; or, before that, what is outside the blocks, which a rotated
-    embedding or head is in float32."""
+    changed copy, and what a search holds of a group, for balance also second moments of all inputs of the block; or,
+    before that, what is outside the blocks, which a rotated embedding or head is in float32."""
     weights = {linear.name: linear.weights for linear in structure.linears()}
     block = max(sum(weights[linear.name] for linear in block.linears) for block in structure.blocks)
     groups = (_judged(block, shared, weights) for block in structure.blocks for shared in block.groups)
     copies = SMOOTHING_COPIES[_smoothing_cost(section, quantized)]
     rotated = structure.vocabulary * structure.width * 4 * section.unties
     searched = 4 * copies * max(groups, default=0) if section.scales else 0
-    return max(outer + rotated, 8 * block + int(searched))
+    moments = max(map(_moments, structure.blocks)) if section.method == "balance" else 0
+    return max(outer + rotated, 8 * block + int(searched) + moments)
+
+
+def _moments(block: Block) -> int:
+    """Bytes of E[x xᵀ] of inputs of groups, but for those inside experts, and of the widest while it is factored."""
+    inside = {name for layer in block.experts for name in layer.leaving}
+    squares = [4 * each.width**2 for each in block.groups if each.name not in inside]
+    return sum(squares) + SOLVING_MATRICES * max(squares, default=0)
 
 
 def _judged(block: Block, shared: SharedInput, weights: Mapping[str, int]) -> int:

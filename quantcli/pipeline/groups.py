@@ -303,7 +303,15 @@ class GroupSource:
             fitted=fitted,
             sample_extremes=statistics.sample_extremes,
             beyond=torch.stack(others).amax(0) if others else None,
+            ranges=tuple(self._range(name, shared.width) for name in judged),
+            moments=None if seen.moments is None else seen.moments.moments(),
+            counted=0 if seen.moments is None else seen.moments.tokens,
         )
+
+    def _range(self, linear: str, width: int) -> int | None:
+        """How many input channels of a linear share a scale; None if it stays in float."""
+        target = self._target(linear)
+        return None if target is None else target.group_size or width
 
     def _weight(self, linear: str, change: Change | None = None) -> Tensor:
         """The float weight [out, in], as it is or changed. Raises ModelError for values that are not finite."""

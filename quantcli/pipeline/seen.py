@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from quantcli.calibration.channel_statistics import ChannelStatistics
+    from quantcli.calibration.hessian import Hessian
     from quantcli.model.expert_loop import Weight
 
 
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
 class Seen:
     """What was seen of one input: the tokens that are kept of some samples, statistics of those samples where they are
     held `apart`, and of the `rest`: all samples where none are. Of one that experts read, also how many tokens were
-    routed to each, by the names of its linears."""
+    routed to each, by the names of its linears. `moments` where the method asks for second moments of all channels."""
 
     tokens: list[Tensor]
     apart: ChannelStatistics
     rest: ChannelStatistics
     routed: Counter[str] = field(default_factory=Counter)
+    moments: Hessian | None = None
 
     @property
     def count(self) -> int:
@@ -48,6 +50,8 @@ def inputs_seen(
     of few samples would be too few to search by.
     """
     from quantcli.calibration.channel_statistics import ChannelStatistics
+    from quantcli.calibration.hessian import Hessian
+    from quantcli.smoothing.methods import SMOOTHING_METHODS
 
     section = context.recipe.smooth
     assert section is not None
@@ -55,12 +59,14 @@ def inputs_seen(
     kept = min(section.search_samples, most_kept)
     per_sample = -(-section.search_tokens // kept)
     apart = section.method == "auto" and samples > 1
+    method = SMOOTHING_METHODS.get(section.method)
     device, inside = context.device, {name for layer in block.experts for name in layer.leaving}
     found, treatments = {}, context.plan.treatments
     for shared in wanted:
         by_sample = any(treatments[name].averages for name in shared.linears if name in treatments)
         one, other = (ChannelStatistics(shared.width, device, by_sample) for _ in range(2))
-        found[shared.name] = shared, Seen([], one, other)
+        whole = method is not None and method.moments and shared.name not in inside  # of which there may be hundreds
+        found[shared.name] = shared, Seen([], one, other, moments=Hessian(shared.width, device) if whole else None)
 
     position, batch = 0, (0, 0)  # samples before the batch that runs; its samples and tokens of each
 
@@ -82,6 +88,8 @@ def inputs_seen(
             first = max(0, min(samples, most_kept - position)) if room else 0
             most = min(room, per_sample * first)
             searched, others = x.tensor_split([x.shape[1] * first // samples], dim=1)
+        if seen.moments is not None:
+            seen.moments.update(x)
         for sample in searched:
             seen.tokens.append(sample[spread(range(len(sample)), most)].float())
         seen.apart.update(searched if apart else x[:0])

@@ -10,7 +10,9 @@ from quantcli.recipe.aliases import with_aliases
 from quantcli.recipe.fields import Count, Pattern, Section, refusal
 from quantcli.recipe.quantization import ActivationsSection, QuantizeSection, WeightsSection
 
-SmoothingMethod = Literal["auto", "smoothquant", "outlier_suppression", "awq", "iterative", "cbq", "flex", "rotate"]
+SmoothingMethod = Literal[
+    "auto", "smoothquant", "outlier_suppression", "awq", "iterative", "cbq", "flex", "balance", "rotate"
+]
 
 NUMBERED: dict[str, SmoothingMethod] = {
     "m1": "smoothquant",
@@ -26,8 +28,8 @@ DEFAULT_ALPHA: dict[SmoothingMethod, float | None] = {"smoothquant": 0.5, "itera
 """The methods that have an alpha; flex searches it."""
 CLIPPING: tuple[SmoothingMethod, ...] = ("auto", "awq")
 """The methods that can search the clip of weights too."""
-AUTO_SAMPLES = 24
-"""What method auto looks at of the calibration samples: with all 64 of the default it finds nothing better."""
+FEW_SAMPLES: dict[SmoothingMethod, int] = {"auto": 24, "balance": 16}
+"""What these methods look at of the calibration samples: they find nothing better with all 64 of the default."""
 
 
 def _method(value: object) -> object:
@@ -90,7 +92,8 @@ class SmoothSection(Section):
     samples: Count | None = Field(
         default=None,
         description="Calibration samples that smoothing looks at, spread evenly over all; null is "
-        f"{AUTO_SAMPLES} for method auto where no input has a static scale, and all otherwise.",
+        f"{FEW_SAMPLES['auto']} for method auto and {FEW_SAMPLES['balance']} for balance where no input has a static "
+        "scale, and all otherwise.",
     )
     search_samples: Count = Field(
         default=8, description="Calibration samples whose inputs are kept for searches; auto judges on them alone."
@@ -144,6 +147,8 @@ class SmoothSection(Section):
             raise refusal("beta", f"has no effect on method {self.method}", "Remove it or set method: flex.")
         if self.clip is not None and self.method not in CLIPPING:
             raise refusal("clip", f"has no effect on method {self.method}", "Remove it or set method: awq or auto.")
+        if self.shift and self.method == "balance":
+            raise refusal("shift", "has no effect on method balance", "Remove it or choose another method.")
         if self.folds is not None and len(set(self.folds)) < len(self.folds):
             raise refusal("folds", "names a kind twice", "Name each once.")
         return self
@@ -156,8 +161,7 @@ class SmoothSection(Section):
     def looks_at(self, ranges: bool) -> int | None:
         """How many calibration samples are looked at; None for all. `ranges`: whether inputs have static scales, which
         a channel spoils for all others if its extreme is in a sample that was left out."""
-        few = self.method == "auto" and not ranges
-        return AUTO_SAMPLES if self.samples is None and few else self.samples
+        return FEW_SAMPLES.get(self.method) if self.samples is None and not ranges else self.samples
 
     @property
     def unties(self) -> bool:

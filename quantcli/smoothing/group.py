@@ -40,6 +40,8 @@ class Group:
             mean; None where none is.
         shift: what was subtracted from x and the linears give back in their biases, float32 [C]; None for nothing.
         beyond: max |w| in each column of the linears that are not held, float32 [C]; None if all are.
+        ranges: how many input channels share a scale in each of `weights`; None for those that stay in float.
+        moments: E[x xᵀ] of `counted` tokens, float32 [C, C]; None where the tokens kept have to do.
     """
 
     weights: tuple[Tensor, ...]
@@ -54,6 +56,9 @@ class Group:
     sample_extremes: Tensor | None = None
     shift: Tensor | None = None
     beyond: Tensor | None = None
+    ranges: tuple[int | None, ...] = ()
+    moments: Tensor | None = None
+    counted: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,19 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from quantcli.smoothing.awq import awq
+from quantcli.smoothing.balance import balance
 from quantcli.smoothing.group import Found
 from quantcli.smoothing.outliers import cbq, outlier_suppression
 from quantcli.smoothing.strength import flex, iterative, smoothquant
 
 
 class SmoothingMethod(NamedTuple):
-    """find: (group, error, options as keywords) -> Found. kinds: groups that it takes unless told otherwise."""
+    """find: (group, error, options as keywords) -> Found. kinds: groups that it takes unless told otherwise. moments:
+    whether it reads `Group.moments`."""
 
     find: Callable[..., Found]
     kinds: tuple[Literal["norm", "linear"], ...]
+    moments: bool = False
 
 
 SMOOTHING_METHODS: dict[str, SmoothingMethod] = {
@@ -25,4 +28,5 @@ SMOOTHING_METHODS: dict[str, SmoothingMethod] = {
     "iterative": SmoothingMethod(iterative, ("norm", "linear")),
     "cbq": SmoothingMethod(cbq, ("norm",)),
     "flex": SmoothingMethod(flex, ("norm", "linear")),
+    "balance": SmoothingMethod(balance, ("norm", "linear"), moments=True),
 }

@@ -453,6 +453,8 @@ def test_the_estimate_counts_what_smoothing_holds_and_saves(tmp_path: Path) -> N
     plain, clipped = estimated(method="awq", clip=False).memory, estimated(method="awq").memory
     assert plain > BASE_MEMORY + 8 * block  # in float32 as it was and as it is changed
     assert estimated(method="auto").memory > clipped > plain > estimated().memory
+    moments = 4 * (3 * 2048**2 + 5 * 6144**2)  # of the inputs of qkv, o, gate and up, and down, which is factored
+    assert estimated(method="balance").memory > plain + moments
     embedding = 30000 * 2048
     assert estimated(method="rotate").memory > BASE_MEMORY + 4 * embedding
     for hidden in (True, False):

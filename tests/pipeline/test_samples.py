@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from quantcli.pipeline.samples import spread
-from quantcli.recipe.smoothing import AUTO_SAMPLES, SmoothSection
+from quantcli.recipe.smoothing import SmoothSection
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,8 @@ def test_samples_are_spread_evenly(count: int | None, expected: list[int]) -> No
 
 def test_auto_looks_at_some_samples_unless_inputs_have_ranges_and_other_methods_at_all() -> None:
     """An extreme that was not seen spoils a static scale: with 24 of 64 samples a model lost four times as much."""
-    assert SmoothSection().looks_at(ranges=False) == AUTO_SAMPLES
+    assert SmoothSection().looks_at(ranges=False) == 24
+    assert SmoothSection(method="balance").looks_at(ranges=False) == 16
     assert SmoothSection().looks_at(ranges=True) is None
     assert SmoothSection(method="smoothquant").looks_at(ranges=False) is None
     assert SmoothSection(method="awq", samples=5).looks_at(ranges=True) == 5

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_contexts import Interrupted, changed, float_model, interrupt, read
+from run_contexts import Interrupted, changed, float_model, interrupt, opened, read
 from safetensors.torch import load_file, save_file
 from test_resume import artifacts, kill_at
 from tiny_models import save_tiny_model, token_batches
@@ -28,8 +28,11 @@ from quantcli.model.structure_cache import find_structure
 from quantcli.pipeline import engine
 from quantcli.pipeline.gates import fallbacks
 from quantcli.pipeline.groups import _fitted
+from quantcli.pipeline.samples import calibration_samples
 from quantcli.pipeline.stages import smooth
 from quantcli.recipe import load_recipe
+from quantcli.smoothing.group import ErrorOf, Found, Group
+from quantcli.smoothing.methods import SMOOTHING_METHODS
 
 Recipe = dict[str, Any]
 Tree = dict[str, str]
@@ -62,7 +65,7 @@ FURTHER = {
     **{name: {"norm", "attention"} for name in ("falcon", "gpt-neox", "starcoder2", "arcee", "nemotron", "phi")},
 }
 UNROTATED = {"gemma2", "gemma3", "olmo2", "opt"}  # norms behind linears; a projection behind the embedding
-METHODS = {"m1": NORM, "m2": NORM, "m3": NORM, "m4": ALL, "m5": NORM, "m6": ALL}
+METHODS = {"m1": NORM, "m2": NORM, "m3": NORM, "m4": ALL, "m5": NORM, "m6": ALL, "balance": ALL}
 EXACT = 1e-5
 
 
@@ -75,7 +78,7 @@ def _pairs(methods: Iterable[str], quick: set[str], thorough: set[str]) -> list[
     ]
 
 
-FAMILY_METHODS = [*_pairs(METHODS, {"m6"}, {"llama-tied"}), *((family, "m6") for family in FURTHER)]
+FAMILY_METHODS = [*_pairs(METHODS, {"m6", "balance"}, {"llama-tied"}), *((family, "m6") for family in FURTHER)]
 FAMILY_ROTATIONS = [
     *_pairs(("rotate", "auto"), {"rotate"}, {"llama-tied", "gpt2"}),
     *((family, "rotate") for family in FURTHER),
@@ -166,7 +169,7 @@ def test_methods_make_folds_that_change_nothing(family: str, method: str, recipe
     assert {outcome["fold"] for outcome in outcomes if outcome["kept"]} == taken
     assert {f"{name}.scale" for name in kept} == scales(asked).keys()
     for scale in scales(asked).values():
-        assert scale.max() / scale.min() > 1.5  # m2 and m5 leave the most channels at 1
+        assert scale.max() / scale.min() > (1.2 if method == "balance" else 1.5)  # m2 and m5 leave the most at 1
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "qwen2", "phi3", "falcon"])
@@ -576,3 +579,38 @@ def test_tokens_are_left_to_fit_to_and_to_judge_by(lengths: tuple[int, ...]) -> 
     if min(lengths) > 1:  # first tokens are on both sides
         first = [bool(part[0]) for part in chosen.split(lengths)]
         assert first == [i % 2 == 0 for i in range(len(lengths))]
+
+
+def test_balance_knows_the_second_moments_of_all_tokens(
+    recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every group it is given E[x xᵀ] over all tokens of the samples that are looked at, and groups of weights."""
+    seen: list[Group] = []
+    method = SMOOTHING_METHODS["balance"]
+
+    def watched(group: Group, error: ErrorOf) -> Found:
+        seen.append(group)
+        return method.find(group, error)
+
+    monkeypatch.setitem(SMOOTHING_METHODS, "balance", method._replace(find=watched))
+    weights = {"bits": 4, "granularity": "group", "group_size": 16, "method": "gptq"}
+    rollback = {"names": ["*.0.mlp.up_proj"], "siblings": "apart"}
+    quantize = {"weights": weights, "activations": {"bits": 16}, "rollback": rollback}
+    asked = recipe("llama", {"method": "balance"}, quantize=quantize)
+    outcomes = smoothed(asked)
+    assert all(0 < outcome["loss"] < 1 for outcome in outcomes)
+    with opened(asked, "smooth") as context:
+        samples = torch.tensor(calibration_samples(context).samples)
+    model, entering = float_model(Path(asked["model"]["path"])), {}
+    for name in {outcome["linears"][0] for outcome in outcomes}:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _module, args, name=name: entering.update({name: args[0].flatten(0, 1)})
+        )
+    with torch.inference_mode():
+        model(samples)
+    for group, outcome in zip(seen, outcomes, strict=True):
+        x = entering[outcome["linears"][0]]
+        assert group.counted == len(x) == samples.numel()
+        assert group.moments is not None
+        torch.testing.assert_close(group.moments, x.t() @ x / len(x), rtol=1e-3, atol=1e-5)
+        assert group.ranges == tuple(None if name.endswith("0.mlp.up_proj") else 16 for name in outcome["linears"])

@@ -30,6 +30,7 @@ def group_from(x: Tensor, *weights: Tensor, channels: list[int] | None = None) -
         centred_maximum=x.amax(0) - middle,
         spread=float((x - middle).std()),
         tokens=x,
+        ranges=(x.shape[1],) * len(weights),
     )
 
 
