@@ -3,10 +3,10 @@
 python benchmarks/method_table.py MODEL CALIBRATION_TEXT EVALUATION_TEXT [--bits 8 4 3 2] [--samples 16] [--windows 8]
     [--methods NAME …] [--peer-python PEER/bin/python] [--work DIR]
 
-Symmetric, groups of 64, inputs in float; nothing is smoothed. Texts are files, read as wikitext-2's. Perplexity and KL
-are those of `quantcli eval-ppl --checkpoint EXPORT --model MODEL`, for exports of both tools. Seconds are those of each
-tool's own clock around quantization (of quantcli calibrate, curvature and quantize), memory is the most of the process.
-A line is printed as a run ends; an export that is there is not made again.
+Symmetric, groups of 64, inputs in float; smoothed by `balance` where a method says so. Texts are files, read as
+wikitext-2's. Perplexity and KL are those of `quantcli eval-ppl --checkpoint EXPORT --model MODEL`, for exports of both
+tools. Seconds are those of each tool's own clock around quantization (of quantcli smooth, calibrate, curvature and
+quantize), memory is the most of the process. A line is printed as a run ends; an export that is there is kept.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ METHODS: dict[str, list[str]] = {
     ],
     "signround": ["quantize.weights.method=signround"],
 }
+METHODS |= {f"balance, {name}": ["smooth={method: balance}", *METHODS[name]] for name in METHODS if "gptq" in name}
 
 
 def quantized(arguments: argparse.Namespace, bits: int, method: str, output: Path) -> tuple[float, float]:
@@ -51,7 +52,8 @@ def quantized(arguments: argparse.Namespace, bits: int, method: str, output: Pat
     command = [*QUANTCLI, "run", "w4a16", "--quiet", "--model", arguments.model, "--output", str(output)]
     _, peak = measured([*command, *(part for change in changes for part in ("--set", change))])
     stages = json.loads((output / "run.json").read_text(encoding="utf-8"))["stages"]
-    return sum(stages[name]["seconds"] for name in ("calibrate", "curvature", "quantize") if name in stages), peak
+    counted = ("smooth", "calibrate", "curvature", "quantize")
+    return sum(stages[name]["seconds"] for name in counted if name in stages), peak
 
 
 def by_peer(arguments: argparse.Namespace, bits: int, output: Path) -> tuple[float, float]:
